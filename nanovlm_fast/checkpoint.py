@@ -1,0 +1,158 @@
+"""Checkpoints: a model folder in nanoVLM's layout, and beside it what a run needs to continue exactly.
+
+    RUN/checkpoints/step-000500/   config.json model.safetensors tokenizer.json tokenizer_config.json
+                                   optimizer.safetensors state.json
+    RUN/last, RUN/best             links to two of them
+
+A checkpoint is written to a temporary folder and renamed: a folder named step-* is complete. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nanovlm_fast.config import VLMConfig, latest_run
+from nanovlm_fast.data.text import Tokenizer
+from nanovlm_fast.model import VisionLanguageModel
+
+
+def save_pretrained(folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer | None = None) -> None:
+    """Write config.json, model.safetensors (nanoVLM's keys; tied weights once) and the tokenizer into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = model.reference_state_dict()
+    if model.config.lm_tie_weights:
+        del state["decoder.head.weight"]
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, folder / "model.safetensors"
+    )
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(model.config), indent=2) + "\n")
+    if tokenizer is not None:
+        tokenizer.save(folder)
+
+
+def load_pretrained(
+    checkpoint: Path | str | None = None, device: str | torch.device = "cpu"
+) -> tuple[VisionLanguageModel, Tokenizer]:
+    """Model and tokenizer of a checkpoint folder, a run folder (its last checkpoint), or the latest run.
+
+    Raises FileNotFoundError if there is nothing there and ValueError, naming the file or the weights, if it is damaged
+    or does not fit its configuration.
+    """
+    folder = resolve(checkpoint)
+    try:
+        known = {field.name for field in dataclasses.fields(VLMConfig)}
+        values = json.loads((folder / "config.json").read_text())
+        if unknown := sorted(set(values) - known):
+            warnings.warn(f"{folder / 'config.json'}: fields not used here: {', '.join(unknown)}", stacklevel=2)
+        config = VLMConfig(**{name: value for name, value in values.items() if name in known})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / 'config.json'} is not a model configuration: {error}") from error
+    model = VisionLanguageModel(config)
+    model.load_reference_state_dict(_load_tensors(folder / "model.safetensors"))
+    tokenizer = (
+        Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else Tokenizer.from_hub(config.lm_tokenizer)
+    )
+    return model.to(device), tokenizer
+
+
+def resolve(checkpoint: Path | str | None) -> Path:
+    """The folder that holds model.safetensors: `checkpoint` itself, or the newest checkpoint of a run.
+
+    None is the latest run. Raises FileNotFoundError naming what was looked for.
+    """
+    folder = Path(checkpoint) if checkpoint is not None else latest_run()
+    if (folder / "model.safetensors").exists():
+        return folder
+    if newest := newest_checkpoint(folder):
+        return newest
+    raise FileNotFoundError(f"{folder}: neither a checkpoint (model.safetensors) nor a run that holds one")
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The complete checkpoint of the highest step, or None."""
+    return max((run / "checkpoints").glob("step-*"), key=lambda folder: int(folder.name[5:]), default=None)
+
+
+def save_checkpoint(
+    run: Path,
+    model: VisionLanguageModel,
+    tokenizer: Tokenizer,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+) -> Path:
+    """Write the checkpoint of `state['step']` and point RUN/last, and if state['best_step'] says so RUN/best, at it.
+
+    `state` is anything JSON can hold. Older checkpoints are removed, except the best. Returns the new folder.
+    """
+    root = run / "checkpoints"
+    root.mkdir(parents=True, exist_ok=True)
+    for leftover in root.glob(".tmp-*"):
+        shutil.rmtree(leftover)
+    target = root / f"step-{state['step']:06d}"
+    temporary = root / f".tmp-{target.name}"
+    save_pretrained(temporary, model, tokenizer)
+    tensors = {f"{i}.{name}": t for i, slots in optimizer.state_dict()["state"].items() for name, t in slots.items()}
+    tensors["rng.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    save_file(
+        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary / "optimizer.safetensors"
+    )
+    (temporary / "state.json").write_text(json.dumps(state) + "\n")
+    for file in temporary.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(temporary, target)
+    _link(run / "last", target)
+    best = root / f"step-{state['best_step']:06d}" if state.get("best_step") is not None else None
+    if best == target:
+        _link(run / "best", target)
+    for folder in root.glob("step-*"):
+        if folder not in (target, best):
+            shutil.rmtree(folder)
+    return target
+
+
+def load_checkpoint(folder: Path, model: VisionLanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Restore model, optimizer and random state in place; returns the `state` that was saved with them."""
+    model.load_reference_state_dict(_load_tensors(folder / "model.safetensors"))
+    tensors = _load_tensors(folder / "optimizer.safetensors")
+    torch.set_rng_state(tensors.pop("rng.cpu"))
+    cuda_rng = tensors.pop("rng.cuda", None)
+    if cuda_rng is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda_rng)
+    slots: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, slot = name.split(".", 1)
+        slots.setdefault(int(index), {})[slot] = tensor
+    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+    return json.loads((folder / "state.json").read_text())
+
+
+def _load_tensors(file: Path) -> dict[str, Tensor]:
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is missing: the checkpoint is not complete")
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+
+
+def _link(link: Path, target: Path) -> None:
+    temporary = link.with_name(f".{link.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.relative_to(link.parent))
+    os.replace(temporary, link)

@@ -1,0 +1,231 @@
+"""Configuration: the model (`VLMConfig`), the run (`TrainConfig`), the presets, and the command line made from them.
+
+`VLMConfig` keeps the field names of huggingface/nanoVLM, so its checkpoints' `config.json` reads here and ours reads
+there. Every field is an option of `train.py`; its help text is the field's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+RUNS = Path("runs")
+
+
+def option(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass
+class VLMConfig:
+    """Sizes of the model; the defaults are nanoVLM v0.1's 222M model."""
+
+    vit_img_size: int = option(224, "side of the square image, in pixels")
+    vit_patch_size: int = option(16, "side of a patch, in pixels")
+    vit_hidden_dim: int = option(768, "width of the vision tower")
+    vit_inter_dim: int = option(3072, "width of the vision MLP")
+    vit_n_heads: int = option(12, "vision attention heads")
+    vit_n_blocks: int = option(12, "vision layers")
+    vit_ln_eps: float = option(1e-6, "epsilon of the vision LayerNorms")
+    vit_init: Literal["seed", "sincos"] = option(
+        "seed", "start of the vision tower from scratch: nanoVLM's, or 2-D sine-cosine position embeddings"
+    )
+    lm_hidden_dim: int = option(576, "width of the language model")
+    lm_inter_dim: int = option(1536, "width of the language MLP")
+    lm_n_heads: int = option(9, "query heads")
+    lm_n_kv_heads: int = option(3, "key and value heads")
+    lm_n_blocks: int = option(30, "language layers")
+    lm_rms_eps: float = option(1e-5, "epsilon of the RMSNorms")
+    lm_re_base: float = option(100000.0, "base of the rotary frequencies")
+    lm_max_position_embeddings: int = option(8192, "longest document the rotary embedding is used for")
+    lm_vocab_size: int = option(49152, "rows of the token embedding")
+    lm_tie_weights: bool = option(True, "share the token embedding with the head")
+    lm_max_length: int = option(79, "text tokens a padded batch is padded to (the reference only)")
+    lm_tokenizer: str = option(
+        "HuggingFaceTB/cosmo2-tokenizer", "Hugging Face tokenizer: hub name or folder; 'train' makes one from the data"
+    )
+    mp_pixel_shuffle_factor: int = option(2, "pixel shuffle: a factor x factor square of patches makes one image token")
+    image_mean: float = option(0.0, "subtracted from pixels in [0, 1]")
+    image_std: float = option(1.0, "divides what is left (nanoVLM trains on plain [0, 1]; SigLIP's own are 0.5, 0.5)")
+    prompt: str = option("Question: {question} Answer:", "how a question becomes the prompt")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.vit_img_size // self.vit_patch_size
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens that one image takes in the language model."""
+        return (self.grid // self.mp_pixel_shuffle_factor) ** 2
+
+    @property
+    def head_dim(self) -> int:
+        return self.lm_hidden_dim // self.lm_n_heads
+
+    def validate(self) -> VLMConfig:
+        """Raise ValueError naming the first field whose size does not fit the others; returns self."""
+        checks = [
+            ("vit_img_size", self.vit_img_size, "vit_patch_size", self.vit_patch_size),
+            ("vit_hidden_dim", self.vit_hidden_dim, "vit_n_heads", self.vit_n_heads),
+            ("lm_hidden_dim", self.lm_hidden_dim, "lm_n_heads", self.lm_n_heads),
+            ("lm_n_heads", self.lm_n_heads, "lm_n_kv_heads", self.lm_n_kv_heads),
+            ("patches per side", self.grid, "mp_pixel_shuffle_factor", self.mp_pixel_shuffle_factor),
+        ]
+        for name, size, by, factor in checks:
+            if factor < 1 or size < 1 or size % factor:
+                raise ValueError(f"{name} = {size} must be a positive multiple of {by} = {factor}")
+        if self.head_dim % 2:
+            raise ValueError(f"lm_hidden_dim / lm_n_heads = {self.head_dim} must be even for the rotary embedding")
+        if "{question}" not in self.prompt:
+            raise ValueError(f"prompt must contain {{question}}, got {self.prompt!r}")
+        return self
+
+
+@dataclass
+class TrainConfig:
+    """One run. Sizes are per micro-batch; 0 where the text says 'measured' takes the size from the data."""
+
+    preset: str = option("tiny", "named set of defaults for everything below and for the model")
+    data: str = option("easy_vqa", "easy_vqa | synthetic | jsonl:FOLDER (train.jsonl, test.jsonl and the images)")
+    turns: Literal["first", "independent", "chat"] = option(
+        "independent", "first question only, every question a document on one shared image, or one conversation"
+    )
+    questions_per_image: int = option(0, "questions drawn anew for each pass over an image; 0 takes all")
+    augment: Literal["none", "shift", "dihedral"] = option(
+        "none", "per image and pass: nothing, random translation and mirror, or flips and transposes"
+    )
+    val_samples: int = option(100, "images held out of the training split to evaluate on while training")
+    out: str = option("", "run folder; default runs/PRESET")
+    resume: bool = option(False, "continue the run in --out (or the latest run) from its newest checkpoint")
+    overwrite: bool = option(False, "delete the run that --out holds and start again")
+    seed: int = option(0, "seed of weights, data order and augmentation")
+    device: str = option("auto", "auto | cpu | cuda | cuda:1 ...")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "compute type; weights stay float32; auto is bfloat16 on a GPU that has it"
+    )
+    compile: bool = option(False, "torch.compile the model (static shapes, one graph)")
+    epochs: float = option(5.0, "passes over the training split; the schedule is sized to them")
+    max_steps: int = option(0, "stop after so many optimizer steps, the schedule sized to them; 0: --epochs decides")
+    accumulate: int = option(1, "micro-batches per optimizer step; the loss is weighted by labelled tokens")
+    tokens_per_batch: int = option(20736, "token budget of a packed micro-batch")
+    images_per_batch: int = option(0, "image budget; 0: measured")
+    documents_per_batch: int = option(0, "document budget; 0: measured")
+    labels_per_batch: int = option(0, "labelled-token budget; 0: measured")
+    max_seqlen: int = option(0, "longest document; 0: measured")
+    look_ahead: int = option(256, "samples the packer chooses from")
+    workers: int = option(1, "processes that decode, tokenise and pack; 0: in the main process")
+    max_bad_samples: int = option(100, "stop with an error after so many unreadable samples")
+    lr_projector: float = option(2e-3, "peak learning rate of the projector; 0 freezes it")
+    lr_vision: float = option(1e-4, "peak learning rate of the vision tower; 0 freezes it")
+    lr_language: float = option(1e-4, "peak learning rate of the language model; 0 freezes it")
+    warmup: float = option(0.03, "share of the run in which the learning rate rises")
+    min_lr: float = option(0.1, "learning rate at the end of the cosine, as a share of the peak")
+    beta2: float = option(0.999, "AdamW's second momentum")
+    weight_decay: float = option(0.01, "AdamW's weight decay, on everything as in the seed's recipe")
+    clip: float = option(0.0, "clip the gradient norm; 0: off")
+    log_every: int = option(10, "steps between lines in metrics.jsonl")
+    eval_every: int = option(500, "steps between evaluations on the held-out images; 0: only at the end")
+    save_every: int = option(500, "steps between checkpoints; 0: only at the end")
+    final_eval: bool = option(True, "evaluate the test split at the end, seeing and blind, and draw samples.png")
+    wandb: bool = option(False, "log to Weights & Biases too (WANDB_MODE=offline works)")
+    wandb_project: str = option("nanovlm_fast", "its project")
+
+    def validate(self) -> TrainConfig:
+        """Raise ValueError naming the first option that makes no sense; returns self."""
+        for name in ("accumulate", "tokens_per_batch", "look_ahead", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.epochs <= 0 and self.max_steps <= 0:
+            raise ValueError("--epochs or --max-steps must be positive")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"--warmup is a share of the run in [0, 1), got {self.warmup}")
+        if self.resume and self.overwrite:
+            raise ValueError("--resume continues a run and --overwrite deletes it: give one of them")
+        return self
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": dict(
+        vit_img_size=64, vit_patch_size=8, vit_hidden_dim=96, vit_inter_dim=384, vit_n_heads=3, vit_n_blocks=4,
+        vit_init="sincos", lm_hidden_dim=96, lm_inter_dim=256, lm_n_heads=3, lm_n_kv_heads=1, lm_n_blocks=2,
+        lm_vocab_size=512, lm_max_position_embeddings=512, lm_max_length=24, lm_tokenizer="train",
+        image_mean=0.5, image_std=0.5,
+        questions_per_image=3, augment="shift", epochs=25.0, tokens_per_batch=5120,
+        lr_projector=1e-3, lr_vision=1e-3, lr_language=1e-3, beta2=0.99, min_lr=0.01, clip=1.0,
+    ),
+    "nanovlm-222m": dict(data="the_cauldron:all45", turns="first"),
+}  # fmt: skip
+
+
+def fields_of(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
+    """The entries of `values` that are fields of the dataclass `config_class`."""
+    names = {field.name for field in dataclasses.fields(config_class)}
+    return {name: value for name, value in values.items() if name in names}
+
+
+def preset(name: str) -> tuple[VLMConfig, TrainConfig]:
+    """Model and run of a preset. Raises ValueError for an unknown name."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; there are: {', '.join(PRESETS)}")
+    values = {**PRESETS[name], "preset": name}
+    return VLMConfig(**fields_of(VLMConfig, values)), TrainConfig(**fields_of(TrainConfig, values))
+
+
+def load_run_config(run: Path) -> dict[str, Any]:
+    """What `save_run_config` wrote, as one flat dict of option names and values."""
+    return json.loads((run / "config.json").read_text())
+
+
+def save_run_config(run: Path, model: VLMConfig, train: TrainConfig) -> None:
+    values = {**dataclasses.asdict(model), **dataclasses.asdict(train), "resume": False, "overwrite": False}
+    temporary = run / ".config.json"
+    temporary.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(temporary, run / "config.json")
+
+
+def latest_run(runs: Path = RUNS) -> Path:
+    """The run folder under `runs` that was written to last. Raises FileNotFoundError if there is none."""
+    found = [config.parent for config in runs.glob("*/config.json")]
+    if not found:
+        raise FileNotFoundError(f"no run under {runs}/; train one with: python train.py")
+    return max(
+        found, key=lambda run: (run / "metrics.jsonl" if (run / "metrics.jsonl").exists() else run).stat().st_mtime
+    )
+
+
+def parse_config(argv: list[str] | None = None) -> tuple[VLMConfig, TrainConfig]:
+    """Read the command line. A preset changes the defaults; with --resume the run's own configuration does.
+
+    Exits with status 2 and one line on an unknown option, preset or value, as argparse does.
+    """
+    from transformers import HfArgumentParser  # `--flag`, `--flag False` and `--no-flag` all mean what they say
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default=TrainConfig.preset)
+    first.add_argument("--out", default="")
+    first.add_argument("--resume", nargs="?", const="true", default="")
+    known, _ = first.parse_known_args(argv)
+    parser = HfArgumentParser(
+        (VLMConfig, TrainConfig), allow_abbrev=False, description="Train a vision-language model."
+    )
+    try:
+        defaults = (
+            {**PRESETS[known.preset], "preset": known.preset} if known.preset in PRESETS else preset(known.preset)
+        )
+        if known.resume.lower() in ("true", "1", "yes"):
+            run = Path(known.out) if known.out else latest_run()
+            if not (run / "config.json").exists():
+                raise FileNotFoundError(f"--resume: {run} holds no run (no config.json)")
+            defaults = {**load_run_config(run), "out": str(run)}
+        parser.set_defaults(**defaults)
+        model, train = parser.parse_args_into_dataclasses(argv)
+        train.out = train.out or str(RUNS / train.preset)
+        return model.validate(), train.validate()
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))

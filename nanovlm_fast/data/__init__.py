@@ -1,0 +1,1 @@
+"""From files to packed batches: sources -> images and text -> the packed stream."""

@@ -1,0 +1,167 @@
+"""Data sets behind one small interface: `len(source)`, and `source[i]` -> `Example` with images and turns.
+
+A new source is one class and one line in `load_source`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from nanovlm_fast.data.text import Turn
+
+
+@dataclass
+class Example:
+    """Images as paths, bytes or PIL images, decoded later in a worker; turns are (question, answer)."""
+
+    name: str
+    images: list[Any]
+    turns: list[Turn]
+
+
+class Source(Protocol):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+class Subset:
+    """The examples of `source` at `indices`, in that order."""
+
+    def __init__(self, source: Source, indices: np.ndarray):
+        self.source, self.indices = source, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.source[int(self.indices[index])]
+
+
+class EasyVQA:
+    """easy-VQA (package `easy-vqa`, Victor Zhou): coloured shapes, about ten questions an image."""
+
+    def __init__(self, split: str):
+        import easy_vqa
+
+        paths, questions = {
+            "train": (easy_vqa.get_train_image_paths, easy_vqa.get_train_questions),
+            "test": (easy_vqa.get_test_image_paths, easy_vqa.get_test_questions),
+        }[split]
+        self.split = split
+        self.paths = sorted(paths().items())
+        self.turns: dict[int, list[Turn]] = {image: [] for image, _ in self.paths}
+        for question, answer, image in zip(*questions(), strict=True):
+            self.turns[image].append((question, answer))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Example:
+        image, path = self.paths[index]
+        return Example(f"easy_vqa/{self.split}/{image}", [path], self.turns[image])
+
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (250, 250, 250)}
+
+
+class Synthetic:
+    """Coloured squares made on the fly: no files, no packages; for tests and benches."""
+
+    def __init__(self, split: str, size: int = 64):
+        self.split, self.size, self.count = split, size, {"train": 256, "test": 64}[split]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        rng = np.random.default_rng([self.split == "test", index])
+        colour = str(rng.choice(list(COLOURS)))
+        pixels = np.full((self.size, self.size, 3), rng.integers(90, 160), np.uint8)
+        x, y = rng.integers(0, self.size // 2, 2)
+        side = rng.integers(self.size // 8, self.size // 2)
+        pixels[y : y + side, x : x + side] = COLOURS[colour]
+        other = str(rng.choice(list(COLOURS)))
+        turns = [
+            ("what color is the square?", colour),
+            (f"is the square {other}?", "yes" if other == colour else "no"),
+            ("is the square in the upper half of the picture?", "yes" if y + side // 2 < self.size // 2 else "no"),
+        ]
+        return Example(f"synthetic/{self.split}/{index}", [Image.fromarray(pixels)], turns[: int(rng.integers(1, 4))])
+
+
+class JsonLines:
+    """A folder with `train.jsonl`, optionally `test.jsonl`, and images, in LLaVA's conversation format.
+
+    One object a line: {"image": "a.png" or ["a.png", "b.png"] or absent, "conversations": [{"from": "human", "value":
+    "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}, ...]}. Image names are relative to the folder and
+    may not leave it. A malformed line raises ValueError with its number when it is read.
+    """
+
+    def __init__(self, split: str, folder: Path):
+        self.folder, self.file = folder.resolve(), folder / f"{split}.jsonl"
+        if not self.file.exists():
+            raise FileNotFoundError(f"--data jsonl:{folder}: there is no {self.file}")
+        self.lines = [(n, line) for n, line in enumerate(self.file.read_text().splitlines(), 1) if line.strip()]
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, index: int) -> Example:
+        number, line = self.lines[index]
+        where = f"{self.file}:{number}"
+        try:
+            record = json.loads(line)
+            images = record.get("image") or []
+            images = [self.folder / name for name in ([images] if isinstance(images, str) else images)]
+            values = [str(turn["value"]).replace("<image>", "").strip() for turn in record["conversations"]]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{where}: not a record in LLaVA's conversation format ({error!r})") from error
+        for path in images:
+            if not path.resolve().is_relative_to(self.folder):
+                raise ValueError(f"{where}: image {path} lies outside {self.folder}")
+        if not values or len(values) % 2:
+            raise ValueError(f"{where}: conversations must alternate question and answer, got {len(values)} turns")
+        return Example(where, images, list(zip(values[::2], values[1::2], strict=True)))
+
+
+def load_source(data: str, split: str) -> Source:
+    """The `split` ('train' or 'test') of a data set named as in --data. Raises ValueError for an unknown name."""
+    kind, _, rest = data.partition(":")
+    if data == "easy_vqa":
+        return EasyVQA(split)
+    if kind == "synthetic" and (not rest or rest.isdigit()):
+        return Synthetic(split, int(rest or 64))
+    if kind == "jsonl" and rest:
+        return JsonLines(split, Path(rest))
+    raise ValueError(f"unknown data set {data!r}; there are: easy_vqa, synthetic, synthetic:IMAGE_SIZE, jsonl:FOLDER")
+
+
+def split_off(source: Source, held_out: int, seed: int) -> tuple[Source, Source]:
+    """(the rest, `held_out` random examples but at most half). Raises ValueError if the source is empty."""
+    if len(source) == 0:
+        raise ValueError("the data set is empty")
+    order = np.random.default_rng(seed).permutation(len(source))
+    held_out = min(held_out, len(source) // 2)
+    return Subset(source, np.sort(order[held_out:])), Subset(source, np.sort(order[:held_out]))
+
+
+def texts(source: Source, prompt: str, limit: int = 50_000) -> Iterator[str]:
+    """Prompts and answers of the first `limit` examples, to train a tokenizer on. Unreadable examples are left out."""
+    for index in range(min(len(source), limit)):
+        try:
+            turns = source[index].turns
+        except ValueError:
+            continue
+        for question, answer in turns:
+            yield prompt.format(question=question)
+            yield f" {answer}"

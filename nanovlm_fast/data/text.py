@@ -1,0 +1,127 @@
+"""Tokenizer, prompt and documents: a conversation becomes token ids with the targets that carry loss."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer as BaseTokenizer
+
+from nanovlm_fast.packing import IGNORE, Document
+
+EOS = "<|endoftext|>"
+Turn = tuple[str, str]  # question, answer
+
+
+class Tokenizer:
+    """A `tokenizers` tokenizer and its end-of-sequence token, stored in the layout that `transformers` reads."""
+
+    def __init__(self, base: BaseTokenizer, eos: str = EOS):
+        self.base, self.eos = base, eos
+        self.eos_id = base.token_to_id(eos)
+        if self.eos_id is None:
+            raise ValueError(f"the tokenizer has no end-of-sequence token {eos!r}")
+        base.no_padding()
+        base.no_truncation()
+
+    def __len__(self) -> int:
+        return self.base.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        return self.base.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text up to the first end-of-sequence token."""
+        ids = list(ids)
+        if self.eos_id in ids:
+            ids = ids[: ids.index(self.eos_id)]
+        return self.base.decode(ids, skip_special_tokens=True)
+
+    def save(self, folder: Path) -> None:
+        self.base.save(str(folder / "tokenizer.json"))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos, "pad_token": self.eos}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    @staticmethod
+    def load(folder: Path) -> Tokenizer:
+        """Read what `save` (or transformers) wrote. Raises FileNotFoundError without a tokenizer.json."""
+        if not (folder / "tokenizer.json").exists():
+            raise FileNotFoundError(f"{folder} has no tokenizer.json")
+        config = folder / "tokenizer_config.json"
+        eos = json.loads(config.read_text()).get("eos_token", EOS) if config.exists() else EOS
+        eos = eos["content"] if isinstance(eos, dict) else eos
+        return Tokenizer(BaseTokenizer.from_file(str(folder / "tokenizer.json")), eos)
+
+    @staticmethod
+    def from_hub(name: str) -> Tokenizer:
+        """A Hugging Face tokenizer, by hub name or local folder."""
+        if Path(name).is_dir():
+            return Tokenizer.load(Path(name))
+        from transformers import AutoTokenizer
+
+        try:
+            loaded = AutoTokenizer.from_pretrained(name)
+        except OSError as error:
+            raise OSError(
+                f"tokenizer {name!r} could not be loaded from the Hugging Face hub. Give a local folder with its "
+                f"tokenizer.json: --lm-tokenizer FOLDER ({str(error).splitlines()[0]})"
+            ) from error
+        return Tokenizer(loaded.backend_tokenizer, loaded.eos_token)
+
+    @staticmethod
+    def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """Byte-level BPE (as GPT-2's) on the given text, with at most `vocab_size` entries."""
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        if vocab_size <= len(alphabet):
+            raise ValueError(f"--lm-vocab-size must be over {len(alphabet)} (bytes and <eos>), got {vocab_size}")
+        base = BaseTokenizer(models.BPE())
+        base.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        base.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=sorted(alphabet), show_progress=False
+        )
+        base.train_from_iterator(texts, trainer)
+        return Tokenizer(base)
+
+
+class TextProcessor:
+    """Turns -> documents of `[image tokens][prompt answer eos ...]`, each position labelled with its next token.
+
+    Only answers and their end-of-sequence token carry loss. `mode`: 'first' takes the first turn, 'independent' makes
+    every turn a document, 'chat' puts all turns in one. A text seen before is not tokenised again.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: str, image_tokens: int, mode: str = "independent"):
+        self.tokenizer, self.prompt, self.image_tokens, self.mode = tokenizer, prompt, image_tokens, mode
+        self.seen: dict[str, list[int]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        ids = self.seen.get(text)
+        if ids is None:
+            ids = self.tokenizer.encode(text)
+            if len(self.seen) < 100_000:
+                self.seen[text] = ids
+        return ids
+
+    def document(self, turns: Sequence[Turn], n_images: int) -> Document:
+        """One document with all turns; the last answer may be '' to make a prompt without labels."""
+        ids = [0] * (n_images * self.image_tokens)
+        targets = [IGNORE] * len(ids)
+        for i, (question, answer) in enumerate(turns):
+            prompt = self.encode(("\n" if i else "") + self.prompt.format(question=question))
+            reply = [*self.encode(" " + answer), self.tokenizer.eos_id] if answer else []
+            ids += prompt + reply
+            targets += [IGNORE] * len(prompt) + reply
+        rows = np.full(len(ids), -1, np.int32)
+        rows[: n_images * self.image_tokens] = np.arange(n_images * self.image_tokens)
+        labels = np.array([*targets[1:], IGNORE], np.int64)
+        return Document(np.array(ids, np.int64), rows, labels)
+
+    def documents(self, turns: Sequence[Turn], n_images: int) -> list[Document]:
+        if self.mode == "independent":
+            return [self.document([turn], n_images) for turn in turns]
+        return [self.document(turns[:1] if self.mode == "first" else turns, n_images)]

@@ -1,0 +1,166 @@
+"""Generation: prompts of mixed length in one packed prefill, then one token a step from a KV cache.
+
+python -m nanovlm_fast.generate --checkpoint RUN --image FILE --prompt TEXT
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanovlm_fast.attention import padded_slots, varlen_attention
+from nanovlm_fast.checkpoint import load_pretrained
+from nanovlm_fast.data.images import load_image
+from nanovlm_fast.data.text import TextProcessor
+from nanovlm_fast.model import VisionLanguageModel
+from nanovlm_fast.packing import Budget, Document, PackedBatch, Sample, pack
+
+
+class KVCache:
+    """Keys and values of every layer, one row a prompt: (layers, B, n_kv_heads, length, head_dim)."""
+
+    def __init__(self, model: VisionLanguageModel, prompts: PackedBatch, n_prompts: int, new_tokens: int):
+        config, weight = model.config, model.decoder.token_embedding.weight
+        self.lengths = prompts.cu_seqlens.diff()[:n_prompts].long()  # tokens already in the cache
+        self.length = prompts.max_seqlen + new_tokens
+        shape = (config.lm_n_blocks, n_prompts, config.lm_n_kv_heads, self.length, config.head_dim)
+        self.keys, self.values = weight.new_zeros(shape), weight.new_zeros(shape)
+        self.prompts = prompts
+
+    def prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend inside each prompt and keep its keys and values."""
+        cu_seqlens, max_seqlen = self.prompts.cu_seqlens, self.prompts.max_seqlen
+        slots = padded_slots(cu_seqlens, max_seqlen, len(k))
+        n_prompts, n_tokens = self.keys.shape[1], int(cu_seqlens[self.keys.shape[1]])
+        for cache, new in ((self.keys, k), (self.values, v)):
+            rows = new.new_zeros(n_prompts * max_seqlen, *new.shape[1:])
+            rows[slots[:n_tokens]] = new[:n_tokens]
+            cache[layer, :, :, :max_seqlen] = rows.view(n_prompts, max_seqlen, *new.shape[1:]).transpose(1, 2)
+        return varlen_attention(q, k, v, cu_seqlens, max_seqlen, causal=True)
+
+    def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One new token a prompt: q (B, n_heads, D), k and v (B, n_kv_heads, D)."""
+        row = torch.arange(len(q), device=q.device)
+        self.keys[layer, row, :, self.lengths] = k
+        self.values[layer, row, :, self.lengths] = v
+        seen = torch.arange(self.length, device=q.device) <= self.lengths[:, None]
+        out = F.scaled_dot_product_attention(
+            q[:, :, None], self.keys[layer], self.values[layer], attn_mask=seen[:, None, None], enable_gqa=True
+        )
+        return out[:, :, 0]
+
+
+@torch.inference_mode()
+def generate(
+    model: VisionLanguageModel,
+    images: Tensor,
+    prompts: Sequence[Document],
+    eos_id: int,
+    max_new_tokens: int = 20,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> list[list[int]]:
+    """Continue each prompt until end of sequence; returns the new tokens without it.
+
+    images (N, 3, H, W) uint8 are encoded once; a prompt's `image_rows` index their image tokens, all N together.
+    temperature 0 is greedy; otherwise sampling, from the `top_k` likeliest tokens (0: all) and of them the fewest that
+    hold `top_p` of the probability.
+    """
+    if not prompts or max_new_tokens < 1:
+        return [[] for _ in prompts]
+    longest = max(len(prompt) for prompt in prompts)
+    if longest + max_new_tokens > model.config.lm_max_position_embeddings:
+        raise ValueError(
+            f"prompt of {longest} tokens and {max_new_tokens} new ones are over the model's "
+            f"{model.config.lm_max_position_embeddings} positions"
+        )
+    budget = Budget(sum(len(p) for p in prompts), len(prompts), 0, 0, longest)
+    sample = Sample("prompts", np.zeros((0, 3, *images.shape[2:]), np.uint8), list(prompts))
+    batch = pack([sample], budget, model.config.image_tokens, model.config.vit_img_size).to(images.device)
+    cache = KVCache(model, batch, len(prompts), max_new_tokens)
+
+    image_tokens = model.encode_images(images) if len(images) else images.new_zeros(0, model.config.lm_hidden_dim)
+    x = model.decoder.embed(batch.input_ids, batch.image_rows, image_tokens)
+    last = batch.cu_seqlens[1 : len(prompts) + 1].long() - 1
+    hidden = model.decoder(x, batch.position_ids, cache.prefill, last)
+    replies: list[list[int]] = [[] for _ in prompts]
+    running = torch.ones(len(prompts), dtype=torch.bool)
+    for step in range(max_new_tokens):
+        token = choose(model.decoder.head(hidden), temperature, top_k, top_p, generator)
+        values = token.tolist()
+        for i, value in enumerate(values):
+            running[i] &= value != eos_id
+            if running[i]:
+                replies[i].append(value)
+        if step == max_new_tokens - 1 or not running.any():
+            break
+        x = model.decoder.token_embedding(token)
+        hidden = model.decoder(x, cache.lengths, cache.decode)
+        cache.lengths = cache.lengths + 1
+    return replies
+
+
+def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
+    """(B, V) logits -> (B,) tokens."""
+    if temperature <= 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
+    if top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability ahead of each token
+        ordered = ordered.masked_fill(before >= top_p, float("-inf"))
+        logits = torch.full_like(logits, float("-inf")).scatter(-1, order, ordered)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m nanovlm_fast.generate", description="Ask a model about an image.")
+    parser.add_argument("--checkpoint", help="run or checkpoint folder (default: the latest run)")
+    parser.add_argument("--image", action="append", default=[], help="image file; repeat for several in one prompt")
+    parser.add_argument("--prompt", action="append", required=True, help="question; repeat for a batch on the images")
+    parser.add_argument("--max-new-tokens", type=int, default=20)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    try:
+        model, tokenizer = load_pretrained(args.checkpoint, args.device)
+        size = model.config.vit_img_size
+        images = [load_image(file, size) for file in args.image]
+        text = TextProcessor(tokenizer, model.config.prompt, model.config.image_tokens)
+        prompts = [text.document([(prompt, "")], len(images)) for prompt in args.prompt]
+        stacked = np.stack(images) if images else np.zeros((0, 3, size, size), np.uint8)
+        replies = generate(
+            model.eval(),
+            torch.from_numpy(stacked).to(args.device),
+            prompts,
+            tokenizer.eos_id,
+            args.max_new_tokens,
+            args.temperature,
+            args.top_k,
+            args.top_p,
+            torch.Generator(args.device).manual_seed(args.seed),
+        )
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for prompt, reply in zip(args.prompt, replies, strict=True):
+        answer = tokenizer.decode(reply).strip()
+        print(f"{prompt} {answer}" if len(args.prompt) > 1 else answer)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""The fast model: nanoVLM on packed batches.
+
+The same function as `reference.py` without the padding: documents lie end to end (`PackedBatch`), an image is encoded
+once for all documents that show it, the projections of q, k, v and of gate and up are one matrix each, and only rows
+that carry a label go through the last MLP and the head. Module names are the reference's, so the state dicts convert
+by splitting the fused matrices (`reference_state_dict`, `load_reference_state_dict`). The vision blocks, where there is
+nothing to pack, are the reference's own.
+
+Shapes: N images, P patches an image, T packed tokens, L labelled rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanovlm_fast.attention import varlen_attention
+from nanovlm_fast.config import VLMConfig
+from nanovlm_fast.packing import IGNORE, PackedBatch
+from nanovlm_fast.reference import VisionBlock, init_weights
+
+# attend(layer, q, k, v) -> out: how the language model attends; training, prefill and decoding each bring their own
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class PatchEmbedding(nn.Module):
+    """(N, 3, H, W) uint8 -> (N, P, C), as one matrix product over patches.
+
+    The pixels' normalisation, (x / 255 - mean) / std, is folded into the weights: bytes go straight into the product.
+    """
+
+    def __init__(self, config: VLMConfig):
+        super().__init__()
+        self.patch, self.grid = config.vit_patch_size, config.grid
+        self.conv = nn.Conv2d(3, config.vit_hidden_dim, kernel_size=self.patch, stride=self.patch)
+        self.position_embedding = nn.Parameter(torch.rand(1, self.grid**2, config.vit_hidden_dim))
+        self.scale, self.shift = 1 / (255 * config.image_std), -config.image_mean / config.image_std
+
+    def forward(self, images: Tensor) -> Tensor:
+        grid, patch = self.grid, self.patch
+        patches = images.view(-1, 3, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5)
+        patches = patches.reshape(-1, grid * grid, 3 * patch * patch).to(self.conv.weight.dtype)
+        weight = self.conv.weight.flatten(1)
+        bias = self.conv.bias + self.shift * weight.sum(1)
+        return F.linear(patches, weight * self.scale, bias) + self.position_embedding
+
+
+class VisionTransformer(nn.Module):
+    """(N, 3, H, W) uint8 -> (N, P, C)."""
+
+    def __init__(self, config: VLMConfig):
+        super().__init__()
+        self.patch_embedding = PatchEmbedding(config)
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.vit_n_blocks))
+        self.layer_norm = nn.LayerNorm(config.vit_hidden_dim, eps=config.vit_ln_eps)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patch_embedding(images)
+        for block in self.blocks:
+            x = block(x)
+        return self.layer_norm(x)
+
+
+class ModalityProjector(nn.Module):
+    """(N, P, C) -> (N * P / s^2, C_lm): s x s neighbouring patches become one token, then one linear map."""
+
+    def __init__(self, config: VLMConfig):
+        super().__init__()
+        self.side, self.factor = config.grid // config.mp_pixel_shuffle_factor, config.mp_pixel_shuffle_factor
+        self.proj = nn.Linear(config.vit_hidden_dim * self.factor**2, config.lm_hidden_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        side, s, width = self.side, self.factor, x.shape[-1]
+        x = x.view(-1, side, s, side, s, width).transpose(2, 3)
+        return self.proj(x.reshape(-1, s * s * width))
+
+
+class RotaryEmbedding(nn.Module):
+    """position_ids (T,) -> cos, sin (T, 1, head_dim / 2), float32."""
+
+    def __init__(self, config: VLMConfig):
+        super().__init__()
+        exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+        self.register_buffer("inv_freq", 1.0 / config.lm_re_base**exponents)
+
+    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        angles = position_ids[:, None, None].float() * self.inv_freq
+        return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Half-rotation RoPE of x (T, heads, D) by cos, sin (T, 1, D / 2), computed in float32."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+class LanguageAttention(nn.Module):
+    def __init__(self, config: VLMConfig):
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = config.lm_n_heads, config.lm_n_kv_heads, config.head_dim
+        heads = self.n_heads + 2 * self.n_kv_heads
+        self.qkv_proj = nn.Linear(config.lm_hidden_dim, heads * self.head_dim, bias=False)
+        self.out_proj = nn.Linear(self.n_heads * self.head_dim, config.lm_hidden_dim, bias=False)
+
+    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated q (T, n_heads, D), rotated k and plain v (T, n_kv_heads, D)."""
+        qkv = self.qkv_proj(x).view(len(x), -1, self.head_dim)
+        qk, v = qkv.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], dim=1)
+        q, k = rotate(qk, cos, sin).split([self.n_heads, self.n_kv_heads], dim=1)
+        return q, k, v
+
+
+class LanguageMLP(nn.Module):
+    def __init__(self, config: VLMConfig):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.lm_hidden_dim, 2 * config.lm_inter_dim, bias=False)
+        self.down_proj = nn.Linear(config.lm_inter_dim, config.lm_hidden_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class LanguageBlock(nn.Module):
+    def __init__(self, config: VLMConfig):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(config.lm_hidden_dim, eps=config.lm_rms_eps)
+        self.attn = LanguageAttention(config)
+        self.norm2 = nn.RMSNorm(config.lm_hidden_dim, eps=config.lm_rms_eps)
+        self.mlp = LanguageMLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable, rows: Tensor | None) -> Tensor:
+        """x (T, C) -> (T, C), or (L, C) where only `rows` (L,) of the output are wanted."""
+        out = attend(*self.attn.qkv(self.norm1(x), cos, sin)).flatten(1)
+        if rows is not None:  # keys and values needed every row; the rest of the block does not
+            x, out = x[rows], out[rows]
+        x = x + self.attn.out_proj(out)
+        return x + self.mlp(self.norm2(x))
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, config: VLMConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.lm_vocab_size, config.lm_hidden_dim)
+        self.rotary_embd = RotaryEmbedding(config)
+        self.blocks = nn.ModuleList(LanguageBlock(config) for _ in range(config.lm_n_blocks))
+        self.norm = nn.RMSNorm(config.lm_hidden_dim, eps=config.lm_rms_eps)
+        self.head = nn.Linear(config.lm_hidden_dim, config.lm_vocab_size, bias=False)
+        if config.lm_tie_weights:
+            self.head.weight = self.token_embedding.weight
+
+    def embed(self, input_ids: Tensor, image_rows: Tensor, image_tokens: Tensor) -> Tensor:
+        """(T, C): the token's embedding, or where image_rows is not -1 that row of image_tokens."""
+        text = self.token_embedding(input_ids)
+        if len(image_tokens) == 0:
+            return text
+        shown = image_tokens[image_rows.clamp(min=0)].to(text.dtype)
+        return torch.where(image_rows[:, None] >= 0, shown, text)
+
+    def forward(self, x: Tensor, position_ids: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        """Embeddings (T, C) -> normalised hidden states (T, C), or (L, C) of `rows` alone."""
+        cos, sin = self.rotary_embd(position_ids)
+        last = len(self.blocks) - 1
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cos, sin, lambda *qkv, i=layer: attend(i, *qkv), rows if layer == last else None)
+        return self.norm(x)
+
+
+class VisionLanguageModel(nn.Module):
+    def __init__(self, config: VLMConfig):
+        super().__init__()
+        self.config = config.validate()
+        self.vision_encoder = VisionTransformer(config)
+        self.MP = ModalityProjector(config)
+        self.decoder = LanguageModel(config)
+        init_weights(self, config)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) uint8 -> (N * image_tokens, C)."""
+        return self.MP(self.vision_encoder(images))
+
+    def logits(self, batch: PackedBatch) -> Tensor:
+        """(L, V) at batch.label_index."""
+        x = self.decoder.embed(batch.input_ids, batch.image_rows, self.encode_images(batch.images))
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return varlen_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, causal=True)
+
+        return self.decoder.head(self.decoder(x, batch.position_ids, attend, batch.label_index))
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Cross-entropy in float32, summed over the labelled tokens: divide by their number over the whole step."""
+        return F.cross_entropy(self.logits(batch).float(), batch.labels, ignore_index=IGNORE, reduction="sum")
+
+    def fused_parts(self) -> dict[str, dict[str, int]]:
+        """Fused weights by name -> the reference's weights that they hold, in order, and their row counts."""
+        config = self.config
+        q, kv = config.lm_n_heads * config.head_dim, config.lm_n_kv_heads * config.head_dim
+        parts = {}
+        for i in range(config.lm_n_blocks):
+            attn, mlp = f"decoder.blocks.{i}.attn.", f"decoder.blocks.{i}.mlp."
+            parts[attn + "qkv_proj.weight"] = {
+                f"{attn}{n}_proj.weight": size for n, size in zip("qkv", (q, kv, kv), strict=True)
+            }
+            parts[mlp + "gate_up_proj.weight"] = {f"{mlp}{n}_proj.weight": config.lm_inter_dim for n in ("gate", "up")}
+        return parts
+
+    def reference_state_dict(self) -> dict[str, Tensor]:
+        """The state dict of the reference (nanoVLM's keys), sharing memory with this model."""
+        fused, state = self.fused_parts(), {}
+        for name, tensor in self.state_dict().items():
+            parts = fused.get(name, {name: len(tensor)})
+            state.update(zip(parts, tensor.split(list(parts.values())), strict=True))
+        return state
+
+    def load_reference_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Load a state dict of the reference, in place. Raises ValueError naming missing, extra and misshapen keys.
+
+        Of tied weights (head and token embedding) one may be absent; the rotary buffer may be too.
+        """
+        state = dict(state)
+        tied = ("decoder.head.weight", "decoder.token_embedding.weight")
+        if self.config.lm_tie_weights:
+            for name, other in (tied, tied[::-1]):
+                if other in state:
+                    state.setdefault(name, state[other])
+        target = self.reference_state_dict()
+        state.setdefault("decoder.rotary_embd.inv_freq", target["decoder.rotary_embd.inv_freq"])
+        problems = [f"missing {name}" for name in target if name not in state]
+        problems += [f"unexpected {name}" for name in state if name not in target]
+        problems += [
+            f"{name} has shape {tuple(state[name].shape)}, the model's is {tuple(tensor.shape)}"
+            for name, tensor in target.items()
+            if name in state and state[name].shape != tensor.shape
+        ]
+        if problems:
+            more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
+            raise ValueError("weights do not fit the model: " + "; ".join(problems[:8]) + more)
+        with torch.no_grad():
+            for name, tensor in target.items():
+                tensor.copy_(state[name])

@@ -1,0 +1,58 @@
+"""curves.png and samples.png: what a run looks like."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from nanovlm_fast.metrics import read_metrics
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def plot_curves(run: Path) -> None:
+    """RUN/curves.png: loss, held-out accuracy and tokens/s against the step, from metrics.jsonl."""
+    plt = _pyplot()
+    lines = read_metrics(run)
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
+    panels = (("loss", "training loss"), ("accuracy", "held-out accuracy"), ("tokens_per_s", "tokens/s"))
+    for axis, (name, title) in zip(axes, panels, strict=True):
+        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        if points:
+            axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 40 else None, color="#1f6feb", lw=1.5)
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yscale("log")
+    axes[1].set_ylim(0, 1)
+    axes[2].set_ylim(bottom=0)
+    figure.savefig(run / "curves.png", dpi=110)
+    plt.close(figure)
+
+
+def plot_samples(file: Path, samples: Sequence[tuple[np.ndarray, str, str, str]], columns: int = 6) -> None:
+    """A grid of (image (3, H, W) uint8, question, right answer, model's answer); wrong ones in red."""
+    plt = _pyplot()
+    rows = -(-len(samples) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.3 * columns, 2.75 * rows), constrained_layout=True, squeeze=False
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (image, question, right, answer) in zip(axes.flat, samples, strict=False):
+        axis.imshow(image.transpose(1, 2, 0))
+        said, colour = (answer, "#1a7f37") if answer == right else (f"{answer} (it is: {right})", "#cf222e")
+        wrapped = "\n".join(textwrap.wrap(question, 30)[:2])
+        axis.set_title(f"{wrapped}\n{said}", fontsize=9, color=colour)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
