@@ -32,7 +32,7 @@ from nanovlm_fast.evaluate import evaluate
 from nanovlm_fast.generate import generate
 from nanovlm_fast.metrics import Meter, MetricsLog, summary_table
 from nanovlm_fast.model import VisionLanguageModel
-from nanovlm_fast.optim import lr_factor, make_optimizer, set_lr
+from nanovlm_fast.optim import lr_factor, make_optimizers, set_lr
 from nanovlm_fast.packing import PackedBatch
 from nanovlm_fast.pictures import plot_curves, plot_samples
 
@@ -66,7 +66,7 @@ class Trainer:
         )
         torch.manual_seed(config.seed)
         self.model = VisionLanguageModel(model_config).to(self.device)
-        self.optimizer = make_optimizer(self.model, config)
+        self.optimizers = make_optimizers(self.model, config)
         self.state = {
             "step": 0, "examples": 0, "bad": 0, "too_long": 0, "seconds": 0.0, "tokens": 0, "capacity": 0,
             "best_step": None, "best_accuracy": -1.0, "loss_sum": 0.0, "loss_labels": 0,
@@ -74,7 +74,7 @@ class Trainer:
         }  # fmt: skip
         checkpoint = newest_checkpoint(self.run)
         if config.resume and checkpoint:
-            self.state = load_checkpoint(checkpoint, self.model, self.optimizer)
+            self.state = load_checkpoint(checkpoint, self.model, self.optimizers)
         save_run_config(self.run, model_config, config)
         self.log = MetricsLog(self.run, self.state["step"])
         self.wandb = start_wandb(self.run, model_config, config)
@@ -114,7 +114,7 @@ class Trainer:
             if not micro_batches:
                 break
             lr = lr_factor(self.progress(), config.warmup, config.min_lr)
-            set_lr(self.optimizer, lr)
+            set_lr(self.optimizers, lr)
             n_labels = sum(batch.n_labels for batch in micro_batches)
             loss = 0.0
             for batch in micro_batches:
@@ -126,8 +126,9 @@ class Trainer:
                 raise Stopped(self.non_finite(loss, lr, micro_batches))
             if config.clip:
                 nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
 
             state["step"] += 1
             state["loss_sum"] += loss
@@ -172,13 +173,13 @@ class Trainer:
                     f"{state['bad']} unreadable samples are over --max-bad-samples {self.config.max_bad_samples}"
                 )
             if batch.packed.n_labels:
-                micro_batches.append(batch.packed)
+                micro_batches.append(batch.packed if self.config.compile else batch.packed.trimmed())
         return micro_batches
 
     def log_line(self, meter: Meter, lr: float, bar: tqdm) -> None:
         state, speed = self.state, meter.read()
         values = {"step": state["step"], "loss": state["loss_sum"] / state["loss_labels"], "progress": self.progress()}
-        values |= {f"lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups}
+        values |= {f"lr_{group['name']}": group["lr"] for o in self.optimizers for group in o.param_groups}
         values |= {"seconds": round(state["seconds"], 3), "examples": state["examples"], **speed}
         state["loss_sum"], state["loss_labels"] = 0.0, 0
         self.log.write(values)
@@ -204,7 +205,7 @@ class Trainer:
         self.save()
 
     def save(self) -> None:
-        save_checkpoint(self.run, self.model, self.tokenizer, self.optimizer, self.state)
+        save_checkpoint(self.run, self.model, self.tokenizer, self.optimizers, self.state)
 
     def non_finite(self, loss: float, lr: float, batches: list[PackedBatch]) -> str:
         names = list(itertools.chain.from_iterable(batch.names for batch in batches))

@@ -88,7 +88,7 @@ def save_checkpoint(
     run: Path,
     model: VisionLanguageModel,
     tokenizer: Tokenizer,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     state: dict[str, Any],
 ) -> Path:
     """Write the checkpoint of `state['step']` and point RUN/last, and if state['best_step'] says so RUN/best, at it.
@@ -102,7 +102,12 @@ def save_checkpoint(
     target = root / f"step-{state['step']:06d}"
     temporary = root / f".tmp-{target.name}"
     save_pretrained(temporary, model, tokenizer)
-    tensors = {f"{i}.{name}": t for i, slots in optimizer.state_dict()["state"].items() for name, t in slots.items()}
+    tensors = {
+        f"{o}.{i}.{name}": tensor
+        for o, optimizer in enumerate(optimizers)
+        for i, slots in optimizer.state_dict()["state"].items()
+        for name, tensor in slots.items()
+    }
     tensors["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
@@ -126,7 +131,9 @@ def save_checkpoint(
     return target
 
 
-def load_checkpoint(folder: Path, model: VisionLanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load_checkpoint(
+    folder: Path, model: VisionLanguageModel, optimizers: list[torch.optim.Optimizer]
+) -> dict[str, Any]:
     """Restore model, optimizer and random state in place; returns the `state` that was saved with them."""
     model.load_reference_state_dict(_load_tensors(folder / "model.safetensors"))
     tensors = _load_tensors(folder / "optimizer.safetensors")
@@ -134,11 +141,12 @@ def load_checkpoint(folder: Path, model: VisionLanguageModel, optimizer: torch.o
     cuda_rng = tensors.pop("rng.cuda", None)
     if cuda_rng is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda_rng)
-    slots: dict[int, dict[str, Tensor]] = {}
+    slots: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
     for name, tensor in tensors.items():
-        index, slot = name.split(".", 1)
-        slots.setdefault(int(index), {})[slot] = tensor
-    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+        optimizer, parameter, slot = name.split(".")
+        slots[int(optimizer)].setdefault(int(parameter), {})[slot] = tensor
+    for optimizer, state in zip(optimizers, slots, strict=True):
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return json.loads((folder / "state.json").read_text())
 
 

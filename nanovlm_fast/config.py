@@ -32,9 +32,6 @@ class VLMConfig:
     vit_n_heads: int = option(12, "vision attention heads")
     vit_n_blocks: int = option(12, "vision layers")
     vit_ln_eps: float = option(1e-6, "epsilon of the vision LayerNorms")
-    vit_init: Literal["seed", "sincos"] = option(
-        "seed", "start of the vision tower from scratch: nanoVLM's, or 2-D sine-cosine position embeddings"
-    )
     lm_hidden_dim: int = option(576, "width of the language model")
     lm_inter_dim: int = option(1536, "width of the language MLP")
     lm_n_heads: int = option(9, "query heads")
@@ -52,6 +49,9 @@ class VLMConfig:
     mp_pixel_shuffle_factor: int = option(2, "pixel shuffle: a factor x factor square of patches makes one image token")
     image_mean: float = option(0.0, "subtracted from pixels in [0, 1]")
     image_std: float = option(1.0, "divides what is left (nanoVLM trains on plain [0, 1]; SigLIP's own are 0.5, 0.5)")
+    init: Literal["seed", "scratch"] = option(
+        "seed", "weights to start from: nanoVLM's N(0, 0.02), or what a small model learns faster from (reference.py)"
+    )
     prompt: str = option("Question: {question} Answer:", "how a question becomes the prompt")
 
     @property
@@ -97,8 +97,10 @@ class TrainConfig:
         "independent", "first question only, every question a document on one shared image, or one conversation"
     )
     questions_per_image: int = option(0, "questions drawn anew for each pass over an image; 0 takes all")
+    curriculum: str = option("", "in the first --curriculum-epochs ask only questions that contain this text")
+    curriculum_epochs: int = option(0, "how many epochs --curriculum lasts")
     augment: Literal["none", "shift", "dihedral"] = option(
-        "none", "per image and pass: nothing, random translation and mirror, or flips and transposes"
+        "none", "per image and pass: nothing, a shift inside plain margins and mirror, or flips and transposes"
     )
     val_samples: int = option(100, "images held out of the training split to evaluate on while training")
     out: str = option("", "run folder; default runs/PRESET")
@@ -126,6 +128,10 @@ class TrainConfig:
     lr_language: float = option(1e-4, "peak learning rate of the language model; 0 freezes it")
     warmup: float = option(0.03, "share of the run in which the learning rate rises")
     min_lr: float = option(0.1, "learning rate at the end of the cosine, as a share of the peak")
+    optimizer: Literal["adamw", "muon"] = option(
+        "adamw", "AdamW for everything, or Muon for the matrices and AdamW else"
+    )
+    muon_scale: float = option(10.0, "learning rate of Muon's matrices, as a multiple of their part's")
     beta2: float = option(0.999, "AdamW's second momentum")
     weight_decay: float = option(0.01, "AdamW's weight decay, on everything as in the seed's recipe")
     clip: float = option(0.0, "clip the gradient norm; 0: off")
@@ -152,12 +158,13 @@ class TrainConfig:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
-        vit_img_size=64, vit_patch_size=8, vit_hidden_dim=96, vit_inter_dim=384, vit_n_heads=3, vit_n_blocks=4,
-        vit_init="sincos", lm_hidden_dim=96, lm_inter_dim=256, lm_n_heads=3, lm_n_kv_heads=1, lm_n_blocks=2,
-        lm_vocab_size=512, lm_max_position_embeddings=512, lm_max_length=24, lm_tokenizer="train",
-        image_mean=0.5, image_std=0.5,
-        questions_per_image=3, augment="shift", epochs=25.0, tokens_per_batch=5120,
-        lr_projector=1e-3, lr_vision=1e-3, lr_language=1e-3, beta2=0.99, min_lr=0.01, clip=1.0,
+        vit_img_size=64, vit_patch_size=8, vit_hidden_dim=64, vit_inter_dim=256, vit_n_heads=4, vit_n_blocks=4,
+        lm_hidden_dim=64, lm_inter_dim=192, lm_n_heads=4, lm_n_kv_heads=4, lm_n_blocks=2, lm_vocab_size=384,
+        lm_re_base=10000.0, lm_max_position_embeddings=512, lm_max_length=24, lm_tokenizer="train",
+        mp_pixel_shuffle_factor=4, image_mean=0.875, image_std=0.25, init="scratch",
+        augment="shift", curriculum="what shape", curriculum_epochs=12, epochs=80.0,
+        tokens_per_batch=5120, optimizer="muon", lr_projector=2e-3, lr_vision=2e-3, lr_language=2e-3,
+        beta2=0.98, min_lr=0.0, warmup=0.04, clip=1.0, eval_every=1000, save_every=500,
     ),
     "nanovlm-222m": dict(data="the_cauldron:all45", turns="first"),
 }  # fmt: skip

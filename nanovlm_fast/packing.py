@@ -26,6 +26,7 @@ class Document:
     input_ids: np.ndarray  # (n,) int64
     image_rows: np.ndarray  # (n,) int32, rows of the sample's own image tokens
     labels: np.ndarray  # (n,) int64, -100 where there is no loss
+    question: str = ""  # what it asks, for people and for a curriculum
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -75,6 +76,16 @@ class PackedBatch:
             if isinstance(value := getattr(self, field.name), Tensor)
         }
         return dataclasses.replace(self, **moved)
+
+    def trimmed(self) -> PackedBatch:
+        """The same batch without its padding: less work where shapes may vary from step to step (eager)."""
+        sizes = (
+            (self.n_tokens, ("input_ids", "position_ids", "image_rows")),
+            (self.n_documents + 1, ("cu_seqlens",)),
+            (self.n_images, ("images",)),
+            (self.n_labels, ("label_index", "labels")),
+        )
+        return dataclasses.replace(self, **{n: getattr(self, n)[:size] for size, names in sizes for n in names})
 
 
 @dataclass(frozen=True)

@@ -33,19 +33,20 @@ def load_image(source: Path | str | bytes | Image.Image, size: int) -> np.ndarra
         raise BadImage(f"image {name}: {error}") from error
 
 
-def shift(image: np.ndarray, dx: int, dy: int) -> np.ndarray:
-    """Move (3, H, W) by (dx, dy) pixels; the border repeats into what is uncovered."""
-    height, width = image.shape[1:]
-    rows = (np.arange(height) - dy).clip(0, height - 1)
-    columns = (np.arange(width) - dx).clip(0, width - 1)
-    return image[:, rows[:, None], columns]
+def plain_margins(image: np.ndarray) -> tuple[int, int, int, int]:
+    """Rows and columns at (top, bottom, left, right) of (3, H, W) that show nothing but the corner's colour."""
+    drawn = (image != image[:, :1, :1]).any(0)
+    rows, columns = np.nonzero(drawn.any(1))[0], np.nonzero(drawn.any(0))[0]
+    if len(rows) == 0:
+        return (0, 0, 0, 0)
+    return rows[0], len(drawn) - 1 - rows[-1], columns[0], drawn.shape[1] - 1 - columns[-1]
 
 
 def augment(images: np.ndarray, mode: str, rng: np.random.Generator) -> np.ndarray:
-    """Augment (n, 3, H, W) uint8: all images of a sample alike, so that what is said of them together stays true.
+    """Augment (n, 3, H, W) uint8: all images of a sample mirrored alike, so that what is said of them stays true.
 
-    'shift': random translation by up to an eighth of the side, and mirror. 'dihedral': one of the square's eight
-    symmetries. 'none' returns the images as they are.
+    'shift': what is drawn on a plain background moves anywhere inside its margins, and mirror; a photograph has no
+    margins and only mirrors. 'dihedral': one of the square's eight symmetries. 'none' returns the images as they are.
     """
     if mode == "none" or len(images) == 0:
         return images
@@ -55,7 +56,10 @@ def augment(images: np.ndarray, mode: str, rng: np.random.Generator) -> np.ndarr
         images = images[:, :, :: rng.choice((1, -1)), :]
     images = images[..., :: rng.choice((1, -1))]
     if mode == "shift":
-        reach = images.shape[-1] // 8
-        dx, dy = rng.integers(-reach, reach + 1, 2)
-        images = np.stack([shift(image, dx, dy) for image in images])
+        moved = []
+        for image in images:
+            top, bottom, left, right = plain_margins(image)
+            shift = (int(rng.integers(-top, bottom + 1)), int(rng.integers(-left, right + 1)))
+            moved.append(np.roll(image, shift, axis=(1, 2)))
+        images = np.stack(moved)
     return np.ascontiguousarray(images)

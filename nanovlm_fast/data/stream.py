@@ -39,6 +39,8 @@ class SampleLoader:
         whole = self.cache.get(index) or self.load(index)
         rng = np.random.default_rng([self.train.seed, epoch, index])
         documents, wanted = whole.documents, self.train.questions_per_image
+        if epoch < self.train.curriculum_epochs:
+            documents = [document for document in documents if self.train.curriculum in document.question]
         if 0 < wanted < len(documents):
             documents = [documents[i] for i in rng.permutation(len(documents))[:wanted]]
         return Sample(whole.name, augment(whole.images, self.train.augment, rng), documents, key)
@@ -65,12 +67,13 @@ class StreamBatch:
     packed: PackedBatch
     bad: list[str]  # why each example was left out that could not be read since the shard's last batch
     too_long: list[str]  # and each that is over the budget
+    passed_over: int  # examples without a question that the curriculum asks
     state: dict[str, Any]  # of its shard, after this batch
 
     @property
     def consumed(self) -> int:
         """Examples of the epoch that are done with."""
-        return self.packed.n_samples + len(self.bad) + len(self.too_long)
+        return self.packed.n_samples + len(self.bad) + len(self.too_long) + self.passed_over
 
 
 class PackedStream(IterableDataset):
@@ -110,7 +113,7 @@ class PackedStream(IterableDataset):
         epoch, position = state["epoch"], state["position"]
         keys = self.keys(state["shard"], state["shards"], epoch, position)
         while True:
-            bad, too_long = [], []
+            bad, too_long, passed_over = [], [], 0
             while len(packer.buffer) < look_ahead and (key := next(keys, None)) is not None:
                 epoch, position, index = key[0], key[1] + 1, key[2]
                 try:
@@ -118,14 +121,16 @@ class PackedStream(IterableDataset):
                 except ValueError as error:
                     bad.append(str(error))
                     continue
-                if misfit := packer.add(sample):
+                if not sample.documents:
+                    passed_over += 1
+                elif misfit := packer.add(sample):
                     too_long.append(f"{sample.name}: {misfit}")
             samples = packer.next()
-            if not (samples or bad or too_long):
+            if not (samples or bad or too_long or passed_over):
                 return
             packed = pack(samples, self.budget, model.image_tokens, model.vit_img_size)
             after = {**state, "epoch": epoch, "position": position, "buffer": packer.state_dict()}
-            yield StreamBatch(packed, bad, too_long, after)
+            yield StreamBatch(packed, bad, too_long, passed_over, after)
 
 
 def initial_states(shards: int) -> list[dict[str, Any]]:
@@ -166,7 +171,7 @@ def measure_budget(load: SampleLoader, train: TrainConfig, probe: int = 1000) ->
     samples = []
     for index in np.unique(np.linspace(0, len(load.source) - 1, probe).astype(int)):
         try:
-            samples.append(load((0, int(index))))
+            samples.append(load((train.curriculum_epochs, int(index))))
         except ValueError:
             continue  # counted and named when the stream meets it
     measured = Budget.measure(samples, train.tokens_per_batch)

@@ -119,7 +119,7 @@ class TextProcessor:
         rows = np.full(len(ids), -1, np.int32)
         rows[: n_images * self.image_tokens] = np.arange(n_images * self.image_tokens)
         labels = np.array([*targets[1:], IGNORE], np.int64)
-        return Document(np.array(ids, np.int64), rows, labels)
+        return Document(np.array(ids, np.int64), rows, labels, "\n".join(question for question, _ in turns))
 
     def documents(self, turns: Sequence[Turn], n_images: int) -> list[Document]:
         if self.mode == "independent":
