@@ -257,7 +257,7 @@ def test_a_curriculum_asks_only_what_it_names_and_counts_every_example(tokenizer
     def questions(batch):
         ids = batch.packed.input_ids.tolist()
         starts = batch.packed.cu_seqlens.tolist()[: batch.packed.n_documents + 1]
-        return [tokenizer.decode(ids[a:b]) for a, b in itertools.pairwise(starts)]
+        return [tokenizer.base.decode(ids[a:b]) for a, b in itertools.pairwise(starts)]
 
     stream = stream_of(tokenizer, curriculum="in the upper half", curriculum_epochs=1, questions_per_image=0)
     batches = list(loader(stream))
