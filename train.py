@@ -69,7 +69,7 @@ class Trainer:
         self.optimizers = make_optimizers(self.model, config)
         self.state = {
             "step": 0, "examples": 0, "bad": 0, "too_long": 0, "seconds": 0.0, "tokens": 0, "capacity": 0,
-            "best_step": None, "best_accuracy": -1.0, "loss_sum": 0.0, "loss_labels": 0,
+            "evaluated": 0, "best_step": None, "best_accuracy": -1.0, "loss_sum": 0.0, "loss_labels": 0,
             "stream": initial_states(max(config.workers, 1)),
         }  # fmt: skip
         checkpoint = newest_checkpoint(self.run)
@@ -161,8 +161,9 @@ class Trainer:
             meter.add(batch.packed, time.perf_counter() - asked)
             state["stream"] = advance(state["stream"], batch)
             state["examples"] += batch.consumed
-            state["tokens"] += batch.packed.n_tokens
-            state["capacity"] += batch.packed.input_ids.numel()
+            if batch.state["epoch"] >= self.config.curriculum_epochs:  # before that images, not tokens, are the limit
+                state["tokens"] += batch.packed.n_tokens
+                state["capacity"] += batch.packed.input_ids.numel()
             for kind, reasons in (("bad", batch.bad), ("too_long", batch.too_long)):
                 state[kind] += len(reasons)
                 for reason in reasons:
@@ -192,7 +193,8 @@ class Trainer:
     def validate(self, bar: tqdm) -> None:
         """Score the held-out images, remember the best, save."""
         state = self.state
-        if len(self.val_source):
+        if len(self.val_source) and state["evaluated"] < state["step"]:
+            state["evaluated"] = state["step"]
             with self.autocast():
                 result = evaluate(self.model, self.tokenizer, self.val_source)
             values = {"step": state["step"], "accuracy": result.accuracy, "seconds": round(state["seconds"], 3)}
@@ -310,6 +312,8 @@ def main(argv: list[str] | None = None) -> int:
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, lambda *_: setattr(trainer, "interrupted", True))
         trainer.train()
+        for signum in (signal.SIGTERM, signal.SIGINT):  # everything is saved: nothing is lost by stopping now
+            signal.signal(signum, lambda *_: sys.exit(0))
         trainer.finish()
     except (OSError, ValueError, Stopped) as error:
         print(f"error: {error}", file=sys.stderr)

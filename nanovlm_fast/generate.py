@@ -82,8 +82,8 @@ def generate(
             f"prompt of {longest} tokens and {max_new_tokens} new ones are over the model's "
             f"{model.config.lm_max_position_embeddings} positions"
         )
-    budget = Budget(sum(len(p) for p in prompts), len(prompts), 0, 0, longest)
     sample = Sample("prompts", np.zeros((0, 3, *images.shape[2:]), np.uint8), list(prompts))
+    budget = Budget(sample.tokens, len(prompts), 0, sample.labels, longest)
     batch = pack([sample], budget, model.config.image_tokens, model.config.vit_img_size).to(images.device)
     cache = KVCache(model, batch, len(prompts), max_new_tokens)
 

@@ -211,6 +211,36 @@ def pack(samples: list[Sample], budget: Budget, image_tokens: int, image_size: i
     )
 
 
+@dataclass
+class PaddedBatch:
+    """What the reference takes: a row a document, images repeated for each, text left-padded as nanoVLM v0.1 does."""
+
+    input_ids: Tensor  # (B, S) int64
+    images: Tensor  # (B, n, 3, H, W) uint8
+    attention_mask: Tensor  # (B, S) int64
+    targets: Tensor  # (B, S) int64, -100 where there is no loss
+
+
+def pad(samples: list[Sample], length: int) -> PaddedBatch:
+    """Every document as a padded row of `length` text tokens; all must show the same number of images.
+
+    Raises ValueError if a text is longer.
+    """
+    documents = [(sample, document) for sample in samples for document in sample.documents]
+    longest = max(int((document.image_rows < 0).sum()) for _, document in documents)
+    if longest > length:
+        raise ValueError(f"a text of {longest} tokens does not fit rows of {length}")
+    input_ids = np.zeros((len(documents), length), np.int64)
+    mask, targets = np.zeros_like(input_ids), np.full_like(input_ids, IGNORE)
+    for row, (_, document) in enumerate(documents):
+        text = document.image_rows < 0
+        start = length - int(text.sum())
+        input_ids[row, start:], mask[row, start:] = document.input_ids[text], 1
+        targets[row, start:] = document.labels[text]
+    images = np.stack([sample.images for sample, _ in documents])
+    return PaddedBatch(*(torch.from_numpy(array) for array in (input_ids, images, mask, targets)))
+
+
 class Packer:
     """Chooses the samples of the next batch from a buffer: in order of arrival, then best fit for what is left.
 

@@ -8,6 +8,7 @@ batches that it would have seen. Each worker packs its own share of every epoch;
 from __future__ import annotations
 
 import os
+import signal
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -152,9 +153,16 @@ def loader(stream: PackedStream, pin_memory: bool = False) -> DataLoader:
         batch_size=None,
         num_workers=workers,
         collate_fn=_as_is,
+        worker_init_fn=_leave_signals_to_the_trainer,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
     )
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal, but only the trainer decides what it means."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _as_is(batch: StreamBatch) -> StreamBatch:

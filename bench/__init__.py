@@ -1,0 +1,1 @@
+"""Comparisons that anybody can rerun: `python -m bench.<name>`."""

@@ -1,0 +1,44 @@
+"""The bench: it runs, its gate holds, its files say where they come from."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bench import train_step
+from bench.timing import interleave, summary
+
+
+def test_train_step_compares_and_writes(tmp_path, capsys):
+    arguments = ["--data", "synthetic", "--tokens", "600", "--repeats", "2", "--device", "cpu", "--out", str(tmp_path)]
+    assert train_step.main(arguments) == 0
+    (file,) = tmp_path.glob("*/train_step.json")
+    result = json.loads(file.read_text())
+    assert result["parity"]["passed"] and result["parity"]["gradient"] < 1e-4
+    assert {"device", "commit", "command", "torch", "date"} <= set(result)
+    assert result["variants"].keys() == {"reference", "packed"} and len(result["variants"]["packed"]["seconds"]) == 2
+    assert all(row["peak_mib"] > 0 for row in result["variants"].values())
+    assert "times as many questions" in capsys.readouterr().out
+
+
+def test_no_time_without_parity(tmp_path, capsys, monkeypatch):
+    loss = train_step.Step.loss
+    monkeypatch.setattr(train_step.Step, "loss", lambda self: loss(self) * (1.01 if self.variant == "packed" else 1))
+    assert train_step.main(["--data", "synthetic", "--tokens", "600", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert not list(tmp_path.rglob("*.json")) and "no time is reported" in capsys.readouterr().err
+
+
+def test_variants_take_turns():
+    calls: list[str] = []
+    seconds = interleave({name: lambda n=name: calls.append(n) for name in "ab"}, repeats=3, warmup=1)
+    assert calls == list("abababab") and [len(times) for times in seconds.values()] == [3, 3]
+    assert summary([1.0, 2.0, 9.0])["median"] == 2.0 and summary([5.0])["median"] == 5.0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_train_step_on_the_gpu(tmp_path):
+    arguments = ["--data", "synthetic", "--tokens", "2048", "--repeats", "3", "--out", str(tmp_path)]
+    assert train_step.main([*arguments, "--tolerance", "1e-3"]) == 0
