@@ -225,7 +225,7 @@ class Trainer:
         rows = {
             "run": self.run,
             "steps": f"{state['step']:,} in {state['seconds'] / 60:.1f} min on {self.device}",
-            "packing": f"{state['tokens'] / max(state['capacity'], 1):.1%} of the token budget filled",
+            "packing": f"{state['tokens'] / max(state['capacity'], 1):.1%} of the token budget filled (curriculum aside)",
             "skipped": f"{state['bad']} unreadable, {state['too_long']} too long",
         }
         if config.final_eval:

@@ -162,7 +162,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         lm_hidden_dim=64, lm_inter_dim=192, lm_n_heads=4, lm_n_kv_heads=4, lm_n_blocks=2, lm_vocab_size=384,
         lm_re_base=10000.0, lm_max_position_embeddings=512, lm_max_length=16, lm_tokenizer="train",
         mp_pixel_shuffle_factor=4, image_mean=0.875, image_std=0.25, init="scratch",
-        augment="shift", epochs=16.0,
+        augment="shift", epochs=10.0,
         tokens_per_batch=5120, optimizer="muon", lr_projector=2e-3, lr_vision=2e-3, lr_language=2e-3,
         beta2=0.98, min_lr=0.0, warmup=0.04, clip=1.0, eval_every=250, save_every=250,
     ),
@@ -173,7 +173,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 # What a data set needs, whoever learns it. easy-VQA: once colours are learnt, which takes seconds, a small model stays
 # at "colour, not shape" (84%) for a long time; asked for the shape alone first, it learns both.
 RECIPES: dict[str, dict[str, Any]] = {
-    "easy_vqa": dict(curriculum="what shape", curriculum_epochs=3),
+    "easy_vqa": dict(curriculum="what shape", curriculum_epochs=2),
 }
 
 

@@ -23,33 +23,30 @@ from nanovlm_fast.packing import Budget, Document, PackedBatch, Sample, pack
 
 
 class KVCache:
-    """Keys and values of every layer, one row a prompt: (layers, B, n_kv_heads, length, head_dim)."""
+    """Keys and values of every layer, one row a prompt: (n_prompts, n_kv_heads, length, head_dim) each."""
 
-    def __init__(self, model: VisionLanguageModel, prompts: PackedBatch, n_prompts: int, new_tokens: int):
-        config, weight = model.config, model.decoder.token_embedding.weight
+    def __init__(self, prompts: PackedBatch, n_prompts: int, new_tokens: int):
+        self.prompts, self.n_prompts, self.new_tokens = prompts, n_prompts, new_tokens
         self.lengths = prompts.cu_seqlens.diff()[:n_prompts].long()  # tokens already in the cache
-        self.length = prompts.max_seqlen + new_tokens
-        shape = (config.lm_n_blocks, n_prompts, config.lm_n_kv_heads, self.length, config.head_dim)
-        self.keys, self.values = weight.new_zeros(shape), weight.new_zeros(shape)
-        self.prompts = prompts
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
 
     def prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend inside each prompt and keep its keys and values."""
+        """Attend inside each prompt and keep its keys and values, with room for the tokens to come."""
         cu_seqlens, max_seqlen = self.prompts.cu_seqlens, self.prompts.max_seqlen
         slots = padded_slots(cu_seqlens, max_seqlen, len(k))
-        n_prompts, n_tokens = self.keys.shape[1], int(cu_seqlens[self.keys.shape[1]])
         for cache, new in ((self.keys, k), (self.values, v)):
-            rows = new.new_zeros(n_prompts * max_seqlen, *new.shape[1:])
-            rows[slots[:n_tokens]] = new[:n_tokens]
-            cache[layer, :, :, :max_seqlen] = rows.view(n_prompts, max_seqlen, *new.shape[1:]).transpose(1, 2)
+            rows = new.new_zeros(self.n_prompts * max_seqlen, *new.shape[1:]).index_copy(0, slots, new)
+            rows = rows.view(self.n_prompts, max_seqlen, *new.shape[1:]).transpose(1, 2)
+            cache.append(F.pad(rows, (0, 0, 0, self.new_tokens)))
         return varlen_attention(q, k, v, cu_seqlens, max_seqlen, causal=True)
 
     def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One new token a prompt: q (B, n_heads, D), k and v (B, n_kv_heads, D)."""
         row = torch.arange(len(q), device=q.device)
-        self.keys[layer, row, :, self.lengths] = k
-        self.values[layer, row, :, self.lengths] = v
-        seen = torch.arange(self.length, device=q.device) <= self.lengths[:, None]
+        self.keys[layer][row, :, self.lengths] = k
+        self.values[layer][row, :, self.lengths] = v
+        seen = torch.arange(self.keys[layer].shape[2], device=q.device) <= self.lengths[:, None]
         out = F.scaled_dot_product_attention(
             q[:, :, None], self.keys[layer], self.values[layer], attn_mask=seen[:, None, None], enable_gqa=True
         )
@@ -85,7 +82,7 @@ def generate(
     sample = Sample("prompts", np.zeros((0, 3, *images.shape[2:]), np.uint8), list(prompts))
     budget = Budget(sample.tokens, len(prompts), 0, sample.labels, longest)
     batch = pack([sample], budget, model.config.image_tokens, model.config.vit_img_size).to(images.device)
-    cache = KVCache(model, batch, len(prompts), max_new_tokens)
+    cache = KVCache(batch, len(prompts), max_new_tokens)
 
     image_tokens = model.encode_images(images) if len(images) else images.new_zeros(0, model.config.lm_hidden_dim)
     x = model.decoder.embed(batch.input_ids, batch.image_rows, image_tokens)

@@ -54,5 +54,5 @@ def plot_samples(file: Path, samples: Sequence[tuple[np.ndarray, str, str, str]]
         said, colour = (answer, "#1a7f37") if answer == right else (f"{answer} (it is: {right})", "#cf222e")
         wrapped = "\n".join(textwrap.wrap(question, 30)[:2])
         axis.set_title(f"{wrapped}\n{said}", fontsize=9, color=colour)
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=90, bbox_inches="tight")  # the titles of the first row reach out of the layout
     plt.close(figure)

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from bench import train_step
+from bench import report, train_step
 from bench.timing import interleave, summary
 
 
@@ -42,3 +42,25 @@ def test_variants_take_turns():
 def test_train_step_on_the_gpu(tmp_path):
     arguments = ["--data", "synthetic", "--tokens", "2048", "--repeats", "3", "--out", str(tmp_path)]
     assert train_step.main([*arguments, "--tolerance", "1e-3"]) == 0
+
+
+def test_the_readme_says_what_the_result_files_say():
+    assert report.main(["--check"]) == 0
+
+
+def test_a_stale_table_or_a_file_without_origin_is_found(tmp_path):
+    result = dict(device="X", date="d", commit="abcdef123", command="c", torch="2", preset="tiny", speedup=5.0)
+    result |= dict(work={"questions": 7}, parity={"gradient": 1e-6})
+    row = {"questions_per_s": 10.0, "peak_mib": 3.0}
+    result["variants"] = {"packed": row, "reference": row}
+    (tmp_path / "x").mkdir()
+    file = tmp_path / "x" / "train_step.json"
+    file.write_text(json.dumps(result))
+    text = "\n".join(("before", *report.MARKS, "after"))
+    once = report.updated(text, tmp_path)
+    assert "**5.0x**" in once and once.endswith("after") and report.updated(once, tmp_path) == once
+    file.write_text(json.dumps({**result, "speedup": 6.0}))
+    assert report.updated(once, tmp_path) != once
+    file.write_text(json.dumps({**result, "commit": "unknown"}))
+    with pytest.raises(ValueError, match="no commit"):
+        report.updated(text, tmp_path)

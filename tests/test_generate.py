@@ -69,6 +69,14 @@ def test_a_prompt_is_answered_alike_alone_and_in_a_batch(model):
     assert [generate(model, images, [prompt], EOS, max_new_tokens=6)[0] for prompt in prompts] == together
 
 
+def test_it_runs_under_autocast(model):
+    """As the training loop evaluates on a GPU: bfloat16 products, float32 weights."""
+    prompts, images = prompts_and_images(model.config)
+    with torch.autocast("cpu", torch.bfloat16):
+        replies = generate(model, images, prompts, -1, max_new_tokens=3)
+    assert [len(reply) for reply in replies] == [3] * len(prompts)
+
+
 def test_it_stops_at_end_of_sequence_and_goes_on_for_the_others(model):
     prompts, images = prompts_and_images(model.config)
     free = generate(model, images, prompts, -1, max_new_tokens=10)

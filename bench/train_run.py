@@ -1,0 +1,76 @@
+"""A whole training run as a measurement: accuracy seeing and blind, wall-clock, the curve, and the pictures.
+
+python -m bench.train_run                      the run of the README: preset tiny on easy-VQA
+python -m bench.train_run -- --epochs 32       options after -- go to train.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from bench.results import write
+from nanovlm_fast.metrics import read_metrics
+
+TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+
+
+def measure(name: str, options: list[str], device: torch.device, out: Path | None) -> Path:
+    """Run train.py in a process of its own; returns the result file. Raises RuntimeError if the run fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / name
+        code = subprocess.run([sys.executable, str(TRAIN), "--out", str(run), *options]).returncode
+        if code:
+            raise RuntimeError(f"train.py {' '.join(options)} failed with exit code {code}")
+        final = json.loads((run / "result.json").read_text())
+        lines = read_metrics(run)
+        result = {
+            "options": options,
+            "train_command": " ".join(["python train.py", *options]),
+            "sees": final["seeing"]["accuracy"],
+            "blind": final["blind"]["accuracy"],
+            "questions": final["seeing"]["questions"],
+            "by_kind": final["seeing"]["by_kind"],
+            "train_seconds": final["seconds"],
+            "steps": final["step"],
+            "packing": final["tokens"] / max(final["capacity"], 1),
+            "data_wait": _mean([line["data_wait"] for line in lines if "data_wait" in line]),
+            "tokens_per_s": _mean([line["tokens_per_s"] for line in lines if "tokens_per_s" in line][-20:]),
+            "curve": [[line["seconds"], line["accuracy"]] for line in lines if "accuracy" in line],
+        }
+        file = write(name, device, result, out)
+        for picture in ("curves", "samples"):
+            shutil.copy(run / f"{picture}.png", file.with_name(f"{name}_{picture}.png"))
+    return file
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / max(len(values), 1)
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    split = argv.index("--") if "--" in argv else len(argv)
+    parser = argparse.ArgumentParser(prog="python -m bench.train_run", description=__doc__.splitlines()[0])
+    parser.add_argument("--name", default="train_tiny", help="name of the result file")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
+    args = parser.parse_args(argv[:split])
+    try:
+        file = measure(args.name, [*argv[split + 1 :], "--device", args.device], torch.device(args.device), args.out)
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"written: {file}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
