@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
 import shutil
@@ -26,8 +25,17 @@ from nanovlm_fast.checkpoint import load_checkpoint, newest_checkpoint, save_che
 from nanovlm_fast.config import TrainConfig, VLMConfig, parse_config, save_run_config
 from nanovlm_fast.data.images import load_image
 from nanovlm_fast.data.sources import Source, load_source, split_off, texts
-from nanovlm_fast.data.stream import PackedStream, SampleLoader, advance, initial_states, loader, measure_budget
+from nanovlm_fast.data.stream import (
+    PackedStream,
+    SampleLoader,
+    StreamBatch,
+    advance,
+    initial_states,
+    loader,
+    measure_budget,
+)
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
+from nanovlm_fast.device import pick_autocast, pick_device
 from nanovlm_fast.evaluate import evaluate
 from nanovlm_fast.generate import generate
 from nanovlm_fast.metrics import Meter, MetricsLog, summary_table
@@ -49,7 +57,7 @@ class Trainer:
         self.run = Path(config.out)
         source = load_source(config.data, "train")
         self.train_source, self.val_source = split_off(source, config.val_samples, config.seed)
-        prepare_folder(self.run, config)
+        check_folder(self.run, config)
         self.device = pick_device(config.device)
         self.autocast = pick_autocast(config.dtype, self.device)
         self.tokenizer = self.load_tokenizer(model_config)
@@ -68,10 +76,15 @@ class Trainer:
         self.model = VisionLanguageModel(model_config).to(self.device)
         self.optimizers = make_optimizers(self.model, config)
         self.state = {
-            "step": 0, "examples": 0, "bad": 0, "too_long": 0, "seconds": 0.0, "tokens": 0, "capacity": 0,
+            "step": 0, "examples": 0, "bad": {}, "too_long": 0, "seconds": 0.0, "tokens": 0, "capacity": 0,
             "evaluated": 0, "best_step": None, "best_accuracy": -1.0, "loss_sum": 0.0, "loss_labels": 0,
             "stream": initial_states(max(config.workers, 1)),
         }  # fmt: skip
+        # nothing was written or deleted until here: a command that cannot start leaves everything as it was
+        if config.overwrite and self.run.exists():
+            shutil.rmtree(self.run)
+        self.run.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save(self.run)
         checkpoint = newest_checkpoint(self.run)
         if config.resume and checkpoint:
             self.state = load_checkpoint(checkpoint, self.model, self.optimizers)
@@ -81,11 +94,13 @@ class Trainer:
         self.step_model = torch.compile(self.model, fullgraph=True, dynamic=False) if config.compile else self.model
         epochs = 10**9 if config.max_steps else config.epochs
         self.stream = PackedStream(load, budget, epochs, self.state["stream"])
+        self.total = self.stream.total  # examples
+        self.last_names: list[str] = []
         self.interrupted = False
 
     def load_tokenizer(self, model: VLMConfig) -> Tokenizer:
-        """The run's own, or made from the training text, or a Hugging Face one. Saved in the run folder."""
-        if (self.run / "tokenizer.json").exists():
+        """A resumed run's own, or made from the training text, or a Hugging Face one."""
+        if self.config.resume and (self.run / "tokenizer.json").exists():
             tokenizer = Tokenizer.load(self.run)
         elif model.lm_tokenizer == "train":
             tokenizer = Tokenizer.train(texts(self.train_source, model.prompt), model.lm_vocab_size)
@@ -93,62 +108,67 @@ class Trainer:
             tokenizer = Tokenizer.from_hub(model.lm_tokenizer)
         if len(tokenizer) > model.lm_vocab_size:
             raise ValueError(f"the tokenizer has {len(tokenizer)} entries, --lm-vocab-size is {model.lm_vocab_size}")
-        tokenizer.save(self.run)
         return tokenizer
 
-    def progress(self) -> float:
-        """Share of the run that is done, in [0, 1]: what the learning rate follows."""
-        if self.config.max_steps:
-            return min(self.state["step"] / self.config.max_steps, 1.0)
-        return min(self.state["examples"] / self.stream.total, 1.0)
-
     def train(self) -> None:
-        """The loop. Returns at the end of the run; raises Stopped, or SystemExit(0) once a signal's save is done."""
+        """The loop. Raises Stopped when the run cannot go on, and SystemExit(0) once a signal's save is done."""
         config, state, meter = self.config, self.state, Meter()
+        unit, total, done = (
+            ("step", config.max_steps, "step") if config.max_steps else ("image", self.total, "examples")
+        )
         batches = iter(loader(self.stream, pin_memory=self.device.type == "cuda"))
-        unit = ("step", config.max_steps, "step") if config.max_steps else ("image", self.stream.total, "examples")
-        bar = tqdm(total=unit[1], initial=state[unit[2]], unit=unit[0], dynamic_ncols=True, smoothing=0.05)
         started = time.perf_counter() - state["seconds"]
-        while not config.max_steps or state["step"] < config.max_steps:
-            micro_batches = self.next_batches(batches, meter)
-            if not micro_batches:
-                break
-            lr = lr_factor(self.progress(), config.warmup, config.min_lr)
-            set_lr(self.optimizers, lr)
-            n_labels = sum(batch.n_labels for batch in micro_batches)
-            loss = 0.0
-            for batch in micro_batches:
-                with self.autocast():
-                    loss_sum = self.step_model(batch.to(self.device))
-                (loss_sum / n_labels).backward()
-                loss += loss_sum.item()
-            if not math.isfinite(loss):
-                raise Stopped(self.non_finite(loss, lr, micro_batches))
-            if config.clip:
-                nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-            for optimizer in self.optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+        with tqdm(total=total, initial=state[done], unit=unit, dynamic_ncols=True, smoothing=0.05) as bar:
+            while not config.max_steps or state["step"] < config.max_steps:
+                micro_batches = self.next_batches(batches, meter)
+                if not micro_batches:
+                    break
+                lr = lr_factor(self.progress(), config.warmup, config.min_lr)
+                self.optimizer_step(micro_batches, lr)
+                state["seconds"] = time.perf_counter() - started
+                bar.update(state[done] - bar.n)
+                if state["step"] % config.log_every == 0:
+                    self.log_line(meter, lr, bar)
+                if config.eval_every and state["step"] % config.eval_every == 0:
+                    self.validate()
+                    started, meter = time.perf_counter() - state["seconds"], Meter()  # that was not training time
+                elif config.save_every and state["step"] % config.save_every == 0:
+                    self.save()
+                if self.interrupted:
+                    break
+        if self.interrupted:
+            self.save()
+            print(f"interrupted at step {state['step']}: saved; continue with --resume --out {self.run}")
+            raise SystemExit(0)
+        self.validate()
 
-            state["step"] += 1
-            state["loss_sum"] += loss
-            state["loss_labels"] += n_labels
-            state["seconds"] = time.perf_counter() - started
-            bar.update(state[unit[2]] - bar.n)
-            if state["step"] % config.log_every == 0:
-                self.log_line(meter, lr, bar)
-            if config.eval_every and state["step"] % config.eval_every == 0:
-                self.validate(bar)
-                started = time.perf_counter() - state["seconds"]  # evaluation is not training time
-            elif config.save_every and state["step"] % config.save_every == 0:
-                self.save()
-            if self.interrupted:
-                self.save()
-                bar.close()
-                print(f"interrupted at step {state['step']}: saved; continue with --resume --out {self.run}")
-                raise SystemExit(0)
-        self.validate(bar)
-        bar.close()
+    def optimizer_step(self, micro_batches: list[PackedBatch], lr: float) -> None:
+        """Forward and backward of every micro-batch, then one update: the mean loss over all their labelled tokens."""
+        set_lr(self.optimizers, lr)
+        n_labels = sum(batch.n_labels for batch in micro_batches)
+        loss = 0.0
+        for batch in micro_batches:
+            with self.autocast():
+                loss_sum = self.step_model(batch.to(self.device))
+            (loss_sum / n_labels).backward()
+            loss += loss_sum.item()
+        self.last_names = [name for batch in micro_batches for name in batch.names]
+        if not math.isfinite(loss):
+            raise Stopped(self.not_finite(f"the loss is {loss} at step {self.state['step'] + 1}", lr))
+        if self.config.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.state["step"] += 1
+        self.state["loss_sum"] += loss
+        self.state["loss_labels"] += n_labels
+
+    def progress(self) -> float:
+        """How far the run will be after the coming step, in [0, 1]: what the learning rate follows."""
+        if self.config.max_steps:
+            return min((self.state["step"] + 1) / self.config.max_steps, 1.0)
+        return min(self.state["examples"] / self.total, 1.0)
 
     def next_batches(self, batches, meter: Meter) -> list[PackedBatch]:
         """The micro-batches of one optimizer step, with at least one label among them; empty at the end of the data."""
@@ -164,18 +184,24 @@ class Trainer:
             if batch.state["epoch"] >= self.config.curriculum_epochs:  # before that images, not tokens, are the limit
                 state["tokens"] += batch.packed.n_tokens
                 state["capacity"] += batch.packed.input_ids.numel()
-            for kind, reasons in (("bad", batch.bad), ("too_long", batch.too_long)):
-                state[kind] += len(reasons)
-                for reason in reasons:
-                    tqdm.write(f"skipped ({kind.replace('_', ' ')}, {state[kind]} so far): {reason}")
-                    self.log.write({"step": state["step"], "skipped": reason})
-            if state["bad"] > self.config.max_bad_samples:
-                raise Stopped(
-                    f"{state['bad']} unreadable samples are over --max-bad-samples {self.config.max_bad_samples}"
-                )
+            self.note_skipped(batch)
             if batch.packed.n_labels:
                 micro_batches.append(batch.packed if self.config.compile else batch.packed.trimmed())
         return micro_batches
+
+    def note_skipped(self, batch: StreamBatch) -> None:
+        """Name and count the examples that were left out; raise Stopped when too many of them are unreadable."""
+        state, limit = self.state, self.config.max_bad_samples
+        new = {str(i): reason for i, reason in batch.bad.items() if str(i) not in state["bad"]}  # not every epoch anew
+        state["bad"] |= new
+        state["too_long"] += len(batch.too_long)
+        for kind, reason in [("unreadable", reason) for reason in new.values()] + [
+            ("too long", r) for r in batch.too_long
+        ]:
+            tqdm.write(f"skipped, {kind}: {reason}")
+            self.log.write({"step": state["step"] + 1, "skipped": reason})
+        if len(state["bad"]) > limit:
+            raise Stopped(f"{len(state['bad'])} unreadable samples are over --max-bad-samples {limit}")
 
     def log_line(self, meter: Meter, lr: float, bar: tqdm) -> None:
         state, speed = self.state, meter.read()
@@ -190,7 +216,7 @@ class Trainer:
             f"loss {values['loss']:.4f} lr x{lr:.2f} {speed['tokens_per_s']:,.0f} tok/s wait {speed['data_wait']:.0%}"
         )
 
-    def validate(self, bar: tqdm) -> None:
+    def validate(self) -> None:
         """Score the held-out images, remember the best, save."""
         state = self.state
         if len(self.val_source) and state["evaluated"] < state["step"]:
@@ -204,18 +230,21 @@ class Trainer:
             if self.wandb:
                 self.wandb.log(values, step=state["step"])
             tqdm.write(f"step {state['step']}: {result.accuracy:.1%} of {result.total} held-out questions")
+            for reason in result.skipped:
+                tqdm.write(f"skipped, unreadable: {reason}")
         self.save()
 
     def save(self) -> None:
+        """Write a checkpoint; raises Stopped instead of replacing a good one by weights that are not finite."""
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            lr = max(g["lr"] / g["peak_lr"] for o in self.optimizers for g in o.param_groups)
+            raise Stopped(self.not_finite(f"weights are not finite after step {self.state['step']}", lr))
         save_checkpoint(self.run, self.model, self.tokenizer, self.optimizers, self.state)
 
-    def non_finite(self, loss: float, lr: float, batches: list[PackedBatch]) -> str:
-        names = list(itertools.chain.from_iterable(batch.names for batch in batches))
+    def not_finite(self, what: str, lr: float) -> str:
         kept = newest_checkpoint(self.run)
-        return (
-            f"loss is {loss} at step {self.state['step'] + 1}, learning rate x{lr:.3f} of its peak. "
-            f"Samples of the batch: {', '.join(names)}. "
-            + (f"The last good checkpoint is {kept}." if kept else "No checkpoint had been written yet.")
+        return f"{what}, learning rate x{lr:.3f} of its peak. Samples of the batch: {', '.join(self.last_names)}. " + (
+            f"The last good checkpoint is {kept}." if kept else "No checkpoint had been written yet."
         )
 
     def finish(self) -> None:
@@ -225,15 +254,16 @@ class Trainer:
         rows = {
             "run": self.run,
             "steps": f"{state['step']:,} in {state['seconds'] / 60:.1f} min on {self.device}",
-            "packing": f"{state['tokens'] / max(state['capacity'], 1):.1%} of the token budget filled (curriculum aside)",
-            "skipped": f"{state['bad']} unreadable, {state['too_long']} too long",
+            "packing": f"{state['tokens'] / max(state['capacity'], 1):.1%} of the token budget (curriculum aside)",
+            "skipped": f"{len(state['bad'])} unreadable, {state['too_long']} too long",
         }
         if config.final_eval:
             test = test_split(config.data) or self.val_source
             with self.autocast():
                 sees = evaluate(self.model, self.tokenizer, test, progress=True)
                 blind = evaluate(self.model, self.tokenizer, test, blank_images=True, progress=True)
-                plot_samples(self.run / "samples.png", self.answer_samples(test))
+                if samples := self.answer_samples(test):
+                    plot_samples(self.run / "samples.png", samples)
             result = {"seeing": sees.as_dict(), "blind": blind.as_dict(), **state}
             (self.run / "result.json").write_text(json.dumps(result, indent=2) + "\n")
             for kind, (correct, total) in sorted(sees.by_kind.items()):
@@ -250,9 +280,12 @@ class Trainer:
         config = self.model.config
         text = TextProcessor(self.tokenizer, config.prompt, config.image_tokens)
         samples = []
-        for i, index in enumerate(np.unique(np.linspace(0, len(source) - 1, count).astype(int))):
-            example = source[int(index)]
-            images = [load_image(image, config.vit_img_size) for image in example.images]
+        for i, index in enumerate(np.unique(np.linspace(0, len(source) - 1, count).astype(int)) if len(source) else ()):
+            try:
+                example = source[int(index)]
+                images = [load_image(image, config.vit_img_size) for image in example.images]
+            except ValueError:
+                continue  # evaluate has named it
             question, answer = example.turns[i % len(example.turns)]
             prompt = text.document([(question, "")], len(images))
             pixels = torch.from_numpy(np.stack(images)).to(self.device)
@@ -268,32 +301,15 @@ def test_split(data: str) -> Source | None:
     return None
 
 
-def prepare_folder(run: Path, config: TrainConfig) -> None:
-    """Make the run folder. Raises ValueError if it holds a run and neither --resume nor --overwrite is given."""
+def check_folder(run: Path, config: TrainConfig) -> None:
+    """Raise ValueError if the folder holds a run and neither --resume nor --overwrite is given. Changes nothing."""
     if (run / "config.json").exists() and not config.resume:
         if not config.overwrite:
             raise ValueError(
                 f"{run} already holds a run: --resume continues it, --overwrite deletes it, --out names another"
             )
-        shutil.rmtree(run)
-    run.mkdir(parents=True, exist_ok=True)
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: PyTorch {torch.__version__} sees no CUDA device")
-    return device
-
-
-def pick_autocast(dtype: str, device: torch.device):
-    """A context manager factory: bfloat16 compute on a GPU that has it, float32 elsewhere."""
-    fits = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if dtype == "bfloat16" or (dtype == "auto" and fits):
-        return lambda: torch.autocast(device.type, torch.bfloat16)
-    return contextlib.nullcontext
+        if "preset" not in json.loads((run / "config.json").read_text()):
+            raise ValueError(f"{run} has a config.json that is no run's: --overwrite does not delete it")
 
 
 def start_wandb(run: Path, model: VLMConfig, config: TrainConfig):
@@ -312,6 +328,8 @@ def main(argv: list[str] | None = None) -> int:
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, lambda *_: setattr(trainer, "interrupted", True))
         trainer.train()
+        if trainer.interrupted:
+            return 0
         for signum in (signal.SIGTERM, signal.SIGINT):  # everything is saved: nothing is lost by stopping now
             signal.signal(signum, lambda *_: sys.exit(0))
         trainer.finish()

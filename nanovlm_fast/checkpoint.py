@@ -56,9 +56,9 @@ def load_pretrained(
         if unknown := sorted(set(values) - known):
             warnings.warn(f"{folder / 'config.json'}: fields not used here: {', '.join(unknown)}", stacklevel=2)
         config = VLMConfig(**{name: value for name, value in values.items() if name in known})
+        model = VisionLanguageModel(config)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / 'config.json'} is not a model configuration: {error}") from error
-    model = VisionLanguageModel(config)
     model.load_reference_state_dict(_load_tensors(folder / "model.safetensors"))
     tokenizer = (
         Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else Tokenizer.from_hub(config.lm_tokenizer)
@@ -119,8 +119,11 @@ def save_checkpoint(
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
     if target.exists():
-        shutil.rmtree(target)
-    os.replace(temporary, target)
+        # this step again: only the state may have changed, and the folder must not be gone for a moment
+        os.replace(temporary / "state.json", target / "state.json")
+        shutil.rmtree(temporary)
+    else:
+        os.replace(temporary, target)
     _link(run / "last", target)
     best = root / f"step-{state['best_step']:06d}" if state.get("best_step") is not None else None
     if best == target:

@@ -198,8 +198,12 @@ def preset(name: str) -> tuple[VLMConfig, TrainConfig]:
 
 
 def load_run_config(run: Path) -> dict[str, Any]:
-    """What `save_run_config` wrote, as one flat dict of option names and values."""
-    return json.loads((run / "config.json").read_text())
+    """What `save_run_config` wrote, as one flat dict of option names and values. Raises ValueError if it is damaged."""
+    try:
+        values = json.loads((run / "config.json").read_text())
+        return {**fields_of(VLMConfig, values), **fields_of(TrainConfig, values)}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{run / 'config.json'} is damaged: {error}") from error
 
 
 def save_run_config(run: Path, model: VLMConfig, train: TrainConfig) -> None:
@@ -235,9 +239,10 @@ def parse_config(argv: list[str] | None = None) -> tuple[VLMConfig, TrainConfig]
     parser = HfArgumentParser(
         (VLMConfig, TrainConfig), allow_abbrev=False, description="Train a vision-language model."
     )
+    parser.print_usage = lambda *_: None  # an error is one line
     try:
         defaults = defaults_of(known.preset, known.data)
-        if known.resume.lower() in ("true", "1", "yes"):
+        if known.resume.lower() in ("true", "t", "yes", "y", "1"):
             run = Path(known.out) if known.out else latest_run()
             if not (run / "config.json").exists():
                 raise FileNotFoundError(f"--resume: {run} holds no run (no config.json)")

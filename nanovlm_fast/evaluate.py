@@ -19,6 +19,7 @@ from nanovlm_fast.checkpoint import load_pretrained
 from nanovlm_fast.data.images import load_image
 from nanovlm_fast.data.sources import Source, load_source
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
+from nanovlm_fast.device import pick_device
 from nanovlm_fast.generate import generate
 from nanovlm_fast.model import VisionLanguageModel
 
@@ -105,10 +106,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--split", default="test")
     parser.add_argument("--blank-images", action="store_true", help="hide the images: the question-only level")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
     try:
-        model, tokenizer = load_pretrained(args.checkpoint, args.device)
+        model, tokenizer = load_pretrained(args.checkpoint, pick_device(args.device))
         source = load_source(args.data, args.split)
         result = evaluate(model, tokenizer, source, args.blank_images, progress=not args.json)
     except (OSError, ValueError) as error:

@@ -18,6 +18,7 @@ from nanovlm_fast.attention import padded_slots, varlen_attention
 from nanovlm_fast.checkpoint import load_pretrained
 from nanovlm_fast.data.images import load_image
 from nanovlm_fast.data.text import TextProcessor
+from nanovlm_fast.device import pick_device
 from nanovlm_fast.model import VisionLanguageModel
 from nanovlm_fast.packing import Budget, Document, PackedBatch, Sample, pack
 
@@ -115,7 +116,7 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     if top_p < 1:
         ordered, order = logits.sort(descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability ahead of each token
-        ordered = ordered.masked_fill(before >= top_p, float("-inf"))
+        ordered = ordered.masked_fill((before >= top_p) & (before > 0), float("-inf"))
         logits = torch.full_like(logits, float("-inf")).scatter(-1, order, ordered)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
@@ -130,10 +131,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
     try:
-        model, tokenizer = load_pretrained(args.checkpoint, args.device)
+        device = pick_device(args.device)
+        model, tokenizer = load_pretrained(args.checkpoint, device)
         size = model.config.vit_img_size
         images = [load_image(file, size) for file in args.image]
         text = TextProcessor(tokenizer, model.config.prompt, model.config.image_tokens)
@@ -141,14 +143,14 @@ def main(argv: list[str] | None = None) -> int:
         stacked = np.stack(images) if images else np.zeros((0, 3, size, size), np.uint8)
         replies = generate(
             model.eval(),
-            torch.from_numpy(stacked).to(args.device),
+            torch.from_numpy(stacked).to(device),
             prompts,
             tokenizer.eos_id,
             args.max_new_tokens,
             args.temperature,
             args.top_k,
             args.top_p,
-            torch.Generator(args.device).manual_seed(args.seed),
+            torch.Generator(device).manual_seed(args.seed),
         )
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -136,6 +136,8 @@ class JsonLines:
 
 def load_source(data: str, split: str) -> Source:
     """The `split` ('train' or 'test') of a data set named as in --data. Raises ValueError for an unknown name."""
+    if split not in ("train", "test"):
+        raise ValueError(f"unknown split {split!r}; there are: train, test")
     kind, _, rest = data.partition(":")
     if data == "easy_vqa":
         return EasyVQA(split)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from nanovlm_fast.config import TrainConfig, VLMConfig
@@ -66,8 +67,8 @@ class StreamBatch:
     """A packed batch and what the training loop must know about where it came from."""
 
     packed: PackedBatch
-    bad: list[str]  # why each example was left out that could not be read since the shard's last batch
-    too_long: list[str]  # and each that is over the budget
+    bad: dict[int, str]  # examples that could not be read since the shard's last batch, and why
+    too_long: list[str]  # examples that are over the budget, and why
     passed_over: int  # examples without a question that the curriculum asks
     state: dict[str, Any]  # of its shard, after this batch
 
@@ -114,13 +115,13 @@ class PackedStream(IterableDataset):
         epoch, position = state["epoch"], state["position"]
         keys = self.keys(state["shard"], state["shards"], epoch, position)
         while True:
-            bad, too_long, passed_over = [], [], 0
+            bad, too_long, passed_over = {}, [], 0
             while len(packer.buffer) < look_ahead and (key := next(keys, None)) is not None:
                 epoch, position, index = key[0], key[1] + 1, key[2]
                 try:
                     sample = self.load((epoch, index))
                 except ValueError as error:
-                    bad.append(str(error))
+                    bad[index] = str(error)
                     continue
                 if not sample.documents:
                     passed_over += 1
@@ -151,6 +152,7 @@ def loader(stream: PackedStream, pin_memory: bool = False) -> DataLoader:
     return DataLoader(
         stream,
         batch_size=None,
+        generator=torch.Generator(),  # or each start draws from the global one: a resumed run would differ
         num_workers=workers,
         collate_fn=_as_is,
         worker_init_fn=_leave_signals_to_the_trainer,

@@ -50,9 +50,16 @@ class Tokenizer:
         if not (folder / "tokenizer.json").exists():
             raise FileNotFoundError(f"{folder} has no tokenizer.json")
         config = folder / "tokenizer_config.json"
-        eos = json.loads(config.read_text()).get("eos_token", EOS) if config.exists() else EOS
+        try:
+            eos = json.loads(config.read_text()).get("eos_token", EOS) if config.exists() else EOS
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{config} is damaged: {error}") from error
         eos = eos["content"] if isinstance(eos, dict) else eos
-        return Tokenizer(BaseTokenizer.from_file(str(folder / "tokenizer.json")), eos)
+        try:
+            base = BaseTokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise ValueError(f"{folder / 'tokenizer.json'} is damaged: {error}") from error
+        return Tokenizer(base, eos)
 
     @staticmethod
     def from_hub(name: str) -> Tokenizer:
