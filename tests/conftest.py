@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.packing import IGNORE, Document, Sample
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_python(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """A Python process in the repository root, on one thread; what it printed and its exit code."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+
 
 SMALL = dict(
     vit_img_size=32,

@@ -6,14 +6,13 @@ import json
 import os
 import re
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, run_python
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -25,7 +24,6 @@ from nanovlm_fast.data.text import Tokenizer
 from nanovlm_fast.model import VisionLanguageModel
 from nanovlm_fast.optim import make_optimizers
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG = VLMConfig(**{**SMALL, "lm_vocab_size": 300})
 
 
@@ -289,9 +287,7 @@ def results(tmp_path_factory, tokenizer) -> dict[str, subprocess.CompletedProces
 
     def run(case: tuple[str, int, str]) -> subprocess.CompletedProcess[str]:
         arguments = re.sub("|".join(places), lambda match: str(places[match[0]]), case[0]).split()
-        command = [sys.executable, "-m", f"nanovlm_fast.{arguments[0]}", *arguments[1:]]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+        return run_python("-m", f"nanovlm_fast.{arguments[0]}", *arguments[1:])
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(COMMANDS, pool.map(run, COMMANDS.values()), strict=True))

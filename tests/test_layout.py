@@ -5,16 +5,14 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, run_python
 
 import nanovlm_fast.kernels
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def sources(part: str) -> list[Path]:
@@ -141,13 +139,8 @@ print("trained")
 """
 
 
-def python(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    command, env = [sys.executable, *arguments], {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
-
-
 def test_a_training_step_needs_none_of_the_optional_packages():
-    result = python("-c", STEP)
+    result = run_python("-c", STEP)
     assert (result.returncode, result.stdout) == (0, "trained\n"), result.stderr
 
 
@@ -170,7 +163,7 @@ def hugging_face_kernels() -> Path:
 
 def test_import_kernels_from_the_root_is_hugging_faces(hugging_face_kernels):
     program = "import kernels, transformers; kernels.get_kernel; print(kernels.__file__)"
-    result = python("-c", program)
+    result = run_python("-c", program)
     assert result.returncode == 0, result.stderr
     assert Path(result.stdout.strip()).resolve() == hugging_face_kernels
 
@@ -182,7 +175,7 @@ def test_train_py_sees_hugging_faces_kernels(hugging_face_kernels, tmp_path):
         "note = pathlib.Path(__file__).with_name('note')\n"
         "atexit.register(lambda: note.write_text(importlib.util.find_spec('kernels').origin))\n"
     )
-    result = python("train.py", "--help", PYTHONPATH=str(tmp_path))
+    result = run_python("train.py", "--help", PYTHONPATH=str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert Path((tmp_path / "note").read_text()).resolve() == hugging_face_kernels
 

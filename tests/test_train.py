@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, run_python
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -30,7 +31,6 @@ from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.metrics import read_metrics
 from nanovlm_fast.packing import Budget, pack
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = (
     "--device cpu --vit-img-size 32 --vit-hidden-dim 32 --vit-inter-dim 64 --vit-n-heads 2 --vit-n-blocks 1 "
     "--lm-hidden-dim 32 --lm-inter-dim 64 --lm-n-heads 2 --lm-n-kv-heads 1 --lm-n-blocks 1 --mp-pixel-shuffle-factor 2 "
@@ -39,13 +39,12 @@ TINY = (
 CONVERSATION = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
 
 
-def command(out: Path, options: str) -> list[str]:
-    return [sys.executable, "train.py", *TINY, "--out", str(out), *options.split()]
+def arguments(out: Path, options: str) -> list[str]:
+    return ["train.py", *TINY, "--out", str(out), *options.split()]
 
 
 def train(out: Path, options: str = "", **env: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    return subprocess.run(command(out, options), cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+    return run_python(*arguments(out, options), **env)
 
 
 def error_of(result: subprocess.CompletedProcess[str]) -> str:
@@ -185,7 +184,9 @@ def interrupt(out: Path, options: str, when: Callable[[Path], bool], signum: int
     """Start or continue a run, send it the signal at that moment, and return its exit code."""
     with (out.parent / "output.txt").open("a") as output:
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command(out, options), cwd=ROOT, env=env, stdout=output, stderr=output)
+        process = subprocess.Popen(
+            [sys.executable, *arguments(out, options)], cwd=ROOT, env=env, stdout=output, stderr=output
+        )
     try:
         deadline = time.monotonic() + 200
         while not when(out):
@@ -311,8 +312,7 @@ def test_resume_however_it_is_spelt_takes_the_runs_own_configuration(finished, s
 
 
 def test_help_explains_every_field_with_its_default():
-    command = [sys.executable, "train.py", "--help"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = run_python("train.py", "--help")
     assert result.returncode == 0, result.stderr
     entries = [" ".join(entry.split()) for entry in re.split(r"\n  (?=--)", result.stdout)]
     for field in (*dataclasses.fields(VLMConfig), *dataclasses.fields(TrainConfig)):
