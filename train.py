@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -16,14 +17,12 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from nanovlm_fast.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from nanovlm_fast.config import TrainConfig, VLMConfig, parse_config, save_run_config
-from nanovlm_fast.data.images import load_image
+from nanovlm_fast.config import TrainConfig, VLMConfig, check_run_folder, holds_run, parse_config, save_run_config
 from nanovlm_fast.data.sources import Source, load_source, split_off, texts
 from nanovlm_fast.data.stream import (
     PackedStream,
@@ -36,8 +35,7 @@ from nanovlm_fast.data.stream import (
 )
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
 from nanovlm_fast.device import pick_autocast, pick_device
-from nanovlm_fast.evaluate import evaluate
-from nanovlm_fast.generate import generate
+from nanovlm_fast.evaluate import answer_samples, evaluate
 from nanovlm_fast.metrics import Meter, MetricsLog, summary_table
 from nanovlm_fast.model import VisionLanguageModel
 from nanovlm_fast.optim import lr_factor, make_optimizers, set_lr
@@ -57,7 +55,7 @@ class Trainer:
         self.run = Path(config.out)
         source = load_source(config.data, "train")
         self.train_source, self.val_source = split_off(source, config.val_samples, config.seed)
-        check_folder(self.run, config)
+        check_run_folder(self.run, config)
         self.device = pick_device(config.device)
         self.autocast = pick_autocast(config.dtype, self.device)
         self.tokenizer = self.load_tokenizer(model_config)
@@ -81,20 +79,21 @@ class Trainer:
             "stream": initial_states(max(config.workers, 1)),
         }  # fmt: skip
         # nothing was written or deleted until here: a command that cannot start leaves everything as it was
-        if config.overwrite and self.run.exists():
+        if config.overwrite and holds_run(self.run):
             shutil.rmtree(self.run)
         self.run.mkdir(parents=True, exist_ok=True)
+        save_run_config(self.run, model_config, config)
         self.tokenizer.save(self.run)
         checkpoint = newest_checkpoint(self.run)
         if config.resume and checkpoint:
             self.state = load_checkpoint(checkpoint, self.model, self.optimizers)
-        save_run_config(self.run, model_config, config)
+            print(f"resuming {self.run} after step {self.state['step']}")
         self.log = MetricsLog(self.run, self.state["step"])
         self.wandb = start_wandb(self.run, model_config, config)
         self.step_model = torch.compile(self.model, fullgraph=True, dynamic=False) if config.compile else self.model
-        epochs = 10**9 if config.max_steps else config.epochs
-        self.stream = PackedStream(load, budget, epochs, self.state["stream"])
+        self.stream = PackedStream(load, budget, self.state["stream"])
         self.total = self.stream.total  # examples
+        self.unlabelled = 0  # examples since the last label
         self.last_names: list[str] = []
         self.interrupted = False
 
@@ -142,16 +141,22 @@ class Trainer:
             raise SystemExit(0)
         self.validate()
 
+    def interrupt(self, signum: int, _frame: object) -> None:
+        """Signal handler: save after this step and stop; a second signal stops at once."""
+        self.interrupted = True
+        signal.signal(signum, signal.SIG_DFL)
+
     def optimizer_step(self, micro_batches: list[PackedBatch], lr: float) -> None:
         """Forward and backward of every micro-batch, then one update: the mean loss over all their labelled tokens."""
         set_lr(self.optimizers, lr)
         n_labels = sum(batch.n_labels for batch in micro_batches)
-        loss = 0.0
+        total = torch.zeros((), device=self.device)
         for batch in micro_batches:
             with self.autocast():
                 loss_sum = self.step_model(batch.to(self.device))
             (loss_sum / n_labels).backward()
-            loss += loss_sum.item()
+            total += loss_sum.detach()
+        loss = total.item()
         self.last_names = [name for batch in micro_batches for name in batch.names]
         if not math.isfinite(loss):
             raise Stopped(self.not_finite(f"the loss is {loss} at step {self.state['step'] + 1}", lr))
@@ -181,10 +186,13 @@ class Trainer:
             meter.add(batch.packed, time.perf_counter() - asked)
             state["stream"] = advance(state["stream"], batch)
             state["examples"] += batch.consumed
-            if batch.state["epoch"] >= self.config.curriculum_epochs:  # before that images, not tokens, are the limit
+            if not batch.curriculum:  # while it lasts images, not tokens, are the limit
                 state["tokens"] += batch.packed.n_tokens
                 state["capacity"] += batch.packed.input_ids.numel()
             self.note_skipped(batch)
+            self.unlabelled = 0 if batch.packed.n_labels else self.unlabelled + batch.consumed
+            if self.unlabelled > len(self.train_source):
+                raise Stopped("a whole epoch without one labelled token: there is nothing to learn in this data")
             if batch.packed.n_labels:
                 micro_batches.append(batch.packed if self.config.compile else batch.packed.trimmed())
         return micro_batches
@@ -205,7 +213,7 @@ class Trainer:
 
     def log_line(self, meter: Meter, lr: float, bar: tqdm) -> None:
         state, speed = self.state, meter.read()
-        values = {"step": state["step"], "loss": state["loss_sum"] / state["loss_labels"], "progress": self.progress()}
+        values = {"step": state["step"], "loss": state["loss_sum"] / state["loss_labels"]}
         values |= {f"lr_{group['name']}": group["lr"] for o in self.optimizers for group in o.param_groups}
         values |= {"seconds": round(state["seconds"], 3), "examples": state["examples"], **speed}
         state["loss_sum"], state["loss_labels"] = 0.0, 0
@@ -217,21 +225,25 @@ class Trainer:
         )
 
     def validate(self) -> None:
-        """Score the held-out images, remember the best, save."""
+        """Save, score the held-out images, remember the best."""
         state = self.state
-        if len(self.val_source) and state["evaluated"] < state["step"]:
-            state["evaluated"] = state["step"]
-            with self.autocast():
-                result = evaluate(self.model, self.tokenizer, self.val_source)
-            values = {"step": state["step"], "accuracy": result.accuracy, "seconds": round(state["seconds"], 3)}
-            if result.accuracy > state["best_accuracy"]:
-                state["best_accuracy"], state["best_step"] = result.accuracy, state["step"]
-            self.log.write(values)
-            if self.wandb:
-                self.wandb.log(values, step=state["step"])
-            tqdm.write(f"step {state['step']}: {result.accuracy:.1%} of {result.total} held-out questions")
-            for reason in result.skipped:
-                tqdm.write(f"skipped, unreadable: {reason}")
+        self.save()
+        if len(self.val_source) == 0 or state["evaluated"] == state["step"]:
+            return
+        with self.autocast():
+            result = evaluate(self.model, self.tokenizer, self.val_source, self.config.turns)
+        state["evaluated"] = state["step"]
+        if result.accuracy > state["best_accuracy"]:
+            state["best_accuracy"], state["best_step"] = result.accuracy, state["step"]
+        values = {"step": state["step"], "accuracy": result.accuracy, "seconds": round(state["seconds"], 3)}
+        self.log.write(values)
+        if self.wandb:
+            self.wandb.log(values, step=state["step"])
+        tqdm.write(f"step {state['step']}: {result.accuracy:.1%} of {result.total} held-out questions")
+        for reason in result.skipped:
+            if reason not in state["bad"]:
+                state["bad"][reason] = reason
+                tqdm.write(f"skipped, held out: {reason}")
         self.save()
 
     def save(self) -> None:
@@ -250,48 +262,33 @@ class Trainer:
     def finish(self) -> None:
         """Curves, the test split seeing and blind, a grid of answers, and the summary."""
         plot_curves(self.run)
-        state, config = self.state, self.config
+        state = self.state
+        filled = f"{state['tokens'] / state['capacity']:.1%} of the token budget" if state["capacity"] else "-"
         rows = {
             "run": self.run,
             "steps": f"{state['step']:,} in {state['seconds'] / 60:.1f} min on {self.device}",
-            "packing": f"{state['tokens'] / max(state['capacity'], 1):.1%} of the token budget (curriculum aside)",
+            "packing": f"{filled} (curriculum aside)" if self.config.curriculum else filled,
             "skipped": f"{len(state['bad'])} unreadable, {state['too_long']} too long",
         }
-        if config.final_eval:
-            test = test_split(config.data) or self.val_source
+        test = test_split(self.config.data)
+        name, source = ("test split", test) if test else ("held-out images", self.val_source)
+        if self.config.final_eval and len(source):
             with self.autocast():
-                sees = evaluate(self.model, self.tokenizer, test, progress=True)
-                blind = evaluate(self.model, self.tokenizer, test, blank_images=True, progress=True)
-                if samples := self.answer_samples(test):
+                ask = functools.partial(evaluate, self.model, self.tokenizer, source, self.config.turns, progress=True)
+                sees, blind = ask(), ask(blank_images=True)
+                if samples := answer_samples(self.model, self.tokenizer, source):
                     plot_samples(self.run / "samples.png", samples)
-            result = {"seeing": sees.as_dict(), "blind": blind.as_dict(), **state}
+            kept = ("step", "seconds", "examples", "tokens", "capacity", "too_long", "bad")
+            result = {"split": name, "seeing": sees.as_dict(), "blind": blind.as_dict(), **{k: state[k] for k in kept}}
             (self.run / "result.json").write_text(json.dumps(result, indent=2) + "\n")
             for kind, (correct, total) in sorted(sees.by_kind.items()):
                 rows[f"  {kind}"] = f"{correct / total:.1%} of {total:,} questions"
-            rows["test split"] = f"sees: {sees.accuracy:.1%} · blind: {blind.accuracy:.1%}"
+            rows[name] = f"sees: {sees.accuracy:.1%} · blind: {blind.accuracy:.1%}"
             if self.wandb:
                 self.wandb.summary.update({"sees": sees.accuracy, "blind": blind.accuracy})
         print(summary_table(rows))
         if self.wandb:
             self.wandb.finish()
-
-    def answer_samples(self, source: Source, count: int = 18) -> list[tuple[np.ndarray, str, str, str]]:
-        """(image, question, right answer, the model's) for examples spread over the source."""
-        config = self.model.config
-        text = TextProcessor(self.tokenizer, config.prompt, config.image_tokens)
-        samples = []
-        for i, index in enumerate(np.unique(np.linspace(0, len(source) - 1, count).astype(int)) if len(source) else ()):
-            try:
-                example = source[int(index)]
-                images = [load_image(image, config.vit_img_size) for image in example.images]
-            except ValueError:
-                continue  # evaluate has named it
-            question, answer = example.turns[i % len(example.turns)]
-            prompt = text.document([(question, "")], len(images))
-            pixels = torch.from_numpy(np.stack(images)).to(self.device)
-            (reply,) = generate(self.model, pixels, [prompt], self.tokenizer.eos_id)
-            samples.append((images[0], question, answer, self.tokenizer.decode(reply).strip()))
-        return samples
 
 
 def test_split(data: str) -> Source | None:
@@ -299,17 +296,6 @@ def test_split(data: str) -> Source | None:
     with contextlib.suppress(FileNotFoundError):
         return load_source(data, "test")
     return None
-
-
-def check_folder(run: Path, config: TrainConfig) -> None:
-    """Raise ValueError if the folder holds a run and neither --resume nor --overwrite is given. Changes nothing."""
-    if (run / "config.json").exists() and not config.resume:
-        if not config.overwrite:
-            raise ValueError(
-                f"{run} already holds a run: --resume continues it, --overwrite deletes it, --out names another"
-            )
-        if "preset" not in json.loads((run / "config.json").read_text()):
-            raise ValueError(f"{run} has a config.json that is no run's: --overwrite does not delete it")
 
 
 def start_wandb(run: Path, model: VLMConfig, config: TrainConfig):
@@ -326,7 +312,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         trainer = Trainer(model_config, config)
         for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, lambda *_: setattr(trainer, "interrupted", True))
+            signal.signal(signum, trainer.interrupt)
         trainer.train()
         if trainer.interrupted:
             return 0

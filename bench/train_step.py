@@ -37,7 +37,7 @@ def load_samples(args: argparse.Namespace) -> tuple[VLMConfig, list[Sample], obj
     """One packed batch worth of examples with all their questions, and the budget they fill."""
     model, train = preset(args.preset)
     train = dataclasses.replace(
-        train, data=args.data, tokens_per_batch=args.tokens, questions_per_image=0, augment="none", curriculum_epochs=0
+        train, data=args.data, tokens_per_batch=args.tokens, questions_per_image=0, augment="none"
     )
     source = load_source(args.data, "train")
     tokenizer = Tokenizer.train(texts(source, model.prompt), model.lm_vocab_size)
@@ -46,7 +46,7 @@ def load_samples(args: argparse.Namespace) -> tuple[VLMConfig, list[Sample], obj
     budget = measure_budget(load, train)
     packer = Packer(budget)
     for index in range(min(train.look_ahead, len(source))):
-        packer.add(load((0, index)))
+        packer.add(load(index))
     return model, packer.next(), budget
 
 

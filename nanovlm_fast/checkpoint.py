@@ -1,4 +1,4 @@
-"""Checkpoints: a model folder in nanoVLM's layout, and beside it what a run needs to continue exactly.
+"""Checkpoints: a model folder with nanoVLM's weight names, and beside it what a run needs to continue exactly.
 
     RUN/checkpoints/step-000500/   config.json model.safetensors tokenizer.json tokenizer_config.json
                                    optimizer.safetensors state.json
@@ -102,11 +102,12 @@ def save_checkpoint(
     target = root / f"step-{state['step']:06d}"
     temporary = root / f".tmp-{target.name}"
     save_pretrained(temporary, model, tokenizer)
+    names = {parameter: name for name, parameter in model.named_parameters()}
     tensors = {
-        f"{o}.{i}.{name}": tensor
-        for o, optimizer in enumerate(optimizers)
-        for i, slots in optimizer.state_dict()["state"].items()
-        for name, tensor in slots.items()
+        f"{names[parameter]}.{slot}": tensor
+        for optimizer in optimizers
+        for parameter, slots in optimizer.state.items()
+        for slot, tensor in slots.items()
     }
     tensors["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
@@ -144,11 +145,14 @@ def load_checkpoint(
     cuda_rng = tensors.pop("rng.cuda", None)
     if cuda_rng is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda_rng)
-    slots: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
+    slots: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        optimizer, parameter, slot = name.split(".")
-        slots[int(optimizer)].setdefault(int(parameter), {})[slot] = tensor
-    for optimizer, state in zip(optimizers, slots, strict=True):
+        parameter, slot = name.rsplit(".", 1)
+        slots.setdefault(parameter, {})[slot] = tensor
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for optimizer in optimizers:  # by name: a part that was frozen or freed since keeps the others' in place
+        parameters = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+        state = {i: slots[name] for i, name in enumerate(parameters) if name in slots}
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return json.loads((folder / "state.json").read_text())
 

@@ -1,7 +1,7 @@
 """Configuration: the model (`VLMConfig`), the run (`TrainConfig`), the presets, and the command line made from them.
 
-`VLMConfig` keeps the field names of huggingface/nanoVLM, so its checkpoints' `config.json` reads here and ours reads
-there. Every field is an option of `train.py`; its help text is the field's own.
+`VLMConfig` keeps the field names of huggingface/nanoVLM, so its checkpoints' `config.json` reads here.
+Every field is an option of `train.py`; its help text is the field's own.
 """
 
 from __future__ import annotations
@@ -82,8 +82,12 @@ class VLMConfig:
                 raise ValueError(f"{name} = {size} must be a positive multiple of {by} = {factor}")
         if self.head_dim % 2:
             raise ValueError(f"lm_hidden_dim / lm_n_heads = {self.head_dim} must be even for the rotary embedding")
-        if "{question}" not in self.prompt:
-            raise ValueError(f"prompt must contain {{question}}, got {self.prompt!r}")
+        try:
+            fits = "?!" in self.prompt.format(question="?!")
+        except (KeyError, IndexError, ValueError):
+            fits = False
+        if not fits:
+            raise ValueError(f"prompt must contain {{question}} and no other braces, got {self.prompt!r}")
         return self
 
 
@@ -97,10 +101,12 @@ class TrainConfig:
         "independent", "first question only, every question a document on one shared image, or one conversation"
     )
     questions_per_image: int = option(0, "questions drawn anew for each pass over an image; 0 takes all")
-    curriculum: str = option("", "in the first --curriculum-epochs ask only questions that contain this text")
-    curriculum_epochs: int = option(0, "how many epochs --curriculum lasts")
+    curriculum: str = option("", "for the first --curriculum-share of the run ask only questions that contain this")
+    curriculum_share: float = option(0.2, "share of the run that --curriculum lasts")
     augment: Literal["none", "shift", "dihedral"] = option(
-        "none", "per image and pass: nothing, a shift inside plain margins and mirror, or flips and transposes"
+        "none",
+        "per image and pass: nothing, shift inside plain margins and mirror, or flips and transposes; only where "
+        "they leave the answers true",
     )
     val_samples: int = option(100, "images held out of the training split to evaluate on while training")
     out: str = option("", "run folder; default runs/PRESET")
@@ -144,13 +150,16 @@ class TrainConfig:
 
     def validate(self) -> TrainConfig:
         """Raise ValueError naming the first option that makes no sense; returns self."""
-        for name in ("accumulate", "tokens_per_batch", "look_ahead", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        at_least_one = ("accumulate", "tokens_per_batch", "look_ahead", "log_every")
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), 1 if field.name in at_least_one else 0
+            if isinstance(value, (int, float)) and value < least:
+                raise ValueError(f"--{field.name.replace('_', '-')} must be at least {least}, got {value}")
         if self.epochs <= 0 and self.max_steps <= 0:
             raise ValueError("--epochs or --max-steps must be positive")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"--warmup is a share of the run in [0, 1), got {self.warmup}")
+        for name in ("warmup", "curriculum_share"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"--{name.replace('_', '-')} is a share of the run below 1, got {getattr(self, name)}")
         if self.resume and self.overwrite:
             raise ValueError("--resume continues a run and --overwrite deletes it: give one of them")
         return self
@@ -162,18 +171,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         lm_hidden_dim=64, lm_inter_dim=192, lm_n_heads=4, lm_n_kv_heads=4, lm_n_blocks=2, lm_vocab_size=384,
         lm_re_base=10000.0, lm_max_position_embeddings=512, lm_max_length=16, lm_tokenizer="train",
         mp_pixel_shuffle_factor=4, image_mean=0.875, image_std=0.25, init="scratch",
-        augment="shift", epochs=10.0,
+        epochs=10.0,
         tokens_per_batch=5120, optimizer="muon", lr_projector=2e-3, lr_vision=2e-3, lr_language=2e-3,
         beta2=0.98, min_lr=0.0, warmup=0.04, clip=1.0, eval_every=250, save_every=250,
     ),
-    "nanovlm-222m": dict(data="the_cauldron:all45", turns="first"),
+    "nanovlm-222m": dict(turns="first"),
 }  # fmt: skip
 
 
 # What a data set needs, whoever learns it. easy-VQA: once colours are learnt, which takes seconds, a small model stays
 # at "colour, not shape" (84%) for a long time; asked for the shape alone first, it learns both.
 RECIPES: dict[str, dict[str, Any]] = {
-    "easy_vqa": dict(curriculum="what shape", curriculum_epochs=2),
+    "easy_vqa": dict(curriculum="what shape", augment="shift"),
 }
 
 
@@ -213,6 +222,20 @@ def save_run_config(run: Path, model: VLMConfig, train: TrainConfig) -> None:
     os.replace(temporary, run / "config.json")
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether the folder is one that train.py wrote."""
+    return (folder / "config.json").exists() and "preset" in load_run_config(folder)
+
+
+def check_run_folder(run: Path, config: TrainConfig) -> None:
+    """Raise ValueError unless `run` is new or empty, or a run that may be resumed or overwritten. Changes nothing."""
+    if holds_run(run):
+        if not (config.resume or config.overwrite):
+            raise ValueError(f"{run} holds a run: --resume continues it, --overwrite deletes it, --out names another")
+    elif run.exists() and any(run.iterdir()):
+        raise ValueError(f"{run} holds files that are no run: --out names another folder")
+
+
 def latest_run(runs: Path = RUNS) -> Path:
     """The run folder under `runs` that was written to last. Raises FileNotFoundError if there is none."""
     found = [config.parent for config in runs.glob("*/config.json")]
@@ -221,6 +244,14 @@ def latest_run(runs: Path = RUNS) -> Path:
     return max(
         found, key=lambda run: (run / "metrics.jsonl" if (run / "metrics.jsonl").exists() else run).stat().st_mtime
     )
+
+
+# What a resumed run may change. All else decides what its checkpoint means: weights and places in the data.
+RESUMABLE = frozenset(
+    "out resume overwrite device dtype compile epochs max_steps max_bad_samples lr_projector lr_vision lr_language "
+    "warmup min_lr weight_decay muon_scale beta2 clip log_every eval_every save_every final_eval wandb "
+    "wandb_project".split()
+)
 
 
 def parse_config(argv: list[str] | None = None) -> tuple[VLMConfig, TrainConfig]:
@@ -250,6 +281,12 @@ def parse_config(argv: list[str] | None = None) -> tuple[VLMConfig, TrainConfig]
         parser.set_defaults(**defaults)
         model, train = parser.parse_args_into_dataclasses(argv)
         train.out = train.out or str(RUNS / train.preset)
+        for name, value in {**vars(model), **vars(train)}.items():
+            if train.resume and name not in RESUMABLE and value != defaults.get(name, value):
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(
+                    f"{flag} {value}: the run to resume has {defaults[name]}, and its checkpoint rests on it"
+                )
         return model.validate(), train.validate()
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))

@@ -9,17 +9,17 @@ import argparse
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from nanovlm_fast.checkpoint import load_pretrained
 from nanovlm_fast.data.images import load_image
 from nanovlm_fast.data.sources import Source, load_source
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
-from nanovlm_fast.device import pick_device
+from nanovlm_fast.device import pick_autocast, pick_device
 from nanovlm_fast.generate import generate
 from nanovlm_fast.model import VisionLanguageModel
 
@@ -28,11 +28,11 @@ BLANK = 127  # every pixel of a blanked image
 
 @dataclass
 class Evaluation:
-    """Counts of a split; `wrong` keeps no examples, `answers` the first few for a look."""
+    """Counts of a split."""
 
     correct: int = 0
     total: int = 0
-    skipped: list[str] = field(default_factory=list)  # unreadable examples
+    skipped: list[str] = field(default_factory=list)  # why examples or questions were left out
     by_kind: dict[str, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))  # [correct, total]
 
     @property
@@ -54,64 +54,119 @@ def evaluate(
     model: VisionLanguageModel,
     tokenizer: Tokenizer,
     source: Source,
+    mode: str = "independent",
     blank_images: bool = False,
     examples_per_batch: int = 64,
-    max_new_tokens: int = 12,
     progress: bool = False,
 ) -> Evaluation:
-    """Ask every question of the source on its own, greedily, and count exact matches of the stripped answer.
+    """Ask the source's questions, greedily, and count exact matches of the stripped answer.
 
-    With `blank_images` every pixel is one grey: what is left is what the questions give away.
+    `mode` is the --turns that the model was trained with: 'independent' asks every question on its own, 'chat' after
+    the turns before it with their right answers, 'first' only the first. With `blank_images` every pixel is one grey:
+    what is left is what the questions give away. Unreadable examples and over-long prompts are left out and named.
     """
+    from tqdm import tqdm
+
     result = Evaluation()
-    device = next(model.parameters()).device
-    text = TextProcessor(tokenizer, model.config.prompt, model.config.image_tokens)
     was_training = model.training
     model.eval()
-    for start in tqdm(range(0, len(source), examples_per_batch), desc="evaluate", disable=not progress, leave=False):
-        images, prompts, turns = [], [], []
-        for index in range(start, min(start + examples_per_batch, len(source))):
-            try:
-                example = source[index]
-                decoded = [load_image(image, model.config.vit_img_size) for image in example.images]
-            except ValueError as error:
-                result.skipped.append(str(error))
-                continue
-            for question, answer in example.turns:
-                prompt = text.document([(question, "")], len(decoded))
-                prompt.image_rows[prompt.image_rows >= 0] += len(images) * model.config.image_tokens
-                prompts.append(prompt)
-                turns.append((question, answer))
-            images += decoded
-        size = model.config.vit_img_size
-        stacked = torch.from_numpy(np.stack(images) if images else np.zeros((0, 3, size, size), np.uint8))
-        if blank_images:
-            stacked = torch.full_like(stacked, BLANK)
-        replies = generate(model, stacked.to(device), prompts, tokenizer.eos_id, max_new_tokens)
-        for (_, answer), reply in zip(turns, replies, strict=True):
-            right = tokenizer.decode(reply).strip() == answer.strip()
-            kind = "yes/no" if answer.strip().lower() in ("yes", "no") else "open"
-            for count, more in ((0, right), (1, 1)):
-                result.by_kind[kind][count] += more
-            result.correct += right
-            result.total += 1
+    starts = range(0, len(source), examples_per_batch)
+    for start in tqdm(starts, desc="evaluate", disable=not progress, leave=False):
+        indices = range(start, min(start + examples_per_batch, len(source)))
+        evaluate_batch(model, tokenizer, source, indices, mode, blank_images, result)
     model.train(was_training)
     return result
 
 
+def evaluate_batch(
+    model: VisionLanguageModel,
+    tokenizer: Tokenizer,
+    source: Source,
+    indices: Iterable[int],
+    mode: str,
+    blank_images: bool,
+    result: Evaluation,
+) -> None:
+    """Add the examples at `indices` to `result`: their images encoded once, all their questions in one batch."""
+    size, image_tokens = model.config.vit_img_size, model.config.image_tokens
+    text = TextProcessor(tokenizer, model.config.prompt, image_tokens)
+    images, prompts, answers = [], [], []
+    new_tokens = 1
+    for index in indices:
+        try:
+            example = source[index]
+            decoded = [load_image(image, size) for image in example.images]
+        except ValueError as error:
+            result.skipped.append(str(error))
+            continue
+        for i, (question, answer) in enumerate(example.turns[:1] if mode == "first" else example.turns):
+            before = example.turns[:i] if mode == "chat" else []
+            prompt = text.document([*before, (question, "")], len(decoded))
+            needed = len(text.encode(f" {answer}")) + 2  # a longer reply is wrong in any case
+            if len(prompt) + needed > model.config.lm_max_position_embeddings:
+                result.skipped.append(f"{example.name}: a prompt of {len(prompt)} tokens is too long for the model")
+                continue
+            new_tokens = max(new_tokens, needed)
+            prompt.image_rows[prompt.image_rows >= 0] += len(images) * image_tokens
+            prompts.append(prompt)
+            answers.append(answer.strip())
+        images += decoded
+    pixels = torch.from_numpy(np.stack(images) if images else np.zeros((0, 3, size, size), np.uint8))
+    if blank_images:
+        pixels = torch.full_like(pixels, BLANK)
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    new_tokens = min(new_tokens, model.config.lm_max_position_embeddings - longest)
+    pixels = pixels.to(next(model.parameters()).device)
+    replies = generate(model, pixels, prompts, tokenizer.eos_id, new_tokens)
+    for answer, reply in zip(answers, replies, strict=True):
+        right = tokenizer.decode(reply).strip() == answer
+        kind = result.by_kind["yes/no" if answer.lower() in ("yes", "no") else "open"]
+        kind[0] += right
+        kind[1] += 1
+        result.correct += right
+        result.total += 1
+
+
+def answer_samples(
+    model: VisionLanguageModel, tokenizer: Tokenizer, source: Source, count: int = 18
+) -> list[tuple[np.ndarray, str, str, str]]:
+    """(image (3, H, W) uint8, question, right answer, the model's) for readable examples spread over the source."""
+    config, device = model.config, next(model.parameters()).device
+    text = TextProcessor(tokenizer, config.prompt, config.image_tokens)
+    samples = []
+    for i, index in enumerate(np.unique(np.linspace(0, len(source) - 1, count).astype(int))):
+        try:
+            example = source[int(index)]
+            images = [load_image(image, config.vit_img_size) for image in example.images]
+        except ValueError:
+            continue  # evaluate names it
+        if images:
+            question, answer = example.turns[i % len(example.turns)]
+            prompt = text.document([(question, "")], len(images))
+            pixels = torch.from_numpy(np.stack(images)).to(device)
+            (reply,) = generate(model, pixels, [prompt], tokenizer.eos_id)
+            samples.append((images[0], question, answer, tokenizer.decode(reply).strip()))
+    return samples
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m nanovlm_fast.evaluate", description="Score a model on a data set.")
-    parser.add_argument("--checkpoint", help="run or checkpoint folder (default: the latest run)")
+    parser.add_argument(
+        "--checkpoint", help="run (its newest checkpoint), RUN/best, or model folder; default: the latest run"
+    )
     parser.add_argument("--data", default="easy_vqa", help="data set, named as for train.py")
     parser.add_argument("--split", default="test")
+    parser.add_argument("--turns", default="independent", choices=("independent", "chat", "first"), help="as trained")
     parser.add_argument("--blank-images", action="store_true", help="hide the images: the question-only level")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
     try:
-        model, tokenizer = load_pretrained(args.checkpoint, pick_device(args.device))
+        device = pick_device(args.device)
+        model, tokenizer = load_pretrained(args.checkpoint, device)
         source = load_source(args.data, args.split)
-        result = evaluate(model, tokenizer, source, args.blank_images, progress=not args.json)
+        with pick_autocast("auto", device)():
+            result = evaluate(model, tokenizer, source, args.turns, args.blank_images, progress=not args.json)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

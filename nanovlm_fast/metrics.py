@@ -16,6 +16,9 @@ class Meter:
     """
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
         self.counts = {"tokens": 0, "labels": 0, "images": 0, "questions": 0}
         self.capacity, self.waited, self.since = 0, 0.0, time.perf_counter()
 
@@ -32,7 +35,7 @@ class Meter:
         elapsed = max(time.perf_counter() - self.since, 1e-9)
         values = {f"{name}_per_s": count / elapsed for name, count in self.counts.items()}
         values |= {"data_wait": self.waited / elapsed, "packing": self.counts["tokens"] / max(self.capacity, 1)}
-        self.__init__()
+        self.reset()
         return values
 
 

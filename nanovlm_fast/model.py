@@ -40,9 +40,9 @@ class PatchEmbedding(nn.Module):
         self.scale, self.shift = 1 / (255 * config.image_std), -config.image_mean / config.image_std
 
     def forward(self, images: Tensor) -> Tensor:
-        grid, patch = self.grid, self.patch
-        patches = images.view(-1, 3, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5)
-        patches = patches.reshape(-1, grid * grid, 3 * patch * patch).to(self.conv.weight.dtype)
+        n, grid, patch = len(images), self.grid, self.patch
+        patches = images.view(n, 3, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5)
+        patches = patches.reshape(n, grid * grid, 3 * patch * patch).to(self.conv.weight.dtype)
         weight = self.conv.weight.flatten(1)
         bias = self.conv.bias + self.shift * weight.sum(1)
         return F.linear(patches, weight * self.scale, bias) + self.position_embedding
@@ -73,9 +73,9 @@ class ModalityProjector(nn.Module):
         self.proj = nn.Linear(config.vit_hidden_dim * self.factor**2, config.lm_hidden_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        side, s, width = self.side, self.factor, x.shape[-1]
-        x = x.view(-1, side, s, side, s, width).transpose(2, 3)
-        return self.proj(x.reshape(-1, s * s * width))
+        n, side, s, width = len(x), self.side, self.factor, x.shape[-1]
+        x = x.view(n, side, s, side, s, width).transpose(2, 3)
+        return self.proj(x.reshape(n * side * side, s * s * width))
 
 
 class RotaryEmbedding(nn.Module):

@@ -8,7 +8,7 @@ best fit over a look-ahead buffer, and never splits or mixes anything.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -34,12 +34,12 @@ class Document:
 
 @dataclass
 class Sample:
-    """Documents that share `images` (n, 3, H, W) uint8; `key` finds the sample again, `name` is for people."""
+    """Documents that share `images` (n, 3, H, W) uint8."""
 
-    name: str
+    name: str  # for people
     images: np.ndarray
     documents: list[Document]
-    key: tuple[int, int] = (0, 0)
+    key: int = 0  # its position in the stream, which finds it again
 
     @cached_property
     def tokens(self) -> int:
@@ -69,13 +69,16 @@ class PackedBatch:
     n_samples: int = 0
     names: tuple[str, ...] = ()
 
+    def _map(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return PackedBatch(**{name: change(v) if isinstance(v, Tensor) else v for name, v in values.items()})
+
     def to(self, device: torch.device | str) -> PackedBatch:
-        moved = {
-            field.name: value.to(device, non_blocking=True)
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return dataclasses.replace(self, **moved)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> PackedBatch:
+        """In page-locked memory, from where a copy to the device need not be waited for."""
+        return self._map(Tensor.pin_memory)
 
     def trimmed(self) -> PackedBatch:
         """The same batch without its padding: less work where shapes may vary from step to step (eager)."""
@@ -85,7 +88,9 @@ class PackedBatch:
             (self.n_images, ("images",)),
             (self.n_labels, ("label_index", "labels")),
         )
-        return dataclasses.replace(self, **{n: getattr(self, n)[:size] for size, names in sizes for n in names})
+        cut = {name: getattr(self, name)[:size] for size, names in sizes for name in names}
+        longest = int(cut["cu_seqlens"].diff().max()) if self.n_documents else 0
+        return dataclasses.replace(self, **cut, max_seqlen=longest)
 
 
 @dataclass(frozen=True)
@@ -296,10 +301,10 @@ class Packer:
         self.buffer = [self.buffer[position] for position in sorted(left)]
         return batch
 
-    def state_dict(self) -> list[tuple[int, int]]:
+    def state_dict(self) -> list[int]:
         """Keys of the buffered samples, in order: with the samples themselves, all that a resume needs."""
         return [sample.key for sample in self.buffer]
 
-    def load_state_dict(self, keys: list[tuple[int, int]], load) -> None:
+    def load_state_dict(self, keys: list[int], load: Callable[[int], Sample]) -> None:
         """Refill the buffer; `load(key)` returns the sample of a key."""
-        self.buffer = [load(tuple(key)) for key in keys]
+        self.buffer = [load(key) for key in keys]

@@ -43,7 +43,8 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, patches, width = x.shape
-        q, k, v = self.qkv_proj(x).view(batch, patches, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv_proj(x).view(batch, patches, 3, self.n_heads, width // self.n_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v)
         return self.out_proj(out.transpose(1, 2).reshape(batch, patches, width))
 

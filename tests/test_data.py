@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import itertools
 import json
 
@@ -34,6 +36,25 @@ def tokenizer() -> Tokenizer:
 def test_every_kind_of_image_becomes_a_square(mode, size):
     pixels = load_image(Image.new(mode, size), 16)
     assert pixels.shape == (3, 16, 16) and pixels.dtype == np.uint8 and pixels.flags["C_CONTIGUOUS"]
+
+
+def test_sixteen_bits_of_grey_are_scaled():
+    pixels = np.full((16, 16), 20000, np.uint16)
+    assert (load_image(Image.fromarray(pixels), 16) == 20000 // 256).all()
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_no_damage_escapes_as_another_error(form):
+    image, exif = Image.effect_noise((32, 32), 80).convert("RGB"), Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    image.save(buffer, form, exif=exif)
+    rng, whole = np.random.default_rng(0), np.frombuffer(buffer.getvalue(), np.uint8)
+    for _ in range(150):
+        damaged = whole.copy()
+        damaged[rng.integers(0, min(len(whole), 200), 3)] = rng.integers(0, 256, 3)
+        with contextlib.suppress(BadImage):
+            assert load_image(damaged.tobytes(), 16).shape == (3, 16, 16)
 
 
 def test_exif_rotation_is_applied(tmp_path):
@@ -183,6 +204,9 @@ def test_llava_conversations_are_read(tmp_path):
         ({"image": "../secret.png", "conversations": talk("a", "b")}, "outside"),
         ({"image": "/etc/passwd", "conversations": talk("a", "b")}, "outside"),
         ({"image": "a.png", "conversations": talk("a")}, "alternate"),
+        ({"conversations": talk("a", "b")[::-1]}, "found: gpt, human"),
+        ({"conversations": [{"from": "system", "value": "s"}]}, "found: nothing"),
+        ({"image": "a.png", "conversations": talk("<image><image> a", "b")}, "2 times <image> for 1 images"),
         ({"image": "a.png", "conversations": "hello"}, "conversation format"),
         ("[1, 2]", "conversation format"),
     ],
@@ -202,15 +226,15 @@ def test_unknown_data_sets_are_refused(name):
 # --- the stream -------------------------------------------------------------------------------------------------------
 
 
-def stream_of(tokenizer, data="synthetic:32", states=None, epochs=2.0, **changes):
+def stream_of(tokenizer, data="synthetic:32", states=None, **changes):
     model, train = preset("tiny")
     model = dataclasses.replace(model, vit_img_size=32, mp_pixel_shuffle_factor=2, lm_vocab_size=320)
     defaults = dict(data=data, tokens_per_batch=600, look_ahead=32, workers=0, questions_per_image=2, augment="shift")
-    defaults |= dict(curriculum="", curriculum_epochs=0)
+    defaults |= dict(curriculum="", epochs=2.0)
     train = dataclasses.replace(train, **{**defaults, **changes})
     text = TextProcessor(tokenizer, model.prompt, model.image_tokens, train.turns)
     load = SampleLoader(load_source(data, "train"), model, train, text)
-    return PackedStream(load, measure_budget(load, train), epochs, states or initial_states(max(train.workers, 1)))
+    return PackedStream(load, measure_budget(load, train), states or initial_states(max(train.workers, 1)))
 
 
 def fingerprints(batches) -> list[tuple]:
@@ -245,11 +269,14 @@ def test_a_resumed_stream_continues_to_the_end_with_the_same_batches(tokenizer, 
 def test_questions_and_augmentation_differ_between_epochs(tokenizer):
     load = stream_of(tokenizer).load
     index = next(i for i in range(20) if len(load.source[i].turns) == 3)
-    passes = [load((epoch, index)) for epoch in range(8)]
+    size = len(load.source)
+    positions = [position for position in range(8 * size) if load.index(position) == index]
+    assert [position // size for position in positions] == list(range(8))
+    passes = [load(position) for position in positions]
     assert all(len(sample.documents) == 2 for sample in passes)
     assert len({sample.images.tobytes() for sample in passes}) > 3
     assert len({tuple(tuple(d.input_ids) for d in sample.documents) for sample in passes}) > 2
-    again = load((3, index))
+    again = load(positions[3])
     assert (again.images == passes[3].images).all()
 
 
@@ -259,7 +286,7 @@ def test_a_curriculum_asks_only_what_it_names_and_counts_every_example(tokenizer
         starts = batch.packed.cu_seqlens.tolist()[: batch.packed.n_documents + 1]
         return [tokenizer.base.decode(ids[a:b]) for a, b in itertools.pairwise(starts)]
 
-    stream = stream_of(tokenizer, curriculum="in the upper half", curriculum_epochs=1, questions_per_image=0)
+    stream = stream_of(tokenizer, curriculum="in the upper half", curriculum_share=0.5, questions_per_image=0)
     batches = list(loader(stream))
     assert sum(batch.consumed for batch in batches) == 512
     passed_over = sum(batch.passed_over for batch in batches)
@@ -271,16 +298,49 @@ def test_a_curriculum_asks_only_what_it_names_and_counts_every_example(tokenizer
 def test_packing_fills_the_budget_on_easy_vqa():
     model, train = preset("tiny")
     tokenizer = Tokenizer.train(texts(EasyVQA("train"), model.prompt), model.lm_vocab_size)
-    train = dataclasses.replace(train, workers=0, curriculum_epochs=0)
+    train = dataclasses.replace(train, workers=0, curriculum="", epochs=1.0)
     text = TextProcessor(tokenizer, model.prompt, model.image_tokens, train.turns)
     load = SampleLoader(EasyVQA("train"), model, train, text)
     budget = measure_budget(load, train)
-    batches = list(loader(PackedStream(load, budget, 1.0, initial_states(1))))
+    batches = list(loader(PackedStream(load, budget, initial_states(1))))
     filled = sum(b.packed.n_tokens for b in batches[:-2]) / (len(batches[:-2]) * budget.tokens)
     images = sum(b.packed.n_images for b in batches[:-2]) / (len(batches[:-2]) * budget.images)
     assert filled >= 0.97, f"{filled:.2%} of the token budget"
     assert images >= 0.9, f"{images:.2%} of the image budget"
     assert sum(b.packed.n_samples for b in batches) == 4000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(labels_per_batch=1), "no example fits the budgets. The first: synthetic/train/.*labelled tokens"),
+        (dict(max_seqlen=4, documents_per_batch=900), "no example fits the budgets.*tokens in one document"),
+        (dict(tokens_per_batch=5), "smaller than one sample"),
+        (dict(max_seqlen=9999), "lm-max-position-embeddings 512"),
+        (dict(images_per_batch=-1), "images"),
+    ],
+)
+def test_budgets_that_nothing_fits_are_refused_with_a_reason(tokenizer, changes, message):
+    with pytest.raises(ValueError, match=message):
+        stream_of(tokenizer, **changes)
+
+
+def test_data_without_answers_or_readable_images_is_refused(tokenizer, tmp_path):
+    write_jsonl(tmp_path, [{"conversations": talk("a", "")}] * 3)
+    with pytest.raises(ValueError, match="no answer in any example"):
+        stream_of(tokenizer, data=f"jsonl:{tmp_path}")
+    write_jsonl(tmp_path, [{"image": "gone.png", "conversations": talk("a", "b")}] * 3)
+    with pytest.raises(ValueError, match=r"no example could be read. The first: .*gone\.png"):
+        stream_of(tokenizer, data=f"jsonl:{tmp_path}")
+
+
+def test_trimming_and_pinning_change_nothing_else(tokenizer):
+    packed = next(iter(loader(stream_of(tokenizer)))).packed
+    trimmed = packed.trimmed()
+    assert len(trimmed.input_ids) == packed.n_tokens and len(trimmed.labels) == packed.n_labels
+    assert len(trimmed.images) == packed.n_images and trimmed.cu_seqlens[-1] == packed.n_tokens
+    assert trimmed.max_seqlen == trimmed.cu_seqlens.diff().max() <= packed.max_seqlen
+    assert trimmed.names == packed.names and torch.equal(trimmed.images, packed.images[: packed.n_images])
 
 
 def test_batches_are_the_declared_types(tokenizer):

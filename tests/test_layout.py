@@ -111,12 +111,12 @@ from nanovlm_fast.model import VisionLanguageModel
 from nanovlm_fast.optim import lr_factor, make_optimizers, set_lr
 
 model_config, config = preset("tiny")
-config = dataclasses.replace(config, data="synthetic", curriculum_epochs=0, tokens_per_batch=1024, workers=0)
+config = dataclasses.replace(config, data="synthetic", curriculum="", tokens_per_batch=1024, workers=0)
 source = load_source(config.data, "train")
 tokenizer = Tokenizer.train(texts(source, model_config.prompt), model_config.lm_vocab_size)
 text = TextProcessor(tokenizer, model_config.prompt, model_config.image_tokens)
 load = SampleLoader(source, model_config, config, text)
-batches = iter(loader(PackedStream(load, measure_budget(load, config), 1, initial_states(1))))
+batches = iter(loader(PackedStream(load, measure_budget(load, config), initial_states(1))))
 torch.manual_seed(0)
 model = VisionLanguageModel(model_config)
 optimizers = make_optimizers(model, config)

@@ -25,11 +25,15 @@ def load_image(source: Path | str | bytes | Image.Image, size: int) -> np.ndarra
             if isinstance(source, Image.Image)
             else Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
         )
-        image = ImageOps.exif_transpose(image).convert("RGB")
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip at 255
+            grey = np.asarray(image)
+            image = Image.fromarray((grey >> 8 if grey.max() > 255 else grey).astype(np.uint8))
+        image = image.convert("RGB")
         if image.size != (size, size):
             image = image.resize((size, size), Image.Resampling.BILINEAR)
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # damaged files raise whatever the decoder trips over: struct.error, SyntaxError ...
         raise BadImage(f"image {name}: {error}") from error
 
 
@@ -43,7 +47,9 @@ def plain_margins(image: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def augment(images: np.ndarray, mode: str, rng: np.random.Generator) -> np.ndarray:
-    """Augment (n, 3, H, W) uint8: all images of a sample mirrored alike, so that what is said of them stays true.
+    """Augment (n, 3, H, W) uint8, all images of a sample mirrored alike.
+
+    Whether answers stay true is for the user to know: nothing here suits questions about places, directions or text.
 
     'shift': what is drawn on a plain background moves anywhere inside its margins, and mirror; a photograph has no
     margins and only mirrors. 'dihedral': one of the square's eight symmetries. 'none' returns the images as they are.

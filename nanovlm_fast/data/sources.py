@@ -103,9 +103,12 @@ class JsonLines:
     """A folder with `train.jsonl`, optionally `test.jsonl`, and images, in LLaVA's conversation format.
 
     One object a line: {"image": "a.png" or ["a.png", "b.png"] or absent, "conversations": [{"from": "human", "value":
-    "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}, ...]}. Image names are relative to the folder and
-    may not leave it. A malformed line raises ValueError with its number when it is read.
+    "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}, ...]}. Images come first in a document, wherever
+    `<image>` stands. Image names are relative to the folder and may not leave it. A malformed line raises ValueError
+    with its number when it is read.
     """
+
+    ASKS, ANSWERS = ("human", "user"), ("gpt", "assistant")
 
     def __init__(self, split: str, folder: Path):
         self.folder, self.file = folder.resolve(), folder / f"{split}.jsonl"
@@ -121,16 +124,24 @@ class JsonLines:
         where = f"{self.file}:{number}"
         try:
             record = json.loads(line)
-            images = record.get("image") or []
-            images = [self.folder / name for name in ([images] if isinstance(images, str) else images)]
-            values = [str(turn["value"]).replace("<image>", "").strip() for turn in record["conversations"]]
+            names = record.get("image") or []
+            images = [self.folder / name for name in ([names] if isinstance(names, str) else names)]
+            turns = [(turn["from"], str(turn["value"])) for turn in record["conversations"]]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{where}: not a record in LLaVA's conversation format ({error!r})") from error
         for path in images:
             if not path.resolve().is_relative_to(self.folder):
                 raise ValueError(f"{where}: image {path} lies outside {self.folder}")
-        if not values or len(values) % 2:
-            raise ValueError(f"{where}: conversations must alternate question and answer, got {len(values)} turns")
+        marks = sum(value.count("<image>") for _, value in turns)
+        if marks not in (0, len(images)):
+            raise ValueError(f"{where}: {marks} times <image> for {len(images)} images")
+        if turns and turns[0][0] == "system":
+            turns = turns[1:]
+        roles = [self.ASKS, self.ANSWERS] * (len(turns) // 2)
+        if not turns or len(turns) % 2 or any(who not in role for (who, _), role in zip(turns, roles, strict=True)):
+            found = ", ".join(who for who, _ in turns)
+            raise ValueError(f"{where}: conversations must alternate human and gpt, found: {found or 'nothing'}")
+        values = [value.replace("<image>", "").strip() for _, value in turns]
         return Example(where, images, list(zip(values[::2], values[1::2], strict=True)))
 
 

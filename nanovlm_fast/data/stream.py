@@ -1,8 +1,9 @@
 """The packed stream: source -> decode, augment, tokenise -> pack, in worker processes, resumable to the batch.
 
-Everything is a function of (seed, epoch, index): the order of an epoch, the questions drawn for an image, its
-augmentation. So a position in the stream is a few integers (`batch.state`), and a run that resumes from them sees the
-batches that it would have seen. Each worker packs its own share of every epoch; batches come from the workers in turn.
+A run reads its source in one long sequence of *positions*: position p is place p % size of epoch p // size, and what
+it holds (which example, which of its questions, how it is augmented) is a function of the seed and p. So where a stream
+stands is a few integers (`batch.state`), and a run that resumes from them sees the batches that it would have seen.
+Each worker packs its own share of the examples; batches come from the workers in turn.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import os
 import signal
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,30 +24,43 @@ from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.data.images import augment, load_image
 from nanovlm_fast.data.sources import Source
 from nanovlm_fast.data.text import TextProcessor
-from nanovlm_fast.packing import Budget, PackedBatch, Packer, Sample, pack
+from nanovlm_fast.packing import IGNORE, Budget, PackedBatch, Packer, Sample, pack
 
-CACHE_BYTES = 2**30  # decoded images kept by each worker
+CACHE_BYTES = 2**30  # decoded examples kept by each worker
+ENDLESS = 10**9  # epochs of a run that ends after --max-steps
 
 
 class SampleLoader:
-    """`loader(key)` -> `Sample` for a key (epoch, index); decoded images and token ids are kept for the next epoch."""
+    """Examples of a source as samples; decoded images and token ids are kept for the next epoch."""
 
     def __init__(self, source: Source, model: VLMConfig, train: TrainConfig, text: TextProcessor):
         self.source, self.model, self.train, self.text = source, model, train, text
         self.cache: dict[int, Sample] = {}
         self.cache_room = CACHE_BYTES
+        self.order = lru_cache(maxsize=2)(self._order)
 
-    def __call__(self, key: tuple[int, int]) -> Sample:
-        """Raises ValueError (BadImage, malformed record), naming the example, if it cannot be read."""
-        epoch, index = key
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.train.seed, epoch]).permutation(len(self.source))
+
+    def index(self, position: int) -> int:
+        """The example that `position` holds."""
+        epoch, place = divmod(position, len(self.source))
+        return int(self.order(epoch)[place])
+
+    def __call__(self, position: int, curriculum: bool = False) -> Sample:
+        """The sample at a position; under a curriculum only with the questions that it asks, which may be none.
+
+        Raises ValueError (BadImage, malformed record), naming the example, if it cannot be read.
+        """
+        index = self.index(position)
         whole = self.cache.get(index) or self.load(index)
-        rng = np.random.default_rng([self.train.seed, epoch, index])
+        rng = np.random.default_rng([self.train.seed, position])
         documents, wanted = whole.documents, self.train.questions_per_image
-        if epoch < self.train.curriculum_epochs:
+        if curriculum:
             documents = [document for document in documents if self.train.curriculum in document.question]
         if 0 < wanted < len(documents):
             documents = [documents[i] for i in rng.permutation(len(documents))[:wanted]]
-        return Sample(whole.name, augment(whole.images, self.train.augment, rng), documents, key)
+        return Sample(whole.name, augment(whole.images, self.train.augment, rng), documents, position)
 
     def load(self, index: int) -> Sample:
         example = self.source[index]
@@ -56,8 +71,9 @@ class SampleLoader:
             raise ValueError(f"{example.name}: {error}") from error
         stacked = np.stack(images) if images else np.zeros((0, 3, size, size), np.uint8)
         sample = Sample(example.name, stacked, self.text.documents(example.turns, len(images)))
-        if stacked.nbytes <= self.cache_room:
-            self.cache_room -= stacked.nbytes
+        needed = stacked.nbytes + 20 * sample.tokens  # ids, rows and labels of a token
+        if needed <= self.cache_room:
+            self.cache_room -= needed
             self.cache[index] = sample
         return sample
 
@@ -70,6 +86,7 @@ class StreamBatch:
     bad: dict[int, str]  # examples that could not be read since the shard's last batch, and why
     too_long: list[str]  # examples that are over the budget, and why
     passed_over: int  # examples without a question that the curriculum asks
+    curriculum: bool  # packed while the curriculum lasted
     state: dict[str, Any]  # of its shard, after this batch
 
     @property
@@ -77,23 +94,19 @@ class StreamBatch:
         """Examples of the epoch that are done with."""
         return self.packed.n_samples + len(self.bad) + len(self.too_long) + self.passed_over
 
+    def pin_memory(self) -> StreamBatch:
+        return replace(self, packed=self.packed.pin_memory())
+
 
 class PackedStream(IterableDataset):
-    """Packed batches of `epochs` passes over a source. `states` holds one state a shard, see `loader`."""
+    """Packed batches of a whole run over a source. `states` holds one state a shard, see `initial_states`."""
 
-    def __init__(self, load: SampleLoader, budget: Budget, epochs: float, states: list[dict[str, Any]]):
+    def __init__(self, load: SampleLoader, budget: Budget, states: list[dict[str, Any]]):
         self.load, self.budget, self.states = load, budget, states
-        self.total = int(np.ceil(epochs * len(load.source)))  # examples in the whole run
-
-    def keys(self, shard: int, shards: int, epoch: int, position: int) -> Iterator[tuple[int, int, int]]:
-        """(epoch, position, index) of the shard's examples from (epoch, position) on."""
-        size = len(self.load.source)
-        while epoch * size < self.total:
-            order = np.random.default_rng([self.load.train.seed, epoch]).permutation(size)
-            for place in range(position, min(size, self.total - epoch * size)):
-                if place % shards == shard:
-                    yield epoch, place, int(order[place])
-            epoch, position = epoch + 1, 0
+        train, size = load.train, len(load.source)
+        self.total = ENDLESS * size if train.max_steps else int(np.ceil(train.epochs * size))  # examples in the run
+        planned = train.max_steps * train.accumulate * max(budget.images, 1) if train.max_steps else self.total
+        self.curriculum_end = int(train.curriculum_share * planned) if train.curriculum else 0
 
     def __iter__(self) -> Iterator[StreamBatch]:
         worker = get_worker_info()
@@ -108,35 +121,45 @@ class PackedStream(IterableDataset):
             yield batch
             shards.rotate(-1)
 
+    def sample(self, position: int) -> Sample:
+        return self.load(position, position < self.curriculum_end)
+
     def shard(self, state: dict[str, Any]) -> Iterator[StreamBatch]:
         model, look_ahead = self.load.model, self.load.train.look_ahead
         packer = Packer(self.budget)
-        packer.load_state_dict(state["buffer"], self.load)
-        epoch, position = state["epoch"], state["position"]
-        keys = self.keys(state["shard"], state["shards"], epoch, position)
+        packer.load_state_dict(state["buffer"], self.sample)
+        position = state["position"]
         while True:
             bad, too_long, passed_over = {}, [], 0
-            while len(packer.buffer) < look_ahead and (key := next(keys, None)) is not None:
-                epoch, position, index = key[0], key[1] + 1, key[2]
+            while len(packer.buffer) < look_ahead and position < self.total:
+                here, position = position, position + 1
+                index = self.load.index(here)
+                if index % state["shards"] != state["shard"]:  # an example stays with its worker, which remembers it
+                    continue
                 try:
-                    sample = self.load((epoch, index))
+                    sample = self.sample(here)
                 except ValueError as error:
                     bad[index] = str(error)
+                    if len(bad) >= look_ahead:  # let the trainer know before reading on
+                        break
                     continue
                 if not sample.documents:
                     passed_over += 1
                 elif misfit := packer.add(sample):
                     too_long.append(f"{sample.name}: {misfit}")
+                    if len(too_long) >= look_ahead:
+                        break
             samples = packer.next()
             if not (samples or bad or too_long or passed_over):
                 return
             packed = pack(samples, self.budget, model.image_tokens, model.vit_img_size)
-            after = {**state, "epoch": epoch, "position": position, "buffer": packer.state_dict()}
-            yield StreamBatch(packed, bad, too_long, passed_over, after)
+            curriculum = bool(samples) and samples[0].key < self.curriculum_end
+            after = {**state, "position": position, "buffer": packer.state_dict()}
+            yield StreamBatch(packed, bad, too_long, passed_over, curriculum, after)
 
 
 def initial_states(shards: int) -> list[dict[str, Any]]:
-    return [{"shard": i, "shards": shards, "epoch": 0, "position": 0, "buffer": []} for i in range(shards)]
+    return [{"shard": i, "shards": shards, "position": 0, "buffer": []} for i in range(shards)]
 
 
 def advance(states: list[dict[str, Any]], batch: StreamBatch) -> list[dict[str, Any]]:
@@ -162,9 +185,9 @@ def loader(stream: PackedStream, pin_memory: bool = False) -> DataLoader:
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal, but only the trainer decides what it means."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Ctrl-C and a scheduler's SIGTERM reach every process of a group, but only the trainer decides what they mean."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)  # a worker ends when the loader says so, or when its parent is gone
 
 
 def _as_is(batch: StreamBatch) -> StreamBatch:
@@ -174,21 +197,30 @@ def _as_is(batch: StreamBatch) -> StreamBatch:
 def measure_budget(load: SampleLoader, train: TrainConfig, probe: int = 1000) -> Budget:
     """The run's static sizes: what `train` gives, and for zeros what an even draw of the source needs.
 
-    Raises ValueError for an empty source, or a token budget smaller than one sample.
+    Raises ValueError, with a first reason, if nothing of the draw can be read, fits, or carries a label.
     """
-    if len(load.source) == 0:
-        raise ValueError(f"--data {train.data}: the data set is empty")
-    samples = []
-    for index in np.unique(np.linspace(0, len(load.source) - 1, probe).astype(int)):
+    limit = load.model.lm_max_position_embeddings
+    if train.max_seqlen > limit:
+        raise ValueError(f"--max-seqlen {train.max_seqlen} is over the model's --lm-max-position-embeddings {limit}")
+    samples, unreadable = [], ""
+    for position in np.unique(np.linspace(0, max(len(load.source) - 1, 0), probe).astype(int)):
         try:
-            samples.append(load((train.curriculum_epochs, int(index))))
-        except ValueError:
-            continue  # counted and named when the stream meets it
+            samples.append(load(int(position)))
+        except ValueError as error:  # counted and named when the stream meets it
+            unreadable = unreadable or str(error)
+    if not samples and unreadable:
+        raise ValueError(f"--data {train.data}: no example could be read. The first: {unreadable}")
     measured = Budget.measure(samples, train.tokens_per_batch)
-    return Budget(
+    budget = Budget(
         tokens=train.tokens_per_batch,
         documents=train.documents_per_batch or measured.documents,
         images=train.images_per_batch or measured.images,
         labels=train.labels_per_batch or measured.labels,
-        max_seqlen=train.max_seqlen or measured.max_seqlen,
+        max_seqlen=train.max_seqlen or min(measured.max_seqlen, limit),
     )
+    misfits = [f"{sample.name}: {misfit}" for sample in samples if (misfit := budget.misfit(sample))]
+    if len(misfits) == len(samples):
+        raise ValueError(f"--data {train.data}: no example fits the budgets. The first: {misfits[0]}")
+    if not any((document.labels != IGNORE).any() for sample in samples for document in sample.documents):
+        raise ValueError(f"--data {train.data}: no answer in any example, there is nothing to learn")
+    return budget
