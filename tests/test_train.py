@@ -167,6 +167,37 @@ def test_overwrite_does_not_delete_what_is_no_run(tmp_path):
     assert contents(tmp_path) == before
 
 
+def test_overwrite_does_not_delete_other_files(tmp_path):
+    (tmp_path / "precious.jpg").write_text("a photograph")
+    for options in ("--overwrite", "", "--resume"):
+        error_of(train(tmp_path, f"--max-steps 1 --no-final-eval {options}"))
+        assert contents(tmp_path) == {"precious.jpg": b"a photograph"}
+
+
+def test_what_the_checkpoint_rests_on_cannot_change_on_resume(copy):
+    before = contents(copy)
+    for options, flag in (
+        ("--seed 5", "--seed 5"),
+        ("--data easy_vqa", "--data easy_vqa"),
+        ("--workers 3", "--workers 3"),
+    ):
+        error = error_of(train(copy, f"--resume {options}"))
+        assert options in error and "the run to resume has" in error
+    assert contents(copy) == before
+
+
+def test_a_part_can_be_frozen_on_resume(copy):
+    """The other parts keep their own momentum: the optimizer's state is found by name."""
+    before = load_file(copy / "last" / "model.safetensors")
+    step = max(losses(copy))
+    result = train(copy, f"--resume --lr-vision 0 --max-steps {step + 3} --no-final-eval")
+    assert result.returncode == 0, result.stderr
+    assert max(losses(copy)) == step + 3
+    after = load_file(copy / "last" / "model.safetensors")
+    same = {name for name in after if torch.equal(after[name], before[name])}
+    assert same - {"decoder.rotary_embd.inv_freq"} == {name for name in after if name.startswith("vision_encoder")}
+
+
 # ---- interrupted runs
 
 
@@ -185,14 +216,22 @@ def interrupt(out: Path, options: str, when: Callable[[Path], bool], signum: int
     with (out.parent / "output.txt").open("a") as output:
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
-            [sys.executable, *arguments(out, options)], cwd=ROOT, env=env, stdout=output, stderr=output
+            [sys.executable, *arguments(out, options)],
+            cwd=ROOT,
+            env=env,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
     try:
         deadline = time.monotonic() + 200
         while not when(out):
             assert process.poll() is None and time.monotonic() < deadline, (out.parent / "output.txt").read_text()
             time.sleep(0.001)
-        process.send_signal(signum)
+        if signum == TERM:  # as schedulers do: to the workers as well
+            os.killpg(process.pid, signum)
+        else:
+            process.send_signal(signum)
         return process.wait(60)
     finally:
         process.kill()
@@ -363,6 +402,17 @@ def test_unreadable_samples_are_skipped_counted_and_named(tmp_path):
     assert "4 unreadable, 0 too long" in result.stdout
 
 
+def test_data_without_a_single_image_trains(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    turns = [{"from": "human", "value": "what follows one?"}, {"from": "gpt", "value": "two"}]
+    (folder / "train.jsonl").write_text("\n".join([json.dumps({"conversations": turns})] * 40))
+    result = train(tmp_path / "run", f"--data jsonl:{folder} --max-steps 60 --tokens-per-batch 128")
+    assert result.returncode == 0, result.stderr
+    assert "held-out images" in result.stdout and "sees: 100.0%" in result.stdout
+    assert losses(tmp_path / "run")[60] < 0.2 * losses(tmp_path / "run")[1]
+
+
 def test_too_many_unreadable_samples_stop_the_run(tmp_path):
     write_llava(tmp_path / "data", good=8)
     options = f"--data jsonl:{tmp_path}/data --val-samples 0 --no-final-eval --epochs 1 --max-bad-samples"
@@ -446,7 +496,7 @@ def test_accumulated_gradients_are_weighted_by_labelled_tokens(loop, tmp_path):
     disturb(model)
     text = TextProcessor(subject.tokenizer, config.prompt, config.image_tokens)
     load = SampleLoader(subject.train_source, config, TrainConfig(), text)
-    samples = [load((0, i)) for i in range(12)]
+    samples = [load(i) for i in range(12)]
     budget = Budget(1024, 64, 16, 512, 64)
     few, many, both = (
         pack(group, budget, config.image_tokens, config.vit_img_size) for group in (samples[:1], samples[1:], samples)
