@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from bench.results import write
+from nanovlm_fast.device import pick_device
 from nanovlm_fast.metrics import read_metrics
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
@@ -60,12 +61,14 @@ def main(argv: list[str] | None = None) -> int:
     split = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(prog="python -m bench.train_run", description=__doc__.splitlines()[0])
     parser.add_argument("--name", default="train_tiny", help="name of the result file")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
     args = parser.parse_args(argv[:split])
     try:
-        file = measure(args.name, [*argv[split + 1 :], "--device", args.device], torch.device(args.device), args.out)
-    except RuntimeError as error:
+        device = pick_device(args.device)
+        options = argv[split + 1 :] if args.device == "auto" else [*argv[split + 1 :], "--device", args.device]
+        file = measure(args.name, options, device, args.out)
+    except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"written: {file}")

@@ -10,6 +10,7 @@ in turn in one process. No time is reported unless losses and gradients agree.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import multiprocessing
 import sys
@@ -27,6 +28,7 @@ from nanovlm_fast.config import VLMConfig, preset
 from nanovlm_fast.data.sources import load_source, texts
 from nanovlm_fast.data.stream import SampleLoader, measure_budget
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
+from nanovlm_fast.device import pick_device
 from nanovlm_fast.model import VisionLanguageModel
 from nanovlm_fast.packing import Packer, Sample, pack, pad
 
@@ -115,8 +117,9 @@ def parity(steps: dict[str, Step], tolerance: float) -> dict[str, float | bool]:
 def _peak(variant: str, args: argparse.Namespace, queue) -> None:
     torch.set_num_threads(args.threads or torch.get_num_threads())
     step = Step(variant, args)
-    Path("/proc/self/clear_refs").write_text("5")  # start the high-water mark anew
     before = _resident("VmRSS")
+    with contextlib.suppress(OSError):  # start the high-water mark anew, where the kernel lets us
+        Path("/proc/self/clear_refs").write_text("5")
     step()
     step()
     queue.put((_resident("VmHWM") - before) / 2**10)
@@ -196,11 +199,12 @@ def main(argv: list[str] | None = None) -> int:
         "--tolerance", type=float, default=1e-4, help="relative, on the loss and every gradient (float32)"
     )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     try:
+        args.device = str(pick_device(args.device))
         result = compare(args)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
