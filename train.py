@@ -38,6 +38,7 @@ from nanovlm_fast.device import pick_autocast, pick_device
 from nanovlm_fast.evaluate import answer_samples, evaluate
 from nanovlm_fast.metrics import Meter, MetricsLog, summary_table
 from nanovlm_fast.model import VisionLanguageModel
+from nanovlm_fast.ops import choose_ops
 from nanovlm_fast.optim import lr_factor, make_optimizers, set_lr
 from nanovlm_fast.packing import PackedBatch
 from nanovlm_fast.pictures import plot_curves, plot_samples
@@ -71,7 +72,8 @@ class Trainer:
             max_seqlen=budget.max_seqlen,
         )
         torch.manual_seed(config.seed)
-        self.model = VisionLanguageModel(model_config).to(self.device)
+        self.ops = choose_ops(config.kernels, self.device)
+        self.model = VisionLanguageModel(model_config, self.ops).to(self.device)
         self.optimizers = make_optimizers(self.model, config)
         self.state = {
             "step": 0, "examples": 0, "bad": {}, "too_long": 0, "seconds": 0.0, "tokens": 0, "capacity": 0,
@@ -82,6 +84,7 @@ class Trainer:
         if config.overwrite and holds_run(self.run):
             shutil.rmtree(self.run)
         self.run.mkdir(parents=True, exist_ok=True)
+        print(f"device: {self.device} · kernels: {', '.join(self.ops.kernels) or 'none, plain PyTorch'}")
         save_run_config(self.run, model_config, config)
         self.tokenizer.save(self.run)
         checkpoint = newest_checkpoint(self.run)

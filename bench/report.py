@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from the committed result files: every number there is somebody's measurement.
+"""Writes the tables of the READMEs from the committed result files: every number there is somebody's measurement.
 
 python -m bench.report            write
 python -m bench.report --check    exit with 1 if a table is out of date
@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 
+from bench.registry import KERNELS
 from bench.results import ROOT
 
 README = ROOT.parent.parent / "README.md"
@@ -45,16 +46,37 @@ def table(results: Path = ROOT) -> str:
         memory = f"{ours['peak_mib']:,.0f} against {theirs['peak_mib']:,.0f} MiB"
         gain = f"**{step['speedup']:.1f}x**: {rates}, {memory}; gradients agree to {step['parity']['gradient']:.0e}"
         rows.append((work, gain, step["device"], step["commit"][:7], "`python -m bench.train_step`"))
+    return markdown(rows)
+
+
+def kernel_table(results: Path = ROOT) -> str:
+    """The table of kernels/README.md: what each kernel is, and what the assembler made of it for sm_90."""
+    rows = [("kernel", "what it does", "launches: registers, shared memory, warps, occupancy on sm_90", "on a GPU")]
+    compiled: dict[str, list[str]] = {}
+    for file in results.glob("*/codegen.json"):
+        for row in load(file)["kernels"]:
+            launch = f"{row['registers']}, {row['shared'] / 1024:.0f} KB, {row['warps']}, {row['occupancy']:.0%}"
+            compiled.setdefault(row["op"], []).append(f"`{row['kernel'].strip('_')}` {launch}")
+    for kernel in KERNELS:
+        about = kernel.module.__doc__.split("\n\n")[0].replace("\n", " ").strip()
+        rows.append((f"`{kernel.name}`", about, "<br>".join(compiled.get(kernel.name, ["-"])), "not measured yet"))
+    return markdown(rows)
+
+
+def markdown(rows: list[tuple[str, ...]]) -> str:
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
 
 
-def updated(readme: str, results: Path = ROOT) -> str:
-    """README with its table rewritten. Raises ValueError if the marks around it are missing."""
-    start, end = readme.find(MARKS[0]), readme.find(MARKS[1])
+TABLES = {README: table, README.parent / "kernels" / "README.md": kernel_table}
+
+
+def updated(text: str, written: str) -> str:
+    """`text` with what stands between the marks replaced. Raises ValueError if the marks are missing."""
+    start, end = text.find(MARKS[0]), text.find(MARKS[1])
     if start < 0 or end < start:
-        raise ValueError("README.md has lost the marks around its results table")
-    return f"{readme[: start + len(MARKS[0])]}\n{table(results)}\n{readme[end:]}"
+        raise ValueError("a README has lost the marks around its results table")
+    return f"{text[: start + len(MARKS[0])]}\n{written}\n{text[end:]}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,17 +84,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 if something would change")
     args = parser.parse_args(argv)
     try:
-        before = README.read_text()
-        after = updated(before)
+        after = {file: updated(file.read_text(), make()) for file, make in TABLES.items()}
     except (OSError, ValueError, KeyError) as error:
         print(f"error: {error!r}", file=sys.stderr)
         return 1
-    if not args.check:
-        README.write_text(after)
-    elif before != after:
-        print("README.md is out of date with bench/results: run python -m bench.report", file=sys.stderr)
-        return 1
-    return 0
+    stale = [file for file, text in after.items() if text != file.read_text()]
+    for file in stale:
+        if args.check:
+            print(f"{file} is out of date with bench/results: run python -m bench.report", file=sys.stderr)
+        else:
+            file.write_text(after[file])
+    return int(args.check and bool(stale))
 
 
 if __name__ == "__main__":

@@ -85,10 +85,9 @@ def generate(
     batch = pack([sample], budget, model.config.image_tokens, model.config.vit_img_size).to(images.device)
     cache = KVCache(batch, len(prompts), max_new_tokens)
 
-    image_tokens = model.encode_images(images) if len(images) else images.new_zeros(0, model.config.lm_hidden_dim)
-    x = model.decoder.embed(batch.input_ids, batch.image_rows, image_tokens)
+    x = model.embed(batch.input_ids, batch.image_rows, images)
     last = batch.cu_seqlens[1 : len(prompts) + 1].long() - 1
-    hidden = model.decoder(x, batch.position_ids, cache.prefill, last)
+    hidden = model.decoder(model.ops, x, batch.position_ids, cache.prefill, last)
     replies: list[list[int]] = [[] for _ in prompts]
     running = torch.ones(len(prompts), dtype=torch.bool)
     for step in range(max_new_tokens):
@@ -101,7 +100,7 @@ def generate(
         if step == max_new_tokens - 1 or not running.any():
             break
         x = model.decoder.token_embedding(token)
-        hidden = model.decoder(x, cache.lengths, cache.decode)
+        hidden = model.decoder(model.ops, x, cache.lengths, cache.decode)
         cache.lengths = cache.lengths + 1
     return replies
 

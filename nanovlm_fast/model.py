@@ -3,24 +3,29 @@
 The same function as `reference.py` without the padding: documents lie end to end (`PackedBatch`), an image is encoded
 once for all documents that show it, the projections of q, k, v and of gate and up are one matrix each, and only rows
 that carry a label go through the last MLP and the head. Module names are the reference's, so the state dicts convert
-by splitting the fused matrices (`reference_state_dict`, `load_reference_state_dict`). The vision blocks, where there is
-nothing to pack, are the reference's own.
+by splitting the fused matrices (`reference_state_dict`, `load_reference_state_dict`).
+
+Between blocks travel the residual stream and what is still to be added to it, so that the addition and the next norm
+are one operation. Which operations are Triton kernels is `ops.py`'s matter.
 
 Shapes: N images, P patches an image, T packed tokens, L labelled rows.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanovlm_fast import reference
 from nanovlm_fast.attention import varlen_attention
 from nanovlm_fast.config import VLMConfig
-from nanovlm_fast.packing import IGNORE, PackedBatch
-from nanovlm_fast.reference import VisionBlock, init_weights
+from nanovlm_fast.ops import Ops
+from nanovlm_fast.packing import PackedBatch
+from nanovlm_fast.reference import init_weights
 
 # attend(layer, q, k, v) -> out: how the language model attends; training, prefill and decoding each bring their own
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -48,6 +53,19 @@ class PatchEmbedding(nn.Module):
         return F.linear(patches, weight * self.scale, bias) + self.position_embedding
 
 
+class VisionBlock(reference.VisionBlock):
+    """The reference's block with its residual additions moved into the norms that follow them."""
+
+    def forward(self, ops: Ops, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Residual stream x and what is still to be added to it, both (N, P, C) -> the same after this block."""
+        if delta is None:
+            y = ops.layer_norm(x, self.ln1.weight, self.ln1.bias, self.ln1.eps)
+        else:
+            y, x = ops.layer_norm(delta, self.ln1.weight, self.ln1.bias, self.ln1.eps, x)
+        y, x = ops.layer_norm(self.attn(y), self.ln2.weight, self.ln2.bias, self.ln2.eps, x)
+        return x, self.mlp(y)
+
+
 class VisionTransformer(nn.Module):
     """(N, 3, H, W) uint8 -> (N, P, C)."""
 
@@ -57,11 +75,12 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.vit_n_blocks))
         self.layer_norm = nn.LayerNorm(config.vit_hidden_dim, eps=config.vit_ln_eps)
 
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.patch_embedding(images)
+    def forward(self, ops: Ops, images: Tensor) -> Tensor:
+        x, delta = self.patch_embedding(images), None
         for block in self.blocks:
-            x = block(x)
-        return self.layer_norm(x)
+            x, delta = block(ops, x, delta)
+        norm = self.layer_norm
+        return ops.layer_norm(delta, norm.weight, norm.bias, norm.eps, x)[0]
 
 
 class ModalityProjector(nn.Module):
@@ -69,32 +88,24 @@ class ModalityProjector(nn.Module):
 
     def __init__(self, config: VLMConfig):
         super().__init__()
-        self.side, self.factor = config.grid // config.mp_pixel_shuffle_factor, config.mp_pixel_shuffle_factor
+        self.factor = config.mp_pixel_shuffle_factor
         self.proj = nn.Linear(config.vit_hidden_dim * self.factor**2, config.lm_hidden_dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        n, side, s, width = len(x), self.side, self.factor, x.shape[-1]
-        x = x.view(n, side, s, side, s, width).transpose(2, 3)
-        return self.proj(x.reshape(n * side * side, s * s * width))
+    def forward(self, ops: Ops, x: Tensor) -> Tensor:
+        return ops.pixel_shuffle_proj(x, self.proj.weight, self.factor).flatten(0, 1)
 
 
 class RotaryEmbedding(nn.Module):
-    """position_ids (T,) -> cos, sin (T, 1, head_dim / 2), float32."""
+    """Tables of cos and sin (positions, head_dim / 2), float32."""
 
     def __init__(self, config: VLMConfig):
         super().__init__()
         exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
-        self.register_buffer("inv_freq", 1.0 / config.lm_re_base**exponents)
-
-    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        angles = position_ids[:, None, None].float() * self.inv_freq
-        return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-rotation RoPE of x (T, heads, D) by cos, sin (T, 1, D / 2), computed in float32."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+        inv_freq = 1.0 / config.lm_re_base**exponents
+        angles = torch.arange(config.lm_max_position_embeddings).float()[:, None] * inv_freq
+        self.register_buffer("inv_freq", inv_freq)  # nanoVLM's state dict has it
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
 
 
 class LanguageAttention(nn.Module):
@@ -105,12 +116,11 @@ class LanguageAttention(nn.Module):
         self.qkv_proj = nn.Linear(config.lm_hidden_dim, heads * self.head_dim, bias=False)
         self.out_proj = nn.Linear(self.n_heads * self.head_dim, config.lm_hidden_dim, bias=False)
 
-    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, ops: Ops, x: Tensor, rope: RotaryEmbedding, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated q (T, n_heads, D), rotated k and plain v (T, n_kv_heads, D)."""
-        qkv = self.qkv_proj(x).view(len(x), -1, self.head_dim)
-        qk, v = qkv.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], dim=1)
-        q, k = rotate(qk, cos, sin).split([self.n_heads, self.n_kv_heads], dim=1)
-        return q, k, v
+        qkv = ops.rotary(self.qkv_proj(x), rope.cos, rope.sin, position_ids, self.n_heads, self.n_kv_heads)
+        heads = qkv.view(len(x), -1, self.head_dim)
+        return heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=1)
 
 
 class LanguageMLP(nn.Module):
@@ -119,9 +129,8 @@ class LanguageMLP(nn.Module):
         self.gate_up_proj = nn.Linear(config.lm_hidden_dim, 2 * config.lm_inter_dim, bias=False)
         self.down_proj = nn.Linear(config.lm_inter_dim, config.lm_hidden_dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+    def forward(self, ops: Ops, x: Tensor) -> Tensor:
+        return self.down_proj(ops.swiglu(self.gate_up_proj(x)))
 
 
 class LanguageBlock(nn.Module):
@@ -132,13 +141,29 @@ class LanguageBlock(nn.Module):
         self.norm2 = nn.RMSNorm(config.lm_hidden_dim, eps=config.lm_rms_eps)
         self.mlp = LanguageMLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable, rows: Tensor | None) -> Tensor:
-        """x (T, C) -> (T, C), or (L, C) where only `rows` (L,) of the output are wanted."""
-        out = attend(*self.attn.qkv(self.norm1(x), cos, sin)).flatten(1)
+    def forward(
+        self,
+        ops: Ops,
+        x: Tensor,
+        delta: Tensor | None,
+        rope: RotaryEmbedding,
+        position_ids: Tensor,
+        attend: Callable,
+        rows: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Residual stream x and what is still to be added to it, both (T, C) -> the same after this block.
+
+        With `rows` (L,) only those rows come out, (L, C).
+        """
+        if delta is None:
+            y = ops.rms_norm(x, self.norm1.weight, self.norm1.eps)
+        else:
+            y, x = ops.rms_norm(delta, self.norm1.weight, self.norm1.eps, x)
+        out = attend(*self.attn.qkv(ops, y, rope, position_ids)).flatten(1)
         if rows is not None:  # keys and values needed every row; the rest of the block does not
             x, out = x[rows], out[rows]
-        x = x + self.attn.out_proj(out)
-        return x + self.mlp(self.norm2(x))
+        y, x = ops.rms_norm(self.attn.out_proj(out), self.norm2.weight, self.norm2.eps, x)
+        return x, self.mlp(ops, y)
 
 
 class LanguageModel(nn.Module):
@@ -152,27 +177,21 @@ class LanguageModel(nn.Module):
         if config.lm_tie_weights:
             self.head.weight = self.token_embedding.weight
 
-    def embed(self, input_ids: Tensor, image_rows: Tensor, image_tokens: Tensor) -> Tensor:
-        """(T, C): the token's embedding, or where image_rows is not -1 that row of image_tokens."""
-        text = self.token_embedding(input_ids)
-        if len(image_tokens) == 0:
-            return text
-        shown = image_tokens[image_rows.clamp(min=0)].to(text.dtype)
-        return torch.where(image_rows[:, None] >= 0, shown, text)
-
-    def forward(self, x: Tensor, position_ids: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+    def forward(self, ops: Ops, x: Tensor, position_ids: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
         """Embeddings (T, C) -> normalised hidden states (T, C), or (L, C) of `rows` alone."""
-        cos, sin = self.rotary_embd(position_ids)
-        last = len(self.blocks) - 1
+        delta, last = None, len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):
-            x = block(x, cos, sin, lambda *qkv, i=layer: attend(i, *qkv), rows if layer == last else None)
-        return self.norm(x)
+            here = functools.partial(attend, layer)
+            x, delta = block(ops, x, delta, self.rotary_embd, position_ids, here, rows if layer == last else None)
+        return ops.rms_norm(delta, self.norm.weight, self.norm.eps, x)[0]
 
 
 class VisionLanguageModel(nn.Module):
-    def __init__(self, config: VLMConfig):
+    """The whole model; `ops` says which operations are Triton kernels (default: none)."""
+
+    def __init__(self, config: VLMConfig, ops: Ops | None = None):
         super().__init__()
-        self.config = config.validate()
+        self.config, self.ops = config.validate(), ops or Ops()
         self.vision_encoder = VisionTransformer(config)
         self.MP = ModalityProjector(config)
         self.decoder = LanguageModel(config)
@@ -180,20 +199,29 @@ class VisionLanguageModel(nn.Module):
 
     def encode_images(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 -> (N * image_tokens, C)."""
-        return self.MP(self.vision_encoder(images))
+        return self.MP(self.ops, self.vision_encoder(self.ops, images))
 
-    def logits(self, batch: PackedBatch) -> Tensor:
-        """(L, V) at batch.label_index."""
-        x = self.decoder.embed(batch.input_ids, batch.image_rows, self.encode_images(batch.images))
+    def embed(self, input_ids: Tensor, image_rows: Tensor, images: Tensor) -> Tensor:
+        """(T, C): the token's embedding, or where image_rows is not -1 that row of the encoded images."""
+        table = self.decoder.token_embedding.weight
+        return self.ops.embed_splice(input_ids, table, image_rows, self.encode_images(images))
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """(L, C): normalised hidden states at batch.label_index."""
+        x = self.embed(batch.input_ids, batch.image_rows, batch.images)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return varlen_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, causal=True)
 
-        return self.decoder.head(self.decoder(x, batch.position_ids, attend, batch.label_index))
+        return self.decoder(self.ops, x, batch.position_ids, attend, batch.label_index)
+
+    def logits(self, batch: PackedBatch) -> Tensor:
+        """(L, V) at batch.label_index."""
+        return self.decoder.head(self.hidden(batch))
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Cross-entropy in float32, summed over the labelled tokens: divide by their number over the whole step."""
-        return F.cross_entropy(self.logits(batch).float(), batch.labels, ignore_index=IGNORE, reduction="sum")
+        return self.ops.linear_cross_entropy(self.hidden(batch), self.decoder.head.weight, batch.labels)[0]
 
     def fused_parts(self) -> dict[str, dict[str, int]]:
         """Fused weights by name -> the reference's weights that they hold, in order, and their row counts."""

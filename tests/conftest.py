@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before any kernel is imported: on a CPU they run in Triton's interpreter
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.packing import IGNORE, Document, Sample
 
@@ -19,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run_python(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     """A Python process in the repository root, on one thread; what it printed and its exit code."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", **env}
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from bench import report, train_step
+from bench import kernels, report, train_step
 from bench.timing import interleave, summary
 
 
@@ -57,10 +57,33 @@ def test_a_stale_table_or_a_file_without_origin_is_found(tmp_path):
     file = tmp_path / "x" / "train_step.json"
     file.write_text(json.dumps(result))
     text = "\n".join(("before", *report.MARKS, "after"))
-    once = report.updated(text, tmp_path)
-    assert "**5.0x**" in once and once.endswith("after") and report.updated(once, tmp_path) == once
+    once = report.updated(text, report.table(tmp_path))
+    assert "**5.0x**" in once and once.endswith("after") and report.updated(once, report.table(tmp_path)) == once
     file.write_text(json.dumps({**result, "speedup": 6.0}))
-    assert report.updated(once, tmp_path) != once
+    assert report.updated(once, report.table(tmp_path)) != once
     file.write_text(json.dumps({**result, "commit": "unknown"}))
     with pytest.raises(ValueError, match="no commit"):
-        report.updated(text, tmp_path)
+        report.table(tmp_path)
+    with pytest.raises(ValueError, match="marks"):
+        report.updated("no marks", "")
+
+
+def test_the_kernel_bench_rehearses_on_any_machine(tmp_path, capsys):
+    arguments = ["--small", "--device", "cpu", "--repeats", "1", "--only", "rms_norm", "--out", str(tmp_path)]
+    assert kernels.main(arguments) == 0
+    (file,) = tmp_path.glob("*/kernels.json")
+    providers = json.loads(file.read_text())["kernels"]["rms_norm"]["providers"]
+    assert providers.keys() == {"eager", "compile", "liger", "ours"}
+    assert providers["ours"].keys() == {"forward", "backward", "both"} and "error" in providers["liger"]
+    if not torch.cuda.is_available():
+        assert kernels.main([]) == 1 and "measured on a GPU" in capsys.readouterr().err
+
+
+def test_a_kernel_that_is_wrong_gets_no_time(tmp_path, monkeypatch):
+    wrong = {"ours": lambda kernel: lambda x, weight, eps, residual: (x * 1.001, residual + x + 0 * weight.sum())}
+    monkeypatch.setattr(kernels, "PROVIDERS", wrong)
+    arguments = ["--small", "--device", "cpu", "--repeats", "1", "--only", "rms_norm", "--out", str(tmp_path)]
+    assert kernels.main(arguments) == 0
+    (file,) = tmp_path.glob("*/kernels.json")
+    row = json.loads(file.read_text())["kernels"]["rms_norm"]["providers"]["ours"]
+    assert row.keys() == {"error"} and "allowed" in row["error"]

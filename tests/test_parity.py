@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import random_document, random_sample
+from conftest import ROOT, random_document, random_sample
+from kernel_checks import DEVICE
 from torch import nn
 
 from nanovlm_fast import model as fast
 from nanovlm_fast import reference
 from nanovlm_fast.config import VLMConfig
+from nanovlm_fast.ops import KERNELS, choose_ops
 from nanovlm_fast.packing import IGNORE, Budget, PackedBatch, Sample, pack
 
 
@@ -91,6 +93,23 @@ def test_loss_logits_and_gradients_equal_the_reference(small_config, n_documents
     assert ours.keys() == theirs.keys()
     for name, gradient in theirs.items():
         assert_close(ours[name], gradient, name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernels", [*(name for name in KERNELS if (ROOT / "kernels" / f"{name}.py").exists()), "all"])
+def test_with_kernels_it_still_equals_the_reference(small_config, kernels):
+    """One kernel at a time and all of them, in Triton's interpreter where there is no GPU."""
+    packed, plain = twins(small_config)
+    packed.ops = choose_ops(kernels)
+    assert packed.ops.kernels == (KERNELS if kernels == "all" else (kernels,))
+    samples = mixed_samples(small_config, 6, np.random.default_rng(1))
+    expected, _ = run_reference(plain, samples)
+    n_labels = sum(sample.labels for sample in samples)
+    (expected / n_labels).backward()
+    (packed.to(DEVICE)(batch_of(samples, small_config).to(DEVICE)) / n_labels).backward()
+    ours, theirs = gradients(packed.cpu()), gradients(plain)
+    for name, gradient in theirs.items():
+        assert_close(ours[name].cpu(), gradient, name, tolerance=5e-5)
 
 
 def test_only_text(small_config):

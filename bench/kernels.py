@@ -1,0 +1,193 @@
+"""Every kernel beside eager PyTorch, torch.compile and Liger: forward, backward and both, at the seed's sizes.
+
+    python -m bench.kernels                      on a GPU; writes bench/results/<gpu>/kernels.json
+    python -m bench.kernels --small --device cpu     a rehearsal at toy sizes, where the kernels are their references
+
+A provider gets a time only if its outputs and gradients pass the tolerance rule in the same process. On a GPU the times
+come from replaying CUDA graphs that run over several copies of the inputs, so that no call finds its inputs in L2, the
+providers in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch._functorch.config
+from torch import Tensor
+
+from bench.registry import KERNELS, PROVIDERS, Kernel
+from bench.results import write
+from bench.timing import interleave, summary
+from nanovlm_fast.device import pick_device
+
+torch._functorch.config.donated_buffer = False  # a compiled backward runs again and again on one forward
+L2_BYTES = 64 * 2**20
+PASSES = ("forward", "backward", "both")
+
+
+def leaves_of(inputs: dict) -> dict:
+    """Floating-point tensors of the inputs as leaves that want gradients; the rest as it is."""
+    return {
+        name: value.detach().clone().requires_grad_() if is_float(name, value) else value
+        for name, value in inputs.items()
+    }
+
+
+def is_float(name: str, value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and name not in ("cos", "sin")  # tables
+
+
+def results_of(call: Callable, inputs: dict) -> list[Tensor]:
+    """Outputs that are differentiable, and every gradient under fixed random upstream gradients."""
+    leaves = leaves_of(inputs)
+    outputs = [o for o in as_tuple(call(**leaves)) if o.requires_grad]
+    wanted = [value for name, value in leaves.items() if is_float(name, value)]
+    return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, wanted, upstream(outputs))]
+
+
+def as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def upstream(outputs: list[Tensor]) -> list[Tensor]:
+    generator = torch.Generator(outputs[0].device).manual_seed(7)
+    return [torch.randn(o.shape, generator=generator, device=o.device).to(o.dtype) for o in outputs]
+
+
+def agrees(call: Callable, kernel: Kernel, inputs: dict) -> str | None:
+    """None if the provider passes the tolerance rule against the reference, or what went wrong."""
+    reference = getattr(kernel.module, f"{kernel.name}_reference")
+    wide = {n: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in inputs.items()}
+    try:
+        truth, plain, ours = results_of(reference, wide), results_of(reference, inputs), results_of(call, inputs)
+    except Exception as error:  # a provider that cannot run is a row of the table, not the end of it
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    for gt, ref, out in zip(truth, plain, ours, strict=True):
+        error, allowed = (out - gt).abs().max(), 2 * (ref - gt).abs().max() + 1e-5 * gt.abs().max()
+        if not error <= allowed:
+            return f"error {error:.1e}, allowed {allowed:.1e}"
+    return None
+
+
+def passes_of(call: Callable, copies: list[dict]) -> dict[str, Callable[[], None]]:
+    """One callable a pass, each going over all copies of the inputs once."""
+    leaves = [leaves_of(inputs) for inputs in copies]
+
+    def outputs_of(one: dict) -> list[Tensor]:
+        return [o for o in as_tuple(call(**one)) if o.requires_grad]
+
+    def forward() -> None:
+        with torch.no_grad():
+            for one in leaves:
+                call(**one)
+
+    def both() -> None:
+        for one in leaves:
+            outputs = outputs_of(one)
+            torch.autograd.grad(outputs, [v for n, v in one.items() if is_float(n, v)], gradients)
+
+    gradients = upstream(outputs_of(leaves[0]))
+    kept = [(outputs_of(one), [v for n, v in one.items() if is_float(n, v)]) for one in leaves]
+
+    def backward() -> None:
+        for outputs, wanted in kept:
+            torch.autograd.grad(outputs, wanted, gradients, retain_graph=True)
+
+    return {"forward": forward, "backward": backward, "both": both}
+
+
+def as_graph(call: Callable[[], None]) -> Callable[[], None]:
+    """The call recorded as a CUDA graph: replaying costs no Python and no launches."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second, read and written, of copying 1 GiB on the device: the roof of what only moves memory."""
+    source = torch.empty(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = interleave({"copy": lambda: target.copy_(source)}, repeats=20, warmup=3)["copy"]
+    return 2 * source.numel() / summary(times)["median"]
+
+
+def measure(kernel: Kernel, args: argparse.Namespace, device: torch.device) -> dict:
+    """{provider: {'error': why} or {pass: {median, quartiles, ...}}} of one kernel, in seconds a call."""
+    sizes, dtype = (kernel.small, torch.float32) if args.small else (kernel.sizes, torch.bfloat16)
+    inputs = kernel.module.make_inputs(**sizes, dtype=dtype, device=device.type)
+    cost = kernel.module.cost(**sizes, dtype=dtype)
+    size = sum(v.numel() * v.element_size() for v in inputs.values() if isinstance(v, Tensor))
+    copies = [inputs] + [
+        {n: v.clone() if isinstance(v, Tensor) else v for n, v in inputs.items()}
+        for _ in range(min(8, L2_BYTES // max(size, 1)) if device.type == "cuda" else 0)
+    ]
+    rows: dict[str, dict] = {}
+    calls: dict[str, dict[str, Callable]] = {name: {} for name in PASSES}
+    for provider, make in PROVIDERS.items():
+        call = make(kernel)
+        wrong = "not installed, or has no such operation" if call is None else agrees(call, kernel, inputs)
+        rows[provider] = {"error": wrong} if wrong else {}
+        if wrong is None:
+            for name, one in passes_of(call, copies).items():
+                calls[name][provider] = as_graph(one) if device.type == "cuda" else one
+    for name, providers in calls.items():
+        for provider, times in interleave(providers, args.repeats, warmup=3).items():
+            seconds = [t / len(copies) for t in times]
+            rows[provider][name] = {**summary(seconds), "seconds": seconds}
+    return {"sizes": {k: str(v) for k, v in sizes.items()}, "dtype": str(dtype), "cost": cost, "providers": rows}
+
+
+def table(results: dict, bandwidth: float) -> str:
+    lines = [
+        f"{'kernel':22} {'provider':9} {'forward us':>11} {'backward us':>11} {'both us':>11} {'of copy, fwd':>12}"
+    ]
+    for name, result in results.items():
+        for provider, row in result["providers"].items():
+            if row.get("error"):
+                lines.append(f"{name:22} {provider:9} {row['error']}")
+                continue
+            times = " ".join(f"{row[p]['median'] * 1e6:>11.1f}" for p in PASSES)
+            share = result["cost"]["forward"][0] / row["forward"]["median"] / bandwidth
+            lines.append(f"{name:22} {provider:9} {times} {share:>12.0%}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="kernels, separated by commas")
+    parser.add_argument("--small", action="store_true", help="toy sizes in float32: a rehearsal")
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
+    args = parser.parse_args(argv)
+    try:
+        device = pick_device(args.device)
+        if device.type != "cuda" and not args.small:
+            raise ValueError("the kernels are measured on a GPU, and there is none: --small --device cpu rehearses")
+        chosen = [k for k in KERNELS if not args.only or k.name in args.only.split(",")]
+        bandwidth, results = copy_bandwidth(device), {}
+        for kernel in chosen:
+            results[kernel.name] = measure(kernel, args, device)
+            record = {"copy_bytes_per_s": bandwidth, "small": args.small, "kernels": results}
+            file = write("kernels", device, record, args.out)  # each kernel's result is safe as soon as it is there
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(table(results, bandwidth))
+    print(f"written: {file}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

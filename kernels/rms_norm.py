@@ -1,0 +1,237 @@
+"""RMSNorm over the last dimension, with the residual addition before it fused in (Zhang & Sennrich, 2019).
+
+    h = x + residual                        (h = x without a residual)
+    y = h * rstd * weight,                  rstd = 1 / sqrt(mean(h^2) + eps)
+
+x (..., N) bf16, fp16 or fp32; residual the same shape, of x's dtype or fp32 (a float32 residual stream); weight (N,).
+Statistics, sums and products are float32. Only rstd (rows,) is kept for the backward, which adds the gradient that
+arrives for h inside the kernel and sums the weight's gradient in float32 partials, a fixed number of rows to each.
+
+Bytes, forward: read x and residual, write y and h. Backward: read dy, dh and h, write dx (and d residual, if its dtype
+is not x's). One warp a row up to 768 columns, as many rows in flight as fit, as in QuACK and Liger.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+WARPS = 1056  # warps of the backward, eight for each of an H100's 132 multiprocessors: fixed, so sums have one order
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
+    """Plain PyTorch, at least float32 inside; same signature and dtypes as `rms_norm`."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    h = x.to(wide) if residual is None else x.to(wide) + residual.to(wide)
+    y = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * weight.to(wide)
+    return y.to(x.dtype) if residual is None else (y.to(x.dtype), h.to(residual.dtype))
+
+
+@triton.jit
+def _rms_norm_fwd_kernel(
+    x_ptr, residual_ptr, weight_ptr, y_ptr, h_ptr, rstd_ptr, M,
+    N: tl.constexpr, EPS: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK_N)
+    offsets = rows[:, None] * N + columns[None, :]
+    inside = (rows < M)[:, None] & (columns < N)[None, :]
+    h = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        h += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        tl.store(h_ptr + offsets, h, mask=inside)
+    rstd = tl.rsqrt(tl.sum(h * h, axis=1) / N + EPS)
+    weight = tl.load(weight_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
+    tl.store(y_ptr + offsets, h * rstd[:, None] * weight[None, :], mask=inside)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < M)
+
+
+@triton.jit
+def _rms_norm_bwd_kernel(
+    dy_ptr, dh_ptr, h_ptr, weight_ptr, rstd_ptr, dx_ptr, dresidual_ptr, dweight_ptr, M,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, HAS_DH: tl.constexpr, TWO_GRADIENTS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    columns = tl.arange(0, BLOCK_N)
+    weight = tl.load(weight_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
+    dweight = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    # Three stages: the next two rows are on their way to shared memory while one is worked on, in 16-byte copies, which
+    # widths that are no multiple of 8 do not allow.
+    stages: tl.constexpr = 3 if BLOCK_N <= 8192 and N % 8 == 0 else 1
+    for start in tl.range(program * ROWS, M, tl.num_programs(0) * ROWS, num_stages=stages):
+        rows = start + tl.arange(0, ROWS).to(tl.int64)
+        offsets = rows[:, None] * N + columns[None, :]
+        inside = (rows < M)[:, None] & (columns < N)[None, :]
+        dy = tl.load(dy_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        h = tl.load(h_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)
+        normed = h * rstd[:, None]
+        dweight += tl.sum(dy * normed, axis=0)
+        dnormed = dy * weight[None, :]
+        dx = (dnormed - normed * (tl.sum(dnormed * normed, axis=1) / N)[:, None]) * rstd[:, None]
+        if HAS_DH:
+            dx += tl.load(dh_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + offsets, dx, mask=inside)
+        if TWO_GRADIENTS:
+            tl.store(dresidual_ptr + offsets, dx, mask=inside)
+    tl.store(dweight_ptr + program.to(tl.int64) * N + columns, dweight, mask=columns < N)
+
+
+def _launch(n: int) -> dict[str, int]:
+    """Tile and warps for rows of n: a warp for 768 columns, so that no reduction leaves its warp there."""
+    block, warps = triton.next_power_of_2(n), triton.next_power_of_2(triton.cdiv(n, 768))
+    return {"BLOCK_N": block, "ROWS": max(1, 1024 // block), "num_warps": min(8, warps)}
+
+
+def _check(name: str, tensor: Tensor, like: Tensor, shape: torch.Size | tuple[int, ...], dtypes: tuple) -> None:
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"rms_norm: {name} is {tensor.dtype}, expected one of {', '.join(map(str, dtypes))}")
+    if tensor.device != like.device:
+        raise ValueError(f"rms_norm: {name} is on {tensor.device}, x is on {like.device}")
+    if tensor.shape != shape:
+        raise ValueError(f"rms_norm: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"rms_norm: {name} must be contiguous, its strides are {tensor.stride()}")
+
+
+@torch.library.custom_op("nanovlm_fast::rms_norm_fwd", mutates_args=())
+def rms_norm_fwd(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x (M, N) -> y (M, N), h (M, N) or empty without a residual, rstd (M,) float32. Raises on what does not fit."""
+    _check("x", x, x, x.shape, DTYPES)
+    if x.dim() != 2 or x.shape[1] < 1:
+        raise ValueError(f"rms_norm: x has shape {tuple(x.shape)}, expected (M, N) with N > 0")
+    _check("weight", weight, x, x.shape[1:], DTYPES)
+    if residual is not None:
+        _check("residual", residual, x, x.shape, (x.dtype, torch.float32))
+    m, n = x.shape
+    y, rstd = torch.empty_like(x), x.new_empty(m, dtype=torch.float32)
+    h = torch.empty_like(residual) if residual is not None else x.new_empty(0)
+    if m:
+        launch = _launch(n)
+        _rms_norm_fwd_kernel[(triton.cdiv(m, launch["ROWS"]),)](
+            x, residual, weight, y, h, rstd, m, N=n, EPS=eps, HAS_RESIDUAL=residual is not None, **launch
+        )
+    return y, h, rstd
+
+
+@rms_norm_fwd.register_fake
+def _(x, weight, eps, residual=None):
+    h = torch.empty_like(residual) if residual is not None else x.new_empty(0)
+    return torch.empty_like(x), h, x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("nanovlm_fast::rms_norm_bwd", mutates_args=())
+def rms_norm_bwd(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx (M, N) in dy's dtype, d residual in h's dtype (empty where that is dy's), dweight (N,) in weight's."""
+    m, n = h.shape
+    for name, tensor in (("dy", dy), ("dh", dh), ("h", h)):
+        if tensor is not None:
+            _check(name, tensor, h, h.shape, DTYPES)
+    two = h.dtype != dy.dtype
+    dx = torch.empty_like(dy)
+    dresidual = torch.empty_like(h) if two else dy.new_empty(0)
+    if m == 0:
+        return dx, dresidual, torch.zeros_like(weight)
+    launch = _launch(n)
+    programs = min(WARPS // launch["num_warps"], triton.cdiv(m, launch["ROWS"]))
+    partials = h.new_empty((programs, n), dtype=torch.float32)
+    _rms_norm_bwd_kernel[(programs,)](
+        dy, dh, h, weight, rstd, dx, dresidual, partials, m, N=n, HAS_DH=dh is not None, TWO_GRADIENTS=two, **launch
+    )
+    return dx, dresidual, partials.sum(0).to(weight.dtype)
+
+
+@rms_norm_bwd.register_fake
+def _(dy, dh, h, weight, rstd):
+    return (
+        torch.empty_like(dy),
+        torch.empty_like(h) if h.dtype != dy.dtype else dy.new_empty(0),
+        torch.empty_like(weight),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, _, residual = inputs
+    _, h, rstd = output
+    ctx.save_for_backward(x if residual is None else h, weight, rstd)
+    ctx.has_residual, ctx.dtype = residual is not None, x.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, dh, _drstd):
+    h, weight, rstd = ctx.saved_tensors
+    dy = torch.zeros_like(h, dtype=ctx.dtype) if dy is None else dy.contiguous()
+    dh = dh.contiguous() if ctx.has_residual and dh is not None else None
+    dx, dresidual, dweight = rms_norm_bwd(dy, dh, h, weight, rstd)
+    one = h.dtype == dy.dtype  # and then so is the gradient of both
+    return dx, dweight, None, (dx if one else dresidual) if ctx.has_residual else None
+
+
+rms_norm_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
+    """y, or (y, h) with a residual: y (..., N) in x's dtype, h = x + residual in the residual's.
+
+    Differentiable in x, weight and residual. Inputs that are not contiguous are copied. A CPU tensor takes the
+    reference (or Triton's interpreter under TRITON_INTERPRET=1). Raises TypeError or ValueError naming the argument.
+    """
+    if not (x.is_cuda or INTERPRET):
+        return rms_norm_reference(x, weight, eps, residual)
+    flat = (t.reshape(-1, t.shape[-1]).contiguous() if t is not None else None for t in (x, residual))
+    x2d, residual2d = flat
+    y, h, _ = rms_norm_fwd(x2d, weight, eps, residual2d)
+    return y.view(x.shape) if residual is None else (y.view(x.shape), h.view(x.shape))
+
+
+def make_inputs(
+    m: int, n: int, dtype: torch.dtype, device: str, residual: torch.dtype | None = None, seed: int = 0
+) -> dict:
+    """Arguments of `rms_norm` for x (m, n), with a residual stream of the given dtype or none."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+    weight = 1 + 0.1 * random(n)
+    stream = {} if residual is None else {"residual": 2 * random(m, n, dtype=residual)}
+    return {"x": random(m, n), "weight": weight, "eps": 1e-5, **stream}
+
+
+def cost(m: int, n: int, dtype: torch.dtype, residual: torch.dtype | None = None) -> dict[str, tuple[int, int]]:
+    """{'forward', 'backward'} -> (fewest bytes, FLOPs)."""
+    x, stream = m * n * dtype.itemsize, m * n * residual.itemsize if residual else 0
+    split = stream if residual not in (None, dtype) else 0
+    return {
+        "forward": (2 * x + 2 * stream + 4 * m, 4 * m * n),
+        "backward": (2 * x + (2 * stream if residual else x) + split + 4 * m, 9 * m * n),
+    }
+
+
+def aot() -> list[dict]:
+    """What is compiled ahead of time for sm_90: the seed's (32768, 576) in bf16 beside a float32 residual stream."""
+    launch = _launch(576)
+    shared = {"M": "i32"}
+    forward = dict(
+        x_ptr="*bf16", residual_ptr="*fp32", weight_ptr="*bf16", y_ptr="*bf16", h_ptr="*fp32", rstd_ptr="*fp32"
+    )
+    backward = dict(
+        dy_ptr="*bf16", dh_ptr="*fp32", h_ptr="*fp32", weight_ptr="*bf16", rstd_ptr="*fp32", dx_ptr="*bf16",
+        dresidual_ptr="*fp32", dweight_ptr="*fp32",
+    )  # fmt: skip
+    return [
+        {"kernel": _rms_norm_fwd_kernel, "signature": forward | shared, "launch": launch,
+         "constexprs": {"N": 576, "EPS": 1e-5, "HAS_RESIDUAL": True}},
+        {"kernel": _rms_norm_bwd_kernel, "signature": backward | shared, "launch": launch,
+         "constexprs": {"N": 576, "HAS_DH": True, "TWO_GRADIENTS": True}},
+    ]  # fmt: skip

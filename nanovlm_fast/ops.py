@@ -1,0 +1,129 @@
+"""The operations that have a Triton kernel, each as the kernel or as plain PyTorch: what `--kernels` switches.
+
+The model calls `ops.rms_norm(...)` and does not know which it got. A kernel is in `auto` for a device only once it was
+measured there faster than torch.compile alone in the whole training step.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# device name -> kernels that won in the whole step there; bench/results holds the evidence
+AUTO: dict[str, tuple[str, ...]] = {}
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
+    """y, or (y, x + residual): the residual stream keeps its dtype."""
+    if residual is None:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    residual = x + residual
+    return F.rms_norm(residual, weight.shape, weight, eps), residual
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None):
+    """y, or (y, x + residual)."""
+    if residual is None:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    residual = x + residual
+    return F.layer_norm(residual, weight.shape, weight, bias, eps), residual
+
+
+def rotary(qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, n_q: int, n_kv: int) -> Tensor:
+    """Half-rotation RoPE of the q and k heads of qkv (T, (n_q + 2 n_kv) D); cos, sin (positions, D / 2), float32."""
+    heads = qkv.view(len(qkv), n_q + 2 * n_kv, -1)
+    qk, v = heads.split([n_q + n_kv, n_kv], dim=1)
+    cos, sin = cos[position_ids][:, None], sin[position_ids][:, None]
+    first, second = qk.float().chunk(2, dim=-1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(qkv.dtype)
+    return torch.cat([turned, v], dim=1).flatten(1)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of gate_up (T, 2 I), packed as [gate | up]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def pixel_shuffle_proj(
+    x: Tensor, weight: Tensor, factor: int, bias: Tensor | None = None, grid: tuple[int, int] | None = None
+) -> Tensor:
+    """(B, H W, C) -> (B, H W / factor^2, N): factor x factor neighbouring patches become one token; H = W by default."""
+    (n, patches, width), s = x.shape, factor
+    height, across = grid or (math.isqrt(patches), math.isqrt(patches))
+    x = x.view(n, height // s, s, across // s, s, width).transpose(2, 3)
+    return F.linear(x.reshape(n, patches // s**2, s * s * width), weight, bias)
+
+
+def embed_splice(input_ids: Tensor, table: Tensor, image_rows: Tensor, image_tokens: Tensor) -> Tensor:
+    """(T, C): the token's embedding, or where image_rows is not -1 that row of image_tokens."""
+    text = F.embedding(input_ids, table)
+    if len(image_tokens) == 0:
+        return text
+    shown = image_tokens[image_rows.clamp(min=0)].to(text.dtype)
+    return torch.where(image_rows[:, None] >= 0, shown, text)
+
+
+def linear_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(cross-entropy summed over labels that are not -100, in float32; their count)."""
+    loss = F.cross_entropy(F.linear(h, weight).float(), labels, ignore_index=-100, reduction="sum")
+    return loss, (labels >= 0).sum()
+
+
+@dataclass(frozen=True)
+class Ops:
+    """One callable an operation; `kernels` names those that are kernels."""
+
+    rms_norm: Callable = rms_norm
+    layer_norm: Callable = layer_norm
+    rotary: Callable = rotary
+    swiglu: Callable = swiglu
+    pixel_shuffle_proj: Callable = pixel_shuffle_proj
+    embed_splice: Callable = embed_splice
+    linear_cross_entropy: Callable = linear_cross_entropy
+    kernels: tuple[str, ...] = ()
+
+
+KERNELS = tuple(name for name in Ops.__dataclass_fields__ if name != "kernels")
+
+
+def choose_ops(kernels: str = "auto", device: torch.device | None = None) -> Ops:
+    """'auto' (what won on this device, nothing on a CPU), 'none', 'all', or names separated by commas.
+
+    Raises ValueError for an unknown name.
+    """
+    if kernels == "auto":
+        on_gpu = device is not None and device.type == "cuda"
+        names = AUTO.get(torch.cuda.get_device_name(device), ()) if on_gpu else ()
+    elif kernels in ("none", "all"):
+        names = KERNELS if kernels == "all" else ()
+    else:
+        names = tuple(dict.fromkeys(name.strip() for name in kernels.split(",")))
+    if unknown := [name for name in names if name not in KERNELS]:
+        raise ValueError(f"--kernels {','.join(unknown)}: there are auto, none, all, {', '.join(KERNELS)}")
+    return Ops(**{name: _kernel(name) for name in names}, kernels=names)
+
+
+def _kernel(name: str) -> Callable:
+    function = getattr(importlib.import_module(f"nanovlm_fast.kernels.{name}"), name)
+
+    def call(*args, **kwargs):
+        return function(*(_as_autocast(name, position, value) for position, value in enumerate(args)), **kwargs)
+
+    return call if name in CAST else function
+
+
+# matrix products follow autocast as PyTorch's own do: these arguments are cast to its dtype
+CAST = {"pixel_shuffle_proj": (0, 1), "linear_cross_entropy": (0, 1)}
+
+
+def _as_autocast(name: str, position: int, value):
+    if position in CAST[name] and torch.is_autocast_enabled(value.device.type):
+        return value.to(torch.get_autocast_dtype(value.device.type))
+    return value
