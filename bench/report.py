@@ -11,6 +11,8 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 from bench.registry import KERNELS
 from bench.results import ROOT
 
@@ -50,8 +52,16 @@ def table(results: Path = ROOT) -> str:
 
 
 def kernel_table(results: Path = ROOT) -> str:
-    """The table of kernels/README.md: what each kernel is, and what the assembler made of it for sm_90."""
-    rows = [("kernel", "what it does", "launches: registers, shared memory, warps, occupancy on sm_90", "on a GPU")]
+    """The table of kernels/README.md: each kernel, its least work, what the assembler made of it, GPU times if any."""
+    rows = [
+        (
+            "kernel, tests",
+            "what it does",
+            "forward; backward",
+            "registers, shared memory, warps, occupancy on sm_90",
+            "GPU",
+        )
+    ]
     compiled: dict[str, list[str]] = {}
     for file in results.glob("*/codegen.json"):
         for row in load(file)["kernels"]:
@@ -59,8 +69,28 @@ def kernel_table(results: Path = ROOT) -> str:
             compiled.setdefault(row["op"], []).append(f"`{row['kernel'].strip('_')}` {launch}")
     for kernel in KERNELS:
         about = kernel.module.__doc__.split("\n\n")[0].replace("\n", " ").strip()
-        rows.append((f"`{kernel.name}`", about, "<br>".join(compiled.get(kernel.name, ["-"])), "not measured yet"))
+        cost = kernel.module.cost(**kernel.sizes, dtype=torch.bfloat16)
+        work = "; ".join(f"{cost[p][0] / 1e6:,.0f} MB, {cost[p][1] / 1e9:,.1f} GFLOP" for p in ("forward", "backward"))
+        launches = "<br>".join(dict.fromkeys(compiled.get(kernel.name, ["-"])))
+        name = f"`{kernel.name}`, [tests](../tests/test_{kernel.name}.py)"
+        rows.append((name, about, work, launches, gpu_times(kernel.name, results)))
     return markdown(rows)
+
+
+def gpu_times(name: str, results: Path) -> str:
+    """Forward and forward + backward of ours and of torch.compile, for each GPU that was measured."""
+    found = []
+    for file in sorted(results.glob("*/kernels.json")):
+        measured = load(file)
+        providers = measured["kernels"].get(name, {}).get("providers", {})
+        times = [
+            f"{who} {row['forward']['median'] * 1e6:.0f} / {row['both']['median'] * 1e6:.0f} us"
+            for who in ("ours", "compile")
+            if "both" in (row := providers.get(who, {}))
+        ]
+        if times and not measured["small"]:
+            found.append(f"{measured['device']}: {', '.join(times)}")
+    return "<br>".join(found) or "not measured yet"
 
 
 def markdown(rows: list[tuple[str, ...]]) -> str:

@@ -117,9 +117,7 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "compute type; weights stay float32; auto is bfloat16 on a GPU that has it"
     )
-    kernels: str = option(
-        "auto", "Triton kernels: auto (what won on this device) | none | all | name,name (see ops.py)"
-    )
+    kernels: str = option("auto", "Triton kernels: auto (what won on this device) | none | all | name,name")
     compile: bool = option(False, "torch.compile the model (static shapes, one graph)")
     epochs: float = option(5.0, "passes over the training split; the schedule is sized to them")
     max_steps: int = option(0, "stop after so many optimizer steps, the schedule sized to them; 0: --epochs decides")
@@ -251,8 +249,8 @@ def latest_run(runs: Path = RUNS) -> Path:
 
 # What a resumed run may change. All else decides what its checkpoint means: weights and places in the data.
 RESUMABLE = frozenset(
-    "out resume overwrite device dtype kernels compile epochs max_steps max_bad_samples lr_projector lr_vision lr_language "
-    "warmup min_lr weight_decay muon_scale beta2 clip log_every eval_every save_every final_eval wandb "
+    "out resume overwrite device dtype kernels compile epochs max_steps max_bad_samples lr_projector lr_vision "
+    "lr_language warmup min_lr weight_decay muon_scale beta2 clip log_every eval_every save_every final_eval wandb "
     "wandb_project".split()
 )
 

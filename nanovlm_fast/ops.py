@@ -54,7 +54,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 def pixel_shuffle_proj(
     x: Tensor, weight: Tensor, factor: int, bias: Tensor | None = None, grid: tuple[int, int] | None = None
 ) -> Tensor:
-    """(B, H W, C) -> (B, H W / factor^2, N): factor x factor neighbouring patches become one token; H = W by default."""
+    """(B, H W, C) -> (B, H W / factor^2, N): factor x factor neighbouring patches become one token; square by default."""
     (n, patches, width), s = x.shape, factor
     height, across = grid or (math.isqrt(patches), math.isqrt(patches))
     x = x.view(n, height // s, s, across // s, s, width).transpose(2, 3)
