@@ -36,7 +36,7 @@ def varlen_attention(
     out = F.scaled_dot_product_attention(
         lay_out(q), lay_out(k), lay_out(v), attn_mask=mask, is_causal=causal, enable_gqa=groups > 1
     )
-    return out.transpose(1, 2).reshape(rows, *q.shape[1:])[slots]
+    return out.transpose(1, 2).reshape(rows, *q.shape[1:]).index_select(0, slots)
 
 
 def padded_slots(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> Tensor:

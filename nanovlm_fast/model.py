@@ -161,7 +161,7 @@ class LanguageBlock(nn.Module):
             y, x = ops.rms_norm(delta, self.norm1.weight, self.norm1.eps, x)
         out = attend(*self.attn.qkv(ops, y, rope, position_ids)).flatten(1)
         if rows is not None:  # keys and values needed every row; the rest of the block does not
-            x, out = x[rows], out[rows]
+            x, out = x.index_select(0, rows), out.index_select(0, rows)
         y, x = ops.rms_norm(self.attn.out_proj(out), self.norm2.weight, self.norm2.eps, x)
         return x, self.mlp(ops, y)
 

@@ -39,7 +39,7 @@ def rotary(qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, n_q: int
     """Half-rotation RoPE of the q and k heads of qkv (T, (n_q + 2 n_kv) D); cos, sin (positions, D / 2), float32."""
     heads = qkv.view(len(qkv), n_q + 2 * n_kv, -1)
     qk, v = heads.split([n_q + n_kv, n_kv], dim=1)
-    cos, sin = cos[position_ids][:, None], sin[position_ids][:, None]
+    cos, sin = (table.index_select(0, position_ids)[:, None] for table in (cos, sin))
     first, second = qk.float().chunk(2, dim=-1)
     turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(qkv.dtype)
     return torch.cat([turned, v], dim=1).flatten(1)
@@ -54,7 +54,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 def pixel_shuffle_proj(
     x: Tensor, weight: Tensor, factor: int, bias: Tensor | None = None, grid: tuple[int, int] | None = None
 ) -> Tensor:
-    """(B, H W, C) -> (B, H W / factor^2, N): factor x factor neighbouring patches become one token; square by default."""
+    """(B, H W, C) -> (B, H W / factor^2, N): factor x factor patches become one token; square by default."""
     (n, patches, width), s = x.shape, factor
     height, across = grid or (math.isqrt(patches), math.isqrt(patches))
     x = x.view(n, height // s, s, across // s, s, width).transpose(2, 3)
@@ -66,7 +66,7 @@ def embed_splice(input_ids: Tensor, table: Tensor, image_rows: Tensor, image_tok
     text = F.embedding(input_ids, table)
     if len(image_tokens) == 0:
         return text
-    shown = image_tokens[image_rows.clamp(min=0)].to(text.dtype)
+    shown = F.embedding(image_rows.clamp(min=0), image_tokens).to(text.dtype)
     return torch.where(image_rows[:, None] >= 0, shown, text)
 
 
