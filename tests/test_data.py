@@ -7,6 +7,7 @@ import dataclasses
 import io
 import itertools
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -341,6 +342,12 @@ def test_trimming_and_pinning_change_nothing_else(tokenizer):
     assert len(trimmed.images) == packed.n_images and trimmed.cu_seqlens[-1] == packed.n_tokens
     assert trimmed.max_seqlen == trimmed.cu_seqlens.diff().max() <= packed.max_seqlen
     assert trimmed.names == packed.names and torch.equal(trimmed.images, packed.images[: packed.n_images])
+
+
+def test_a_stream_can_be_sent_to_workers_that_are_not_forked(tokenizer):
+    stream = stream_of(tokenizer)
+    again = pickle.loads(pickle.dumps(stream))
+    assert fingerprints(itertools.islice(again, 3)) == fingerprints(itertools.islice(stream, 3))
 
 
 def test_batches_are_the_declared_types(tokenizer):

@@ -13,7 +13,6 @@ import signal
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -37,10 +36,15 @@ class SampleLoader:
         self.source, self.model, self.train, self.text = source, model, train, text
         self.cache: dict[int, Sample] = {}
         self.cache_room = CACHE_BYTES
-        self.order = lru_cache(maxsize=2)(self._order)
+        self.orders: dict[int, np.ndarray] = {}  # of the last two epochs
 
-    def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.train.seed, epoch]).permutation(len(self.source))
+    def order(self, epoch: int) -> np.ndarray:
+        """(examples,) a permutation: the order of an epoch."""
+        if epoch not in self.orders:
+            while len(self.orders) > 1:
+                del self.orders[min(self.orders)]
+            self.orders[epoch] = np.random.default_rng([self.train.seed, epoch]).permutation(len(self.source))
+        return self.orders[epoch]
 
     def index(self, position: int) -> int:
         """The example that `position` holds."""
