@@ -69,7 +69,7 @@ def compile_for_sm90(spec: dict) -> dict:
 
 def narrow_offsets(ttir: str) -> list[str]:
     """Tiles of pointers that are moved by 32-bit offsets: these overflow in tensors of 2^31 elements and more."""
-    moves = re.findall(r"tt\.addptr [^:]*: tensor<(\d+x\d+)x!tt\.ptr<\w+>>, tensor<\d+x\d+x(i\d+)>", ttir)
+    moves = re.findall(r"tt\.addptr [^:]*: tensor<((?:\d+x)+\d+)x!tt\.ptr<\w+>>, tensor<(?:\d+x)+\d+x(i\d+)>", ttir)
     return [shape for shape, kind in moves if kind != "i64"]
 
 

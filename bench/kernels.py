@@ -26,6 +26,7 @@ from nanovlm_fast.device import pick_device
 
 torch._functorch.config.donated_buffer = False  # a compiled backward runs again and again on one forward
 L2_BYTES = 64 * 2**20
+LONG_ENOUGH = 6 * 10**9  # bytes that one timed replay moves: some 2 ms, beside which starting it is nothing
 PASSES = ("forward", "backward", "both")
 
 
@@ -86,32 +87,35 @@ def passes_of(call: Callable, copies: list[dict]) -> dict[str, Callable[[], None
                 call(**one)
 
     def both() -> None:
-        for one in leaves:
-            outputs = outputs_of(one)
-            torch.autograd.grad(outputs, [v for n, v in one.items() if is_float(n, v)], gradients)
+        for one, given in zip(leaves, gradients, strict=True):
+            torch.autograd.grad(outputs_of(one), [v for n, v in one.items() if is_float(n, v)], given)
 
-    gradients = upstream(outputs_of(leaves[0]))
     kept = [(outputs_of(one), [v for n, v in one.items() if is_float(n, v)]) for one in leaves]
+    gradients = [upstream(outputs) for outputs, _ in kept]
 
     def backward() -> None:
-        for outputs, wanted in kept:
-            torch.autograd.grad(outputs, wanted, gradients, retain_graph=True)
+        for (outputs, wanted), given in zip(kept, gradients, strict=True):
+            torch.autograd.grad(outputs, wanted, given, retain_graph=True)
 
     return {"forward": forward, "backward": backward, "both": both}
 
 
-def as_graph(call: Callable[[], None]) -> Callable[[], None]:
-    """The call recorded as a CUDA graph: replaying costs no Python and no launches."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+def as_graph(call: Callable[[], None], rounds: int, stream: torch.cuda.Stream) -> tuple[Callable[[], None], bool]:
+    """The call, `rounds` times, recorded as a CUDA graph (no Python, no launches); plainly where it cannot be recorded.
+
+    Everything, the forwards that a backward goes back through included, must have run on `stream`.
+    """
+    for _ in range(3):
         call()
-    return graph.replay
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(rounds):
+                call()
+        return graph.replay, True
+    except RuntimeError:  # it waits for the device somewhere
+        return lambda: [call() for _ in range(rounds)], False
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -124,14 +128,28 @@ def copy_bandwidth(device: torch.device) -> float:
 
 def measure(kernel: Kernel, args: argparse.Namespace, device: torch.device) -> dict:
     """{provider: {'error': why} or {pass: {median, quartiles, ...}}} of one kernel, in seconds a call."""
+    if device.type != "cuda":
+        return measure_here(kernel, args, device, None)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        result = measure_here(kernel, args, device, stream)
+    torch.cuda.synchronize()
+    return result
+
+
+def measure_here(
+    kernel: Kernel, args: argparse.Namespace, device: torch.device, stream: torch.cuda.Stream | None
+) -> dict:
     sizes, dtype = (kernel.small, torch.float32) if args.small else (kernel.sizes, torch.bfloat16)
     inputs = kernel.module.make_inputs(**sizes, dtype=dtype, device=device.type)
     cost = kernel.module.cost(**sizes, dtype=dtype)
-    size = sum(v.numel() * v.element_size() for v in inputs.values() if isinstance(v, Tensor))
+    moved = cost["forward"][0]
     copies = [inputs] + [
         {n: v.clone() if isinstance(v, Tensor) else v for n, v in inputs.items()}
-        for _ in range(min(8, L2_BYTES // max(size, 1)) if device.type == "cuda" else 0)
+        for _ in range(max(2, min(8, 4 * L2_BYTES // moved)) if stream else 0)
     ]
+    rounds = max(1, min(200, LONG_ENOUGH // (moved * len(copies)))) if stream else 1
     rows: dict[str, dict] = {}
     calls: dict[str, dict[str, Callable]] = {name: {} for name in PASSES}
     for provider, make in PROVIDERS.items():
@@ -140,10 +158,12 @@ def measure(kernel: Kernel, args: argparse.Namespace, device: torch.device) -> d
         rows[provider] = {"error": wrong} if wrong else {}
         if wrong is None:
             for name, one in passes_of(call, copies).items():
-                calls[name][provider] = as_graph(one) if device.type == "cuda" else one
+                calls[name][provider], rows[provider]["graph"] = (
+                    as_graph(one, rounds, stream) if stream else (one, False)
+                )
     for name, providers in calls.items():
         for provider, times in interleave(providers, args.repeats, warmup=3).items():
-            seconds = [t / len(copies) for t in times]
+            seconds = [t / (len(copies) * rounds) for t in times]
             rows[provider][name] = {**summary(seconds), "seconds": seconds}
     return {"sizes": {k: str(v) for k, v in sizes.items()}, "dtype": str(dtype), "cost": cost, "providers": rows}
 
@@ -154,7 +174,7 @@ def table(results: dict, bandwidth: float) -> str:
     ]
     for name, result in results.items():
         for provider, row in result["providers"].items():
-            if row.get("error"):
+            if "error" in row:
                 lines.append(f"{name:22} {provider:9} {row['error']}")
                 continue
             times = " ".join(f"{row[p]['median'] * 1e6:>11.1f}" for p in PASSES)

@@ -34,7 +34,8 @@ def facts(device: torch.device) -> dict[str, Any]:
     values: dict[str, Any] = {
         "device": device_name(device),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _output("git", "rev-parse", "HEAD"),
+        # a copy of the tree without its history says by the environment what it is a copy of
+        "commit": os.environ.get("NANOVLM_FAST_COMMIT") or _output("git", "rev-parse", "HEAD"),
         "clean": not _output("git", "status", "--porcelain", "--untracked-files=no"),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "python": platform.python_version(),

@@ -55,11 +55,13 @@ def _embed_splice_fwd_kernel(
     ids_ptr, table_ptr, rows_ptr, image_ptr, h_ptr, keys_ptr, T, V,
     C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    tokens = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    across: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C  # one flat grid: its other axes end at 65,535
+    program = tl.program_id(0)
+    tokens = (program // across).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    columns = program % across * BLOCK_C + tl.arange(0, BLOCK_C)
     ids = tl.load(ids_ptr + tokens, mask=tokens < T, other=0)
     rows = tl.load(rows_ptr + tokens, mask=tokens < T, other=-1).to(tl.int64)
-    if tl.program_id(0) == 0:
+    if program % across == 0:
         tl.store(keys_ptr + tokens, tl.where(rows >= 0, V + rows, ids).to(tl.int32), mask=tokens < T)
     inside = (tokens < T)[:, None] & (columns < C)[None, :]
     image = inside & (rows >= 0)[:, None]
@@ -76,8 +78,8 @@ def _embed_splice_bwd_chunks_kernel(
     C: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """ROWS chunks side by side: keys (T,) sorted, order (T,) the positions they came from."""
-    chunk = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    chunk = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (columns < C)[None, :]
     start = chunk * CHUNK
     key = tl.load(keys_ptr + start, mask=start < T, other=-1)  # -1: before the beginning or past the end
@@ -127,8 +129,8 @@ def _embed_splice_bwd_parts_kernel(
     C: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One chunk: if a run begins in it and goes on into the next, the sum of all parts of that run."""
-    chunk = tl.program_id(1).to(tl.int64)
-    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    chunk = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = columns < C
     start = chunk * CHUNK
     behind = start + CHUNK  # where the next chunk begins
@@ -192,7 +194,7 @@ def embed_splice_fwd(
     t = len(input_ids)
     h, keys = table.new_empty(t, c), torch.empty_like(image_rows)
     if t:
-        grid = (triton.cdiv(c, FORWARD["BLOCK_C"]), triton.cdiv(t, FORWARD["BLOCK_T"]))
+        grid = (triton.cdiv(c, FORWARD["BLOCK_C"]) * triton.cdiv(t, FORWARD["BLOCK_T"]),)
         _embed_splice_fwd_kernel[grid](input_ids, table, image_rows, image_tokens, h, keys, t, v, C=c, **FORWARD)
     return h, keys
 
@@ -214,12 +216,12 @@ def embed_splice_bwd(
         keys, order = keys.sort(stable=True)
         chunks = triton.cdiv(t, CHUNK)
         parts = dh.new_empty(2, chunks, c, dtype=torch.float32)
-        grid = (triton.cdiv(c, CHUNKS["BLOCK_C"]), triton.cdiv(chunks, CHUNKS["ROWS"]))
+        grid = (triton.cdiv(chunks, CHUNKS["ROWS"]), triton.cdiv(c, CHUNKS["BLOCK_C"]))
         _embed_splice_bwd_chunks_kernel[grid](
             dh, keys, order, dtable, dimage, parts, t, table_rows, chunks, C=c, **CHUNKS
         )
         if chunks > 1:
-            _embed_splice_bwd_parts_kernel[(triton.cdiv(c, PARTS["BLOCK_C"]), chunks - 1)](
+            _embed_splice_bwd_parts_kernel[(chunks - 1, triton.cdiv(c, PARTS["BLOCK_C"]))](
                 keys, dtable, dimage, parts, t, table_rows, chunks, C=c, **PARTS
             )
     return dtable, dimage

@@ -222,7 +222,8 @@ def make_inputs(
     def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
-    weight, bias = 1 + 0.1 * random(n), 0.1 * random(n)
+    wide = torch.float32  # master weights, as in training
+    weight, bias = 1 + 0.1 * random(n, dtype=wide), 0.1 * random(n, dtype=wide)
     stream = {} if residual is None else {"residual": 2 * random(m, n, dtype=residual)}
     return {"x": random(m, n), "weight": weight, "bias": bias, "eps": 1e-6, **stream}
 
@@ -242,10 +243,10 @@ def aot() -> list[dict]:
     launch = _launch(768)
     shared = {"mean_ptr": "*fp32", "rstd_ptr": "*fp32", "M": "i32"}
     forward = dict(
-        x_ptr="*bf16", residual_ptr="*fp32", weight_ptr="*bf16", bias_ptr="*bf16", y_ptr="*bf16", h_ptr="*fp32"
+        x_ptr="*bf16", residual_ptr="*fp32", weight_ptr="*fp32", bias_ptr="*fp32", y_ptr="*bf16", h_ptr="*fp32"
     )
     backward = dict(
-        dy_ptr="*bf16", dh_ptr="*fp32", h_ptr="*fp32", weight_ptr="*bf16", dx_ptr="*bf16", dresidual_ptr="*fp32",
+        dy_ptr="*bf16", dh_ptr="*fp32", h_ptr="*fp32", weight_ptr="*fp32", dx_ptr="*bf16", dresidual_ptr="*fp32",
         dweight_ptr="*fp32", dbias_ptr="*fp32",
     )  # fmt: skip
     return [

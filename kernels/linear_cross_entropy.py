@@ -34,7 +34,7 @@ from torch import Tensor
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 IGNORE = -100
-CHUNK = 8192  # the largest power of two that keeps the extra memory under 1 GB at 32768 x 49152 x 576, see `cost`
+CHUNK = 5632  # 44 tiles of 128 rows x 3 of 192 columns of d h: one wave on 132 multiprocessors; memory see `cost`
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SCALE_BLOCK = 4096  # elements a program of the backward
 LOG2E = tl.constexpr(1.4426950408889634)

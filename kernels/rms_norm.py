@@ -203,7 +203,7 @@ def make_inputs(
     def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
-    weight = 1 + 0.1 * random(n)
+    weight = 1 + 0.1 * random(n, dtype=torch.float32)  # a master weight, as in training
     stream = {} if residual is None else {"residual": 2 * random(m, n, dtype=residual)}
     return {"x": random(m, n), "weight": weight, "eps": 1e-5, **stream}
 
@@ -223,10 +223,10 @@ def aot() -> list[dict]:
     launch = _launch(576)
     shared = {"M": "i32"}
     forward = dict(
-        x_ptr="*bf16", residual_ptr="*fp32", weight_ptr="*bf16", y_ptr="*bf16", h_ptr="*fp32", rstd_ptr="*fp32"
+        x_ptr="*bf16", residual_ptr="*fp32", weight_ptr="*fp32", y_ptr="*bf16", h_ptr="*fp32", rstd_ptr="*fp32"
     )
     backward = dict(
-        dy_ptr="*bf16", dh_ptr="*fp32", h_ptr="*fp32", weight_ptr="*bf16", rstd_ptr="*fp32", dx_ptr="*bf16",
+        dy_ptr="*bf16", dh_ptr="*fp32", h_ptr="*fp32", weight_ptr="*fp32", rstd_ptr="*fp32", dx_ptr="*bf16",
         dresidual_ptr="*fp32", dweight_ptr="*fp32",
     )  # fmt: skip
     return [

@@ -49,13 +49,15 @@ def _rotary_kernel(
     TOKENS: tl.constexpr, GROUP: tl.constexpr, CONJUGATE: tl.constexpr,
 ):  # fmt: skip
     """The first HEADS heads of rows of STRIDE elements, of which the first ROTATED are rotated; y may be x."""
-    tokens = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    heads = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
+    groups: tl.constexpr = (HEADS + GROUP - 1) // GROUP  # one flat grid: its other axes end at 65,535
+    program = tl.program_id(0)
+    tokens = (program // groups).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    heads = program % groups * GROUP + tl.arange(0, GROUP)
     columns = tl.arange(0, BLOCK_HALF)
     row = tokens[:, None, None] * STRIDE + heads[None, :, None] * (2 * HALF) + columns[None, None, :]
     inside = (tokens < T)[:, None, None] & (heads < HEADS)[None, :, None] & (columns < HALF)[None, None, :]
     first = tl.load(x_ptr + row, mask=inside, other=0.0)
-    second = tl.load(x_ptr + row + HALF, mask=inside, other=0.0)
+    second = tl.load(x_ptr + (row + HALF), mask=inside, other=0.0)
 
     positions = tl.load(position_ptr + tokens, mask=tokens < T, other=0).to(tl.int64)
     entry = positions[:, None] * HALF + columns[None, :]
@@ -70,7 +72,7 @@ def _rotary_kernel(
         rotate = (heads < ROTATED)[None, :, None]
         turned_a, turned_b = tl.where(rotate, turned_a, a), tl.where(rotate, turned_b, b)
     tl.store(y_ptr + row, turned_a.to(y_ptr.dtype.element_ty), mask=inside)
-    tl.store(y_ptr + row + HALF, turned_b.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + (row + HALF), turned_b.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def _launch(half: int) -> dict[str, int]:
@@ -86,7 +88,7 @@ def _run(x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, y: Tensor, n
     launch = _launch(half)
     heads = n_q + (n_kv if y is x else 2 * n_kv)
     if t:
-        grid = (triton.cdiv(heads, launch["GROUP"]), triton.cdiv(t, launch["TOKENS"]))
+        grid = (triton.cdiv(heads, launch["GROUP"]) * triton.cdiv(t, launch["TOKENS"]),)
         _rotary_kernel[grid](
             x, cos, sin, position_ids, y, t,
             HEADS=heads, ROTATED=n_q + n_kv, STRIDE=x.shape[1], HALF=half, CONJUGATE=conjugate, **launch,

@@ -100,7 +100,7 @@ def generate(
         if step == max_new_tokens - 1 or not running.any():
             break
         x = model.decoder.token_embedding(token)
-        hidden = model.decoder(model.ops, x, cache.lengths, cache.decode)
+        hidden = model.decoder(model.ops, x, cache.lengths.int(), cache.decode)
         cache.lengths = cache.lengths + 1
     return replies
 

@@ -24,7 +24,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     if residual is None:
         return F.rms_norm(x, weight.shape, weight, eps)
     residual = x + residual
-    return F.rms_norm(residual, weight.shape, weight, eps), residual
+    return F.rms_norm(residual, weight.shape, weight, eps).to(x.dtype), residual
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None):
@@ -32,7 +32,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Te
     if residual is None:
         return F.layer_norm(x, weight.shape, weight, bias, eps)
     residual = x + residual
-    return F.layer_norm(residual, weight.shape, weight, bias, eps), residual
+    return F.layer_norm(residual, weight.shape, weight, bias, eps).to(x.dtype), residual
 
 
 def rotary(qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, n_q: int, n_kv: int) -> Tensor:
@@ -119,8 +119,9 @@ def _kernel(name: str) -> Callable:
     return call if name in CAST else function
 
 
-# matrix products follow autocast as PyTorch's own do: these arguments are cast to its dtype
-CAST = {"pixel_shuffle_proj": (0, 1), "linear_cross_entropy": (0, 1)}
+# matrix products follow autocast as PyTorch's own do: their first argument is cast to its dtype. The weight stays
+# float32: the kernels round it themselves, and give its gradient unrounded.
+CAST = {"pixel_shuffle_proj": (0,), "linear_cross_entropy": (0,)}
 
 
 def _as_autocast(name: str, position: int, value):

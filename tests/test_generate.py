@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_document
+from kernel_checks import DEVICE
 
 from nanovlm_fast import reference
 from nanovlm_fast.generate import choose, generate
 from nanovlm_fast.model import VisionLanguageModel
+from nanovlm_fast.ops import choose_ops
 from nanovlm_fast.packing import Document
 
 EOS = 0
@@ -61,6 +63,14 @@ def test_the_cache_gives_the_tokens_of_the_whole_sequence(model):
     expected = [without_cache(model, prompt, images, 12) for prompt in prompts]
     assert replies == expected
     assert len({tuple(reply) for reply in replies}) > 2
+
+
+def test_with_kernels_it_says_the_same(model):
+    prompts, images = prompts_and_images(model.config)
+    plain = generate(model, images, prompts, EOS, max_new_tokens=5)
+    model.ops = choose_ops("all")
+    model, images = model.to(DEVICE), images.to(DEVICE)
+    assert generate(model, images, prompts, EOS, max_new_tokens=5) == plain
 
 
 def test_a_prompt_is_answered_alike_alone_and_in_a_batch(model):

@@ -216,6 +216,7 @@ def test_reference_gradients():
     check_reference_gradients(linear_cross_entropy_reference, inputs)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="CPU tensors: beside a GPU the reference answers for them")
 @pytest.mark.parametrize("label", [97, 2**40, -1])
 def test_labels_out_of_range(label):
     """The reference raises; the kernel, which cannot without a sync, makes the row and the sum NaN, nothing else."""

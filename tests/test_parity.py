@@ -112,6 +112,31 @@ def test_with_kernels_it_still_equals_the_reference(small_config, kernels):
         assert_close(ours[name].cpu(), gradient, name, tolerance=5e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="bfloat16 on a GPU: Triton's interpreter cannot multiply it")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kernels", [*KERNELS, "all"])
+def test_under_autocast_kernels_are_as_near_to_float32_as_plain_pytorch(small_config, kernels, compiled):
+    """The design's rule for every gradient: twice the error of plain autocast."""
+    plain, _ = twins(small_config)
+    samples = mixed_samples(small_config, 9, np.random.default_rng(2))
+    batch = batch_of(samples, small_config).to(DEVICE)
+
+    def run(names: str, autocast: bool, compile: bool = False) -> dict[str, torch.Tensor]:
+        model = fast.VisionLanguageModel(small_config, choose_ops(names)).to(DEVICE)
+        model.load_state_dict(plain.state_dict())
+        step = torch.compile(model, fullgraph=True, dynamic=False) if compile else model
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            loss = step(batch) / batch.n_labels
+        loss.backward()
+        return {"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters()}}
+
+    truth, ref, ours = run("none", False), run("none", True), run(kernels, True, compiled)
+    for name, gt in truth.items():
+        error, allowed = (ours[name] - gt).norm(), 2 * (ref[name] - gt).norm() + 1e-3 * gt.norm()
+        assert error <= allowed, f"{name}: {error:.2e}, allowed {allowed:.2e}"
+
+
 def test_only_text(small_config):
     packed, plain = twins(small_config)
     samples = [random_sample(np.random.default_rng(0), small_config, 0, 3)]
