@@ -47,7 +47,7 @@ def measure(name: str, options: list[str], device: torch.device, out: Path | Non
             "curve": [[line["seconds"], line["accuracy"]] for line in lines if "accuracy" in line],
         }
         file = write(name, device, result, out)
-        for picture in ("curves", "samples"):
+        for picture in ("curves", "samples") if name == "train_tiny" else ():
             shutil.copy(run / f"{picture}.png", file.with_name(f"{name}_{picture}.png"))
     return file
 
