@@ -126,22 +126,42 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.numel() / summary(times)["median"]
 
 
-def measure(kernel: Kernel, args: argparse.Namespace, device: torch.device) -> dict:
+def peak_memory(call: Callable, inputs: dict) -> int:
+    """Bytes that a forward and backward take beside their inputs and gradients, on the device, at their peak."""
+    leaves = leaves_of(inputs)
+    wanted = [v for n, v in leaves.items() if is_float(n, v)]
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    outputs = [o for o in as_tuple(call(**leaves)) if o.requires_grad]
+    torch.autograd.grad(outputs, wanted, upstream(outputs))
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before - sum(v.numel() * v.element_size() for v in wanted)
+
+
+def plain_product(inputs: dict) -> Callable[[], Tensor]:
+    """The library's product of the shapes of a projection, on an input that needs no shuffle: what to come near to."""
+    x, weight = inputs["x"], inputs["weight"]
+    rows = x.reshape(-1, weight.shape[1])
+    return lambda: torch.nn.functional.linear(rows, weight)
+
+
+def measure(kernel: Kernel, sizes: dict, args: argparse.Namespace, device: torch.device) -> dict:
     """{provider: {'error': why} or {pass: {median, quartiles, ...}}} of one kernel, in seconds a call."""
     if device.type != "cuda":
-        return measure_here(kernel, args, device, None)
+        return measure_here(kernel, sizes, args, device, None)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        result = measure_here(kernel, args, device, stream)
+        result = measure_here(kernel, sizes, args, device, stream)
     torch.cuda.synchronize()
     return result
 
 
 def measure_here(
-    kernel: Kernel, args: argparse.Namespace, device: torch.device, stream: torch.cuda.Stream | None
+    kernel: Kernel, sizes: dict, args: argparse.Namespace, device: torch.device, stream: torch.cuda.Stream | None
 ) -> dict:
-    sizes, dtype = (kernel.small, torch.float32) if args.small else (kernel.sizes, torch.bfloat16)
+    dtype = torch.float32 if args.small else torch.bfloat16
     inputs = kernel.module.make_inputs(**sizes, dtype=dtype, device=device.type)
     cost = kernel.module.cost(**sizes, dtype=dtype)
     moved = cost["forward"][0]
@@ -165,21 +185,31 @@ def measure_here(
         for provider, times in interleave(providers, args.repeats, warmup=3).items():
             seconds = [t / (len(copies) * rounds) for t in times]
             rows[provider][name] = {**summary(seconds), "seconds": seconds}
-    return {"sizes": {k: str(v) for k, v in sizes.items()}, "dtype": str(dtype), "cost": cost, "providers": rows}
+    result = {"sizes": {k: str(v) for k, v in sizes.items()}, "dtype": str(dtype), "cost": cost, "providers": rows}
+    if stream:
+        for provider in calls["both"]:
+            rows[provider]["peak_bytes"] = peak_memory(PROVIDERS[provider](kernel), inputs)
+    if kernel.matrix:
+        product = {"product": plain_product(inputs)}
+        result["plain_product"] = summary(interleave(product, args.repeats, warmup=3)["product"])
+    return result
 
 
 def table(results: dict, bandwidth: float) -> str:
-    lines = [
-        f"{'kernel':22} {'provider':9} {'forward us':>11} {'backward us':>11} {'both us':>11} {'of copy, fwd':>12}"
-    ]
+    head = " ".join(f"{name:>11}" for name in ("forward us", "backward us", "both us", "of copy, fwd", "peak MB"))
+    lines = [f"{'kernel':32} {'provider':9} {head}"]
     for name, result in results.items():
         for provider, row in result["providers"].items():
             if "error" in row:
-                lines.append(f"{name:22} {provider:9} {row['error']}")
+                lines.append(f"{name:32} {provider:9} {row['error']}")
                 continue
             times = " ".join(f"{row[p]['median'] * 1e6:>11.1f}" for p in PASSES)
             share = result["cost"]["forward"][0] / row["forward"]["median"] / bandwidth
-            lines.append(f"{name:22} {provider:9} {times} {share:>12.0%}")
+            memory = f"{row['peak_bytes'] / 1e6:>11,.0f}" if "peak_bytes" in row else ""
+            lines.append(f"{name:32} {provider:9} {times} {share:>12.0%} {memory}")
+        if "plain_product" in result:
+            seconds = result["plain_product"]["median"]
+            lines.append(f"{name:32} {'library':9} {seconds * 1e6:>11.1f} (the product alone, on shuffled input)")
     return "\n".join(lines)
 
 
@@ -198,9 +228,12 @@ def main(argv: list[str] | None = None) -> int:
         chosen = [k for k in KERNELS if not args.only or k.name in args.only.split(",")]
         bandwidth, results = copy_bandwidth(device), {}
         for kernel in chosen:
-            results[kernel.name] = measure(kernel, args, device)
-            record = {"copy_bytes_per_s": bandwidth, "small": args.small, "kernels": results}
-            file = write("kernels", device, record, args.out)  # each kernel's result is safe as soon as it is there
+            more = {f"{kernel.name}, {label}": sizes for label, sizes in kernel.also.items()}
+            all_sizes = {kernel.name: kernel.small} if args.small else {kernel.name: kernel.sizes, **more}
+            for label, sizes in all_sizes.items():
+                results[label] = measure(kernel, sizes, args, device)
+                record = {"copy_bytes_per_s": bandwidth, "small": args.small, "kernels": results}
+                file = write("kernels", device, record, args.out)  # each result is safe as soon as it is there
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
@@ -20,13 +20,14 @@ from nanovlm_fast import ops
 class Kernel:
     """`sizes` are the arguments of its `make_inputs` at the seed model's shapes, `small` those of a rehearsal.
 
-    `matrix`: it is a matrix product and must use wgmma.
+    `matrix`: it is a matrix product and must use wgmma. `also`: further sizes to measure at, by a label.
     """
 
     name: str
     sizes: dict
     small: dict
     matrix: bool = False
+    also: dict[str, dict] = field(default_factory=dict)
 
     @property
     def module(self) -> ModuleType:
@@ -50,6 +51,7 @@ KERNELS = (
         "linear_cross_entropy",
         dict(rows=32768, vocabulary=49152, width=576),
         dict(rows=8, vocabulary=96, width=32),
+        also={"8192 rows": dict(rows=8192, vocabulary=49152, width=576)},
     ),
 )
 

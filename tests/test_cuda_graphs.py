@@ -11,10 +11,11 @@ from bench.registry import KERNELS, ours
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
-def test_a_replay_gives_eager_bits(kernel):
+def test_a_replay_gives_eager_bits(kernel, dtype):
     first, second = (
-        kernel.module.make_inputs(**kernel.small, dtype=torch.bfloat16, device="cuda", seed=seed) for seed in (0, 1)
+        kernel.module.make_inputs(**kernel.small, dtype=dtype, device="cuda", seed=seed) for seed in (0, 1)
     )
     static = {name: value.clone() if torch.is_tensor(value) else value for name, value in first.items()}
     leaves = leaves_of(static)
