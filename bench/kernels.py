@@ -42,12 +42,16 @@ def is_float(name: str, value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and name not in ("cos", "sin")  # tables
 
 
+def wanted_of(leaves: dict) -> list[Tensor]:
+    """The leaves whose gradients are asked for."""
+    return [value for name, value in leaves.items() if is_float(name, value)]
+
+
 def results_of(call: Callable, inputs: dict) -> list[Tensor]:
     """Outputs that are differentiable, and every gradient under fixed random upstream gradients."""
     leaves = leaves_of(inputs)
     outputs = [o for o in as_tuple(call(**leaves)) if o.requires_grad]
-    wanted = [value for name, value in leaves.items() if is_float(name, value)]
-    return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, wanted, upstream(outputs))]
+    return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, wanted_of(leaves), upstream(outputs))]
 
 
 def as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -88,9 +92,9 @@ def passes_of(call: Callable, copies: list[dict]) -> dict[str, Callable[[], None
 
     def both() -> None:
         for one, given in zip(leaves, gradients, strict=True):
-            torch.autograd.grad(outputs_of(one), [v for n, v in one.items() if is_float(n, v)], given)
+            torch.autograd.grad(outputs_of(one), wanted_of(one), given)
 
-    kept = [(outputs_of(one), [v for n, v in one.items() if is_float(n, v)]) for one in leaves]
+    kept = [(outputs_of(one), wanted_of(one)) for one in leaves]
     gradients = [upstream(outputs) for outputs, _ in kept]
 
     def backward() -> None:
@@ -129,7 +133,7 @@ def copy_bandwidth(device: torch.device) -> float:
 def peak_memory(call: Callable, inputs: dict) -> int:
     """Bytes that a forward and backward take beside their inputs and gradients, on the device, at their peak."""
     leaves = leaves_of(inputs)
-    wanted = [v for n, v in leaves.items() if is_float(n, v)]
+    wanted = wanted_of(leaves)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

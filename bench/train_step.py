@@ -92,11 +92,7 @@ class Step:
         loss.backward()
         grads = {name: p.grad for name, p in self.model.named_parameters()}
         if self.variant == "packed":
-            fused, split = self.model.fused_parts(), {}
-            for name, grad in grads.items():
-                parts = fused.get(name, {name: len(grad)})
-                split.update(zip(parts, grad.split(list(parts.values())), strict=True))
-            grads = split
+            grads = self.model.by_reference_name(grads)
         self.optimizer.zero_grad(set_to_none=True)
         return loss.item(), grads
 

@@ -68,19 +68,20 @@ def evaluate(
     from tqdm import tqdm
 
     result = Evaluation()
+    text = TextProcessor(tokenizer, model.config.prompt, model.config.image_tokens)
     was_training = model.training
     model.eval()
     starts = range(0, len(source), examples_per_batch)
     for start in tqdm(starts, desc="evaluate", disable=not progress, leave=False):
         indices = range(start, min(start + examples_per_batch, len(source)))
-        evaluate_batch(model, tokenizer, source, indices, mode, blank_images, result)
+        evaluate_batch(model, text, source, indices, mode, blank_images, result)
     model.train(was_training)
     return result
 
 
 def evaluate_batch(
     model: VisionLanguageModel,
-    tokenizer: Tokenizer,
+    text: TextProcessor,
     source: Source,
     indices: Iterable[int],
     mode: str,
@@ -88,8 +89,7 @@ def evaluate_batch(
     result: Evaluation,
 ) -> None:
     """Add the examples at `indices` to `result`: their images encoded once, all their questions in one batch."""
-    size, image_tokens = model.config.vit_img_size, model.config.image_tokens
-    text = TextProcessor(tokenizer, model.config.prompt, image_tokens)
+    size, tokenizer = model.config.vit_img_size, text.tokenizer
     images, prompts, answers = [], [], []
     new_tokens = 1
     for index in indices:
@@ -107,7 +107,7 @@ def evaluate_batch(
                 result.skipped.append(f"{example.name}: a prompt of {len(prompt)} tokens is too long for the model")
                 continue
             new_tokens = max(new_tokens, needed)
-            prompt.image_rows[prompt.image_rows >= 0] += len(images) * image_tokens
+            prompt.image_rows[prompt.image_rows >= 0] += len(images) * text.image_tokens
             prompts.append(prompt)
             answers.append(answer.strip())
         images += decoded

@@ -236,13 +236,17 @@ class VisionLanguageModel(nn.Module):
             parts[mlp + "gate_up_proj.weight"] = {f"{mlp}{n}_proj.weight": config.lm_inter_dim for n in ("gate", "up")}
         return parts
 
+    def by_reference_name(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights or gradients under this model's names -> views of them under the reference's, fused ones split."""
+        fused, split = self.fused_parts(), {}
+        for name, tensor in tensors.items():
+            parts = fused.get(name, {name: len(tensor)})
+            split.update(zip(parts, tensor.split(list(parts.values())), strict=True))
+        return split
+
     def reference_state_dict(self) -> dict[str, Tensor]:
         """The state dict of the reference (nanoVLM's keys), sharing memory with this model."""
-        fused, state = self.fused_parts(), {}
-        for name, tensor in self.state_dict().items():
-            parts = fused.get(name, {name: len(tensor)})
-            state.update(zip(parts, tensor.split(list(parts.values())), strict=True))
-        return state
+        return self.by_reference_name(self.state_dict())
 
     def load_reference_state_dict(self, state: dict[str, Tensor]) -> None:
         """Load a state dict of the reference, in place. Raises ValueError naming missing, extra and misshapen keys.

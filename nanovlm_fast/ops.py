@@ -110,21 +110,18 @@ def choose_ops(kernels: str = "auto", device: torch.device | None = None) -> Ops
     return Ops(**{name: _kernel(name) for name in names}, kernels=names)
 
 
+# matrix products follow autocast as PyTorch's own do: their first argument is cast to its dtype. The weight stays
+# float32: the kernels round it themselves, and give its gradient unrounded.
+PRODUCTS = ("pixel_shuffle_proj", "linear_cross_entropy")
+
+
 def _kernel(name: str) -> Callable:
     function = getattr(importlib.import_module(f"nanovlm_fast.kernels.{name}"), name)
 
-    def call(*args, **kwargs):
-        return function(*(_as_autocast(name, position, value) for position, value in enumerate(args)), **kwargs)
+    def under_autocast(x: Tensor, *args, **kwargs):
+        device = x.device.type
+        return function(
+            x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x, *args, **kwargs
+        )
 
-    return call if name in CAST else function
-
-
-# matrix products follow autocast as PyTorch's own do: their first argument is cast to its dtype. The weight stays
-# float32: the kernels round it themselves, and give its gradient unrounded.
-CAST = {"pixel_shuffle_proj": (0,), "linear_cross_entropy": (0,)}
-
-
-def _as_autocast(name: str, position: int, value):
-    if position in CAST[name] and torch.is_autocast_enabled(value.device.type):
-        return value.to(torch.get_autocast_dtype(value.device.type))
-    return value
+    return under_autocast if name in PRODUCTS else function

@@ -49,6 +49,11 @@ class Sample:
     def labels(self) -> int:
         return sum(int((document.labels != IGNORE).sum()) for document in self.documents)
 
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """What it takes of a budget: tokens, documents, images, labels."""
+        return self.tokens, len(self.documents), len(self.images), self.labels
+
 
 @dataclass
 class PackedBatch:
@@ -269,12 +274,7 @@ class Packer:
         budget, chosen, taken = self.budget, [], [0, 0, 0, 0]
 
         def fits(sample: Sample) -> bool:
-            tokens, documents, images, labels = (
-                used + more
-                for used, more in zip(
-                    taken, (sample.tokens, len(sample.documents), len(sample.images), sample.labels), strict=True
-                )
-            )
+            tokens, documents, images, labels = (used + more for used, more in zip(taken, sample.sizes, strict=True))
             return (
                 tokens <= budget.tokens
                 and documents + budget.pad_documents(budget.tokens - tokens) <= budget.documents
@@ -283,9 +283,8 @@ class Packer:
             )
 
         def take(position: int) -> None:
-            sample = self.buffer[position]
             chosen.append(position)
-            for i, more in enumerate((sample.tokens, len(sample.documents), len(sample.images), sample.labels)):
+            for i, more in enumerate(self.buffer[position].sizes):
                 taken[i] += more
 
         arrivals = 0

@@ -55,14 +55,7 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor, name: str, tolerance:
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     """By the reference's names, whichever of the two models it is."""
     named = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
-    if isinstance(model, reference.VisionLanguageModel):
-        return named
-    fused = model.fused_parts()
-    split = {}
-    for name, grad in named.items():
-        parts = fused.get(name, {name: len(grad)})
-        split.update(zip(parts, grad.split(list(parts.values())), strict=True))
-    return split
+    return named if isinstance(model, reference.VisionLanguageModel) else model.by_reference_name(named)
 
 
 def mixed_samples(config: VLMConfig, n_documents: int, rng: np.random.Generator) -> list[Sample]:
