@@ -6,25 +6,25 @@ python train.py --help              every option with its default
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-import json
-import math
+import gc
 import shutil
 import signal
 import sys
 import time
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from nanovlm_fast.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from nanovlm_fast.config import TrainConfig, VLMConfig, check_run_folder, holds_run, parse_config, save_run_config
-from nanovlm_fast.data.sources import Source, load_source, split_off, texts
+from nanovlm_fast.data.sources import load_source, split_off, texts
 from nanovlm_fast.data.stream import (
+    Feed,
     PackedStream,
     SampleLoader,
     StreamBatch,
@@ -34,14 +34,15 @@ from nanovlm_fast.data.stream import (
     measure_budget,
 )
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
-from nanovlm_fast.device import pick_autocast, pick_device
-from nanovlm_fast.evaluate import answer_samples, evaluate
-from nanovlm_fast.metrics import Meter, MetricsLog, summary_table
+from nanovlm_fast.device import autocast_to, pick_device, pick_dtype
+from nanovlm_fast.evaluate import evaluate
+from nanovlm_fast.metrics import Meter, MetricsLog, StepStats
 from nanovlm_fast.model import VisionLanguageModel
 from nanovlm_fast.ops import choose_ops
 from nanovlm_fast.optim import lr_factor, make_optimizers, set_lr
 from nanovlm_fast.packing import PackedBatch
-from nanovlm_fast.pictures import plot_curves, plot_samples
+from nanovlm_fast.summary import summarise
+from nanovlm_fast.warmup import warm_up
 
 
 class Stopped(RuntimeError):
@@ -52,13 +53,14 @@ class Trainer:
     """One run: what it needs, and the state that a checkpoint keeps (`self.state`)."""
 
     def __init__(self, model_config: VLMConfig, config: TrainConfig):
-        self.config = config
+        self.born, self.config = time.perf_counter(), config
         self.run = Path(config.out)
         source = load_source(config.data, "train")
         self.train_source, self.val_source = split_off(source, config.val_samples, config.seed)
         check_run_folder(self.run, config)
         self.device = pick_device(config.device)
-        self.autocast = pick_autocast(config.dtype, self.device)
+        dtype = pick_dtype(config.dtype, self.device)
+        self.autocast = autocast_to(dtype, self.device)
         self.tokenizer = self.load_tokenizer(model_config)
         text = TextProcessor(self.tokenizer, model_config.prompt, model_config.image_tokens, config.turns)
         load = SampleLoader(self.train_source, model_config, config, text)
@@ -72,8 +74,8 @@ class Trainer:
             max_seqlen=budget.max_seqlen,
         )
         torch.manual_seed(config.seed)
-        self.ops = choose_ops(config.kernels, self.device)
-        self.model = VisionLanguageModel(model_config, self.ops).to(self.device)
+        ops = choose_ops(config.kernels, self.device, config.attention, dtype, config.recompute)
+        self.model = VisionLanguageModel(model_config, ops).to(self.device)
         self.optimizers = make_optimizers(self.model, config)
         self.state = {
             "step": 0, "examples": 0, "bad": {}, "too_long": 0, "seconds": 0.0, "tokens": 0, "capacity": 0,
@@ -84,7 +86,7 @@ class Trainer:
         if config.overwrite and holds_run(self.run):
             shutil.rmtree(self.run)
         self.run.mkdir(parents=True, exist_ok=True)
-        print(f"device: {self.device} · kernels: {', '.join(self.ops.kernels) or 'none, plain PyTorch'}")
+        print(f"device: {self.device}, {str(dtype)[6:]} · compile: {config.compile} · {ops}")
         save_run_config(self.run, model_config, config)
         self.tokenizer.save(self.run)
         checkpoint = newest_checkpoint(self.run)
@@ -93,11 +95,15 @@ class Trainer:
             print(f"resuming {self.run} after step {self.state['step']}")
         self.log = MetricsLog(self.run, self.state["step"])
         self.wandb = start_wandb(self.run, model_config, config)
-        self.step_model = torch.compile(self.model, fullgraph=True, dynamic=False) if config.compile else self.model
+        self.step_model: Callable[[PackedBatch], Tensor] = self.model
+        if config.compile != "none":
+            self.step_model = torch.compile(self.model, fullgraph=True, dynamic=False, mode=config.compile)
+        self.stats = StepStats(self.device, self.state["loss_sum"], self.state["loss_labels"])
+        self.pending: tuple[dict, Callable] | None = None  # a line of the log whose loss is on its way from the device
         self.stream = PackedStream(load, budget, self.state["stream"])
         self.total = self.stream.total  # examples
         self.unlabelled = 0  # examples since the last label
-        self.last_names: list[str] = []
+        self.recent: deque[tuple[int, list[str]]] = deque(maxlen=2 * config.log_every + 1)  # samples of the last steps
         self.interrupted = False
 
     def load_tokenizer(self, model: VLMConfig) -> Tokenizer:
@@ -114,15 +120,19 @@ class Trainer:
 
     def train(self) -> None:
         """The loop. Raises Stopped when the run cannot go on, and SystemExit(0) once a signal's save is done."""
-        config, state, meter = self.config, self.state, Meter()
+        config, state = self.config, self.state
         unit, total, done = (
             ("step", config.max_steps, "step") if config.max_steps else ("image", self.total, "examples")
         )
         batches = iter(loader(self.stream, pin_memory=self.device.type == "cuda"))
-        started = time.perf_counter() - state["seconds"]
+        feed = Feed(batches, self.device, trim=config.compile == "none")
+        self.warm_up()
+        started, meter = time.perf_counter() - state["seconds"], Meter()
+        gc.collect()
+        gc.disable()  # its pauses fall between kernels; `save` collects
         with tqdm(total=total, initial=state[done], unit=unit, dynamic_ncols=True, smoothing=0.05) as bar:
             while not config.max_steps or state["step"] < config.max_steps:
-                micro_batches = self.next_batches(batches, meter)
+                micro_batches = self.next_batches(feed, meter)
                 if not micro_batches:
                     break
                 lr = lr_factor(self.progress(), config.warmup, config.min_lr)
@@ -130,7 +140,7 @@ class Trainer:
                 state["seconds"] = time.perf_counter() - started
                 bar.update(state[done] - bar.n)
                 if state["step"] % config.log_every == 0:
-                    self.log_line(meter, lr, bar)
+                    self.log_line(meter.read(feed.waited()), lr, bar)
                 if config.eval_every and state["step"] % config.eval_every == 0:
                     self.validate()
                     started, meter = time.perf_counter() - state["seconds"], Meter()  # that was not training time
@@ -144,6 +154,17 @@ class Trainer:
             raise SystemExit(0)
         self.validate()
 
+    def warm_up(self) -> None:
+        """Compile, load kernels and try the memory on made-up data, before the clock starts."""
+        graphs = self.config.compile == "reduce-overhead"
+        if self.config.compile != "none" or self.device.type == "cuda":
+            warm_up(self.forward, self.model, self.stream.budget, self.autocast, rounds=3 if graphs else 1)
+        # gradients that live in a graph's memory would be overwritten by the next micro-batch
+        self.keep_gradients = graphs and self.config.accumulate > 1
+        for parameter in self.model.parameters() if self.keep_gradients else ():
+            parameter.grad = torch.zeros_like(parameter)
+        print(f"ready for the first step {time.perf_counter() - self.born:.1f} s after the start")
+
     def interrupt(self, signum: int, _frame: object) -> None:
         """Signal handler: save after this step and stop; a second signal stops at once."""
         self.interrupted = True
@@ -152,25 +173,29 @@ class Trainer:
     def optimizer_step(self, micro_batches: list[PackedBatch], lr: float) -> None:
         """Forward and backward of every micro-batch, then one update: the mean loss over all their labelled tokens."""
         set_lr(self.optimizers, lr)
-        n_labels = sum(batch.n_labels for batch in micro_batches)
-        total = torch.zeros((), device=self.device)
+        step, n_labels = self.state["step"] + 1, sum(batch.n_labels for batch in micro_batches)
+        total, norm = torch.zeros((), device=self.device), None
         for batch in micro_batches:
             with self.autocast():
-                loss_sum = self.step_model(batch.to(self.device))
+                loss_sum = self.forward(batch)
             (loss_sum / n_labels).backward()
             total += loss_sum.detach()
-        loss = total.item()
-        self.last_names = [name for batch in micro_batches for name in batch.names]
-        if not math.isfinite(loss):
-            raise Stopped(self.not_finite(f"the loss is {loss} at step {self.state['step'] + 1}", lr))
+        if self.config.clip or step % self.config.log_every == 0:
+            norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         if self.config.clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip, norm)
         for optimizer in self.optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.state["step"] += 1
-        self.state["loss_sum"] += loss
-        self.state["loss_labels"] += n_labels
+            optimizer.zero_grad(set_to_none=not self.keep_gradients)
+        self.stats.add(step, total, n_labels, norm)
+        self.recent.append((step, [name for batch in micro_batches for name in batch.names]))
+        self.state["step"] = step
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """The summed loss of a packed batch."""
+        if self.config.compile == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()
+        return self.step_model(batch)
 
     def progress(self) -> float:
         """How far the run will be after the coming step, in [0, 1]: what the learning rate follows."""
@@ -178,15 +203,14 @@ class Trainer:
             return min((self.state["step"] + 1) / self.config.max_steps, 1.0)
         return min(self.state["examples"] / self.total, 1.0)
 
-    def next_batches(self, batches, meter: Meter) -> list[PackedBatch]:
-        """The micro-batches of one optimizer step, with at least one label among them; empty at the end of the data."""
+    def next_batches(self, feed: Feed, meter: Meter) -> list[PackedBatch]:
+        """The micro-batches of one optimizer step, each with labels, on the device; empty at the end of the data."""
         state, micro_batches = self.state, []
         while len(micro_batches) < self.config.accumulate:
-            asked = time.perf_counter()
-            batch = next(batches, None)
+            batch, on_device = next(feed, (None, None))
             if batch is None:
                 break
-            meter.add(batch.packed, time.perf_counter() - asked)
+            meter.add(batch.packed)
             state["stream"] = advance(state["stream"], batch)
             state["examples"] += batch.consumed
             if not batch.curriculum:  # while it lasts images, not tokens, are the limit
@@ -197,7 +221,7 @@ class Trainer:
             if self.unlabelled > len(self.train_source):
                 raise Stopped("a whole epoch without one labelled token: there is nothing to learn in this data")
             if batch.packed.n_labels:
-                micro_batches.append(batch.packed if self.config.compile else batch.packed.trimmed())
+                micro_batches.append(on_device)
         return micro_batches
 
     def note_skipped(self, batch: StreamBatch) -> None:
@@ -214,18 +238,29 @@ class Trainer:
         if len(state["bad"]) > limit:
             raise Stopped(f"{len(state['bad'])} unreadable samples are over --max-bad-samples {limit}")
 
-    def log_line(self, meter: Meter, lr: float, bar: tqdm) -> None:
-        state, speed = self.state, meter.read()
-        values = {"step": state["step"], "loss": state["loss_sum"] / state["loss_labels"]}
+    def log_line(self, speed: dict[str, float], lr: float, bar: tqdm) -> None:
+        """Write the line of the interval before, whose loss has arrived by now, and begin this one's."""
+        self.write_pending(bar)
+        state = self.state
+        values = {"step": state["step"], "loss": None, "lr": lr}
         values |= {f"lr_{group['name']}": group["lr"] for o in self.optimizers for group in o.param_groups}
         values |= {"seconds": round(state["seconds"], 3), "examples": state["examples"], **speed}
-        state["loss_sum"], state["loss_labels"] = 0.0, 0
+        self.pending = values, self.stats.take()
+
+    def write_pending(self, bar: tqdm | None = None) -> None:
+        """Write the line whose loss was on its way; raises Stopped if that loss is not finite."""
+        if not self.pending:
+            return
+        (values, read), self.pending = self.pending, None
+        values |= read()
+        if bad := values.pop("bad_step"):
+            raise Stopped(self.not_finite(f"the loss is not finite at step {bad}", bad, values["lr"]))
         self.log.write(values)
         if self.wandb:
-            self.wandb.log(values, step=state["step"])
-        bar.set_postfix_str(
-            f"loss {values['loss']:.4f} lr x{lr:.2f} {speed['tokens_per_s']:,.0f} tok/s wait {speed['data_wait']:.0%}"
-        )
+            self.wandb.log(values, step=values["step"])
+        if bar:
+            speed = f"{values['tokens_per_s']:,.0f} tok/s wait {values['data_wait']:.0%}"
+            bar.set_postfix_str(f"loss {values['loss']:.4f} lr x{values['lr']:.2f} {speed}")
 
     def validate(self) -> None:
         """Save, score the held-out images, remember the best."""
@@ -251,54 +286,29 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint; raises Stopped instead of replacing a good one by weights that are not finite."""
+        self.write_pending()
+        state = self.state
+        state["loss_sum"], state["loss_labels"] = self.stats.loss_sum.item(), self.stats.labels
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             lr = max(g["lr"] / g["peak_lr"] for o in self.optimizers for g in o.param_groups)
-            raise Stopped(self.not_finite(f"weights are not finite after step {self.state['step']}", lr))
+            raise Stopped(self.not_finite(f"weights are not finite after step {state['step']}", state["step"], lr))
         save_checkpoint(self.run, self.model, self.tokenizer, self.optimizers, self.state)
+        gc.collect()
 
-    def not_finite(self, what: str, lr: float) -> str:
-        kept = newest_checkpoint(self.run)
-        return f"{what}, learning rate x{lr:.3f} of its peak. Samples of the batch: {', '.join(self.last_names)}. " + (
+    def not_finite(self, what: str, step: int, lr: float) -> str:
+        kept, names = newest_checkpoint(self.run), dict(self.recent).get(step, [])
+        return f"{what}, learning rate x{lr:.3f} of its peak. Samples of the batch: {', '.join(names)}. " + (
             f"The last good checkpoint is {kept}." if kept else "No checkpoint had been written yet."
         )
 
     def finish(self) -> None:
         """Curves, the test split seeing and blind, a grid of answers, and the summary."""
-        plot_curves(self.run)
-        state = self.state
-        filled = f"{state['tokens'] / state['capacity']:.1%} of the token budget" if state["capacity"] else "-"
-        rows = {
-            "run": self.run,
-            "steps": f"{state['step']:,} in {state['seconds'] / 60:.1f} min on {self.device}",
-            "packing": f"{filled} (curriculum aside)" if self.config.curriculum else filled,
-            "skipped": f"{len(state['bad'])} unreadable, {state['too_long']} too long",
-        }
-        test = test_split(self.config.data)
-        name, source = ("test split", test) if test else ("held-out images", self.val_source)
-        if self.config.final_eval and len(source):
-            with self.autocast():
-                ask = functools.partial(evaluate, self.model, self.tokenizer, source, self.config.turns, progress=True)
-                sees, blind = ask(), ask(blank_images=True)
-                if samples := answer_samples(self.model, self.tokenizer, source):
-                    plot_samples(self.run / "samples.png", samples)
-            kept = ("step", "seconds", "examples", "tokens", "capacity", "too_long", "bad")
-            result = {"split": name, "seeing": sees.as_dict(), "blind": blind.as_dict(), **{k: state[k] for k in kept}}
-            (self.run / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-            for kind, (correct, total) in sorted(sees.by_kind.items()):
-                rows[f"  {kind}"] = f"{correct / total:.1%} of {total:,} questions"
-            rows[name] = f"sees: {sees.accuracy:.1%} · blind: {blind.accuracy:.1%}"
-            if self.wandb:
-                self.wandb.summary.update({"sees": sees.accuracy, "blind": blind.accuracy})
-        print(summary_table(rows))
+        accuracies = summarise(
+            self.run, self.model, self.tokenizer, self.val_source, self.config, self.state, self.autocast
+        )
         if self.wandb:
+            self.wandb.summary.update(accuracies)
             self.wandb.finish()
-
-
-def test_split(data: str) -> Source | None:
-    """The data set's test split, or None where it has none."""
-    with contextlib.suppress(FileNotFoundError):
-        return load_source(data, "test")
-    return None
 
 
 def start_wandb(run: Path, model: VLMConfig, config: TrainConfig):

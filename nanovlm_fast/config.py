@@ -118,7 +118,15 @@ class TrainConfig:
         "auto", "compute type; weights stay float32; auto is bfloat16 on a GPU that has it"
     )
     kernels: str = option("auto", "Triton kernels: auto (what won on this device) | none | all | name,name")
-    compile: bool = option(False, "torch.compile the model (static shapes, one graph)")
+    attention: str = option(
+        "auto", "auto (the fastest that runs here) | flash_attn | torch | torch_fa3 | torch_fa4 | sdpa"
+    )
+    compile: Literal["none", "default", "reduce-overhead"] = option(
+        "none", "torch.compile the model: one graph of static shapes; reduce-overhead replays it as CUDA graphs"
+    )
+    recompute: Literal["none", "norms_and_activations", "blocks"] = option(
+        "none", "compute again in the backward instead of keeping: less memory, more time"
+    )
     epochs: float = option(5.0, "passes over the training split; the schedule is sized to them")
     max_steps: int = option(0, "stop after so many optimizer steps, the schedule sized to them; 0: --epochs decides")
     accumulate: int = option(1, "micro-batches per optimizer step; the loss is weighted by labelled tokens")
@@ -176,7 +184,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         tokens_per_batch=5120, optimizer="muon", lr_projector=2e-3, lr_vision=2e-3, lr_language=2e-3,
         beta2=0.98, min_lr=0.0, warmup=0.04, clip=1.0, eval_every=250, save_every=250,
     ),
-    "nanovlm-222m": dict(turns="first"),
+    "nanovlm-222m": dict(turns="first", compile="default"),
 }  # fmt: skip
 
 
@@ -249,9 +257,9 @@ def latest_run(runs: Path = RUNS) -> Path:
 
 # What a resumed run may change. All else decides what its checkpoint means: weights and places in the data.
 RESUMABLE = frozenset(
-    "out resume overwrite device dtype kernels compile epochs max_steps max_bad_samples lr_projector lr_vision "
-    "lr_language warmup min_lr weight_decay muon_scale beta2 clip log_every eval_every save_every final_eval wandb "
-    "wandb_project".split()
+    "out resume overwrite device dtype kernels attention compile recompute epochs max_steps max_bad_samples "
+    "lr_projector lr_vision lr_language warmup min_lr weight_decay muon_scale beta2 clip log_every eval_every "
+    "save_every final_eval wandb wandb_project".split()
 )
 
 

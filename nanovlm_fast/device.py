@@ -22,9 +22,24 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def pick_autocast(dtype: str, device: torch.device) -> Callable[[], AbstractContextManager]:
-    """Makes the context to compute in: bfloat16 on a GPU that has it ('auto'), float32 elsewhere."""
-    fits = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if dtype == "bfloat16" or (dtype == "auto" and fits):
-        return lambda: torch.autocast(device.type, torch.bfloat16)
-    return contextlib.nullcontext
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type to compute in: 'auto' is bfloat16 on a GPU that has it and float32 elsewhere.
+
+    Raises ValueError for bfloat16 on a GPU that can only emulate it.
+    """
+    if name == "float32" or (name == "auto" and device.type != "cuda"):
+        return torch.float32
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        gpu = torch.cuda.get_device_name(device)
+        if name == "bfloat16":
+            raise ValueError(f"--dtype bfloat16: {gpu} can only emulate it, use --dtype float32")
+        print(f"warning: {gpu} has no bfloat16; computing in float32, more slowly")
+        return torch.float32
+    return torch.bfloat16
+
+
+def autocast_to(dtype: torch.dtype, device: torch.device) -> Callable[[], AbstractContextManager]:
+    """Makes the context to compute in."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext
+    return lambda: torch.autocast(device.type, dtype)

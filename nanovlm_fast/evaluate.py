@@ -19,7 +19,7 @@ from nanovlm_fast.checkpoint import load_pretrained
 from nanovlm_fast.data.images import load_image
 from nanovlm_fast.data.sources import Source, load_source
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
-from nanovlm_fast.device import pick_autocast, pick_device
+from nanovlm_fast.device import autocast_to, pick_device, pick_dtype
 from nanovlm_fast.generate import generate
 from nanovlm_fast.model import VisionLanguageModel
 
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
         device = pick_device(args.device)
         model, tokenizer = load_pretrained(args.checkpoint, device)
         source = load_source(args.data, args.split)
-        with pick_autocast("auto", device)():
+        with autocast_to(pick_dtype("auto", device), device)():
             result = evaluate(model, tokenizer, source, args.turns, args.blank_images, progress=not args.json)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovlm_fast.attention import padded_slots, varlen_attention
+from nanovlm_fast.attention import Attention, padded_slots
 from nanovlm_fast.checkpoint import load_pretrained
 from nanovlm_fast.data.images import load_image
 from nanovlm_fast.data.text import TextProcessor
@@ -26,8 +26,8 @@ from nanovlm_fast.packing import Budget, Document, PackedBatch, Sample, pack
 class KVCache:
     """Keys and values of every layer, one row a prompt: (n_prompts, n_kv_heads, length, head_dim) each."""
 
-    def __init__(self, prompts: PackedBatch, n_prompts: int, new_tokens: int):
-        self.prompts, self.n_prompts, self.new_tokens = prompts, n_prompts, new_tokens
+    def __init__(self, prompts: PackedBatch, n_prompts: int, new_tokens: int, attend: Attention):
+        self.prompts, self.n_prompts, self.new_tokens, self.attend = prompts, n_prompts, new_tokens, attend
         self.lengths = prompts.cu_seqlens.diff()[:n_prompts].long()  # tokens already in the cache
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -40,7 +40,7 @@ class KVCache:
             rows = new.new_zeros(self.n_prompts * max_seqlen, *new.shape[1:]).index_copy(0, slots, new)
             rows = rows.view(self.n_prompts, max_seqlen, *new.shape[1:]).transpose(1, 2)
             cache.append(F.pad(rows, (0, 0, 0, self.new_tokens)))
-        return varlen_attention(q, k, v, cu_seqlens, max_seqlen, causal=True)
+        return self.attend(q, k, v, cu_seqlens, max_seqlen, True)
 
     def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One new token a prompt: q (B, n_heads, D), k and v (B, n_kv_heads, D)."""
@@ -83,7 +83,7 @@ def generate(
     sample = Sample("prompts", np.zeros((0, 3, *images.shape[2:]), np.uint8), list(prompts))
     budget = Budget(sample.tokens, len(prompts), 0, sample.labels, longest)
     batch = pack([sample], budget, model.config.image_tokens, model.config.vit_img_size).to(images.device)
-    cache = KVCache(batch, len(prompts), max_new_tokens)
+    cache = KVCache(batch, len(prompts), max_new_tokens, model.ops.attention)
 
     x = model.embed(batch.input_ids, batch.image_rows, images)
     last = batch.cu_seqlens[1 : len(prompts) + 1].long() - 1

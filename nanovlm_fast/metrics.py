@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 
 class Meter:
@@ -20,23 +24,58 @@ class Meter:
 
     def reset(self) -> None:
         self.counts = {"tokens": 0, "labels": 0, "images": 0, "questions": 0}
-        self.capacity, self.waited, self.since = 0, 0.0, time.perf_counter()
+        self.capacity, self.since = 0, time.perf_counter()
 
-    def add(self, packed: Any, waited: float) -> None:
-        """Count a PackedBatch whose arrival took `waited` seconds."""
+    def add(self, packed: Any) -> None:
+        """Count a PackedBatch."""
         added = (packed.n_tokens, packed.n_labels, packed.n_images, packed.n_documents)
         for name, more in zip(self.counts, added, strict=True):
             self.counts[name] += more
         self.capacity += packed.input_ids.numel()
-        self.waited += waited
 
-    def read(self) -> dict[str, float]:
-        """Rates since the last reading, and start again."""
+    def read(self, waited: float) -> dict[str, float]:
+        """Rates since the last reading, `waited` seconds of which the device had no batch; and start again."""
         elapsed = max(time.perf_counter() - self.since, 1e-9)
         values = {f"{name}_per_s": count / elapsed for name, count in self.counts.items()}
-        values |= {"data_wait": self.waited / elapsed, "packing": self.counts["tokens"] / max(self.capacity, 1)}
+        values |= {"data_wait": waited / elapsed, "packing": self.counts["tokens"] / max(self.capacity, 1)}
         self.reset()
         return values
+
+
+class StepStats:
+    """Loss and gradient norm of the steps, added up on the device and read a logging interval later: nobody waits."""
+
+    def __init__(self, device: torch.device, loss_sum: float = 0.0, labels: int = 0):
+        self.loss_sum = torch.tensor(loss_sum, dtype=torch.float64, device=device)
+        self.norm = torch.zeros((), dtype=torch.float64, device=device)
+        self.bad_step = torch.zeros((), dtype=torch.float64, device=device)  # the first whose loss is not finite
+        self.labels = labels
+
+    def add(self, step: int, loss_sum: Tensor, labels: int, norm: Tensor | None = None) -> None:
+        """Count a step: its summed loss, a scalar on the device, over so many labels; the norm of its gradient."""
+        self.loss_sum += loss_sum
+        self.labels += labels
+        self.bad_step.copy_(torch.where(loss_sum.isfinite() | (self.bad_step > 0), self.bad_step, step))
+        if norm is not None:
+            self.norm.copy_(norm)
+
+    def take(self) -> Callable[[], dict[str, float]]:
+        """Start the copy to the host and start again; the result, called later, gives loss, grad_norm and bad_step."""
+        labels, self.labels = max(self.labels, 1), 0
+        values = torch.stack([self.loss_sum, self.norm, self.bad_step])
+        host = torch.empty(3, dtype=values.dtype, pin_memory=values.is_cuda).copy_(values, non_blocking=True)
+        there = torch.cuda.Event() if values.is_cuda else None
+        if there:
+            there.record()
+        self.loss_sum.zero_()
+
+        def read() -> dict[str, float]:
+            if there:
+                there.synchronize()
+            loss_sum, norm, bad_step = host.tolist()
+            return {"loss": loss_sum / labels, "grad_norm": norm, "bad_step": int(bad_step)}
+
+        return read
 
 
 class MetricsLog:

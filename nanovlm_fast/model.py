@@ -6,7 +6,7 @@ that carry a label go through the last MLP and the head. Module names are the re
 by splitting the fused matrices (`reference_state_dict`, `load_reference_state_dict`).
 
 Between blocks travel the residual stream and what is still to be added to it, so that the addition and the next norm
-are one operation. Which operations are Triton kernels is `ops.py`'s matter.
+are one operation. How an operation runs is `ops.py`'s matter.
 
 Shapes: N images, P patches an image, T packed tokens, L labelled rows.
 """
@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovlm_fast import reference
-from nanovlm_fast.attention import varlen_attention
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.ops import Ops
 from nanovlm_fast.packing import PackedBatch
+from nanovlm_fast.recompute import run_block
 from nanovlm_fast.reference import init_weights
 
 # attend(layer, q, k, v) -> out: how the language model attends; training, prefill and decoding each bring their own
@@ -78,7 +78,7 @@ class VisionTransformer(nn.Module):
     def forward(self, ops: Ops, images: Tensor) -> Tensor:
         x, delta = self.patch_embedding(images), None
         for block in self.blocks:
-            x, delta = block(ops, x, delta)
+            x, delta = run_block(ops.recompute, block, ops, x, delta)
         norm = self.layer_norm
         return ops.layer_norm(delta, norm.weight, norm.bias, norm.eps, x)[0]
 
@@ -182,7 +182,8 @@ class LanguageModel(nn.Module):
         delta, last = None, len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):
             here = functools.partial(attend, layer)
-            x, delta = block(ops, x, delta, self.rotary_embd, position_ids, here, rows if layer == last else None)
+            wanted = rows if layer == last else None
+            x, delta = run_block(ops.recompute, block, ops, x, delta, self.rotary_embd, position_ids, here, wanted)
         return ops.rms_norm(delta, self.norm.weight, self.norm.eps, x)[0]
 
 
@@ -211,7 +212,7 @@ class VisionLanguageModel(nn.Module):
         x = self.embed(batch.input_ids, batch.image_rows, batch.images)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return varlen_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, causal=True)
+            return self.ops.attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, True)
 
         return self.decoder(self.ops, x, batch.position_ids, attend, batch.label_index)
 

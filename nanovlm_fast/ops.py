@@ -1,7 +1,8 @@
-"""The operations that have a Triton kernel, each as the kernel or as plain PyTorch: what `--kernels` switches.
+"""How the model computes: its operations as Triton kernels or plain PyTorch, its attention, what it recomputes.
 
-The model calls `ops.rms_norm(...)` and does not know which it got. A kernel is in `auto` for a device only once it was
-measured there faster than torch.compile alone in the whole training step.
+The model calls `ops.rms_norm(...)` and does not know which it got: what `--kernels`, `--attention` and `--recompute`
+switch. A kernel is in `auto` for a device only once it was measured there faster than torch.compile alone in the whole
+training step.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from nanovlm_fast.attention import Attention, choose_attention, sdpa
 
 # device name -> kernels that won in the whole step there; bench/results holds the evidence
 AUTO: dict[str, tuple[str, ...]] = {}
@@ -78,7 +81,7 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor) -> tuple[Ten
 
 @dataclass(frozen=True)
 class Ops:
-    """One callable an operation; `kernels` names those that are kernels."""
+    """One callable an operation; `kernels` names those that are kernels, `backend` the attention's."""
 
     rms_norm: Callable = rms_norm
     layer_norm: Callable = layer_norm
@@ -88,26 +91,42 @@ class Ops:
     embed_splice: Callable = embed_splice
     linear_cross_entropy: Callable = linear_cross_entropy
     kernels: tuple[str, ...] = ()
+    attention: Attention = sdpa
+    backend: str = "sdpa"
+    recompute: str = "none"
+
+    def __str__(self) -> str:
+        kernels = ", ".join(self.kernels) or "none, plain PyTorch"
+        return f"attention: {self.backend} · kernels: {kernels} · recompute: {self.recompute}"
 
 
-KERNELS = tuple(name for name in Ops.__dataclass_fields__ if name != "kernels")
+KERNELS = tuple(Ops.__dataclass_fields__)[: list(Ops.__dataclass_fields__).index("kernels")]
 
 
-def choose_ops(kernels: str = "auto", device: torch.device | None = None) -> Ops:
-    """'auto' (what won on this device, nothing on a CPU), 'none', 'all', or names separated by commas.
+def choose_ops(
+    kernels: str = "auto",
+    device: torch.device | str = "cpu",
+    attention: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    recompute: str = "none",
+) -> Ops:
+    """kernels: 'auto' (what won on this device, nothing on a CPU), 'none', 'all', or names separated by commas.
 
-    Raises ValueError for an unknown name.
+    attention: see `choose_attention`, for a model that computes in `dtype`; recompute: see recompute.py.
+    Raises ValueError for an unknown name, and for an attention backend that cannot run here.
     """
+    device = torch.device(device)
     if kernels == "auto":
-        on_gpu = device is not None and device.type == "cuda"
-        names = AUTO.get(torch.cuda.get_device_name(device), ()) if on_gpu else ()
+        names = AUTO.get(torch.cuda.get_device_name(device), ()) if device.type == "cuda" else ()
     elif kernels in ("none", "all"):
         names = KERNELS if kernels == "all" else ()
     else:
         names = tuple(dict.fromkeys(name.strip() for name in kernels.split(",")))
     if unknown := [name for name in names if name not in KERNELS]:
         raise ValueError(f"--kernels {','.join(unknown)}: there are auto, none, all, {', '.join(KERNELS)}")
-    return Ops(**{name: _kernel(name) for name in names}, kernels=names)
+    backend, attend = choose_attention(attention, device, dtype)
+    chosen = {name: _kernel(name) for name in names}
+    return Ops(**chosen, kernels=names, attention=attend, backend=backend, recompute=recompute)
 
 
 # matrix products follow autocast as PyTorch's own do: their first argument is cast to its dtype. The weight stays

@@ -86,8 +86,9 @@ def make_optimizers(model: VisionLanguageModel, config: TrainConfig) -> list[tor
         raise ValueError("every learning rate is 0: there is nothing to train")
     optimizers: list[torch.optim.Optimizer] = []
     if adamw:
-        betas = (0.9, config.beta2)
-        optimizers.append(torch.optim.AdamW(adamw, betas=betas, weight_decay=config.weight_decay, fused=True))
+        on_gpu = next(model.parameters()).is_cuda
+        options = dict(betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True, capturable=on_gpu)
+        optimizers.append(torch.optim.AdamW(adamw, **options))
     if muon:
         optimizers.append(Muon(muon, weight_decay=config.weight_decay))
     for optimizer in optimizers:

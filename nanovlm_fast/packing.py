@@ -85,6 +85,12 @@ class PackedBatch:
         """In page-locked memory, from where a copy to the device need not be waited for."""
         return self._map(Tensor.pin_memory)
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory until what `stream` was given so far is done with it (CUDA)."""
+        for value in vars(self).values():
+            if isinstance(value, Tensor):
+                value.record_stream(stream)
+
     def trimmed(self) -> PackedBatch:
         """The same batch without its padding: less work where shapes may vary from step to step (eager)."""
         sizes = (
@@ -121,6 +127,12 @@ class Budget:
     def pad_documents(self, padding: int) -> int:
         """Documents that unused positions are cut into: none may be longer than max_seqlen."""
         return -(-padding // self.max_seqlen)
+
+    def shrunk(self, share: int) -> Budget:
+        """About a `share`-th of everything but the longest document."""
+        tokens = max(self.tokens // share, self.max_seqlen)
+        documents = max(self.documents // share, self.pad_documents(tokens))
+        return Budget(tokens, documents, -(-self.images // share), -(-self.labels // share), self.max_seqlen)
 
     def misfit(self, sample: Sample) -> str | None:
         """Why the sample can never be packed, or None."""

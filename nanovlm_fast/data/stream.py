@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -186,6 +187,49 @@ def loader(stream: PackedStream, pin_memory: bool = False) -> DataLoader:
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
     )
+
+
+class Feed:
+    """Batches of a loader on the device: copied on a stream of their own, while the step before still computes.
+
+    Iterating gives each batch as it came, and its packed batch on the device; with `trim` that is without its padding.
+    """
+
+    def __init__(self, batches: Iterator[StreamBatch], device: torch.device, trim: bool = False):
+        self.batches, self.device, self.trim = batches, device, trim
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.seconds = 0.0
+        self.marks: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # the device needed it; it was there
+
+    def __iter__(self) -> Feed:
+        return self
+
+    def __next__(self) -> tuple[StreamBatch, PackedBatch]:
+        asked = time.perf_counter()
+        if self.copies is None:
+            batch = next(self.batches)
+            packed = (batch.packed.trimmed() if self.trim else batch.packed).to(self.device)
+            self.seconds += time.perf_counter() - asked
+            return batch, packed
+        needed, there = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        compute = torch.cuda.current_stream(self.device)
+        needed.record(compute)  # reached once the step before is done
+        batch = next(self.batches)
+        with torch.cuda.stream(self.copies):
+            packed = (batch.packed.trimmed() if self.trim else batch.packed).to(self.device)
+            there.record(self.copies)
+        compute.wait_event(there)
+        packed.record_stream(compute)
+        self.marks.append((needed, there))
+        return batch, packed
+
+    def waited(self) -> float:
+        """Seconds that the device stood waiting for a batch since the last call, so far as known without waiting."""
+        seconds, self.seconds = self.seconds, 0.0
+        while self.marks and all(event.query() for event in self.marks[0]):
+            needed, there = self.marks.popleft()
+            seconds += max(needed.elapsed_time(there), 0.0) / 1e3
+        return seconds
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:

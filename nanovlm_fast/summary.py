@@ -1,0 +1,65 @@
+"""What a finished run leaves: curves.png, the test split scored seeing and blind, samples.png, result.json, a table."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from nanovlm_fast.config import TrainConfig
+from nanovlm_fast.data.sources import Source, load_source
+from nanovlm_fast.data.text import Tokenizer
+from nanovlm_fast.evaluate import answer_samples, evaluate
+from nanovlm_fast.metrics import summary_table
+from nanovlm_fast.model import VisionLanguageModel
+from nanovlm_fast.pictures import plot_curves, plot_samples
+
+KEPT = ("step", "seconds", "examples", "tokens", "capacity", "too_long", "bad")
+
+
+def summarise(
+    run: Path,
+    model: VisionLanguageModel,
+    tokenizer: Tokenizer,
+    held_out: Source,
+    config: TrainConfig,
+    state: dict[str, Any],
+    autocast: Callable[[], AbstractContextManager],
+) -> dict[str, float]:
+    """Write the files and print the table; returns the accuracies {'sees', 'blind'}, empty where none was measured."""
+    plot_curves(run)
+    device = next(model.parameters()).device
+    filled = f"{state['tokens'] / state['capacity']:.1%} of the token budget" if state["capacity"] else "-"
+    rows = {
+        "run": run,
+        "steps": f"{state['step']:,} in {state['seconds'] / 60:.1f} min on {device}",
+        "packing": f"{filled} (curriculum aside)" if config.curriculum else filled,
+        "skipped": f"{len(state['bad'])} unreadable, {state['too_long']} too long",
+    }
+    test, accuracies = test_split(config.data), {}
+    name, source = ("test split", test) if test else ("held-out images", held_out)
+    if config.final_eval and len(source):
+        with autocast():
+            ask = functools.partial(evaluate, model, tokenizer, source, config.turns, progress=True)
+            sees, blind = ask(), ask(blank_images=True)
+            if samples := answer_samples(model, tokenizer, source):
+                plot_samples(run / "samples.png", samples)
+        result = {"split": name, "seeing": sees.as_dict(), "blind": blind.as_dict(), **{k: state[k] for k in KEPT}}
+        (run / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        for kind, (correct, total) in sorted(sees.by_kind.items()):
+            rows[f"  {kind}"] = f"{correct / total:.1%} of {total:,} questions"
+        rows[name] = f"sees: {sees.accuracy:.1%} · blind: {blind.accuracy:.1%}"
+        accuracies = {"sees": sees.accuracy, "blind": blind.accuracy}
+    print(summary_table(rows))
+    return accuracies
+
+
+def test_split(data: str) -> Source | None:
+    """The data set's test split, or None where it has none."""
+    with contextlib.suppress(FileNotFoundError):
+        return load_source(data, "test")
+    return None

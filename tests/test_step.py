@@ -1,0 +1,213 @@
+"""The step around the model: warm-up, feeding, statistics, and on a GPU no waiting and CUDA graphs."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, random_sample
+
+from nanovlm_fast.config import parse_config
+from nanovlm_fast.data.stream import Feed, StreamBatch
+from nanovlm_fast.metrics import StepStats, read_metrics
+from nanovlm_fast.model import VisionLanguageModel
+from nanovlm_fast.packing import IGNORE, Budget, pack
+from nanovlm_fast.warmup import full_batch, out_of_memory, warm_up
+
+GPU = torch.cuda.is_available()
+on_the_gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]
+BUDGET = Budget(tokens=600, documents=40, images=6, labels=200, max_seqlen=64)
+
+
+def batches(config, count: int) -> list[StreamBatch]:
+    rng = np.random.default_rng(0)
+    groups = ([random_sample(rng, config, 1, 3) for _ in range(1 + i % 3)] for i in range(count))
+    packed = [pack(group, BUDGET, config.image_tokens, config.vit_img_size) for group in groups]
+    return [StreamBatch(batch, {}, [], 0, False, {}) for batch in packed]
+
+
+# ---- warm-up
+
+
+def test_a_full_batch_fills_every_budget(small_config):
+    batch = full_batch(BUDGET, small_config)
+    assert (batch.n_tokens, batch.n_images, batch.n_labels) == (BUDGET.tokens, BUDGET.images, BUDGET.labels)
+    assert batch.cu_seqlens.diff().max() == BUDGET.max_seqlen
+    shown = batch.image_rows[batch.image_rows >= 0]
+    assert torch.equal(shown, torch.arange(BUDGET.images * small_config.image_tokens, dtype=torch.int32))
+    assert (batch.labels != IGNORE).sum() == BUDGET.labels and len(batch.label_index.unique()) == BUDGET.labels
+    assert VisionLanguageModel(small_config)(batch).isfinite()
+
+
+def test_warming_up_changes_neither_weights_nor_random_state(small_config):
+    model = VisionLanguageModel(small_config)
+    weights, random_state, calls = [p.clone() for p in model.parameters()], torch.get_rng_state(), []
+
+    def step(batch):
+        calls.append(batch)
+        return model(batch) + torch.rand(())  # as an autotuner draws
+
+    warm_up(step, model, BUDGET, contextlib.nullcontext, rounds=3)
+    assert len(calls) == 3 and torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(p, before) and p.grad is None for p, before in zip(model.parameters(), weights, strict=True))
+
+
+def test_out_of_memory_says_what_to_lower_and_by_how_much():
+    budget = Budget(tokens=20736, documents=300, images=256, labels=4000, max_seqlen=128)
+    error = out_of_memory(budget, fixed=4e9, activations=60e9, memory=34e9)
+    assert "--tokens-per-batch 20736" in error and "64.0 GB" in error and "34.0 GB" in error
+    assert "lower --tokens-per-batch to 9216" in error and "--accumulate 3" in error  # 0.9 (34 - 4) / 60 of 20736
+    assert "not even one document" in out_of_memory(budget, fixed=4e9, activations=60e9, memory=4.01e9)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+def test_a_batch_too_big_for_the_device_is_refused_with_a_size_that_fits(small_config):
+    model = VisionLanguageModel(small_config).cuda()
+    budget = Budget(tokens=2**20, documents=2**15, images=2**13, labels=2**17, max_seqlen=64)
+    torch.cuda.set_per_process_memory_fraction(2e9 / torch.cuda.mem_get_info()[1])
+    try:
+        with pytest.raises(ValueError, match=r"out of memory: --tokens-per-batch 1048576 .*lower --tokens-per-batch"):
+            warm_up(model, model, budget, contextlib.nullcontext)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+# ---- statistics that are read late
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_the_gpu)])
+def test_statistics_are_those_of_their_interval_however_late_they_are_read(device):
+    stats = StepStats(device, loss_sum=1.0, labels=2)
+    stats.add(1, torch.tensor(3.0, device=device), 2)
+    first = stats.take()
+    stats.add(2, torch.tensor(50.0, device=device), 10, norm=torch.tensor(7.0, device=device))
+    second = stats.take()
+    assert first() == {"loss": 1.0, "grad_norm": 0.0, "bad_step": 0}
+    assert second() == {"loss": 5.0, "grad_norm": 7.0, "bad_step": 0}
+
+
+def test_the_first_loss_that_is_not_finite_is_remembered():
+    stats = StepStats(torch.device("cpu"))
+    for step, loss in enumerate([1.0, float("inf"), 2.0, float("nan")], start=5):
+        stats.add(step, torch.tensor(loss), 1)
+    assert stats.take()()["bad_step"] == 6
+
+
+# ---- feeding
+
+
+def test_the_feed_hands_on_every_batch_and_measures_the_wait(small_config):
+    made = batches(small_config, 3)
+
+    def slowly():
+        for batch in made:
+            time.sleep(0.05)
+            yield batch
+
+    feed = Feed(slowly(), torch.device("cpu"), trim=True)
+    for expected, (batch, packed) in zip(made, feed, strict=True):
+        assert batch is expected and len(packed.input_ids) == expected.packed.n_tokens
+    assert 0.15 <= feed.waited() < 1.0 and feed.waited() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+def test_the_feed_measures_how_long_the_device_waits(small_config):
+    """Batches that come late are waited for; batches that come while the device works are not."""
+    made, device = [b.pin_memory() for b in batches(small_config, 8)], torch.device("cuda")
+    work = torch.randn(8192, 8192, device=device)
+
+    def run(pause: float) -> float:
+        feed = Feed((time.sleep(pause) or batch for batch in made), device)
+        for expected, (_, packed) in zip(made, feed, strict=True):
+            assert torch.equal(packed.images.cpu(), expected.packed.images) or pause == 0
+            for _ in range(20):
+                work @ work
+        torch.cuda.synchronize()
+        return feed.waited()
+
+    assert run(0.05) > 0.3
+    assert run(0.0) < 0.05
+
+
+# ---- the loop on a GPU
+
+
+@pytest.fixture
+def trainer_of(tmp_path, monkeypatch):
+    """Trainers of small runs on the GPU, by options."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    import train
+
+    numbers = itertools.count()
+
+    def make(options: str) -> train.Trainer:
+        small = "--data synthetic --turns independent --tokens-per-batch 1024 --val-samples 4 --lm-vocab-size 320"
+        out = f"--out {tmp_path / str(next(numbers))} --workers 0 --no-final-eval --device cuda --log-every 5"
+        return train.Trainer(*parse_config([*small.split(), *out.split(), *options.split()]))
+
+    yield make
+    sys.modules.pop("train", None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("compile", ["none", "default", "reduce-overhead"])
+def test_no_step_waits_for_the_device(trainer_of, compile, optimizer):
+    trainer = trainer_of(f"--compile {compile} --optimizer {optimizer} --clip 1 --max-steps 30")
+    step = trainer.optimizer_step
+
+    def watched(*arguments) -> None:
+        if trainer.state["step"] >= 2:  # the optimizers make their state in their first step
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    trainer.optimizer_step = watched
+    trainer.train()
+    assert trainer.state["step"] == 30
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("recompute", ["none", "norms_and_activations"])
+def test_cuda_graphs_train_as_eager_does(trainer_of, accumulate, recompute):
+    losses = []
+    for compile in ("none", "default", "reduce-overhead"):
+        options = f"--compile {compile} --recompute {recompute} --accumulate {accumulate} --optimizer adamw"
+        trainer = trainer_of(f"{options} --max-steps 20 --dtype float32 --attention sdpa --log-every 1")
+        trainer.train()
+        losses.append([line["loss"] for line in read_metrics(trainer.run) if "loss" in line])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[0] == pytest.approx(losses[2], rel=1e-3)
+    assert losses[0][-1] < 0.9 * losses[0][0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+def test_the_optimizer_step_can_be_captured(trainer_of):
+    trainer = trainer_of("--optimizer adamw --max-steps 3")
+    (optimizer,) = trainer.optimizers
+    parameters = list(trainer.model.parameters())
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        optimizer.step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    before = [p.clone() for p in parameters]
+    graph.replay()
+    assert all(not torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
