@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,24 +21,32 @@ def _pyplot():
     return plt
 
 
-def plot_curves(run: Path) -> None:
-    """RUN/curves.png: loss, held-out accuracy and tokens/s against the step, from metrics.jsonl."""
+@contextlib.contextmanager
+def panels(file: Path, titles: Sequence[str]) -> Iterator[Sequence]:
+    """Axes side by side, a step on every x axis; saved as `file` in the end."""
     plt = _pyplot()
-    lines = read_metrics(run)
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
-    panels = (("loss", "training loss"), ("accuracy", "held-out accuracy"), ("tokens_per_s", "tokens/s"))
-    for axis, (name, title) in zip(axes, panels, strict=True):
-        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-        if points:
-            axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 40 else None, color="#1f6feb", lw=1.5)
+    figure, axes = plt.subplots(1, len(titles), figsize=(4.35 * len(titles), 3.6), constrained_layout=True)
+    for axis, title in zip(axes, titles, strict=True):
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_yscale("log")
-    axes[1].set_ylim(0, 1)
-    axes[2].set_ylim(bottom=0)
-    figure.savefig(run / "curves.png", dpi=110)
+    yield axes
+    figure.savefig(file, dpi=110)
     plt.close(figure)
+
+
+def plot_curves(run: Path) -> None:
+    """RUN/curves.png: loss, held-out accuracy and tokens/s against the step, from metrics.jsonl."""
+    lines = read_metrics(run)
+    drawn = {"loss": "training loss", "accuracy": "held-out accuracy", "tokens_per_s": "tokens/s"}
+    with panels(run / "curves.png", list(drawn.values())) as axes:
+        for axis, name in zip(axes, drawn, strict=True):
+            points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 40 else None, color="#1f6feb", lw=1.5)
+        axes[0].set_yscale("log")
+        axes[1].set_ylim(0, 1)
+        axes[2].set_ylim(bottom=0)
 
 
 def plot_samples(file: Path, samples: Sequence[tuple[np.ndarray, str, str, str]], columns: int = 6) -> None:

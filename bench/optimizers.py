@@ -1,0 +1,143 @@
+"""Muon against AdamW on easy-VQA: which reaches the same loss in fewer steps, over three seeds.
+
+    python -m bench.optimizers
+
+Whole runs of train.py that differ in the optimizer alone. AdamW's learning rate is the best of three, tried on the
+first seed; Muon's is the preset's. Writes optimizers.json and optimizers.png after every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from bench.results import write
+from bench.train_run import TRAIN
+from nanovlm_fast.device import pick_device
+from nanovlm_fast.metrics import read_metrics
+from nanovlm_fast.pictures import panels
+
+SEEDS = (0, 1, 2)
+ADAMW_RATES = (1e-3, 2e-3, 4e-3)
+WINDOW = 10  # log lines that a loss is averaged over
+
+
+def run(optimizer: str, seed: int, options: list[str], rate: float | None = None) -> dict:
+    """One training run: its losses and held-out accuracies by step. Raises RuntimeError if it fails."""
+    rates = [part for name in ("projector", "vision", "language") for part in (f"--lr-{name}", str(rate))]
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["--optimizer", optimizer, "--seed", str(seed), "--no-final-eval", *(rates if rate else []), *options]
+        done = subprocess.run(
+            [sys.executable, str(TRAIN), "--out", f"{folder}/run", *command], stdout=subprocess.DEVNULL
+        )
+        if done.returncode:
+            raise RuntimeError(f"train.py {' '.join(command)} failed with exit code {done.returncode}")
+        lines = read_metrics(Path(folder) / "run")
+    return {
+        "optimizer": optimizer,
+        "seed": seed,
+        "lr": rate,
+        "loss": [[line["step"], round(line["loss"], 5)] for line in lines if "loss" in line],
+        "accuracy": [[line["step"], line["accuracy"]] for line in lines if "accuracy" in line],
+    }
+
+
+def smoothed(record: dict) -> list[tuple[int, float]]:
+    """(step, mean loss of the last WINDOW log lines)."""
+    losses = [loss for _, loss in record["loss"]]
+    return [
+        (step, statistics.fmean(losses[max(0, i - WINDOW + 1) : i + 1])) for i, (step, _) in enumerate(record["loss"])
+    ]
+
+
+def final_loss(record: dict) -> float:
+    return smoothed(record)[-1][1]
+
+
+def steps_to(record: dict, loss: float) -> int | None:
+    """Steps until the smoothed loss is at most `loss` and stays there; None if it never is."""
+    reached = None
+    for step, value in smoothed(record):
+        if value > loss:
+            reached = None
+        elif reached is None:
+            reached = step
+    return reached
+
+
+def verdict(runs: list[dict]) -> list[dict]:
+    """For each seed: AdamW's (best rate) last loss, its steps, and the steps in which Muon got there."""
+    rows = []
+    for seed in SEEDS:
+        adamw = [r for r in runs if r["optimizer"] == "adamw" and r["seed"] == seed]
+        muon = [r for r in runs if r["optimizer"] == "muon" and r["seed"] == seed]
+        if adamw and muon:
+            best = min(adamw, key=final_loss)
+            row = {"seed": seed, "loss": final_loss(best), "muon_loss": final_loss(muon[0])}
+            row |= {"steps": best["loss"][-1][0], "muon_steps": steps_to(muon[0], final_loss(best))}
+            row |= {"accuracy": best["accuracy"][-1][1], "muon_accuracy": muon[0]["accuracy"][-1][1]}
+            rows.append(row)
+    return rows
+
+
+def plot(runs: list[dict], path: Path) -> None:
+    with panels(path, ["training loss", "held-out accuracy"]) as axes:
+        for record in runs:
+            colour = "C0" if record["optimizer"] == "adamw" else "C1"
+            label = record["optimizer"] + (f", lr {record['lr']:g}" if record["lr"] else "")
+            for axis, curve in zip(axes, (smoothed(record), record["accuracy"]), strict=True):
+                axis.plot(*zip(*curve, strict=True), color=colour, lw=1, label=label)
+        axes[0].set_yscale("log")
+        named = dict(zip(*reversed(axes[1].get_legend_handles_labels()), strict=True))
+        axes[1].legend(named.values(), named.keys(), fontsize=8)
+
+
+def compare(options: list[str], device: torch.device, out: Path | None) -> dict:
+    """All runs, saved as they come."""
+    plan = [("muon", SEEDS[0], None), *(("adamw", SEEDS[0], rate) for rate in ADAMW_RATES)]
+    runs: list[dict] = []
+    result: dict = {}
+    with tqdm(total=len(plan) + 2 * (len(SEEDS) - 1), desc="runs", unit="run") as bar:
+        while plan:
+            optimizer, seed, rate = plan.pop(0)
+            runs.append(run(optimizer, seed, options, rate))
+            bar.update()
+            if not plan and len(runs) == 1 + len(ADAMW_RATES):
+                best = min((r for r in runs if r["optimizer"] == "adamw"), key=final_loss)["lr"]
+                plan = [(name, s, lr) for s in SEEDS[1:] for name, lr in (("muon", None), ("adamw", best))]
+            result = {"options": options, "runs": runs, "verdict": verdict(runs)}
+            file = write("optimizers", device, result, out)
+            plot(runs, file.with_suffix(".png"))
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    split = argv.index("--") if "--" in argv else len(argv)
+    parser = argparse.ArgumentParser(prog="python -m bench.optimizers", description=__doc__.splitlines()[0])
+    parser.add_argument("--epochs", type=float, default=5.0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
+    args = parser.parse_args(argv[:split])
+    try:
+        device = pick_device(args.device)
+        options = ["--epochs", str(args.epochs), "--device", str(device), *argv[split + 1 :]]
+        result = compare(options, device, args.out)
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for row in result["verdict"]:
+        got = f"in {row['muon_steps']:,} steps" if row["muon_steps"] else f"never (its last is {row['muon_loss']:.4f})"
+        print(f"seed {row['seed']}: AdamW ends at {row['loss']:.4f} in {row['steps']:,} steps; Muon gets there {got}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
