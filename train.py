@@ -36,7 +36,7 @@ from nanovlm_fast.data.stream import (
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
 from nanovlm_fast.device import pick_autocast, pick_device
 from nanovlm_fast.evaluate import answer_samples, evaluate
-from nanovlm_fast.metrics import Meter, MetricsLog, summary_table
+from nanovlm_fast.metrics import Meter, MetricsLog, peak_flops, summary_table
 from nanovlm_fast.model import VisionLanguageModel
 from nanovlm_fast.ops import choose_ops
 from nanovlm_fast.optim import lr_factor, make_optimizers, set_lr
@@ -114,7 +114,7 @@ class Trainer:
 
     def train(self) -> None:
         """The loop. Raises Stopped when the run cannot go on, and SystemExit(0) once a signal's save is done."""
-        config, state, meter = self.config, self.state, Meter()
+        config, state, meter = self.config, self.state, self.make_meter()
         unit, total, done = (
             ("step", config.max_steps, "step") if config.max_steps else ("image", self.total, "examples")
         )
@@ -133,7 +133,8 @@ class Trainer:
                     self.log_line(meter, lr, bar)
                 if config.eval_every and state["step"] % config.eval_every == 0:
                     self.validate()
-                    started, meter = time.perf_counter() - state["seconds"], Meter()  # that was not training time
+                    started = time.perf_counter() - state["seconds"]  # that was not training time
+                    meter.reset()
                 elif config.save_every and state["step"] % config.save_every == 0:
                     self.save()
                 if self.interrupted:
@@ -143,6 +144,11 @@ class Trainer:
             print(f"interrupted at step {state['step']}: saved; continue with --resume --out {self.run}")
             raise SystemExit(0)
         self.validate()
+
+    def make_meter(self) -> Meter:
+        dtype = torch.float32 if self.autocast is contextlib.nullcontext else torch.bfloat16
+        frozen = [name for name, part in self.model.named_children() if not next(part.parameters()).requires_grad]
+        return Meter(self.model.config, peak_flops(self.device, dtype), frozen)
 
     def interrupt(self, signum: int, _frame: object) -> None:
         """Signal handler: save after this step and stop; a second signal stops at once."""
