@@ -23,7 +23,10 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def pick_autocast(dtype: str, device: torch.device) -> Callable[[], AbstractContextManager]:
-    """Makes the context to compute in: bfloat16 on a GPU that has it ('auto'), float32 elsewhere."""
+    """Makes the context to compute in: bfloat16 on a GPU that has it ('auto'), float32 elsewhere.
+
+    What computes in which type under it is the README's section "Precision".
+    """
     fits = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if dtype == "bfloat16" or (dtype == "auto" and fits):
         return lambda: torch.autocast(device.type, torch.bfloat16)
