@@ -39,7 +39,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def autocast_to(dtype: torch.dtype, device: torch.device) -> Callable[[], AbstractContextManager]:
-    """Makes the context to compute in."""
+    """Makes the context to compute in; what computes in which type under it is the README's section "Precision"."""
     if dtype == torch.float32:
         return contextlib.nullcontext
     return lambda: torch.autocast(device.type, dtype)

@@ -69,7 +69,8 @@ def embed_splice(input_ids: Tensor, table: Tensor, image_rows: Tensor, image_tok
     text = F.embedding(input_ids, table)
     if len(image_tokens) == 0:
         return text
-    shown = F.embedding(image_rows.clamp(min=0), image_tokens).to(text.dtype)
+    # widened before the gather: the gradients of all documents that show an image add up unrounded
+    shown = F.embedding(image_rows.clamp(min=0), image_tokens.to(text.dtype))
     return torch.where(image_rows[:, None] >= 0, shown, text)
 
 
