@@ -5,13 +5,15 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
 from nanovlm_fast.metrics import read_metrics
 
 
-def _pyplot():
+def pyplot() -> ModuleType:
+    """matplotlib.pyplot, drawing into files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -22,7 +24,7 @@ def _pyplot():
 
 def plot_curves(run: Path) -> None:
     """RUN/curves.png: loss, held-out accuracy and tokens/s against the step, from metrics.jsonl."""
-    plt = _pyplot()
+    plt = pyplot()
     lines = read_metrics(run)
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
     panels = (("loss", "training loss"), ("accuracy", "held-out accuracy"), ("tokens_per_s", "tokens/s"))
@@ -42,7 +44,7 @@ def plot_curves(run: Path) -> None:
 
 def plot_samples(file: Path, samples: Sequence[tuple[np.ndarray, str, str, str]], columns: int = 6) -> None:
     """A grid of (image (3, H, W) uint8, question, right answer, model's answer); wrong ones in red."""
-    plt = _pyplot()
+    plt = pyplot()
     rows = -(-len(samples) // columns)
     figure, axes = plt.subplots(
         rows, columns, figsize=(2.3 * columns, 2.75 * rows), constrained_layout=True, squeeze=False
