@@ -44,17 +44,19 @@ def test_a_packed_model_that_learns_something_else_fails(tmp_path, capsys, monke
     assert {row["variant"] for row in result["rows"] if not row["passed"]} == {"packed bfloat16"}
 
 
-def test_the_yardstick_is_the_spread_of_the_seeds_at_the_same_step():
-    """Spreads of 3 at the first step and 1 at the others, after smoothing as before."""
-    truth = np.array([[3.0, 2.0, 2.0], [5.0, 2.5, 2.5], [6.0, 3.0, 3.0]])
-    spread = smooth(truth).max(0) - smooth(truth).min(0)
+def test_the_yardstick_is_the_spread_of_the_seeds_around_a_step(monkeypatch):
+    """Without smoothing and with a window of one step to each side; the seeds cross at the seventh step."""
+    monkeypatch.setattr(loss_curves, "SPAN", 1)
+    apart = np.array([3.0, 3.0, 3.0, 3.0, 1.0, 1.0, 0.0, 1.0, 1.0])
+    truth = np.stack([0 * apart, apart / 2, apart])
     curves = {variant: truth.copy() for variant in VARIANTS}
-    curves["packed float32"][1, 0] += 0.9 * spread[0]  # less than the seeds differ, and less of it later
+    curves["packed float32"][1] += [2.7, 0, 0, 0, 2.7, 0, 0.5, 0, 0]  # the fifth step is next to a spread of 3
     verdict = judge(curves)
     assert verdict["passed"]
     (row,) = (row for row in verdict["rows"] if row["variant"] == "packed float32" and row["seed"] == 1)
-    assert row["at_step"] == 1 and row["share"] == pytest.approx(0.9)
-    curves["packed float32"][1, 2] += 2.9  # less than the first spread, more than the third
+    assert (row["share"], row["at_step"], row["spread"]) == (pytest.approx(0.9), 1, 3)
+    assert row["share_of_same_step"] > 1e6, "at the crossing"
+    curves["packed float32"][1, 5] += 1.1  # less than the first spread, more than those around the sixth step
     verdict = judge(curves)
     assert not verdict["passed"] and [row["seed"] for row in verdict["rows"] if not row["passed"]] == [1]
     curves["packed float32"] = truth.copy()
