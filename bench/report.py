@@ -50,6 +50,17 @@ def table(results: Path = ROOT) -> str:
         memory = f"{ours['peak_mib']:,.0f} against {theirs['peak_mib']:,.0f} MiB"
         gain = f"**{step['speedup']:.1f}x**: {rates}, {memory}; gradients agree to {step['parity']['gradient']:.0e}"
         rows.append((work, gain, step["device"], step["commit"][:7], "`python -m bench.train_step`"))
+    for file in sorted(results.glob("*/loss_curves.json")):
+        run = load(file)
+        what = (
+            f"loss of `{run['preset']}` over {run['steps']} steps against the reference in float32, as a share of what"
+        )
+        worst = " · ".join(
+            f"{variant} **{max(row['share'] for row in run['rows'] if row['variant'] == variant):.1%}**"
+            for variant in ("packed float32", "packed bfloat16", "reference bfloat16")
+        )
+        what += f" worst, as a share of what {run['seeds']} seeds differ by"
+        rows.append((what, worst, run["device"], run["commit"][:7], "`python -m bench.loss_curves`"))
     return markdown(rows)
 
 

@@ -6,13 +6,15 @@ import contextlib
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
 from nanovlm_fast.metrics import read_metrics
 
 
-def _pyplot():
+def pyplot() -> ModuleType:
+    """matplotlib.pyplot, drawing into files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -24,7 +26,7 @@ def _pyplot():
 @contextlib.contextmanager
 def panels(file: Path, titles: Sequence[str]) -> Iterator[Sequence]:
     """Axes side by side, a step on every x axis; saved as `file` in the end."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(1, len(titles), figsize=(4.35 * len(titles), 3.6), constrained_layout=True)
     for axis, title in zip(axes, titles, strict=True):
         axis.set(title=title, xlabel="step")
@@ -51,7 +53,7 @@ def plot_curves(run: Path) -> None:
 
 def plot_samples(file: Path, samples: Sequence[tuple[np.ndarray, str, str, str]], columns: int = 6) -> None:
     """A grid of (image (3, H, W) uint8, question, right answer, model's answer); wrong ones in red."""
-    plt = _pyplot()
+    plt = pyplot()
     rows = -(-len(samples) // columns)
     figure, axes = plt.subplots(
         rows, columns, figsize=(2.3 * columns, 2.75 * rows), constrained_layout=True, squeeze=False

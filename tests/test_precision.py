@@ -12,6 +12,7 @@ from test_parity import batch_of, mixed_samples
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nanovlm_fast import reference
 from nanovlm_fast.config import VLMConfig, preset
 from nanovlm_fast.device import autocast_to
 from nanovlm_fast.model import VisionLanguageModel
@@ -195,6 +196,30 @@ def test_an_image_shown_by_many_documents_sums_its_gradient_in_float32(kernels):
     exact = gradient.view(documents, tokens, width).sum(0)
     # one rounding: half a unit in the last place, or a whole one in Triton's interpreter, which cuts off
     assert images.grad.dtype == BF16 and ((images.grad - exact).abs() <= exact.abs() / 128).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mean", [0.0, 0.5, 0.875])
+def test_bright_pictures_keep_their_bits(mean):
+    """The folded normalisation against normalised pixels, both in bfloat16: the design's rule, output and gradient."""
+    config = dataclasses.replace(preset("tiny")[0], image_mean=mean, image_std=0.25)
+    torch.manual_seed(0)
+    ours, plain = VisionLanguageModel(config).to(DEVICE), reference.VisionLanguageModel(config).to(DEVICE)
+    plain.load_state_dict(ours.reference_state_dict())
+    images = torch.randint(200, 256, (16, 3, 64, 64), dtype=torch.uint8, device=DEVICE)
+    pixels = (images.float() / 255 - mean) / config.image_std
+    upstream = torch.randn(16, config.grid**2, config.vit_hidden_dim, device=DEVICE)
+
+    def run(model: torch.nn.Module, x: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+        embedding = model.vision_encoder.patch_embedding
+        with pick_autocast(dtype, torch.device(DEVICE))():
+            out = embedding(x)
+        return out, torch.autograd.grad(out, embedding.conv.weight, upstream)[0]
+
+    truth, ref = run(plain, pixels, "float32"), run(plain, pixels, "bfloat16")
+    for name, out, near, gt in zip(("output", "gradient"), run(ours, images, "bfloat16"), ref, truth, strict=True):
+        error, allowed = (out - gt).abs().max(), 2 * (near - gt).abs().max()
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
 
 @pytest.mark.gpu

@@ -1,0 +1,249 @@
+"""The same training, four ways: does the fast model learn what the reference learns, step by step?
+
+    python -m bench.loss_curves
+    python -m bench.loss_curves --tokens 20480 --kernels all      on a GPU; fewer where a CPU's bfloat16 is slow
+
+The padded reference and the packed model, each in float32 and under bfloat16 autocast, start from the same weights and
+see the same questions in the same order. Every seed draws other weights and another order. The yardstick is what a seed
+changes: a variant passes if its smoothed loss stays, at every step, nearer to the same seed's reference in float32 than
+the reference's seeds lie apart around that step. Exit code 1 if a packed variant does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from bench.results import write
+from nanovlm_fast import reference
+from nanovlm_fast.config import preset
+from nanovlm_fast.data.sources import load_source, texts
+from nanovlm_fast.data.stream import SampleLoader, measure_budget
+from nanovlm_fast.data.text import TextProcessor, Tokenizer
+from nanovlm_fast.device import pick_autocast, pick_device
+from nanovlm_fast.model import VisionLanguageModel
+from nanovlm_fast.ops import choose_ops
+from nanovlm_fast.optim import lr_factor, set_lr
+from nanovlm_fast.packing import Packer, Sample, pack, pad
+from nanovlm_fast.pictures import pyplot
+
+TRUTH = "reference float32"
+VARIANTS = (TRUTH, "reference bfloat16", "packed float32", "packed bfloat16")
+SPAN = 10  # steps, the time constant of the smoothing
+
+
+class Data:
+    """The training split as batches of samples, in an order that a seed draws."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.model, train = preset(args.preset)
+        self.train = dataclasses.replace(train, data=args.data, tokens_per_batch=args.tokens, augment="none")
+        self.source = load_source(args.data, "train")
+        tokenizer = Tokenizer.train(texts(self.source, self.model.prompt), self.model.lm_vocab_size)
+        self.text = TextProcessor(tokenizer, self.model.prompt, self.model.image_tokens, "independent")
+        self.budget = measure_budget(self.loader(0), self.train)
+
+    def loader(self, seed: int) -> SampleLoader:
+        return SampleLoader(self.source, self.model, dataclasses.replace(self.train, seed=seed), self.text)
+
+    def batches(self, seed: int, steps: int) -> Iterator[list[Sample]]:
+        load, packer, position = self.loader(seed), Packer(self.budget), 0
+        for _ in range(steps):
+            while len(packer.buffer) < self.train.look_ahead:
+                packer.add(load(position))
+                position += 1
+            yield packer.next()
+
+
+class Training:
+    """One variant: its model, its optimizer (AdamW, at the preset's rates) and its type."""
+
+    def __init__(self, variant: str, start: VisionLanguageModel, data: Data, args: argparse.Namespace):
+        self.name, self.config, self.train, self.budget = variant, data.model, data.train, data.budget
+        which, dtype = variant.split()
+        self.packed, self.device = which == "packed", torch.device(args.device)
+        if self.packed:
+            self.model: nn.Module = VisionLanguageModel(self.config, choose_ops(args.kernels, self.device))
+            self.model.load_reference_state_dict(start.reference_state_dict())
+        else:
+            self.model = reference.VisionLanguageModel(self.config)
+            self.model.load_state_dict(start.reference_state_dict())
+        self.model.to(self.device)
+        self.autocast = pick_autocast(dtype, self.device)
+        rates = {
+            "MP": self.train.lr_projector,
+            "vision_encoder": self.train.lr_vision,
+            "decoder": self.train.lr_language,
+        }
+        groups = [dict(params=list(getattr(self.model, n).parameters()), lr=r, peak_lr=r) for n, r in rates.items()]
+        betas, decay = (0.9, self.train.beta2), self.train.weight_decay
+        self.optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=decay, fused=True)
+
+    def loss(self, samples: list[Sample]) -> torch.Tensor:
+        """Mean over the labelled tokens."""
+        config = self.config
+        if self.packed:
+            batch = pack(samples, self.budget, config.image_tokens, config.vit_img_size).trimmed().to(self.device)
+            return self.model(batch) / batch.n_labels
+        longest = max(int((d.image_rows < 0).sum()) for s in samples for d in s.documents)
+        rows = pad(samples, max(config.lm_max_length, longest))
+        pixels = (rows.images.to(self.device).float() / 255 - config.image_mean) / config.image_std
+        ids, mask, targets = (t.to(self.device) for t in (rows.input_ids, rows.attention_mask, rows.targets))
+        return self.model(ids, pixels, mask, targets)[1]
+
+    def step(self, samples: list[Sample], progress: float) -> float:
+        """One optimizer step at `progress` of the schedule; returns the loss before it. ValueError if not finite."""
+        set_lr([self.optimizer], lr_factor(progress, self.train.warmup, self.train.min_lr))
+        with self.autocast():
+            loss = self.loss(samples)
+        loss.backward()
+        if self.train.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if not math.isfinite(loss.item()):
+            raise ValueError(f"{self.name}: the loss is {loss.item()} at {progress:.0%} of the run")
+        return loss.item()
+
+
+def train_all(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], Data]:
+    """Loss of every variant, (seeds, steps); the variants take each step in turn."""
+    data = Data(args)
+    curves = {variant: np.zeros((args.seeds, args.steps)) for variant in VARIANTS}
+    with tqdm(total=args.seeds * args.steps, unit="step", dynamic_ncols=True) as bar:
+        for seed in range(args.seeds):
+            torch.manual_seed(seed)
+            start = VisionLanguageModel(data.model)
+            trainings = [Training(variant, start, data, args) for variant in VARIANTS]
+            for step, samples in enumerate(data.batches(seed, args.steps)):
+                for training in trainings:
+                    curves[training.name][seed, step] = training.step(samples, (step + 1) / args.steps)
+                bar.update()
+                bar.set_postfix_str(f"seed {seed} loss {curves[TRUTH][seed, step]:.4f}")
+    return curves, data
+
+
+def smooth(curves: np.ndarray) -> np.ndarray:
+    """Exponential moving mean along the last axis, over SPAN steps or all there are so far."""
+    out, total, weight = np.empty_like(curves), 0.0, 0.0
+    for step in range(curves.shape[-1]):
+        total, weight = (1 - 1 / SPAN) * total + curves[..., step], (1 - 1 / SPAN) * weight + 1
+        out[..., step] = total / weight
+    return out
+
+
+def seed_spread(truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(seeds, steps) smoothed -> how far seeds lie apart at each step, and at most within SPAN steps of it."""
+    here = truth.max(0) - truth.min(0)
+    return here, np.array([here[max(0, step - SPAN) : step + SPAN + 1].max() for step in range(len(here))])
+
+
+def judge(curves: dict[str, np.ndarray]) -> dict:
+    """Every variant and seed against the reference in float32; `passed` asks it of the packed ones.
+
+    `share` is the largest difference of the smoothed curves over all steps, in spreads of the reference's seeds. The
+    spread is the largest within SPAN steps: where a few curves cross they are near by chance. `share_of_same_step` has
+    the crossings in it.
+    """
+    truth = smooth(curves[TRUTH])
+    here, spread = seed_spread(truth)
+    rows = []
+    for variant in VARIANTS[1:]:
+        for seed, difference in enumerate(np.abs(smooth(curves[variant]) - truth)):
+            shares = difference / np.maximum(spread, 1e-12)
+            worst = int(shares.argmax())
+            rows.append({
+                "variant": variant, "seed": seed, "share": round(float(shares[worst]), 5), "at_step": worst + 1,
+                "difference": round(float(difference[worst]), 7), "spread": round(float(spread[worst]), 7),
+                "largest_difference": round(float(difference.max()), 7),
+                "share_of_same_step": round(float((difference / np.maximum(here, 1e-12)).max()), 5),
+                "passed": bool(shares[worst] <= 1),
+            })  # fmt: skip
+    return {"passed": all(row["passed"] for row in rows if row["variant"].startswith("packed")), "rows": rows}
+
+
+def draw(file: Path, curves: dict[str, np.ndarray]) -> None:
+    """Left the smoothed curves of all variants and seeds, right their differences against the spread of the seeds."""
+    plt = pyplot()
+    styles = dict(zip(VARIANTS, (("#afb8c1", 4.5), ("#bc4c00", 1.6), ("#1a7f37", 1.6), ("#1f6feb", 1.0)), strict=True))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), constrained_layout=True)
+    truth = smooth(curves[TRUTH])
+    steps = np.arange(1, truth.shape[1] + 1)
+    for variant, (colour, width) in styles.items():
+        for seed, curve in enumerate(smooth(curves[variant])):
+            label = variant if seed == 0 else None
+            left.plot(steps, curve, color=colour, lw=width, label=label)
+            if variant != TRUTH:
+                right.plot(steps, np.abs(curve - truth[seed]), color=colour, lw=1.0, label=label)
+    here, spread = seed_spread(truth)
+    right.fill_between(steps, spread, 10, color="#eaeef2", label="further than seeds are apart", zorder=0)
+    right.plot(steps, here, color="#57606a", lw=1.5, ls=":", label="spread of the seeds at the step")
+    left.set(title=f"training loss, {len(truth)} seeds", xlabel="step", yscale="log")
+    right.set(title="difference from the reference in float32", xlabel="step", yscale="log")
+    right.set_ylim(1e-8, 10)
+    for axis in (left, right):
+        axis.margins(x=0.01)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    handles = {
+        label: line for axis in (left, right) for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def table(verdict: dict) -> str:
+    lines = [f"{'':20} {'seed':>4} {'difference':>11} {'spread':>9} {'share':>7} {'at step':>7}"]
+    for row in verdict["rows"]:
+        numbers = f"{row['difference']:>11.2e} {row['spread']:>9.2e} {row['share']:>7.1%} {row['at_step']:>7}"
+        lines.append(f"{row['variant']:20} {row['seed']:>4} {numbers}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.loss_curves", description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--data", default="easy_vqa")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=3, help="at least 2: their spread is the yardstick")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens of a packed batch; more on a GPU")
+    parser.add_argument("--kernels", default="none", help="Triton kernels of the packed model, as in train.py")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
+    args = parser.parse_args(argv)
+    try:
+        if args.seeds < 2 or args.steps < 1:
+            raise ValueError(f"--seeds {args.seeds} --steps {args.steps}: at least 2 seeds and 1 step are needed")
+        args.device = str(pick_device(args.device))
+        curves, data = train_all(args)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    verdict = judge(curves)
+    rounded = {variant: np.round(rows, 5).tolist() for variant, rows in curves.items()}
+    result = {
+        "preset": args.preset, "data": args.data, "steps": args.steps, "seeds": args.seeds, "kernels": args.kernels,
+        "tokens_per_batch": args.tokens, "images_per_batch": data.budget.images, "smoothing": SPAN, **verdict,
+        "curves": rounded,
+    }  # fmt: skip
+    file = write("loss_curves", torch.device(args.device), result, args.out)
+    draw(file.with_suffix(".png"), curves)
+    print(table(verdict))
+    print(f"written: {file}")
+    if not verdict["passed"]:
+        print("error: a packed variant is further from the reference than seeds are apart", file=sys.stderr)
+    return int(not verdict["passed"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
