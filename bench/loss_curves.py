@@ -29,7 +29,7 @@ from nanovlm_fast.config import preset
 from nanovlm_fast.data.sources import load_source, texts
 from nanovlm_fast.data.stream import SampleLoader, measure_budget
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
-from nanovlm_fast.device import pick_autocast, pick_device
+from nanovlm_fast.device import autocast_to, pick_device
 from nanovlm_fast.model import VisionLanguageModel
 from nanovlm_fast.ops import choose_ops
 from nanovlm_fast.optim import lr_factor, set_lr
@@ -78,7 +78,7 @@ class Training:
             self.model = reference.VisionLanguageModel(self.config)
             self.model.load_state_dict(start.reference_state_dict())
         self.model.to(self.device)
-        self.autocast = pick_autocast(dtype, self.device)
+        self.autocast = autocast_to(getattr(torch, dtype), self.device)
         rates = {
             "MP": self.train.lr_projector,
             "vision_encoder": self.train.lr_vision,

@@ -210,14 +210,14 @@ def test_bright_pictures_keep_their_bits(mean):
     pixels = (images.float() / 255 - mean) / config.image_std
     upstream = torch.randn(16, config.grid**2, config.vit_hidden_dim, device=DEVICE)
 
-    def run(model: torch.nn.Module, x: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+    def run(model: torch.nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         embedding = model.vision_encoder.patch_embedding
-        with pick_autocast(dtype, torch.device(DEVICE))():
+        with autocast_to(dtype, torch.device(DEVICE))():
             out = embedding(x)
         return out, torch.autograd.grad(out, embedding.conv.weight, upstream)[0]
 
-    truth, ref = run(plain, pixels, "float32"), run(plain, pixels, "bfloat16")
-    for name, out, near, gt in zip(("output", "gradient"), run(ours, images, "bfloat16"), ref, truth, strict=True):
+    truth, ref = run(plain, pixels, torch.float32), run(plain, pixels, torch.bfloat16)
+    for name, out, near, gt in zip(("output", "gradient"), run(ours, images, torch.bfloat16), ref, truth, strict=True):
         error, allowed = (out - gt).abs().max(), 2 * (near - gt).abs().max()
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
