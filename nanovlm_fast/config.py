@@ -96,9 +96,15 @@ class TrainConfig:
     """One run. Sizes are per micro-batch; 0 where the text says 'measured' takes the size from the data."""
 
     preset: str = option("tiny", "named set of defaults for everything below and for the model")
-    data: str = option("easy_vqa", "easy_vqa | synthetic | jsonl:FOLDER (train.jsonl, test.jsonl and the images)")
+    data: str = option(
+        "easy_vqa",
+        "easy_vqa | synthetic | jsonl:FOLDER (train.jsonl, test.jsonl and the images) | "
+        "HuggingFaceM4/the_cauldron:all45, or any hub name or folder of its schema, of some :CONFIG,CONFIG",
+    )
     turns: Literal["first", "independent", "chat"] = option(
-        "independent", "first question only, every question a document on one shared image, or one conversation"
+        "independent",
+        "first image and question only (nanoVLM's recipe), every question a document on one shared image, or one "
+        "conversation",
     )
     questions_per_image: int = option(0, "questions drawn anew for each pass over an image; 0 takes all")
     curriculum: str = option("", "for the first --curriculum-share of the run ask only questions that contain this")

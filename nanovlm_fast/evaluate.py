@@ -94,12 +94,12 @@ def evaluate_batch(
     new_tokens = 1
     for index in indices:
         try:
-            example = source[index]
+            example = source[index].first() if mode == "first" else source[index]
             decoded = [load_image(image, size) for image in example.images]
         except ValueError as error:
             result.skipped.append(str(error))
             continue
-        for i, (question, answer) in enumerate(example.turns[:1] if mode == "first" else example.turns):
+        for i, (question, answer) in enumerate(example.turns):
             before = example.turns[:i] if mode == "chat" else []
             prompt = text.document([*before, (question, "")], len(decoded))
             needed = len(text.encode(f" {answer}")) + 2  # a longer reply is wrong in any case

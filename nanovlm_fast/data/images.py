@@ -34,7 +34,8 @@ def load_image(source: Path | str | bytes | Image.Image, size: int) -> np.ndarra
             image = image.resize((size, size), Image.Resampling.BILINEAR)
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
     except Exception as error:  # damaged files raise whatever the decoder trips over: struct.error, SyntaxError ...
-        raise BadImage(f"image {name}: {error}") from error
+        reason = str(error).split(" <_io.BytesIO")[0]  # the address of a buffer tells nobody anything
+        raise BadImage(f"image {name}: {reason}") from error
 
 
 def plain_margins(image: np.ndarray) -> tuple[int, int, int, int]:

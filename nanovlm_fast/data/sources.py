@@ -6,8 +6,9 @@ A new source is one class and one line in `load_source`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,8 +23,13 @@ class Example:
     """Images as paths, bytes or PIL images, decoded later in a worker; turns are (question, answer)."""
 
     name: str
-    images: list[Any]
+    images: Sequence[Any]
     turns: list[Turn]
+    kind: str = ""  # what its answers are counted under in an evaluation
+
+    def first(self) -> Example:
+        """First image, first turn: what nanoVLM v0.1 takes of an example (--turns first)."""
+        return replace(self, images=self.images[:1], turns=self.turns[:1])
 
 
 class Source(Protocol):
@@ -145,8 +151,21 @@ class JsonLines:
         return Example(where, images, list(zip(values[::2], values[1::2], strict=True)))
 
 
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+KNOWN = (
+    "easy_vqa, synthetic, synthetic:IMAGE_SIZE, jsonl:FOLDER, mmstar, mmstar:FOLDER, and of the Cauldron's schema "
+    "OWNER/NAME on the Hugging Face hub or a FOLDER that exists, both also with :CONFIG,CONFIG"
+)
+
+
 def load_source(data: str, split: str) -> Source:
-    """The `split` ('train' or 'test') of a data set named as in --data. Raises ValueError for an unknown name."""
+    """The `split` ('train' or 'test') of a data set named as in --data.
+
+    Raises ValueError for an unknown name, FileNotFoundError where there is no such split, OSError if the hub cannot be
+    reached.
+    """
+    from nanovlm_fast.data import hub  # it imports Example from here
+
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}; there are: train, test")
     kind, _, rest = data.partition(":")
@@ -156,7 +175,11 @@ def load_source(data: str, split: str) -> Source:
         return Synthetic(split, int(rest or 64))
     if kind == "jsonl" and rest:
         return JsonLines(split, Path(rest))
-    raise ValueError(f"unknown data set {data!r}; there are: easy_vqa, synthetic, synthetic:IMAGE_SIZE, jsonl:FOLDER")
+    if kind == "mmstar":
+        return hub.MMStar(rest or hub.MMSTAR)
+    if (kind and Path(kind).expanduser().is_dir()) or HUB_NAME.fullmatch(kind):
+        return hub.Cauldron(data, split)
+    raise ValueError(f"unknown data set {data!r}; there are: {KNOWN}")
 
 
 def split_off(source: Source, held_out: int, seed: int) -> tuple[Source, Source]:

@@ -69,6 +69,8 @@ class SampleLoader:
 
     def load(self, index: int) -> Sample:
         example = self.source[index]
+        if self.text.mode == "first":
+            example = example.first()
         size = self.model.vit_img_size
         try:
             images = [load_image(image, size) for image in example.images]
