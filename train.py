@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from nanovlm_fast.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from nanovlm_fast.config import TrainConfig, VLMConfig, check_run_folder, holds_run, parse_config, save_run_config
-from nanovlm_fast.data.sources import load_source, split_off, texts
+from nanovlm_fast.data.sources import load_source, make_tokenizer, split_off
 from nanovlm_fast.data.stream import (
     Feed,
     PackedStream,
@@ -107,16 +107,10 @@ class Trainer:
         self.interrupted = False
 
     def load_tokenizer(self, model: VLMConfig) -> Tokenizer:
-        """A resumed run's own, or made from the training text, or a Hugging Face one."""
+        """A resumed run's own, or a new one."""
         if self.config.resume and (self.run / "tokenizer.json").exists():
-            tokenizer = Tokenizer.load(self.run)
-        elif model.lm_tokenizer == "train":
-            tokenizer = Tokenizer.train(texts(self.train_source, model.prompt), model.lm_vocab_size)
-        else:
-            tokenizer = Tokenizer.from_hub(model.lm_tokenizer)
-        if len(tokenizer) > model.lm_vocab_size:
-            raise ValueError(f"the tokenizer has {len(tokenizer)} entries, --lm-vocab-size is {model.lm_vocab_size}")
-        return tokenizer
+            return Tokenizer.load(self.run)
+        return make_tokenizer(model, self.train_source)
 
     def train(self) -> None:
         """The loop. Raises Stopped when the run cannot go on, and SystemExit(0) once a signal's save is done."""

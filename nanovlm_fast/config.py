@@ -99,7 +99,8 @@ class TrainConfig:
     data: str = option(
         "easy_vqa",
         "easy_vqa | synthetic | jsonl:FOLDER (train.jsonl, test.jsonl and the images) | "
-        "HuggingFaceM4/the_cauldron:all45, or any hub name or folder of its schema, of some :CONFIG,CONFIG",
+        "HuggingFaceM4/the_cauldron:all45, or any hub name or folder of its schema, of some :CONFIG,CONFIG | "
+        "prepared:FOLDER",
     )
     turns: Literal["first", "independent", "chat"] = option(
         "independent",
