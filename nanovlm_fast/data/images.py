@@ -13,11 +13,16 @@ class BadImage(ValueError):
     """An image that cannot be decoded; the message names it."""
 
 
-def load_image(source: Path | str | bytes | Image.Image, size: int) -> np.ndarray:
+def load_image(source: Path | str | bytes | np.ndarray | Image.Image, size: int) -> np.ndarray:
     """(3, size, size) uint8: decoded, turned upright by its EXIF tag, RGB, squashed to a square (bilinear).
 
-    `source` is a file, its bytes, or an open PIL image. Raises BadImage naming the file if it cannot be decoded.
+    `source` is a file, its bytes, an open PIL image, or what this function returned for that size (prepared data).
+    Raises BadImage naming the file if it cannot be decoded.
     """
+    if isinstance(source, np.ndarray):
+        if source.shape != (3, size, size):
+            raise BadImage(f"image of prepared data: {source.shape} and not {(3, size, size)}")
+        return source
     name = source if isinstance(source, (Path, str)) else type(source).__name__
     try:
         image = (
@@ -34,7 +39,8 @@ def load_image(source: Path | str | bytes | Image.Image, size: int) -> np.ndarra
             image = image.resize((size, size), Image.Resampling.BILINEAR)
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
     except Exception as error:  # damaged files raise whatever the decoder trips over: struct.error, SyntaxError ...
-        raise BadImage(f"image {name}: {error}") from error
+        reason = str(error).split(" <_io.BytesIO")[0]  # the address of a buffer tells nobody anything
+        raise BadImage(f"image {name}: {reason}") from error
 
 
 def plain_margins(image: np.ndarray) -> tuple[int, int, int, int]:

@@ -5,28 +5,40 @@ A new source is one class and one line in `load_source`.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
-from nanovlm_fast.data.text import Turn
+from nanovlm_fast.config import VLMConfig
+from nanovlm_fast.data.text import Tokenizer, Turn
+from nanovlm_fast.packing import Document
 
 
 @dataclass
 class Example:
-    """Images as paths, bytes or PIL images, decoded later in a worker; turns are (question, answer)."""
+    """Images as paths, bytes, arrays or PIL images, decoded later in a worker; turns are (question, answer)."""
 
     name: str
-    images: list[Any]
+    images: Sequence[Any]
     turns: list[Turn]
+    kind: str = ""  # what its answers are counted under in an evaluation
+    documents: list[Document] | None = None  # of prepared data (shards.py), whose images are (n, 3, H, W) uint8
+
+    def first(self) -> Example:
+        """First image, first turn: what nanoVLM v0.1 takes of an example (--turns first)."""
+        return replace(self, images=self.images[:1], turns=self.turns[:1])
 
 
 class Source(Protocol):
+    """A data set. One with its own way of being scored has `prompt`, `right(reply, answer)` and `reply_tokens` too."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
@@ -43,6 +55,11 @@ class Subset:
 
     def __getitem__(self, index: int) -> Example:
         return self.source[int(self.indices[index])]
+
+
+def whole(source: Source) -> Source:
+    """The data set that a subset is of."""
+    return source.source if isinstance(source, Subset) else source
 
 
 class EasyVQA:
@@ -114,7 +131,9 @@ class JsonLines:
         self.folder, self.file = folder.resolve(), folder / f"{split}.jsonl"
         if not self.file.exists():
             raise FileNotFoundError(f"--data jsonl:{folder}: there is no {self.file}")
-        self.lines = [(n, line) for n, line in enumerate(self.file.read_text().splitlines(), 1) if line.strip()]
+        content = self.file.read_text()
+        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
+        self.lines = [(n, line) for n, line in enumerate(content.splitlines(), 1) if line.strip()]
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -145,8 +164,21 @@ class JsonLines:
         return Example(where, images, list(zip(values[::2], values[1::2], strict=True)))
 
 
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+KNOWN = (
+    "easy_vqa, synthetic, synthetic:IMAGE_SIZE, jsonl:FOLDER, prepared:FOLDER, mmstar, mmstar:FOLDER, and of the "
+    "Cauldron's schema OWNER/NAME on the Hugging Face hub or a FOLDER that exists, both also with :CONFIG,CONFIG"
+)
+
+
 def load_source(data: str, split: str) -> Source:
-    """The `split` ('train' or 'test') of a data set named as in --data. Raises ValueError for an unknown name."""
+    """The `split` ('train' or 'test') of a data set named as in --data.
+
+    Raises ValueError for an unknown name, FileNotFoundError where there is no such split, OSError if the hub cannot be
+    reached.
+    """
+    from nanovlm_fast.data import hub, shards  # they import Example from here
+
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}; there are: train, test")
     kind, _, rest = data.partition(":")
@@ -156,7 +188,40 @@ def load_source(data: str, split: str) -> Source:
         return Synthetic(split, int(rest or 64))
     if kind == "jsonl" and rest:
         return JsonLines(split, Path(rest))
-    raise ValueError(f"unknown data set {data!r}; there are: easy_vqa, synthetic, synthetic:IMAGE_SIZE, jsonl:FOLDER")
+    if (prepared := prepared_folder(data)) is not None:
+        return shards.Prepared(prepared if split == "train" else prepared / split)
+    if kind == "mmstar":
+        return hub.MMStar(rest or hub.MMSTAR)
+    if (kind and Path(kind).expanduser().is_dir()) or HUB_NAME.fullmatch(kind):
+        return hub.Cauldron(data, split)
+    raise ValueError(f"unknown data set {data!r}; there are: {KNOWN}")
+
+
+def prepared_folder(data: str) -> Path | None:
+    """The folder of prepared shards that `data` names: prepared:FOLDER, or a FOLDER that holds a manifest."""
+    kind, _, rest = data.partition(":")
+    if kind == "prepared" and rest:
+        return Path(rest)
+    return Path(data) if data and (Path(data) / "manifest.json").exists() else None
+
+
+def make_tokenizer(model: VLMConfig, source: Source) -> Tokenizer:
+    """Prepared data's own; or what --lm-tokenizer says: one made from the source's text, or a Hugging Face one.
+
+    Raises ValueError if it has more entries than the model.
+    """
+    from nanovlm_fast.data.shards import Prepared
+
+    prepared = whole(source)
+    if isinstance(prepared, Prepared) and prepared.manifest["lm_tokenizer"] == model.lm_tokenizer:
+        tokenizer = Tokenizer.load(prepared.folder)
+    elif model.lm_tokenizer == "train":
+        tokenizer = Tokenizer.train(texts(source, model.prompt), model.lm_vocab_size)
+    else:
+        tokenizer = Tokenizer.from_hub(model.lm_tokenizer)
+    if len(tokenizer) > model.lm_vocab_size:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} entries, --lm-vocab-size is {model.lm_vocab_size}")
+    return tokenizer
 
 
 def split_off(source: Source, held_out: int, seed: int) -> tuple[Source, Source]:

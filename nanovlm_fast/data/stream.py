@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.data.images import augment, load_image
-from nanovlm_fast.data.sources import Source
+from nanovlm_fast.data.shards import Prepared
+from nanovlm_fast.data.sources import Example, Source, whole
 from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.packing import IGNORE, Budget, PackedBatch, Packer, Sample, pack
 
@@ -30,10 +31,23 @@ CACHE_BYTES = 2**30  # decoded examples kept by each worker
 ENDLESS = 10**9  # epochs of a run that ends after --max-steps
 
 
+def make_sample(example: Example, image_size: int, text: TextProcessor) -> Sample:
+    """Decode, resize and tokenise. Raises ValueError naming the example if an image cannot be read."""
+    example = example.first() if text.mode == "first" else example
+    try:
+        images = [load_image(image, image_size) for image in example.images]
+    except ValueError as error:
+        raise ValueError(f"{example.name}: {error}") from error
+    stacked = np.stack(images) if images else np.zeros((0, 3, image_size, image_size), np.uint8)
+    return Sample(example.name, stacked, text.documents(example.turns, len(images)))
+
+
 class SampleLoader:
     """Examples of a source as samples; decoded images and token ids are kept for the next epoch."""
 
     def __init__(self, source: Source, model: VLMConfig, train: TrainConfig, text: TextProcessor):
+        if isinstance(prepared := whole(source), Prepared):
+            prepared.check(model.vit_img_size, text)
         self.source, self.model, self.train, self.text = source, model, train, text
         self.cache: dict[int, Sample] = {}
         self.cache_room = CACHE_BYTES
@@ -69,14 +83,12 @@ class SampleLoader:
 
     def load(self, index: int) -> Sample:
         example = self.source[index]
-        size = self.model.vit_img_size
-        try:
-            images = [load_image(image, size) for image in example.images]
-        except ValueError as error:
-            raise ValueError(f"{example.name}: {error}") from error
-        stacked = np.stack(images) if images else np.zeros((0, 3, size, size), np.uint8)
-        sample = Sample(example.name, stacked, self.text.documents(example.turns, len(images)))
-        needed = stacked.nbytes + 20 * sample.tokens  # ids, rows and labels of a token
+        if example.documents is not None:  # prepared: nothing that a cache could save
+            return Sample(example.name, example.images, example.documents)
+        sample = make_sample(
+            example.first() if self.text.mode == "first" else example, self.model.vit_img_size, self.text
+        )
+        needed = sample.images.nbytes + 20 * sample.tokens  # ids, rows and labels of a token
         if needed <= self.cache_room:
             self.cache_room -= needed
             self.cache[index] = sample
@@ -183,7 +195,7 @@ def loader(stream: PackedStream, pin_memory: bool = False) -> DataLoader:
         generator=torch.Generator(),  # or each start draws from the global one: a resumed run would differ
         num_workers=workers,
         collate_fn=_as_is,
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=leave_signals_to_the_parent,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
     )
@@ -232,8 +244,8 @@ class Feed:
         return seconds
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach every process of a group, but only the trainer decides what they mean."""
+def leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach every process of a group, but only the parent decides what they mean."""
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)  # a worker ends when the loader says so, or when its parent is gone
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -28,6 +29,11 @@ class Tokenizer:
 
     def __len__(self) -> int:
         return self.base.get_vocab_size()
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that give the same ids."""
+        return hashlib.sha256(f"{self.base.to_str()}{self.eos}".encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         return self.base.encode(text, add_special_tokens=False).ids
