@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from nanovlm_fast.backbones import load_pretrained_weights
 from nanovlm_fast.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from nanovlm_fast.config import TrainConfig, VLMConfig, check_run_folder, holds_run, parse_config, save_run_config
 from nanovlm_fast.data.sources import load_source, make_tokenizer, split_off
@@ -76,6 +77,9 @@ class Trainer:
         torch.manual_seed(config.seed)
         ops = choose_ops(config.kernels, self.device, config.attention, self.dtype, config.recompute)
         self.model = VisionLanguageModel(model_config, ops).to(self.device)
+        checkpoint = newest_checkpoint(self.run) if config.resume else None
+        if checkpoint is None:
+            load_pretrained_weights(self.model, config)
         self.optimizers = make_optimizers(self.model, config)
         self.state = {
             "step": 0, "examples": 0, "bad": {}, "too_long": 0, "seconds": 0.0, "tokens": 0, "capacity": 0,
@@ -89,8 +93,7 @@ class Trainer:
         print(f"device: {self.device}, {str(self.dtype)[6:]} · compile: {config.compile} · {ops}")
         save_run_config(self.run, model_config, config)
         self.tokenizer.save(self.run)
-        checkpoint = newest_checkpoint(self.run)
-        if config.resume and checkpoint:
+        if checkpoint:
             self.state = load_checkpoint(checkpoint, self.model, self.optimizers)
             print(f"resuming {self.run} after step {self.state['step']}")
         self.log = MetricsLog(self.run, self.state["step"])

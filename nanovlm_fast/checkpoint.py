@@ -14,16 +14,18 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from nanovlm_fast.config import VLMConfig, latest_run
+from nanovlm_fast.config import VLMConfig, fields_of, latest_run
 from nanovlm_fast.data.text import Tokenizer
+from nanovlm_fast.hub import WEIGHTS, fetch
 from nanovlm_fast.model import VisionLanguageModel
 
 
@@ -36,7 +38,8 @@ def save_pretrained(folder: Path, model: VisionLanguageModel, tokenizer: Tokeniz
     save_file(
         {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, folder / "model.safetensors"
     )
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(model.config), indent=2) + "\n")
+    values = {**model.extra_config, **dataclasses.asdict(model.config)}
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(folder)
 
@@ -50,28 +53,47 @@ def load_pretrained(
     or does not fit its configuration.
     """
     folder = resolve(checkpoint)
+    config, extra = read_config(folder)
+    if extra:
+        warnings.warn(f"{folder / 'config.json'}: fields not used here: {', '.join(sorted(extra))}", stacklevel=2)
     try:
-        known = {field.name for field in dataclasses.fields(VLMConfig)}
-        values = json.loads((folder / "config.json").read_text())
-        if unknown := sorted(set(values) - known):
-            warnings.warn(f"{folder / 'config.json'}: fields not used here: {', '.join(unknown)}", stacklevel=2)
-        config = VLMConfig(**{name: value for name, value in values.items() if name in known})
         model = VisionLanguageModel(config)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'} is not a model configuration: {error}") from error
-    model.load_reference_state_dict(_load_tensors(folder / "model.safetensors"))
+    model.extra_config = extra
+    model.load_reference_state_dict(load_tensors(folder / "model.safetensors"))
     tokenizer = (
         Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else Tokenizer.from_hub(config.lm_tokenizer)
     )
     return model.to(device), tokenizer
 
 
-def resolve(checkpoint: Path | str | None) -> Path:
-    """The folder that holds model.safetensors: `checkpoint` itself, or the newest checkpoint of a run.
+def read_config(folder: Path) -> tuple[VLMConfig, dict[str, Any]]:
+    """Model configuration of a checkpoint folder, and the entries of its config.json that are no fields of it.
 
-    None is the latest run. Raises FileNotFoundError naming what was looked for.
+    Raises ValueError if the file is damaged, or asks for a model that differs from the one here.
+    """
+    file = folder / "config.json"
+    try:
+        values = json.loads(file.read_text())
+        extra = {name: value for name, value in values.items() if name not in fields_of(VLMConfig, values)}
+        config = VLMConfig(**fields_of(VLMConfig, values)).validate()
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is not a model configuration: {error}") from error
+    for name, same in (("vit_cls_flag", False), ("lm_attn_scaling", 1.0)):  # nanoVLM's, at what the model here does
+        if extra.get(name, same) != same:
+            raise ValueError(f"{file}: {name} = {extra[name]}, only {same} is supported")
+    return config, extra
+
+
+def resolve(checkpoint: Path | str | None) -> Path:
+    """The folder that holds model.safetensors: `checkpoint` itself, the newest checkpoint of a run, or a hub name's.
+
+    None is the latest run. Raises FileNotFoundError naming what was looked for, OSError if the hub did not give it.
     """
     folder = Path(checkpoint) if checkpoint is not None else latest_run()
+    if isinstance(checkpoint, str) and not folder.exists() and not folder.parent.is_dir():
+        folder = fetch(checkpoint, *WEIGHTS)
     if (folder / "model.safetensors").exists():
         return folder
     if newest := newest_checkpoint(folder):
@@ -139,8 +161,9 @@ def load_checkpoint(
     folder: Path, model: VisionLanguageModel, optimizers: list[torch.optim.Optimizer]
 ) -> dict[str, Any]:
     """Restore model, optimizer and random state in place; returns the `state` that was saved with them."""
-    model.load_reference_state_dict(_load_tensors(folder / "model.safetensors"))
-    tensors = _load_tensors(folder / "optimizer.safetensors")
+    _, model.extra_config = read_config(folder)
+    model.load_reference_state_dict(load_tensors(folder / "model.safetensors"))
+    tensors = load_tensors(folder / "optimizer.safetensors")
     torch.set_rng_state(tensors.pop("rng.cpu"))
     cuda_rng = tensors.pop("rng.cuda", None)
     if cuda_rng is not None and torch.cuda.is_available():
@@ -157,11 +180,13 @@ def load_checkpoint(
     return json.loads((folder / "state.json").read_text())
 
 
-def _load_tensors(file: Path) -> dict[str, Tensor]:
+def load_tensors(file: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+    """The tensors of a safetensors file whose names are `wanted`. Raises an error naming the file if it is damaged."""
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing: the checkpoint is not complete")
     try:
-        return load_file(file)
+        with safe_open(file, "pt") as tensors:
+            return {name: tensors.get_tensor(name) for name in tensors.keys() if wanted(name)}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged: {error}") from error
 

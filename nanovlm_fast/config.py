@@ -115,6 +115,9 @@ class TrainConfig:
         "per image and pass: nothing, shift inside plain margins and mirror, or flips and transposes; only where "
         "they leave the answers true",
     )
+    vision: str = option("", "SigLIP vision tower to start from: hub name or folder; none: from scratch")
+    language: str = option("", "language model (SmolLM2, Llama) to start from: hub name or folder; none: from scratch")
+    start_from: str = option("", "checkpoint to start a new run from: run, folder, or hub name in nanoVLM's layout")
     val_samples: int = option(100, "images held out of the training split to evaluate on while training")
     out: str = option("", "run folder; default runs/PRESET")
     resume: bool = option(False, "continue the run in --out (or the latest run) from its newest checkpoint")
@@ -184,6 +187,8 @@ class TrainConfig:
                 raise ValueError(f"--{name.replace('_', '-')} is a share of the run below 1, got {getattr(self, name)}")
         if self.resume and self.overwrite:
             raise ValueError("--resume continues a run and --overwrite deletes it: give one of them")
+        if self.start_from and (self.vision or self.language):
+            raise ValueError("--start-from brings both towers: leave out --vision and --language")
         return self
 
 
@@ -197,7 +202,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         tokens_per_batch=5120, optimizer="muon", lr_projector=2e-3, lr_vision=2e-3, lr_language=2e-3,
         beta2=0.98, min_lr=0.0, warmup=0.04, clip=1.0, eval_every=250, save_every=250,
     ),
-    "nanovlm-222m": dict(turns="first", compile="default"),
+    "nanovlm-222m": dict(
+        vision="google/siglip-base-patch16-224", language="HuggingFaceTB/SmolLM2-135M",
+        lm_tokenizer="HuggingFaceTB/cosmo2-tokenizer", image_mean=0.0, image_std=1.0, turns="first",
+        compile="default",
+    ),
 }  # fmt: skip
 
 
@@ -277,7 +286,9 @@ RESUMABLE = frozenset(
 
 
 def parse_config(argv: list[str] | None = None) -> tuple[VLMConfig, TrainConfig]:
-    """Read the command line. A preset changes the defaults; with --resume the run's own configuration does.
+    """Read the command line. A preset changes the defaults, then the sizes of pretrained weights that it names do.
+
+    With --resume the run's own configuration does, and nothing else is looked at.
 
     Exits with status 2 and one line on an unknown option, preset or value, as argparse does.
     """
@@ -302,6 +313,8 @@ def parse_config(argv: list[str] | None = None) -> tuple[VLMConfig, TrainConfig]
             defaults = {**load_run_config(run), "out": str(run)}
         parser.set_defaults(**defaults)
         model, train = parser.parse_args_into_dataclasses(argv)
+        if not train.resume and (train.vision or train.language or train.start_from):
+            model, train = parse_again_for_pretrained(parser, argv, train, defaults)
         train.out = train.out or str(RUNS / train.preset)
         for name, value in {**vars(model), **vars(train)}.items():
             if train.resume and name not in RESUMABLE and value != defaults.get(name, value):
@@ -310,5 +323,21 @@ def parse_config(argv: list[str] | None = None) -> tuple[VLMConfig, TrainConfig]
                     f"{flag} {value}: the run to resume has {defaults[name]}, and its checkpoint rests on it"
                 )
         return model.validate(), train.validate()
-    except (ValueError, FileNotFoundError) as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
+
+
+def parse_again_for_pretrained(
+    parser: argparse.ArgumentParser, argv: list[str] | None, train: TrainConfig, defaults: dict[str, Any]
+) -> tuple[VLMConfig, TrainConfig]:
+    """Let the weights that `train` starts from change the defaults, and hold the command line to their sizes."""
+    from nanovlm_fast.backbones import check_fields, pretrained_fields
+
+    if train.start_from:  # instead of a preset's towers
+        parser.set_defaults(vision="", language="")
+        train = parser.parse_args_into_dataclasses(argv)[1].validate()
+    brought, must = pretrained_fields(train, defaults)
+    parser.set_defaults(**brought)
+    model, train = parser.parse_args_into_dataclasses(argv)
+    check_fields(model, must)
+    return model, train

@@ -123,7 +123,7 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m nanovlm_fast.generate", description="Ask a model about an image.")
     parser.add_argument(
-        "--checkpoint", help="run (its newest checkpoint), RUN/best, or model folder; default: the latest run"
+        "--checkpoint", help="run (its newest checkpoint), RUN/best, folder, or hub name; default: the latest run"
     )
     parser.add_argument("--image", action="append", default=[], help="image file; repeat for several in one prompt")
     parser.add_argument("--prompt", action="append", required=True, help="question; repeat for a batch on the images")

@@ -198,6 +198,7 @@ class VisionLanguageModel(nn.Module):
     def __init__(self, config: VLMConfig, ops: Ops | None = None):
         super().__init__()
         self.config, self.ops = config.validate(), ops or Ops()
+        self.extra_config: dict[str, object] = {}  # entries of a checkpoint's config.json that are kept for it
         self.vision_encoder = VisionTransformer(config)
         self.MP = ModalityProjector(config)
         self.decoder = LanguageModel(config)

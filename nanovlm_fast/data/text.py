@@ -54,7 +54,7 @@ class Tokenizer:
     def load(folder: Path) -> Tokenizer:
         """Read what `save` (or transformers) wrote. Raises FileNotFoundError without a tokenizer.json."""
         if not (folder / "tokenizer.json").exists():
-            raise FileNotFoundError(f"{folder} has no tokenizer.json")
+            raise FileNotFoundError(f"{folder} has no tokenizer.json; --lm-tokenizer names another tokenizer")
         config = folder / "tokenizer_config.json"
         try:
             eos = json.loads(config.read_text()).get("eos_token", EOS) if config.exists() else EOS

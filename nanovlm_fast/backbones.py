@@ -1,0 +1,257 @@
+"""Pretrained weights to start a run from: SigLIP towers, Llama-architecture language models, whole checkpoints.
+
+The sizes come from the source's config.json before the model is built (`pretrained_fields`), the weights from its
+safetensors after (`load_pretrained_weights`). Two things may differ from the source: the image size, for which the
+position embeddings are resized, and the vocabulary, which may have more rows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanovlm_fast.checkpoint import load_tensors, read_config, resolve
+from nanovlm_fast.config import TrainConfig, VLMConfig
+from nanovlm_fast.hub import WEIGHTS, fetch, reason
+from nanovlm_fast.model import VisionLanguageModel
+
+# our fields -> those of transformers' SiglipVisionConfig and LlamaConfig
+VISION_FIELDS = {
+    "vit_img_size": "image_size",
+    "vit_patch_size": "patch_size",
+    "vit_hidden_dim": "hidden_size",
+    "vit_inter_dim": "intermediate_size",
+    "vit_n_heads": "num_attention_heads",
+    "vit_n_blocks": "num_hidden_layers",
+    "vit_ln_eps": "layer_norm_eps",
+}
+LANGUAGE_FIELDS = {
+    "lm_hidden_dim": "hidden_size",
+    "lm_inter_dim": "intermediate_size",
+    "lm_n_heads": "num_attention_heads",
+    "lm_n_kv_heads": "num_key_value_heads",
+    "lm_n_blocks": "num_hidden_layers",
+    "lm_rms_eps": "rms_norm_eps",
+    "lm_max_position_embeddings": "max_position_embeddings",
+    "lm_vocab_size": "vocab_size",
+    "lm_tie_weights": "tie_word_embeddings",
+}
+# what a run may set otherwise than its source: the first two are adapted to, the others are no sizes of weights
+FREE = frozenset(
+    "vit_img_size lm_vocab_size lm_max_position_embeddings lm_max_length lm_tokenizer image_mean image_std init "
+    "prompt".split()
+)
+
+
+def vision_names(n_blocks: int) -> dict[str, tuple[str, ...]]:
+    """Our names under `vision_encoder.` -> SigLIP's under `vision_model.`; several are concatenated."""
+    names = {f"patch_embedding.conv.{kind}": (f"embeddings.patch_embedding.{kind}",) for kind in ("weight", "bias")}
+    names["patch_embedding.position_embedding"] = ("embeddings.position_embedding.weight",)
+    modules = {"ln1": "layer_norm1", "ln2": "layer_norm2", "attn.out_proj": "self_attn.out_proj"}
+    modules |= {name: name for name in ("mlp.fc1", "mlp.fc2")}
+    for kind in ("weight", "bias"):
+        for i in range(n_blocks):
+            theirs = f"encoder.layers.{i}."
+            names[f"blocks.{i}.attn.qkv_proj.{kind}"] = tuple(f"{theirs}self_attn.{n}_proj.{kind}" for n in "qkv")
+            names |= {f"blocks.{i}.{ours}.{kind}": (f"{theirs}{name}.{kind}",) for ours, name in modules.items()}
+        names[f"layer_norm.{kind}"] = (f"post_layernorm.{kind}",)
+    return names
+
+
+def language_names(n_blocks: int) -> dict[str, str]:
+    """Our names under `decoder.` -> Llama's under `model.` (the head, which lies beside it, is left out)."""
+    names = {"token_embedding.weight": "embed_tokens.weight", "norm.weight": "norm.weight"}
+    modules = {f"attn.{name}_proj": f"self_attn.{name}_proj" for name in "qkv"} | {"attn.out_proj": "self_attn.o_proj"}
+    modules |= {f"mlp.{name}_proj": f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+    modules |= {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
+    for i in range(n_blocks):
+        names |= {f"blocks.{i}.{ours}.weight": f"layers.{i}.{name}.weight" for ours, name in modules.items()}
+    return names
+
+
+# ---- sizes
+
+
+def pretrained_fields(train: TrainConfig, defaults: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(defaults of options that the sources in `train` bring, the fields that a run with them must have).
+
+    A source that is the preset's own (`defaults`) leaves the preset's normalisation and tokenizer as they are. Raises
+    ValueError, naming the source, for an architecture that the model here is not, and OSError if it cannot be had.
+    """
+    brought: dict[str, Any] = {}
+    must: dict[str, Any] = {}
+    for source, read in (("start_from", checkpoint_fields), ("vision", vision_fields), ("language", language_fields)):
+        if name := getattr(train, source):
+            fields = read(name)
+            must |= fields
+            own = defaults if name == defaults.get(source) else {}
+            brought |= {key: own.get(key, value) for key, value in fields.items()}
+    return brought, must
+
+
+def check_fields(model: VLMConfig, must: dict[str, Any]) -> None:
+    """Raise ValueError naming the first option that the pretrained weights do not allow."""
+    for name, value in must.items():
+        flag, chosen = f"--{name.replace('_', '-')}", getattr(model, name)
+        if name not in FREE and chosen != value:
+            raise ValueError(f"{flag} {chosen}: the pretrained weights have {value}")
+        if name == "lm_vocab_size" and chosen < value:
+            raise ValueError(f"{flag} {chosen}: the pretrained weights have {value} rows, and none may be dropped")
+    if "lm_tokenizer" in must and model.lm_tokenizer == "train" != must["lm_tokenizer"]:
+        raise ValueError("--lm-tokenizer train: pretrained embeddings mean nothing under a new tokenizer")
+
+
+def checkpoint_fields(name: str) -> dict[str, Any]:
+    folder = resolve(name)
+    config, _ = read_config(folder)
+    fields = dict(vars(config))
+    if (folder / "tokenizer.json").exists():
+        fields["lm_tokenizer"] = str(folder)
+    return fields
+
+
+def vision_fields(name: str) -> dict[str, Any]:
+    config = hub_config(name)
+    config = getattr(config, "vision_config", config)
+    wanted = {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh", "num_channels": 3}
+    check_architecture(f"--vision {name}", "a SigLIP tower of one resolution", config, wanted)
+    fields = {ours: getattr(config, theirs) for ours, theirs in VISION_FIELDS.items()}
+    return {**fields, "image_mean": 0.5, "image_std": 0.5}  # what all SigLIP checkpoints were trained with
+
+
+def language_fields(name: str) -> dict[str, Any]:
+    config = hub_config(name)
+    wanted = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    check_architecture(f"--language {name}", "a Llama-architecture model", config, wanted)
+    rope = config.rope_parameters
+    plain = {"rope_type": "default", "head_dim": config.hidden_size // config.num_attention_heads}
+    found = {"rope_type": rope.get("rope_type", "default"), "head_dim": config.head_dim}
+    if found != plain:
+        raise ValueError(f"--language {name}: {found}, the model here has {plain}")
+    fields = {ours: getattr(config, theirs) for ours, theirs in LANGUAGE_FIELDS.items()}
+    return {**fields, "lm_re_base": float(rope["rope_theta"]), "lm_tokenizer": name}
+
+
+def hub_config(name: str) -> Any:
+    """The configuration of a hub name or folder, as a transformers object: what it leaves out has its default."""
+    folder = fetch(name, "config.json")
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{name}: there is no config.json in it")
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{name}: config.json is not one that transformers reads: {reason(error)}") from error
+
+
+def check_architecture(option: str, what: str, config: Any, wanted: dict[str, Any]) -> None:
+    for key, value in wanted.items():
+        if getattr(config, key, None) != value:
+            raise ValueError(f"{option} is not {what}: its {key} is {getattr(config, key, None)!r}, not {value!r}")
+
+
+# ---- weights
+
+
+def load_pretrained_weights(model: VisionLanguageModel, train: TrainConfig) -> None:
+    """Copy the weights that `train` names into `model`, in place; parts that no source has stay as they are.
+
+    Raises ValueError naming missing and misshapen weights, and sources without safetensors.
+    """
+    state: dict[str, Tensor] = {}
+    if train.start_from:
+        folder = resolve(train.start_from)
+        _, model.extra_config = read_config(folder)
+        state |= load_tensors(folder / "model.safetensors")
+    if train.vision:
+        state |= vision_weights(train.vision, model.config)
+    if train.language:
+        state |= language_weights(train.language, model.config)
+    if not state:
+        return
+    ours = model.reference_state_dict()
+    key = "vision_encoder.patch_embedding.position_embedding"
+    if key in state:
+        state[key] = resize_positions(state[key], model.config.grid)
+    for key in ("decoder.token_embedding.weight", "decoder.head.weight"):
+        if key in state:
+            state[key] = extend_rows(state[key], model.config.lm_vocab_size)
+    if model.config.lm_tie_weights:  # one tensor: under either name in the source, under both in the model
+        head = state.pop("decoder.head.weight", None)
+        if head is not None:
+            state.setdefault("decoder.token_embedding.weight", head)
+        del ours["decoder.head.weight"]
+    model.load_reference_state_dict({**ours, **state})
+
+
+def vision_weights(name: str, config: VLMConfig) -> dict[str, Tensor]:
+    """A SigLIP tower under the reference's names; text tower and pooling head are left out."""
+    tensors = read_tensors(name, lambda key: not key.startswith(("text_model.", "logit_")))
+    tensors = {key.removeprefix("vision_model."): tensor for key, tensor in tensors.items()}
+    state = {}
+    for ours, theirs in vision_names(config.vit_n_blocks).items():
+        state[f"vision_encoder.{ours}"] = torch.cat([_take(tensors, key, name) for key in theirs])
+    key = "vision_encoder.patch_embedding.position_embedding"
+    state[key] = state[key][None]
+    return state
+
+
+def language_weights(name: str, config: VLMConfig) -> dict[str, Tensor]:
+    """A Llama-architecture model under the reference's names."""
+    tensors = read_tensors(name, lambda key: True)
+    tensors = {key.removeprefix("model."): tensor for key, tensor in tensors.items()}
+    names = language_names(config.lm_n_blocks)
+    if not config.lm_tie_weights:
+        names["head.weight"] = "lm_head.weight"
+    return {f"decoder.{ours}": _take(tensors, theirs, name) for ours, theirs in names.items()}
+
+
+def _take(tensors: dict[str, Tensor], key: str, name: str) -> Tensor:
+    if key not in tensors:
+        raise ValueError(f"{name}: its safetensors have no {key}")
+    return tensors[key]
+
+
+def read_tensors(name: str, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """Tensors of a hub name's or folder's model.safetensors, one file or sharded, whose names are `wanted`."""
+    folder = fetch(name, *WEIGHTS)
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        files = [single]
+    elif index.exists():
+        try:
+            files = [folder / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is damaged: {error!r}") from error
+    else:
+        pickles = [file.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(kind)]
+        raise FileNotFoundError(
+            f"{name} has no model.safetensors or model.safetensors.index.json"
+            + (f"; pickles ({', '.join(sorted(pickles))}) can run code and are not read:" if pickles else ":")
+            + " save it again with transformers' save_pretrained, which writes safetensors"
+        )
+    return {key: tensor for file in files for key, tensor in load_tensors(file, wanted).items()}
+
+
+def resize_positions(positions: Tensor, grid: int) -> Tensor:
+    """(1, P, C) position embeddings of a square grid -> (1, grid * grid, C), bicubic in both directions."""
+    side = math.isqrt(positions.shape[1])
+    if side == grid:
+        return positions
+    square = positions.float().view(1, side, side, -1).permute(0, 3, 1, 2)
+    square = F.interpolate(square, size=(grid, grid), mode="bicubic", align_corners=False)
+    return square.permute(0, 2, 3, 1).reshape(1, grid * grid, -1)
+
+
+def extend_rows(table: Tensor, rows: int) -> Tensor:
+    """(V, C) -> (rows, C): new entries of the vocabulary start at nanoVLM's N(0, 0.02)."""
+    if rows <= len(table):
+        return table
+    return torch.cat([table.float(), 0.02 * torch.randn(rows - len(table), table.shape[1])])

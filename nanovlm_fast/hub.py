@@ -1,0 +1,115 @@
+"""The Hugging Face hub: folders that come from it, model cards and uploads. All else here works on local folders."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from nanovlm_fast.config import TrainConfig, fields_of
+
+WEIGHTS = ("*.json", "*.safetensors")
+
+
+def fetch(name: str, *patterns: str) -> Path:
+    """The local folder `name`, or a cached copy of that hub repository's top-level files that match `patterns`.
+
+    Raises FileNotFoundError if `name` can only be a folder and there is none, and OSError if the hub does not give it.
+    Either message is one line that says how to point to a local copy.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise FileNotFoundError(f"{name!r}: no such folder, and not a hub name (OWNER/NAME)")
+    from huggingface_hub import constants, snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
+    except (OSError, ValueError) as error:
+        offline = "HF_HUB_OFFLINE is set and its cache does not have it"
+        raise OSError(
+            f"{name!r}: no such folder, and the Hugging Face hub did not give it: "
+            f"{offline if constants.HF_HUB_OFFLINE else reason(error)}. Where the hub is out of reach give a folder; "
+            f"`hf download {name} --local-dir FOLDER` makes one elsewhere"
+        ) from error
+
+
+def reason(error: Exception) -> str:
+    """The first sentence of an error, on one line."""
+    return " ".join(str(error).split()).split(". ")[0].rstrip(".")
+
+
+def push_to_hub(folder: Path, repo: str, private: bool = False) -> str:
+    """Upload an exported folder; returns its address. Raises huggingface_hub's OSError if the hub does not take it."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
+    return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload from nanovlm_fast"))
+
+
+def measured(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(result.json, config.json) of the run that `checkpoint` is the end of, or two empty dicts.
+
+    The numbers are those of the run's last step; another of its checkpoints has none.
+    """
+    run = checkpoint.resolve().parent.parent
+    try:
+        result = json.loads((run / "result.json").read_text())
+        if json.loads((checkpoint / "state.json").read_text())["step"] == result["step"]:
+            return result, json.loads((run / "config.json").read_text())
+    except FileNotFoundError:
+        pass
+    return {}, {}
+
+
+NOT_FOR_CARDS = frozenset("out resume overwrite device wandb wandb_project vision language start_from".split())
+
+USAGE = {
+    "transformers": """```python
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model, processor = (auto.from_pretrained("FOLDER") for auto in (AutoModelForImageTextToText, AutoProcessor))
+inputs = processor(text="<image>PROMPT", images=Image.open("picture.png"), return_tensors="pt")
+print(processor.decode(model.generate(**inputs)[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```""",
+    "nanovlm": """```python
+from models.vision_language_model import VisionLanguageModel  # github.com/huggingface/nanoVLM, v0.1
+
+model = VisionLanguageModel.from_pretrained("FOLDER")
+```
+
+nanovlm_fast takes it as `--checkpoint FOLDER`, or as `train.py --start-from FOLDER`.""",
+}
+
+
+def model_card(checkpoint: Path, target: str, model: Any, name: str) -> str:
+    """README.md of an exported checkpoint: what it is, how to load it, and the numbers its run measured."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    result, run = measured(checkpoint)
+    config = model.config
+    usage = USAGE[target].replace("FOLDER", name).replace("PROMPT", config.prompt.format(question="What is it?"))
+    size = f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters"
+    lines = [f"# {Path(name).name}", "", f"A vision-language model of nanoVLM's architecture, {size}, trained with"]
+    lines += ["nanovlm_fast.", "", usage, ""]
+    evals = []
+    if result:
+        kind, _, place = run["data"].partition(":")
+        data = f"{kind}:{Path(place).name}" if place else kind  # no path of the machine it was trained on
+        split = f"{result['split']} of {data}"
+        lines += [f"## Measured at the end of the run, {split}", "", "| | exact match by generation |", "| --- | --- |"]
+        for sight, what in (("seeing", "with the images"), ("blind", "every image painted grey")):
+            score = result[sight]
+            lines.append(f"| {what} | {score['accuracy']:.1%} of {score['questions']:,} questions |")
+        lines += ["", f"{result['step']:,} optimizer steps, {result['seconds'] / 60:.1f} minutes of training.", ""]
+        options = {name: value for name, value in fields_of(TrainConfig, run).items() if name not in NOT_FOR_CARDS}
+        lines += ["## Options of the run", "", "```json", json.dumps({**options, "data": data}, indent=2), "```", ""]
+        score = dict(metric_type="accuracy", metric_name="exact match", metric_value=result["seeing"]["accuracy"])
+        evals.append(EvalResult("visual-question-answering", dataset_type=data, dataset_name=split, **score))
+    lines += ["## Sizes", "", "```json", json.dumps(vars(config), indent=2), "```", ""]
+    head = dict(library_name=target, pipeline_tag="image-text-to-text", tags=["vision-language", "nanovlm_fast"])
+    data_of_card = ModelCardData(**head, model_name=Path(name).name, eval_results=evals or None)
+    return f"---\n{data_of_card.to_yaml()}\n---\n\n" + "\n".join(lines)
