@@ -91,7 +91,7 @@ def plot(runs: list[dict], path: Path) -> None:
     with panels(path, ["training loss", "held-out accuracy"]) as axes:
         for record in runs:
             colour = "C0" if record["optimizer"] == "adamw" else "C1"
-            label = record["optimizer"] + (f", lr {record['lr']:g}" if record["lr"] else "")
+            label = "AdamW, three rates" if record["optimizer"] == "adamw" else "Muon"
             for axis, curve in zip(axes, (smoothed(record), record["accuracy"]), strict=True):
                 axis.plot(*zip(*curve, strict=True), color=colour, lw=1, label=label)
         axes[0].set_yscale("log")
