@@ -53,13 +53,13 @@ def table(results: Path = ROOT) -> str:
     for file in sorted(results.glob("*/loss_curves.json")):
         run = load(file)
         what = (
-            f"loss of `{run['preset']}` over {run['steps']} steps against the reference in float32, as a share of what"
+            f"loss of `{run['preset']}` over {run['steps']} steps, largest distance from the padded float32 reference"
         )
         worst = " · ".join(
             f"{variant} **{max(row['share'] for row in run['rows'] if row['variant'] == variant):.1%}**"
             for variant in ("packed float32", "packed bfloat16", "reference bfloat16")
         )
-        what += f" worst, as a share of what {run['seeds']} seeds differ by"
+        what += f", as a share of what {run['seeds']} seeds differ by within {run['smoothing']} steps"
         rows.append((what, worst, run["device"], run["commit"][:7], "`python -m bench.loss_curves`"))
     return markdown(rows)
 
