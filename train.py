@@ -35,13 +35,12 @@ from nanovlm_fast.data.stream import (
 )
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
 from nanovlm_fast.device import autocast_to, pick_device, pick_dtype
-from nanovlm_fast.evaluate import evaluate
 from nanovlm_fast.metrics import Meter, MetricsLog, StepStats, peak_flops
 from nanovlm_fast.model import VisionLanguageModel
 from nanovlm_fast.ops import choose_ops
 from nanovlm_fast.optim import lr_factor, make_optimizers, set_lr
 from nanovlm_fast.packing import PackedBatch
-from nanovlm_fast.summary import summarise
+from nanovlm_fast.summary import score, summarise
 from nanovlm_fast.warmup import warm_up
 
 
@@ -58,6 +57,7 @@ class Trainer:
         source = load_source(config.data, "train")
         self.train_source, self.val_source = split_off(source, config.val_samples, config.seed)
         check_run_folder(self.run, config)
+        self.benchmark = load_source(config.eval, "test") if config.eval else None
         self.device = pick_device(config.device)
         self.dtype = pick_dtype(config.dtype, self.device)
         self.autocast = autocast_to(self.dtype, self.device)
@@ -262,25 +262,18 @@ class Trainer:
             bar.set_postfix_str(f"loss {values['loss']:.4f} lr x{values['lr']:.2f} {speed}")
 
     def validate(self) -> None:
-        """Save, score the held-out images, remember the best."""
+        """Save, then score what there is to score, once a step."""
         state = self.state
         self.save()
-        if len(self.val_source) == 0 or state["evaluated"] == state["step"]:
+        if state["evaluated"] == state["step"] or not (len(self.val_source) or self.benchmark):
             return
-        with self.autocast():
-            result = evaluate(self.model, self.tokenizer, self.val_source, self.config.turns)
         state["evaluated"] = state["step"]
-        if result.accuracy > state["best_accuracy"]:
-            state["best_accuracy"], state["best_step"] = result.accuracy, state["step"]
-        values = {"step": state["step"], "accuracy": result.accuracy, "seconds": round(state["seconds"], 3)}
+        with self.autocast():
+            scores = score(self.model, self.tokenizer, self.val_source, self.benchmark, self.config, state)
+        values = {"step": state["step"], **scores, "seconds": round(state["seconds"], 3)}
         self.log.write(values)
         if self.wandb:
             self.wandb.log(values, step=state["step"])
-        tqdm.write(f"step {state['step']}: {result.accuracy:.1%} of {result.total} held-out questions")
-        for reason in result.skipped:
-            if reason not in state["bad"]:
-                state["bad"][reason] = reason
-                tqdm.write(f"skipped, held out: {reason}")
         self.save()
 
     def save(self) -> None:

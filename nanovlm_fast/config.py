@@ -159,6 +159,12 @@ class TrainConfig:
     clip: float = option(0.0, "clip the gradient norm; 0: off")
     log_every: int = option(10, "steps between lines in metrics.jsonl")
     eval_every: int = option(500, "steps between evaluations on the held-out images; 0: only at the end")
+    eval: str = option(
+        "", "at every --eval-every score this too: mmstar | mmstar:FOLDER | another data set's test split"
+    )
+    eval_style: Literal["greedy", "v0.1"] = option(
+        "greedy", "how --eval decodes: greedy, cut at the end of sequence; or sampled and not cut, as nanoVLM published"
+    )
     save_every: int = option(500, "steps between checkpoints; 0: only at the end")
     final_eval: bool = option(True, "evaluate the test split at the end, seeing and blind, and draw samples.png")
     wandb: bool = option(False, "log to Weights & Biases too (WANDB_MODE=offline works)")
@@ -265,8 +271,8 @@ def latest_run(runs: Path = RUNS) -> Path:
 # What a resumed run may change. All else decides what its checkpoint means: weights and places in the data.
 RESUMABLE = frozenset(
     "out resume overwrite device dtype kernels attention compile recompute epochs max_steps max_bad_samples "
-    "lr_projector lr_vision lr_language warmup min_lr weight_decay muon_scale beta2 clip log_every eval_every "
-    "save_every final_eval wandb wandb_project".split()
+    "lr_projector lr_vision lr_language warmup min_lr weight_decay muon_scale beta2 clip log_every eval "
+    "eval_style eval_every save_every final_eval wandb wandb_project".split()
 )
 
 

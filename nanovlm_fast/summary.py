@@ -1,4 +1,7 @@
-"""What a finished run leaves: curves.png, the test split scored seeing and blind, samples.png, result.json, a table."""
+"""What a run scores on its way, and what it leaves when it is done.
+
+That is curves.png, the test split scored seeing and blind, samples.png, result.json and a table.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from nanovlm_fast.config import TrainConfig
 from nanovlm_fast.data.sources import Source, load_source
 from nanovlm_fast.data.text import Tokenizer
@@ -19,6 +24,37 @@ from nanovlm_fast.model import VisionLanguageModel
 from nanovlm_fast.pictures import plot_curves, plot_samples
 
 KEPT = ("step", "seconds", "examples", "tokens", "capacity", "too_long", "bad")
+
+
+def score(
+    model: VisionLanguageModel,
+    tokenizer: Tokenizer,
+    held_out: Source,
+    benchmark: Source | None,
+    config: TrainConfig,
+    state: dict[str, Any],
+) -> dict[str, Any]:
+    """What metrics.jsonl keeps: 'accuracy' on the held-out images and 'eval' on --eval, where there are such.
+
+    Notes in `state` the best step, unreadable held-out images, and the last score of --eval.
+    """
+    step, scores = state["step"], {}
+    if len(held_out):
+        result = evaluate(model, tokenizer, held_out, config.turns)
+        scores["accuracy"] = result.accuracy
+        if result.accuracy > state["best_accuracy"]:
+            state["best_accuracy"], state["best_step"] = result.accuracy, step
+        tqdm.write(f"step {step}: {result.accuracy:.1%} of {result.total} held-out questions")
+        for reason in result.skipped:
+            if reason not in state["bad"]:
+                state["bad"][reason] = reason
+                tqdm.write(f"skipped, held out: {reason}")
+    if benchmark:
+        data, style = config.eval, config.eval_style
+        result = evaluate(model, tokenizer, benchmark, style=style, seed=config.seed)
+        scores["eval"] = state["eval"] = {"data": data, "style": style, **result.as_dict()}
+        tqdm.write(f"step {step}: {result.accuracy:.1%} of {result.total} questions of {data} ({style})")
+    return scores
 
 
 def summarise(
@@ -49,6 +85,7 @@ def summarise(
             if samples := answer_samples(model, tokenizer, source):
                 plot_samples(run / "samples.png", samples)
         result = {"split": name, "seeing": sees.as_dict(), "blind": blind.as_dict(), **{k: state[k] for k in KEPT}}
+        result["eval"] = state.get("eval")  # the last of --eval
         (run / "result.json").write_text(json.dumps(result, indent=2) + "\n")
         for kind, (correct, total) in sorted(sees.by_kind.items()):
             rows[f"  {kind}"] = f"{correct / total:.1%} of {total:,} questions"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from conftest import SMALL
+from pictures import cauldron, encoded, mmstar, photograph, texts
 
 from nanovlm_fast import evaluate as module
 from nanovlm_fast.config import VLMConfig
-from nanovlm_fast.data.sources import Example
+from nanovlm_fast.data.hub import MMStar
+from nanovlm_fast.data.sources import Example, load_source
 from nanovlm_fast.data.text import Tokenizer
 from nanovlm_fast.evaluate import evaluate
 from nanovlm_fast.model import VisionLanguageModel
@@ -100,3 +104,110 @@ def test_blank_images_are_blank_and_unreadable_ones_named(monkeypatch):
         result = evaluate(model, tokenizer, examples, blank_images=blank)
         assert result.total == 1 and "nowhere.png" in result.skipped[0]
     assert len(seen[0].unique()) > 100 and seen[1].unique().tolist() == [module.BLANK]
+
+
+# ---- MMStar
+
+
+MMSTAR_ROWS = [
+    ("Which? A: red, B: blue", "B", "math"),
+    ("How many? A: one, B: two", "A", "math"),
+    ("Where? A: here, B: there", "B", "coarse perception"),
+]
+
+
+@pytest.fixture
+def mmstar_source(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "mmstar").mkdir()
+    mmstar(MMSTAR_ROWS).to_parquet(tmp_path / "mmstar" / "val-00000-of-00001.parquet")
+    return load_source(f"mmstar:{tmp_path / 'mmstar'}", "test")
+
+
+@pytest.mark.parametrize(
+    ("reply", "right"),
+    [
+        ("B", True), ("B.", True), ("The answer is (B).", True), ("(see B here)", True), ("B is right", True),
+        ("b", False), ("AB", False), ("A", False), ("", False), ("Both", False), ("B<", True),
+    ],
+)  # fmt: skip
+def test_a_reply_that_names_the_letter_is_right(reply, right):
+    assert MMStar.right(reply, "B") is right
+    assert MMStar.right(reply, "b\n") is right, "the answer's case and line end do not matter"
+
+
+def scripted(tokenizer, replies: list[str], seen: list):
+    """A stand-in for `generate` that gives the replies in turn, as tokens."""
+
+    def answer(model, images, prompts, eos_id, max_new_tokens, **options):
+        seen.append((images, prompts, eos_id, max_new_tokens, options))
+        return [tokenizer.encode(reply) for reply in replies[: len(prompts)]]
+
+    return answer
+
+
+def test_mmstar_is_asked_and_judged_as_v01_does(mmstar_source, monkeypatch):
+    tokenizer = Tokenizer.train(["A B The Question Answer only with the letter"], 300)
+    model = VisionLanguageModel(VLMConfig(**{**SMALL, "lm_vocab_size": 300}))
+    seen: list = []
+    monkeypatch.setattr(module, "generate", scripted(tokenizer, [" B", " B.", " (B)"], seen))
+    result = evaluate(model, tokenizer, mmstar_source)
+    ((images, prompts, eos_id, new_tokens, options),) = seen
+    asked = tokenizer.base.decode(prompts[0].input_ids[model.config.image_tokens :].tolist())
+    assert asked == "Question: Which? A: red, B: blue \nAnswer only with the letter! \nAnswer:"
+    assert (len(images), eos_id, new_tokens, options) == (3, tokenizer.eos_id, 5, {})
+    assert result.as_dict()["by_kind"] == {
+        "coarse perception": {"accuracy": 1.0, "questions": 1},
+        "math": {"accuracy": 0.5, "questions": 2},
+    }
+
+
+def test_style_v01_samples_and_does_not_stop_at_the_end_of_sequence(mmstar_source, monkeypatch):
+    """'A<eos>The' becomes 'AThe' and is wrong, as it was where the published number comes from."""
+    tokenizer = Tokenizer.train(["A B The Question Answer only with the letter"], 300)
+    model = VisionLanguageModel(VLMConfig(**{**SMALL, "lm_vocab_size": 300}))
+    replies, seen = [" B<|endoftext|>The", " A<|endoftext|>", " B<|endoftext|> The"], []
+    monkeypatch.setattr(module, "generate", scripted(tokenizer, replies, seen))
+    assert evaluate(model, tokenizer, mmstar_source).correct == 3
+    assert evaluate(model, tokenizer, mmstar_source, style="v0.1").correct == 2
+    _, _, eos_id, _, options = seen[1]
+    assert eos_id not in range(len(tokenizer)) and options["temperature"] == 1.0
+    assert options["generator"] is not torch.default_generator, "training's random numbers stay what they were"
+
+
+def test_sampling_is_repeatable_and_leaves_the_training_alone(mmstar_source):
+    """The real `generate`: as many tokens as are asked for, the same from one seed, other ones from another."""
+    tokenizer = Tokenizer.train(["A B The Question Answer only with the letter"], 300)
+    model = VisionLanguageModel(VLMConfig(**{**SMALL, "lm_vocab_size": 300}))
+    judged: list[str] = []
+    mmstar_source.right = lambda reply, answer: judged.append(reply) or False
+    state = torch.get_rng_state()
+    for seed in (1, 1, 2):
+        assert evaluate(model, tokenizer, mmstar_source, style="v0.1", seed=seed).total == 3
+    assert torch.equal(torch.get_rng_state(), state)
+    assert judged[:3] == judged[3:6] != judged[6:]
+
+
+def test_a_run_scores_mmstar_and_so_does_the_command(mmstar_source, tmp_path):
+    """A whole run whose answers are known: trained on nothing but 'B', it says B."""
+    from test_train import read_metrics, run_python, train
+
+    folder = tmp_path / "data"
+    folder.mkdir()
+    text = texts((f"{MMSTAR_ROWS[0][0]}", "B"))
+    cauldron([([encoded(photograph(place=i), "JPEG")], text) for i in range(24)]).to_parquet(folder / "train.parquet")
+    home, data = {"HF_HOME": str(tmp_path / "home")}, f"mmstar:{tmp_path / 'mmstar'}"
+    options = f"--data {folder} --eval {data} --eval-every 15 --max-steps 30 --val-samples 0 --no-final-eval"
+    prompt = "--lm-max-position-embeddings 512"
+    result = train(tmp_path / "run", f"{options} {prompt}", **home)
+    assert result.returncode == 0, result.stderr
+    scored = [line for line in read_metrics(tmp_path / "run") if "eval" in line]
+    assert [line["step"] for line in scored] == [15, 30]
+    last = scored[-1]["eval"]
+    assert (last["questions"], last["style"], set(last["by_kind"])) == (3, "greedy", {"math", "coarse perception"})
+    assert last["accuracy"] == pytest.approx(2 / 3) and last["by_kind"]["coarse perception"]["accuracy"] == 1
+    command = ["-m", "nanovlm_fast.evaluate", "--checkpoint", str(tmp_path / "run"), "--data", data, "--json"]
+    again = run_python(*command, "--device", "cpu", **home)
+    assert again.returncode == 0, again.stderr
+    printed = json.loads(again.stdout)
+    assert printed["by_kind"] == last["by_kind"] and printed["style"] == "greedy"

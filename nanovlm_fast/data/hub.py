@@ -12,6 +12,7 @@ HF_HUB_ETAG_TIMEOUT set how long one try may take).
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,17 @@ class MMStar:
     """MMStar (Chen et al. 2024, Lin-Chen/MMStar): 1,500 multiple-choice questions that need the image.
 
     `name` is the hub's, or the folder of a copy. Columns: question, image, answer (a letter), category, and others.
+    Asked and judged as nanoVLM v0.1 does while it trains.
     """
+
+    prompt = "Question: {question} \nAnswer only with the letter! \nAnswer:"
+    reply_tokens = 5
+
+    @staticmethod
+    def right(reply: str, answer: str) -> bool:
+        """Whether the reply names the letter: as a word, before punctuation, or somewhere in parentheses."""
+        letter = re.escape(answer.strip().upper())
+        return any(re.search(form, reply) for form in (rf"\b{letter}\b", rf"\b{letter}[.,)]", rf"\(.*{letter}.*\)"))
 
     def __init__(self, name: str = MMSTAR):
         splits = read_splits(name)

@@ -37,6 +37,8 @@ class Example:
 
 
 class Source(Protocol):
+    """A data set. One with its own way of being scored has `prompt`, `right(reply, answer)` and `reply_tokens` too."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
