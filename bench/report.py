@@ -50,6 +50,13 @@ def table(results: Path = ROOT) -> str:
         memory = f"{ours['peak_mib']:,.0f} against {theirs['peak_mib']:,.0f} MiB"
         gain = f"**{step['speedup']:.1f}x**: {rates}, {memory}; gradients agree to {step['parity']['gradient']:.0e}"
         rows.append((work, gain, step["device"], step["commit"][:7], "`python -m bench.train_step`"))
+    for file in sorted(results.glob("*/dataloader.json")):
+        loader = load(file)
+        workers, gain = max(loader["speedup"].items(), key=lambda item: int(item[0]))
+        fly, prepared = (loader["samples_per_s"][name][workers] for name in ("on the fly", "prepared"))
+        what = f"data loader, {workers} workers, photographs of 640 x 480: prepared shards against decoding"
+        measured = f"**{gain:.1f}x**: {prepared:,.0f} against {fly:,.0f} samples/s"
+        rows.append((what, measured, loader["device"], loader["commit"][:7], "`python -m bench.dataloader`"))
     return markdown(rows)
 
 

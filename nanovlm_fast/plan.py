@@ -55,14 +55,11 @@ def plan(model: VLMConfig, config: TrainConfig) -> dict[str, str]:
         if not rate
     ]  # fmt: skip
     flops = step_flops(model, *(round(in_step * each) for each in (images, tokens, labels, pairs)), frozen)
+    whole = flops / in_step * epochs * examples
     rows["tokens"] = f"{total:,.0f}"
-    rows["FLOPs"] = (
-        f"{scaled(flops)} a step, {scaled(flops / in_step)} an example, {scaled(flops / in_step * epochs * examples)} in all"
-    )
+    rows["FLOPs"] = f"{scaled(flops)} a step, {scaled(flops / in_step)} an example, {scaled(whole)} in all"
     if peak := peak_flops(device, pick_dtype(config.dtype, device)):
-        rows["at peak"] = (
-            f"{flops / in_step * epochs * examples / peak / 3600:.2f} h if {device_name(device)} did nothing else"
-        )
+        rows["at peak"] = f"{whole / peak / 3600:.2f} h if {device_name(device)} did nothing else"
     rows["predicted"] = prediction(config, device, total)
     return rows
 
