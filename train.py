@@ -36,13 +36,16 @@ from nanovlm_fast.data.stream import (
 )
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
 from nanovlm_fast.device import autocast_to, pick_device, pick_dtype
-from nanovlm_fast.metrics import Meter, MetricsLog, StepStats, peak_flops
+from nanovlm_fast.metrics import Meter, MetricsLog, StepStats, peak_flops, summary_table
 from nanovlm_fast.model import VisionLanguageModel
 from nanovlm_fast.ops import choose_ops
 from nanovlm_fast.optim import lr_factor, make_optimizers, set_lr
 from nanovlm_fast.packing import PackedBatch
+from nanovlm_fast.plan import plan
 from nanovlm_fast.summary import score, summarise
 from nanovlm_fast.warmup import warm_up
+
+NAMED = 100  # samples over the budget that are named before they are only counted
 
 
 class Stopped(RuntimeError):
@@ -231,9 +234,10 @@ class Trainer:
         state, limit = self.state, self.config.max_bad_samples
         new = {str(i): reason for i, reason in batch.bad.items() if str(i) not in state["bad"]}  # not every epoch anew
         state["bad"] |= new
+        room = max(NAMED - state["too_long"], 0)
         state["too_long"] += len(batch.too_long)
         for kind, reason in [("unreadable", reason) for reason in new.values()] + [
-            ("too long", r) for r in batch.too_long
+            ("too long", r) for r in batch.too_long[:room]
         ]:
             tqdm.write(f"skipped, {kind}: {reason}")
             self.log.write({"step": state["step"] + 1, "skipped": reason})
@@ -318,6 +322,9 @@ def start_wandb(run: Path, model: VLMConfig, config: TrainConfig):
 def main(argv: list[str] | None = None) -> int:
     model_config, config = parse_config(argv)
     try:
+        if config.dry_run:
+            print(summary_table(plan(model_config, config)))
+            return 0
         trainer = Trainer(model_config, config)
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, trainer.interrupt)

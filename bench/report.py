@@ -61,6 +61,13 @@ def table(results: Path = ROOT) -> str:
         )
         what += f", as a share of what {run['seeds']} seeds differ by within {run['smoothing']} steps"
         rows.append((what, worst, run["device"], run["commit"][:7], "`python -m bench.loss_curves`"))
+    for file in sorted(results.glob("*/dataloader.json")):
+        loader = load(file)
+        workers, gain = max(loader["speedup"].items(), key=lambda item: int(item[0]))
+        fly, prepared = (loader["samples_per_s"][name][workers] for name in ("on the fly", "prepared"))
+        what = f"data loader, {workers} workers, photographs of 640 x 480: prepared shards against decoding"
+        measured = f"**{gain:.1f}x**: {prepared:,.0f} against {fly:,.0f} samples/s"
+        rows.append((what, measured, loader["device"], loader["commit"][:7], "`python -m bench.dataloader`"))
     return markdown(rows)
 
 

@@ -15,18 +15,9 @@ from typing import Any
 
 import torch
 
+from nanovlm_fast.device import device_name
+
 ROOT = Path(__file__).resolve().parent / "results"
-
-
-def device_name(device: torch.device) -> str:
-    """'NVIDIA H100 80GB HBM3', or the processor and the threads used."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    model = "CPU"
-    if Path("/proc/cpuinfo").exists():
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        model = found.group(1) if found else model
-    return f"{model} ({torch.get_num_threads()} threads)"
 
 
 def facts(device: torch.device) -> dict[str, Any]:

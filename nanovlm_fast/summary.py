@@ -50,10 +50,10 @@ def score(
                 state["bad"][reason] = reason
                 tqdm.write(f"skipped, held out: {reason}")
     if benchmark:
-        result = evaluate(model, tokenizer, benchmark, style=config.eval_style, seed=config.seed)
-        tqdm.write(
-            f"step {step}: {result.accuracy:.1%} of {result.total} questions of {config.eval} ({config.eval_style})"
-        )
+        data, style = config.eval, config.eval_style
+        result = evaluate(model, tokenizer, benchmark, style=style, seed=config.seed)
+        scores["eval"] = state["eval"] = {"data": data, "style": style, **result.as_dict()}
+        tqdm.write(f"step {step}: {result.accuracy:.1%} of {result.total} questions of {data} ({style})")
     return scores
 
 
@@ -78,19 +78,22 @@ def summarise(
     }
     test, accuracies = test_split(config.data), {}
     name, source = ("test split", test) if test else ("held-out images", held_out)
+    result = {"eval": state.get("eval"), **{k: state[k] for k in KEPT}}  # --eval's last
     if config.final_eval and len(source):
         with autocast():
             ask = functools.partial(evaluate, model, tokenizer, source, config.turns, progress=True)
             sees, blind = ask(), ask(blank_images=True)
             if samples := answer_samples(model, tokenizer, source):
                 plot_samples(run / "samples.png", samples)
-        result = {"split": name, "seeing": sees.as_dict(), "blind": blind.as_dict(), **{k: state[k] for k in KEPT}}
-        result["eval"] = state.get("eval")  # the last of --eval
-        (run / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        result |= {"split": name, "seeing": sees.as_dict(), "blind": blind.as_dict()}
         for kind, (correct, total) in sorted(sees.by_kind.items()):
             rows[f"  {kind}"] = f"{correct / total:.1%} of {total:,} questions"
         rows[name] = f"sees: {sees.accuracy:.1%} · blind: {blind.accuracy:.1%}"
         accuracies = {"sees": sees.accuracy, "blind": blind.accuracy}
+    if result["eval"]:
+        rows[config.eval] = f"{result['eval']['accuracy']:.1%} ({result['eval']['style']})"
+    if accuracies or result["eval"]:
+        (run / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(summary_table(rows))
     return accuracies
 

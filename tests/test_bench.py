@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from bench import kernels, report, train_step
+from bench import dataloader, kernels, report, train_step
 from bench.timing import interleave, summary
 
 
@@ -87,3 +87,38 @@ def test_a_kernel_that_is_wrong_gets_no_time(tmp_path, monkeypatch):
     (file,) = tmp_path.glob("*/kernels.json")
     row = json.loads(file.read_text())["kernels"]["rms_norm"]["providers"]["ours"]
     assert row.keys() == {"error"} and "allowed" in row["error"]
+
+
+LOADER = "--pictures 24 --image-size 32 --seconds 0.1 --repeats 1 --workers 0 1 --device cpu --out"
+
+
+def test_the_data_loader_is_measured_both_ways(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    assert dataloader.main([*LOADER.split(), str(tmp_path)]) == 0
+    (file,) = tmp_path.glob("*/dataloader.json")
+    result = json.loads(file.read_text())
+    assert 50_000 < result["data"]["mean_jpeg_bytes"] < 200_000, "the size of real ones"
+    assert {"read", "decode and resize", "tokenise", "read prepared", "pack"} == result["stages"].keys()
+    assert all(rate > 0 for rate in result["stages"].values())
+    assert {name: [*rates] for name, rates in result["samples_per_s"].items()} == {
+        "on the fly": ["0", "1"], "prepared": ["0", "1"],
+    }  # fmt: skip
+    assert result["speedup"]["0"] > 1
+    assert "data loader, 1 workers" in report.table(tmp_path)
+    assert "on the fly" in capsys.readouterr().out
+
+
+def test_no_loader_time_when_the_batches_differ(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    plain = dataloader.load_image
+    from nanovlm_fast.data import stream
+
+    made: list[int] = []
+
+    def other(image, size):
+        made.append(1)
+        return plain(image, size) ^ (len(made) > 40)  # not what was prepared
+
+    monkeypatch.setattr(stream, "load_image", other)
+    assert dataloader.main([*LOADER.split(), str(tmp_path)]) == 1
+    assert "no time is reported" in capsys.readouterr().err and not list(tmp_path.glob("*/*.json"))

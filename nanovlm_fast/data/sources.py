@@ -205,10 +205,18 @@ def prepared_folder(data: str) -> Path | None:
     return Path(data) if data and (Path(data) / "manifest.json").exists() else None
 
 
-def make_tokenizer(model: VLMConfig, source: Source) -> Tokenizer:
+def is_local(data: str) -> bool:
+    """Whether a data set named as in --data is on this machine, whatever a hub's cache may hold."""
+    kind, _, rest = data.partition(":")
+    if kind == "mmstar":
+        return bool(rest)
+    return Path(kind).expanduser().is_dir() or not HUB_NAME.fullmatch(kind)
+
+
+def make_tokenizer(model: VLMConfig, source: Source, local: bool = False) -> Tokenizer:
     """Prepared data's own; or what --lm-tokenizer says: one made from the source's text, or a Hugging Face one.
 
-    Raises ValueError if it has more entries than the model.
+    Raises ValueError if it has more entries than the model, and FileNotFoundError if `local` forbids to ask the hub.
     """
     from nanovlm_fast.data.shards import Prepared
 
@@ -217,6 +225,8 @@ def make_tokenizer(model: VLMConfig, source: Source) -> Tokenizer:
         tokenizer = Tokenizer.load(prepared.folder)
     elif model.lm_tokenizer == "train":
         tokenizer = Tokenizer.train(texts(source, model.prompt), model.lm_vocab_size)
+    elif local and not Path(model.lm_tokenizer).is_dir():
+        raise FileNotFoundError(f"tokenizer {model.lm_tokenizer} is on the hub, and this reads nothing from there")
     else:
         tokenizer = Tokenizer.from_hub(model.lm_tokenizer)
     if len(tokenizer) > model.lm_vocab_size:

@@ -254,6 +254,19 @@ def _as_is(batch: StreamBatch) -> StreamBatch:
     return batch
 
 
+def even_draw(load: SampleLoader, count: int = 1000) -> list[Sample]:
+    """`count` samples evenly over the first epoch. Raises ValueError, with a first reason, if none can be read."""
+    samples, unreadable = [], ""
+    for position in np.unique(np.linspace(0, max(len(load.source) - 1, 0), count).astype(int)):
+        try:
+            samples.append(load(int(position)))
+        except ValueError as error:  # counted and named when the stream meets it
+            unreadable = unreadable or str(error)
+    if not samples and unreadable:
+        raise ValueError(f"--data {load.train.data}: no example could be read. The first: {unreadable}")
+    return samples
+
+
 def measure_budget(load: SampleLoader, train: TrainConfig, probe: int = 1000) -> Budget:
     """The run's static sizes: what `train` gives, and for zeros what an even draw of the source needs.
 
@@ -262,15 +275,10 @@ def measure_budget(load: SampleLoader, train: TrainConfig, probe: int = 1000) ->
     limit = load.model.lm_max_position_embeddings
     if train.max_seqlen > limit:
         raise ValueError(f"--max-seqlen {train.max_seqlen} is over the model's --lm-max-position-embeddings {limit}")
-    samples, unreadable = [], ""
-    for position in np.unique(np.linspace(0, max(len(load.source) - 1, 0), probe).astype(int)):
-        try:
-            samples.append(load(int(position)))
-        except ValueError as error:  # counted and named when the stream meets it
-            unreadable = unreadable or str(error)
-    if not samples and unreadable:
-        raise ValueError(f"--data {train.data}: no example could be read. The first: {unreadable}")
-    measured = Budget.measure(samples, train.tokens_per_batch)
+    samples = even_draw(load, probe)
+    room = train.max_seqlen or limit
+    fitting = [sample for sample in samples if all(len(document) <= room for document in sample.documents)]
+    measured = Budget.measure(fitting or samples, train.tokens_per_batch)  # what is left out takes no part of a batch
     budget = Budget(
         tokens=train.tokens_per_batch,
         documents=train.documents_per_batch or measured.documents,

@@ -1,0 +1,205 @@
+"""The data path: samples/s of every stage, and of the whole loader decoding on the fly against prepared shards.
+
+    python -m bench.dataloader
+
+Made data: JPEG photographs of 640 x 480 with a question each, in Parquet of the Cauldron's schema. Stages run alone in
+this process. The loader gives whole packed batches, copied to the device, with 0, 1, ... worker processes; both ways
+take turns. No decoded picture is kept between epochs, and the files lie in the page cache for both. No time is reported
+unless both ways give the same batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import itertools
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from bench.results import write
+from bench.timing import interleave
+from nanovlm_fast.config import TrainConfig, VLMConfig, preset
+from nanovlm_fast.data import prepare
+from nanovlm_fast.data.images import load_image
+from nanovlm_fast.data.sources import load_source, make_tokenizer
+from nanovlm_fast.data.stream import PackedStream, SampleLoader, initial_states, loader, measure_budget
+from nanovlm_fast.data.text import TextProcessor
+from nanovlm_fast.device import pick_device
+from nanovlm_fast.packing import Budget, pack
+
+WIDTH, HEIGHT = 640, 480
+TOKENS = 8 * 324  # of a batch: 32 samples of the recipe's 81
+
+
+def make_photographs(folder: Path, count: int) -> float:
+    """Write `count` rows of cuts of matplotlib's portrait, with sensor noise; returns the mean bytes of a JPEG."""
+    from datasets import Dataset, Features, Sequence, Value
+    from datasets import Image as ImageFeature
+    from matplotlib import get_data_path
+
+    with Image.open(Path(get_data_path()) / "sample_data" / "grace_hopper.jpg") as file:
+        portrait = file.convert("RGB")
+    rng, files = np.random.default_rng(0), []
+    for _ in range(count):
+        left, top = rng.integers(0, portrait.width - 400), rng.integers(0, portrait.height - 300)
+        cut = portrait.crop((left, top, left + 400, top + 300)).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+        noisy = np.asarray(cut) + rng.normal(0, 4, (HEIGHT, WIDTH, 3))
+        buffer = io.BytesIO()
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=85)
+        files.append({"bytes": buffer.getvalue(), "path": None})
+    asked = "What does photograph number {} of this collection show, and who is in it?"
+    texts = [[{"user": asked.format(i), "assistant": "A naval officer.", "source": "made"}] for i in range(count)]
+    features = Features(
+        {"images": Sequence(ImageFeature()), "texts": [{n: Value("string") for n in ("user", "assistant", "source")}]}
+    )
+    rows = Dataset.from_dict({"images": [[file] for file in files], "texts": texts}, features=features)
+    rows.to_parquet(folder / "train.parquet")
+    return statistics.mean(len(file["bytes"]) for file in files)
+
+
+def configs(args: argparse.Namespace) -> tuple[VLMConfig, TrainConfig]:
+    """The recipe's sizes, with a tokenizer that is made here."""
+    model, train = preset("nanovlm-222m")
+    model = dataclasses.replace(model, vit_img_size=args.image_size, lm_tokenizer="train", lm_vocab_size=1024)
+    room = 8 * (model.image_tokens + 79)
+    return model, dataclasses.replace(train, max_steps=1, tokens_per_batch=max(TOKENS, room), max_seqlen=room // 8)
+
+
+def sample_loader(data: str, model: VLMConfig, train: TrainConfig, workers: int) -> SampleLoader:
+    """Of a data set; it keeps no decoded picture."""
+    source = load_source(data, "train")
+    text = TextProcessor(make_tokenizer(model, source), model.prompt, model.image_tokens, train.turns)
+    load = SampleLoader(source, model, dataclasses.replace(train, data=data, workers=workers), text)
+    load.cache_room = 0
+    return load
+
+
+def same_batches(loads: list[SampleLoader], budget: Budget, count: int = 4) -> bool:
+    """Whether both ways give the same first batches."""
+    streams = (itertools.islice(PackedStream(load, budget, initial_states(1)), count) for load in loads)
+    return all(
+        a.packed.names == b.packed.names
+        and all(torch.equal(getattr(a.packed, n), getattr(b.packed, n)) for n in ("images", "input_ids", "labels"))
+        for a, b in zip(*streams, strict=True)
+    )
+
+
+def stages(fly: SampleLoader, prepared: SampleLoader, budget: Budget, device: torch.device, args) -> dict[str, float]:
+    """Samples/s of each stage alone, medians."""
+    indices = range(min(len(fly.source), 128))
+    examples = [fly.source[i] for i in indices]
+    samples = [fly.load(i) for i in indices][: budget.tokens // max(fly.load(0).tokens, 1)]
+    model = fly.model
+    packed = pack(samples, budget, model.image_tokens, model.vit_img_size)
+    if device.type == "cuda":
+        packed = packed.pin_memory()
+
+    def tokenise() -> None:
+        fly.text.seen.clear()
+        for example in examples:
+            fly.text.documents(example.turns, 1)
+
+    work: dict[str, tuple[int, Callable[[], object]]] = {
+        "read": (len(examples), lambda: [fly.source[i] for i in indices]),
+        "decode and resize": (len(examples), lambda: [load_image(e.images[0], model.vit_img_size) for e in examples]),
+        "tokenise": (len(examples), tokenise),
+        "read prepared": (len(examples), lambda: [prepared.load(i) for i in indices]),
+        "pack": (len(samples), lambda: pack(samples, budget, model.image_tokens, model.vit_img_size)),
+    }
+    if device.type == "cuda":
+        work["copy to device"] = (len(samples), lambda: packed.to(device))
+    seconds = interleave({name: call for name, (_, call) in work.items()}, args.repeats)
+    return {name: count / statistics.median(seconds[name]) for name, (count, _) in work.items()}
+
+
+def loader_rate(load: SampleLoader, budget: Budget, device: torch.device, seconds: float) -> float:
+    """Samples/s of the whole loader, once its queues are filled and emptied."""
+    workers = load.train.workers
+    batches = iter(loader(PackedStream(load, budget, initial_states(max(workers, 1))), device.type == "cuda"))
+    for _ in range(6 * workers + 2):
+        next(batches)
+    start, samples = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - start) < seconds:
+        packed = next(batches).packed
+        packed.to(device)
+        samples += packed.n_samples
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return samples / elapsed
+
+
+def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
+    """Everything that goes into the result file. Raises ValueError if the two ways do not give the same."""
+    (folder / "data").mkdir()
+    mean_bytes = make_photographs(folder / "data", args.pictures)
+    model, train = configs(args)
+    options = f"--preset nanovlm-222m --data {folder / 'data'} --out {folder / 'shards'} --workers 1 --shard-samples 64"
+    sizes = f"--vit-img-size {args.image_size} --lm-tokenizer train --lm-vocab-size {model.lm_vocab_size}"
+    if prepare.main(f"{options} {sizes}".split()):
+        raise ValueError("the data could not be prepared")
+    names = {"on the fly": str(folder / "data"), "prepared": f"prepared:{folder / 'shards'}"}
+    loads = {name: sample_loader(data, model, train, 0) for name, data in names.items()}
+    budget = measure_budget(loads["on the fly"], train)
+    if not same_batches(list(loads.values()), budget):
+        raise ValueError("the two ways do not give the same batches; no time is reported")
+    result: dict[str, Any] = {
+        "data": {"pictures": args.pictures, "width": WIDTH, "height": HEIGHT, "mean_jpeg_bytes": mean_bytes},
+        "image_size": args.image_size,
+        "samples_per_batch": budget.tokens // loads["on the fly"].load(0).tokens,
+        "stages": stages(loads["on the fly"], loads["prepared"], budget, device, args),
+        "loader": {name: {str(n): [] for n in args.workers} for name in names},
+    }
+    turns = list(itertools.product(range(args.repeats), args.workers, names))
+    for _, workers, name in tqdm(turns, desc="loader", leave=False):
+        load = sample_loader(names[name], model, train, workers)
+        result["loader"][name][str(workers)].append(loader_rate(load, budget, device, args.seconds))
+    medians = {name: {n: statistics.median(rates) for n, rates in by.items()} for name, by in result["loader"].items()}
+    result["samples_per_s"] = medians
+    result["speedup"] = {n: medians["prepared"][n] / medians["on the fly"][n] for n in map(str, args.workers)}
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [f"{name:18} {rate:>12,.0f} samples/s" for name, rate in result["stages"].items()]
+    lines.append(f"{'workers':18} {'on the fly':>12} {'prepared':>12} {'times':>7}")
+    for workers, gain in result["speedup"].items():
+        fly, prepared = (result["samples_per_s"][name][workers] for name in ("on the fly", "prepared"))
+        lines.append(f"{workers:18} {fly:>12,.0f} {prepared:>12,.0f} {gain:>7.1f}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.dataloader", description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", type=int, default=512)
+    parser.add_argument("--image-size", type=int, default=224, help="side of the model's square")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="processes to measure with")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement of the loader")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
+    args = parser.parse_args(argv)
+    try:
+        device = pick_device(args.device)
+        with tempfile.TemporaryDirectory() as folder:
+            result = measure(args, device, Path(folder))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(table(result))
+    print(f"written: {write('dataloader', device, result, args.out)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
