@@ -443,6 +443,17 @@ def test_a_sample_over_the_budget_is_skipped_and_named(tmp_path):
     assert "0 unreadable, 1 too long" in result.stdout
 
 
+def test_samples_over_the_budget_are_named_a_hundred_times_and_then_counted(loop, tmp_path):
+    """The recipe leaves out a part of the Cauldron: a line for each would be hundreds of thousands."""
+    subject = trainer(loop, tmp_path, "--max-steps 1 --no-final-eval")
+    batch = next(iter(subject.stream))
+    for start in (0, 60, 120):
+        names = [f"long {i}" for i in range(start, start + 60)]
+        subject.note_skipped(dataclasses.replace(batch, bad={}, too_long=names))
+    named = [line["skipped"] for line in read_metrics(tmp_path)]
+    assert named == [f"long {i}" for i in range(100)] and subject.state["too_long"] == 180
+
+
 # ---- numbers that go wrong
 
 
