@@ -145,7 +145,8 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
     mean_bytes = make_photographs(folder / "data", args.pictures)
     model, train = configs(args)
     options = f"--preset nanovlm-222m --data {folder / 'data'} --out {folder / 'shards'} --workers 1 --shard-samples 64"
-    sizes = f"--vit-img-size {args.image_size} --lm-tokenizer train --lm-vocab-size {model.lm_vocab_size}"
+    sizes = "--vision= --language= "  # no weights are needed
+    sizes += f"--vit-img-size {args.image_size} --lm-tokenizer train --lm-vocab-size {model.lm_vocab_size}"
     if prepare.main(f"{options} {sizes}".split()):
         raise ValueError("the data could not be prepared")
     names = {"on the fly": str(folder / "data"), "prepared": f"prepared:{folder / 'shards'}"}
