@@ -36,7 +36,7 @@ from nanovlm_fast.data.stream import (
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
 from nanovlm_fast.device import autocast_to, pick_device, pick_dtype
 from nanovlm_fast.evaluate import evaluate
-from nanovlm_fast.metrics import Meter, MetricsLog, StepStats
+from nanovlm_fast.metrics import Meter, MetricsLog, StepStats, peak_flops
 from nanovlm_fast.model import VisionLanguageModel
 from nanovlm_fast.ops import choose_ops
 from nanovlm_fast.optim import lr_factor, make_optimizers, set_lr
@@ -59,8 +59,8 @@ class Trainer:
         self.train_source, self.val_source = split_off(source, config.val_samples, config.seed)
         check_run_folder(self.run, config)
         self.device = pick_device(config.device)
-        dtype = pick_dtype(config.dtype, self.device)
-        self.autocast = autocast_to(dtype, self.device)
+        self.dtype = pick_dtype(config.dtype, self.device)
+        self.autocast = autocast_to(self.dtype, self.device)
         self.tokenizer = self.load_tokenizer(model_config)
         text = TextProcessor(self.tokenizer, model_config.prompt, model_config.image_tokens, config.turns)
         load = SampleLoader(self.train_source, model_config, config, text)
@@ -74,7 +74,7 @@ class Trainer:
             max_seqlen=budget.max_seqlen,
         )
         torch.manual_seed(config.seed)
-        ops = choose_ops(config.kernels, self.device, config.attention, dtype, config.recompute)
+        ops = choose_ops(config.kernels, self.device, config.attention, self.dtype, config.recompute)
         self.model = VisionLanguageModel(model_config, ops).to(self.device)
         self.optimizers = make_optimizers(self.model, config)
         self.state = {
@@ -86,7 +86,7 @@ class Trainer:
         if config.overwrite and holds_run(self.run):
             shutil.rmtree(self.run)
         self.run.mkdir(parents=True, exist_ok=True)
-        print(f"device: {self.device}, {str(dtype)[6:]} · compile: {config.compile} · {ops}")
+        print(f"device: {self.device}, {str(self.dtype)[6:]} · compile: {config.compile} · {ops}")
         save_run_config(self.run, model_config, config)
         self.tokenizer.save(self.run)
         checkpoint = newest_checkpoint(self.run)
@@ -120,14 +120,15 @@ class Trainer:
 
     def train(self) -> None:
         """The loop. Raises Stopped when the run cannot go on, and SystemExit(0) once a signal's save is done."""
-        config, state = self.config, self.state
+        config, state, meter = self.config, self.state, self.make_meter()
         unit, total, done = (
             ("step", config.max_steps, "step") if config.max_steps else ("image", self.total, "examples")
         )
         batches = iter(loader(self.stream, pin_memory=self.device.type == "cuda"))
         feed = Feed(batches, self.device, trim=config.compile == "none")
         self.warm_up()
-        started, meter = time.perf_counter() - state["seconds"], Meter()
+        started = time.perf_counter() - state["seconds"]
+        meter.reset()
         gc.collect()
         gc.disable()  # its pauses fall between kernels; `save` collects
         with tqdm(total=total, initial=state[done], unit=unit, dynamic_ncols=True, smoothing=0.05) as bar:
@@ -143,7 +144,8 @@ class Trainer:
                     self.log_line(meter.read(feed.waited()), lr, bar)
                 if config.eval_every and state["step"] % config.eval_every == 0:
                     self.validate()
-                    started, meter = time.perf_counter() - state["seconds"], Meter()  # that was not training time
+                    started = time.perf_counter() - state["seconds"]  # that was not training time
+                    meter.reset()
                 elif config.save_every and state["step"] % config.save_every == 0:
                     self.save()
                 if self.interrupted:
@@ -164,6 +166,10 @@ class Trainer:
         for parameter in self.model.parameters() if self.keep_gradients else ():
             parameter.grad = torch.zeros_like(parameter)
         print(f"ready for the first step {time.perf_counter() - self.born:.1f} s after the start")
+
+    def make_meter(self) -> Meter:
+        frozen = [name for name, part in self.model.named_children() if not next(part.parameters()).requires_grad]
+        return Meter(self.model.config, peak_flops(self.device, self.dtype), frozen)
 
     def interrupt(self, signum: int, _frame: object) -> None:
         """Signal handler: save after this step and stop; a second signal stops at once."""

@@ -72,6 +72,7 @@ class PackedBatch:
     n_documents: int = 0
     n_labels: int = 0
     n_samples: int = 0
+    n_pairs: int = 0  # queries and keys that the causal mask lets meet, n (n + 1) / 2 a document of n
     names: tuple[str, ...] = ()
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
@@ -229,6 +230,7 @@ def pack(samples: list[Sample], budget: Budget, image_tokens: int, image_size: i
         n_documents=n_documents,
         n_labels=n_labels,
         n_samples=len(samples),
+        n_pairs=sum(len(d) * (len(d) + 1) // 2 for sample in samples for d in sample.documents),
         names=tuple(sample.name for sample in samples),
     )
 
