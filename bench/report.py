@@ -7,26 +7,16 @@ python -m bench.report --check    exit with 1 if a table is out of date
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
 
 from bench.registry import KERNELS
-from bench.results import ROOT
+from bench.results import ROOT, load
 
 README = ROOT.parent.parent / "README.md"
 MARKS = ("<!-- results: written by python -m bench.report -->", "<!-- end of results -->")
-NEEDED = ("device", "date", "commit", "command", "torch")
-
-
-def load(file: Path) -> dict:
-    """A result file. Raises ValueError if it does not say where it comes from."""
-    result = json.loads(file.read_text())
-    if missing := [name for name in NEEDED if not result.get(name) or result[name] == "unknown"]:
-        raise ValueError(f"{file}: no {', '.join(missing)}")
-    return result
 
 
 def table(results: Path = ROOT) -> str:

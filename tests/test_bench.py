@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import kernels, report, train_step
-from bench.timing import interleave, summary
+from bench.registry import KERNELS, NOTHING, PROVIDERS, call_of
 
 
 def test_train_step_compares_and_writes(tmp_path, capsys):
@@ -30,13 +30,6 @@ def test_no_time_without_parity(tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.rglob("*.json")) and "no time is reported" in capsys.readouterr().err
 
 
-def test_variants_take_turns():
-    calls: list[str] = []
-    seconds = interleave({name: lambda n=name: calls.append(n) for name in "ab"}, repeats=3, warmup=1)
-    assert calls == list("abababab") and [len(times) for times in seconds.values()] == [3, 3]
-    assert summary([1.0, 2.0, 9.0])["median"] == 2.0 and summary([5.0])["median"] == 5.0
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_train_step_on_the_gpu(tmp_path):
@@ -50,6 +43,7 @@ def test_the_readme_says_what_the_result_files_say():
 
 def test_a_stale_table_or_a_file_without_origin_is_found(tmp_path):
     result = dict(device="X", date="d", commit="abcdef123", command="c", torch="2", preset="tiny", speedup=5.0)
+    result["python"] = "3"
     result |= dict(work={"questions": 7}, parity={"gradient": 1e-6})
     row = {"questions_per_s": 10.0, "peak_mib": 3.0}
     result["variants"] = {"packed": row, "reference": row}
@@ -73,10 +67,35 @@ def test_the_kernel_bench_rehearses_on_any_machine(tmp_path, capsys):
     assert kernels.main(arguments) == 0
     (file,) = tmp_path.glob("*/kernels.json")
     providers = json.loads(file.read_text())["kernels"]["rms_norm"]["providers"]
-    assert providers.keys() == {"eager", "compile", "liger", "ours"}
+    assert providers.keys() == set(PROVIDERS)
     assert providers["ours"].keys() == {"graph", "forward", "backward", "both"} and "error" in providers["liger"]
+    assert providers["in place"]["error"] == NOTHING and providers["transformers"]["both"]["noise"] >= 0
+    assert "its times mean nothing" in capsys.readouterr().out
     if not torch.cuda.is_available():
         assert kernels.main([]) == 1 and "measured on a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_every_competitor_here_computes_the_same(kernel):
+    """In float32 at toy sizes, so that a wrong call of a rival's operation is found without a GPU."""
+    inputs = kernel.module.make_inputs(**kernel.small, dtype=torch.float32, device="cpu")
+    calls = {name: call_of(PROVIDERS[name], kernel) for name in ("eager", "transformers", "ours", "in place")}
+    wrong = {name: kernels.agrees(call, kernel, inputs) for name, call in calls.items() if call != NOTHING}
+    assert set(wrong.values()) == {None} and {"eager", "ours"} <= wrong.keys()
+
+
+def test_what_is_not_installed_is_told_from_what_does_not_exist():
+    rms_norm = next(kernel for kernel in KERNELS if kernel.name == "rms_norm")
+
+    def missing(kernel):
+        import no_such_package  # noqa: F401
+
+    def of_another_version(kernel):
+        from torch.nn import NoSuchModule  # noqa: F401
+
+    assert call_of(missing, rms_norm) == "not installed: no_such_package"
+    assert call_of(lambda kernel: None, rms_norm) == NOTHING
+    assert call_of(of_another_version, rms_norm).startswith("ImportError: cannot import name")
 
 
 def test_a_kernel_that_is_wrong_gets_no_time(tmp_path, monkeypatch):
