@@ -28,7 +28,8 @@ from nanovlm_fast.device import pick_device
 
 TOTAL = 600.0  # seconds, of all suites
 SHORTEST_LIMIT, PATIENCE = 60.0, 4.0  # a suite may take so many seconds, or so many times what is expected
-QUICK_OUT = ROOT.parent.parent / "runs" / "bench"  # a quick run is no result to keep
+HERE = ROOT.parent.parent
+QUICK_OUT = HERE / "runs" / "bench"  # a quick run is no result to keep
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,15 @@ def misfit(suite: Suite, quick: bool, on_gpu: bool) -> str | None:
 def command(suite: Suite, quick: bool, device: str, out: Path) -> list[str]:
     options = suite.quick if quick else suite.gpu if device.startswith("cuda") else suite.full
     where = () if suite.anywhere else ("--device", device)
-    return [sys.executable, "-m", suite.module, *options, *where, "--out", str(out)]
+    there = out.relative_to(HERE) if out.is_relative_to(HERE) else out  # result files hold the command
+    return [sys.executable, "-m", suite.module, *options, *where, *(() if out == ROOT else ("--out", str(there)))]
 
 
 def run(suite: Suite, call: list[str], limit: float, out: Path, tick: Callable[[float], None]) -> Outcome:
     """Run the suite's process for at most `limit` seconds and print what it printed; `tick` hears the seconds gone."""
     before, start = stamps(out), time.monotonic()
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen(call, start_new_session=True, cwd=ROOT.parent.parent, **pipes)
+    process = subprocess.Popen(call, start_new_session=True, cwd=HERE, **pipes)
     try:
         while True:
             try:
