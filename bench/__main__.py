@@ -56,13 +56,15 @@ class Suite:
 
 
 TOY = ("--data", "synthetic", "--tokens", "600", "--repeats", "5")
+LOADED = ("--seconds", "2", "--repeats", "3")
+LOADED_LITTLE = ("--pictures", "32", "--seconds", "0.3", "--repeats", "2", "--workers", "0", "1")
 FEW = ("--small", "--repeats", "3", "--only", "rms_norm,rotary")
 SUITES = (
     Suite("train_step", "a whole optimizer step against padded nanoVLM", quick=TOY, seconds=120),
     Suite("kernels", "each kernel against its rivals", quick=FEW, seconds=120, quick_seconds=15, needs=("gpu",)),
     Suite("attention", "attention inside packed documents"),
     Suite("memory", "peak memory against the batch"),
-    Suite("dataloader", "images and text to packed batches"),
+    Suite("dataloader", "images and text to packed batches", LOADED, LOADED, LOADED_LITTLE, seconds=80),
     Suite("generate", "prefill and decoding"),
     Suite("roofline", "the floor of a step", quick=("--preset", "tiny", "--samples", "4"), seconds=15),
     Suite("codegen", "the kernels' machine code for sm_90", ("--write",), ("--write",), ("--write", "--only", "swiglu"),
@@ -148,7 +150,7 @@ def notes(file: Path) -> Iterator[str]:
         return
     if result.get("small"):
         yield "rehearsed, not timed"
-    elif "speedup" in result:
+    elif isinstance(result.get("speedup"), float):
         yield f"{result['speedup']:.1f}x"
     yield from result.get("machine", {}).get("warnings", ())
 

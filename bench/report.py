@@ -132,13 +132,13 @@ def optional(row: dict, name: str, form: str) -> str:
     return form.format(row[name]) if row.get(name) is not None else "-"
 
 
-def train_step_rows(step: dict) -> Rows:
+def train_step_rows(step: dict, against: str = "reference") -> Rows:
     rows: Rows = [("variant", "step ms (quartiles)", "speed", "questions/s", "tokens/s", "MFU", "peak MiB")]
     for name, row in step["variants"].items():
         if "median" not in row:
             rows.append((name, row.get("error", "-"), *["-"] * 5))
             continue
-        speed = speed_over(step, name)
+        speed = speed_over(step, name, against)
         found = (
             f"{speed[0]:.2f}x" + (f" ({speed[1]:.2f}-{speed[2]:.2f})" if speed[1] < speed[2] else "") if speed else "-"
         )
@@ -147,6 +147,10 @@ def train_step_rows(step: dict) -> Rows:
             (name, ms(row), found, *rates, optional(row, "mfu", "{:.1%}"), optional(row, "peak_mib", "{:,.0f}"))
         )
     return rows
+
+
+def peer_rows(result: dict) -> Rows:
+    return train_step_rows(result, "nanovlm")
 
 
 def kernels_rows(result: dict) -> Rows:
@@ -185,6 +189,17 @@ def memory_rows(result: dict) -> Rows:
         cells = (optional(row.get(n, {}), "peak_mib", "{:,.0f}") for n in samples)
         errors = (row.get(n, {}).get("error") for n in samples)
         rows.append((name, *(error or cell for cell, error in zip(cells, errors, strict=True))))
+    return rows
+
+
+def dataloader_rows(result: dict) -> Rows:
+    rows: Rows = [
+        ("stage, or the loader with so many workers", "on the fly, samples/s", "prepared, samples/s", "times")
+    ]
+    rows += [(stage, f"{rate:,.0f}", "-", "-") for stage, rate in result["stages"].items()]
+    for workers, gain in result["speedup"].items():
+        rates = (f"{result['samples_per_s'][way][workers]:,.0f}" for way in ("on the fly", "prepared"))
+        rows.append((f"{workers} workers", *rates, f"{gain:.2f}x"))
     return rows
 
 
@@ -260,9 +275,9 @@ SECTIONS = (
     Section("kernels", "Each kernel beside its rivals, at the seed's sizes.", kernels_rows),
     Section("attention", "Attention backends over documents of several lengths.", attention_rows),
     Section("memory", "Peak memory of a step against samples a step.", memory_rows),
-    Section("dataloader", "From images and text to packed batches."),
+    Section("dataloader", "From images and text to packed batches.", dataloader_rows),
     Section("generate", "Greedy generation on the same weights.", generate_rows),
-    Section("peer", "The same training by another project's code."),
+    Section("peer", "huggingface/nanoVLM's own code beside ours: the same weights and samples.", peer_rows),
     Section("roofline", "The least time of a step, by the machine's own rates.", roofline_rows),
     Section("optimizers", "Muon against AdamW over seeds, to the same loss.", optimizers_rows),
 )

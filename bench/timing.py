@@ -24,8 +24,8 @@ def interleave(
     variants: dict[str, Callable[[], object]],
     repeats: int,
     warmup: int = 1,
-    progress: Callable[[], object] = lambda: None,
     deadline: float = math.inf,
+    progress: Callable[[], object] = lambda: None,
     self_check: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of every call, device work included, after `warmup` rounds that do not count.

@@ -92,7 +92,9 @@ def all_suites(folder: Path) -> None:
         "generate": dict(batches={"8": {"variants": {"transformers": failed, "ours": dict(
             first_token=timed(1.0), all_tokens=timed(2.0), tokens_per_s=1.0, decode_tokens_per_s=2.0,
         )}}}),
-        "dataloader": dict(ways={"shards": timed(0.1), "plain": timed(0.4)}),
+        "dataloader": dict(stages={"decode": 50.0}, speedup={"1": 2.0},
+                           samples_per_s={"on the fly": {"1": 10.0}, "prepared": {"1": 20.0}}),
+        "peer": dict(variants={"nanovlm": timed(1.0, **rates), "ours": timed(0.5, **rates)}),
         "roofline": roofline.summarised(preset("tiny")[0], roofline.Work(4, 144, 48, 2664), roofline.H100),
     }  # fmt: skip
     folder.mkdir()
@@ -104,8 +106,15 @@ def test_the_page_of_all_suites(tmp_path):
     """Every suite's table and picture, rows that failed among them; suites that are missing are no trouble."""
     all_suites(tmp_path / "x")
     page = report.suites_page(tmp_path)
-    assert "5.00x" in page and "it cannot / run" in page and "same (0." in page and "| ways · shards | 104 " in page
+    assert (
+        "5.00x" in page
+        and "it cannot / run" in page
+        and "same (0." in page
+        and "| 1 workers | 10 | 20 | 2.00x |" in page
+    )
     assert all(f"### {name}\n" in page for name in ("train_step", "kernels", "attention", "memory", "generate"))
+    assert "| ours | 520 (510-530) | 2.00x (1.8" in page and "### peer" in page
+    assert report.timed_rows({"a": {"b": timed(0.1)}})[1] == ("a · b", "104 (102-106)")
     assert "GPU timings: NVIDIA X" in page and page.count("<picture>") == 3 and "not drawn" not in page
     (tmp_path / "y").mkdir()
     assert report.table(tmp_path).count("\n") == 2 and report.suites_page(tmp_path / "y") == ""

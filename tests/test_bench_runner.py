@@ -156,6 +156,8 @@ def test_what_warns_in_a_result_is_in_the_summary(tmp_path):
     file = tmp_path / "a.json"
     file.write_text(json.dumps({"small": True, "machine": {"warnings": ["the GPU slowed down: thermal"]}}))
     assert list(runner.notes(file)) == ["rehearsed, not timed", "the GPU slowed down: thermal"]
+    file.write_text(json.dumps({"speedup": {"2 workers": 3.0}}))
+    assert list(runner.notes(file)) == []
     file.write_text("{")
     assert "no JSON" in next(runner.notes(file))
 
