@@ -1,8 +1,9 @@
 """Compiles every kernel ahead of time for sm_90, on any machine, and reads what came out of the assembler.
 
-python -m bench.codegen            a table
-python -m bench.codegen --json     the same as JSON
-python -m bench.codegen --write    the table, and the result file that kernels/README.md is written from
+python -m bench.codegen                    a table
+python -m bench.codegen --json             the same as JSON
+python -m bench.codegen --only swiglu      of some kernels
+python -m bench.codegen --write            the table, and the result file that kernels/README.md is written from
 """
 
 from __future__ import annotations
@@ -20,10 +21,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.registry import KERNELS
-from bench.results import ROOT, facts
+from bench.registry import named
+from bench.results import ROOT, facts, write_file
 
-RESULT = ROOT / "sm-90-ahead-of-time" / "codegen.json"
 TARGET = GPUTarget("cuda", 90, 32)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 REGISTERS, WARPS, BLOCKS, SHARED = 65536, 64, 32, 227 * 1024  # of one multiprocessor of sm_90
@@ -116,18 +116,24 @@ def table(rows: list[dict]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.codegen", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--write", action="store_true", help=f"write {RESULT} too")
+    parser.add_argument("--only", default="", help="kernels, separated by commas")
+    parser.add_argument("--write", action="store_true", help="write sm-90-ahead-of-time/codegen.json too")
+    parser.add_argument("--out", type=Path, default=ROOT, help="folder of the result files (default: bench/results)")
     args = parser.parse_args(argv)
-    rows = [
-        {"op": kernel.name, "matrix": kernel.matrix, **compile_for_sm90(spec)}
-        for kernel in KERNELS
-        for spec in kernel.module.aot()
-    ]
-    print(json.dumps(rows) if args.json else table(rows))
-    if args.write:
-        device = {"device": "none: compiled ahead of time for sm_90", "triton": triton.__version__}
-        RESULT.parent.mkdir(parents=True, exist_ok=True)
-        RESULT.write_text(json.dumps({**facts(torch.device("cpu")), **device, "kernels": rows}, indent=2) + "\n")
+    try:
+        rows = [
+            {"op": kernel.name, "matrix": kernel.matrix, **compile_for_sm90(spec)}
+            for kernel in named(args.only)
+            for spec in kernel.module.aot()
+        ]
+        print(json.dumps(rows) if args.json else table(rows))
+        if args.write:
+            device = {"device": "none: compiled ahead of time for sm_90", "triton": triton.__version__}
+            result = {"suite": "codegen", **facts(torch.device("cpu")), **device, "kernels": rows}
+            print(f"written: {write_file(args.out / 'sm-90-ahead-of-time' / 'codegen.json', result)}")
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

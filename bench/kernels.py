@@ -1,4 +1,4 @@
-"""Every kernel beside eager PyTorch, torch.compile and Liger: forward, backward and both, at the seed's sizes.
+"""Every kernel beside its rivals, those of bench/registry.py: forward, backward and both, at the seed's sizes.
 
     python -m bench.kernels                      on a GPU; writes bench/results/<gpu>/kernels.json
     python -m bench.kernels --small --device cpu     a rehearsal at toy sizes, where the kernels are their references
@@ -19,9 +19,9 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
-from bench.registry import KERNELS, PROVIDERS, Kernel
+from bench.registry import NOTHING, PROVIDERS, Kernel, call_of, named
 from bench.results import write
-from bench.timing import interleave, summary
+from bench.timing import difference, interleave, noise_of, summary
 from nanovlm_fast.device import pick_device
 
 torch._functorch.config.donated_buffer = False  # a compiled backward runs again and again on one forward
@@ -177,8 +177,8 @@ def measure_here(
     rows: dict[str, dict] = {}
     calls: dict[str, dict[str, Callable]] = {name: {} for name in PASSES}
     for provider, make in PROVIDERS.items():
-        call = make(kernel)
-        wrong = "not installed, or has no such operation" if call is None else agrees(call, kernel, inputs)
+        call = call_of(make, kernel)
+        wrong = call if isinstance(call, str) else agrees(call, kernel, inputs)
         rows[provider] = {"error": wrong} if wrong else {}
         if wrong is None:
             for name, one in passes_of(call, copies).items():
@@ -186,9 +186,13 @@ def measure_here(
                     as_graph(one, rounds, stream) if stream else (one, False)
                 )
     for name, providers in calls.items():
-        for provider, times in interleave(providers, args.repeats, warmup=3).items():
+        if not providers:
+            continue
+        taken = interleave(providers, args.repeats, warmup=3, self_check=True)
+        noise = noise_of(taken)
+        for provider, times in taken.items():
             seconds = [t / (len(copies) * rounds) for t in times]
-            rows[provider][name] = {**summary(seconds), "seconds": seconds}
+            rows[provider][name] = {**summary(seconds, noise), "seconds": seconds}
     result = {"sizes": {k: str(v) for k, v in sizes.items()}, "dtype": str(dtype), "cost": cost, "providers": rows}
     if stream:
         for provider in calls["both"]:
@@ -200,21 +204,33 @@ def measure_here(
 
 
 def table(results: dict, bandwidth: float) -> str:
-    head = " ".join(f"{name:>11}" for name in ("forward us", "backward us", "both us", "of copy, fwd", "peak MB"))
-    lines = [f"{'kernel':32} {'provider':9} {head}"]
+    """`of copy`: the rate of the forward's fewest bytes, of a plain copy's. The last column: forward and backward."""
+    names = ("forward us", "backward us", "both us", "of copy, fwd", "peak MB", "speed against torch.compile")
+    lines = [f"{'kernel':32} {'provider':12} {' '.join(f'{name:>11}' for name in names)}"]
     for name, result in results.items():
         for provider, row in result["providers"].items():
             if "error" in row:
-                lines.append(f"{name:32} {provider:9} {row['error']}")
+                if row["error"] != NOTHING:
+                    lines.append(f"{name:32} {provider:12} {row['error']}")
                 continue
             times = " ".join(f"{row[p]['median'] * 1e6:>11.1f}" for p in PASSES)
             share = result["cost"]["forward"][0] / row["forward"]["median"] / bandwidth
-            memory = f"{row['peak_bytes'] / 1e6:>11,.0f}" if "peak_bytes" in row else ""
-            lines.append(f"{name:32} {provider:9} {times} {share:>12.0%} {memory}")
+            memory = f"{row['peak_bytes'] / 1e6:>11,.0f}" if "peak_bytes" in row else f"{'':11}"
+            against = against_compile(result["providers"], provider)
+            lines.append(f"{name:32} {provider:12} {times} {share:>12.0%} {memory} {against:>27}")
         if "plain_product" in result:
             seconds = result["plain_product"]["median"]
-            lines.append(f"{name:32} {'library':9} {seconds * 1e6:>11.1f} (the product alone, on shuffled input)")
+            lines.append(f"{name:32} {'library':12} {seconds * 1e6:>11.1f} (the product alone, on shuffled input)")
     return "\n".join(lines)
+
+
+def against_compile(providers: dict, provider: str) -> str:
+    """How many times as fast as torch.compile, forward and backward together; empty where there is nothing to say."""
+    rival = providers.get("compile", {}).get("both")
+    if provider == "compile" or rival is None:
+        return ""
+    both = providers[provider]["both"]
+    return str(difference(both["seconds"], rival["seconds"], both["noise"]))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -227,9 +243,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         device = pick_device(args.device)
+        chosen = named(args.only)
+        if args.repeats < 1:
+            raise ValueError(f"--repeats must be positive, got {args.repeats}")
         if device.type != "cuda" and not args.small:
             raise ValueError("the kernels are measured on a GPU, and there is none: --small --device cpu rehearses")
-        chosen = [k for k in KERNELS if not args.only or k.name in args.only.split(",")]
         bandwidth, results = copy_bandwidth(device), {}
         for kernel in chosen:
             more = {f"{kernel.name}, {label}": sizes for label, sizes in kernel.also.items()}
@@ -241,6 +259,8 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if args.small:
+        print("a rehearsal at toy sizes: it shows that everything runs and agrees, its times mean nothing")
     print(table(results, bandwidth))
     print(f"written: {file}")
     return 0

@@ -1,17 +1,20 @@
 """What is compared: one line a kernel, one function a competitor.
 
-A kernel's module holds `<name>`, `<name>_reference`, `make_inputs`, `cost` and `aot` (see any file in kernels/).
+A kernel's module holds `<name>`, `<name>_reference`, `make_inputs`, `cost` and `aot` (see any file in kernels/). A
+competitor is a function of a kernel: it returns a callable with the signature of `<name>`, or None where it has no such
+operation, and imports its package inside: one that is not installed is told apart.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from nanovlm_fast import ops
 
@@ -56,6 +59,14 @@ KERNELS = (
 )
 
 
+def named(only: str) -> list[Kernel]:
+    """The kernels of an --only option, all if it is empty. Raises ValueError for a name that is none."""
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in {kernel.name for kernel in KERNELS}]:
+        raise ValueError(f"--only {','.join(unknown)}: there are {', '.join(kernel.name for kernel in KERNELS)}")
+    return [kernel for kernel in KERNELS if kernel.name in names or not names]
+
+
 def eager(kernel: Kernel) -> Callable:
     """Plain PyTorch, as the model runs without the kernel."""
     return getattr(ops, kernel.name)
@@ -66,9 +77,8 @@ def compiled(kernel: Kernel) -> Callable:
 
 
 def liger(kernel: Kernel) -> Callable | None:
-    """Liger's operation of the same meaning, where it is installed and has one."""
-    if importlib.util.find_spec("liger_kernel") is None:
-        return None
+    """Liger's operation of the same meaning."""
+    importlib.import_module("liger_kernel")
     return LIGER.get(kernel.name, lambda: None)()
 
 
@@ -96,6 +106,15 @@ def _liger_layer_norm() -> Callable:
     return call
 
 
+def _liger_rotary() -> Callable:
+    from liger_kernel.ops.rope import LigerRopeFunction
+
+    def turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor):
+        return LigerRopeFunction.apply(q, k, cos, sin)[:2]
+
+    return lambda *args, **kwargs: rotate_heads(turn, *args, **kwargs)
+
+
 def _liger_swiglu() -> Callable:
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
@@ -115,8 +134,80 @@ def _liger_linear_cross_entropy() -> Callable:
 LIGER = {
     "rms_norm": _liger_rms_norm,
     "layer_norm": _liger_layer_norm,
+    "rotary": _liger_rotary,
     "swiglu": _liger_swiglu,
     "linear_cross_entropy": _liger_linear_cross_entropy,
+}
+
+
+def rotate_heads(turn: Callable, qkv, cos, sin, position_ids, n_q: int, n_kv: int) -> Tensor:
+    """`rotary` by a `turn` that takes q and k (1, heads, T, D) and tables (1, T, D), as Llama's rotation does."""
+    q, k, v = qkv.view(1, len(qkv), n_q + 2 * n_kv, -1).transpose(1, 2).split([n_q, n_kv, n_kv], dim=1)
+    cos, sin = (table[position_ids].repeat(1, 2)[None] for table in (cos, sin))
+    q, k = turn(q, k, cos, sin)
+    return torch.cat([q.to(qkv.dtype), k.to(qkv.dtype), v], dim=1).transpose(1, 2).reshape(len(qkv), -1)
+
+
+def transformers(kernel: Kernel) -> Callable | None:
+    """What Llama and SmolVLM in Hugging Face's transformers compute with, where it is not PyTorch's own operation."""
+    importlib.import_module("transformers")
+    return TRANSFORMERS.get(kernel.name, lambda: None)()
+
+
+def _transformers_rms_norm() -> Callable:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    def call(x, weight, eps, residual=None):
+        stream = x if residual is None else x + residual
+        y = LlamaRMSNorm.forward(SimpleNamespace(weight=weight, variance_epsilon=eps), stream).to(x.dtype)
+        return y if residual is None else (y, stream)
+
+    return call
+
+
+def _transformers_rotary() -> Callable:
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    return lambda *args, **kwargs: rotate_heads(apply_rotary_pos_emb, *args, **kwargs)
+
+
+def _transformers_swiglu() -> Callable:
+    from transformers.activations import ACT2FN
+
+    def call(gate_up):  # the middle of LlamaMLP
+        gate, up = gate_up.chunk(2, dim=-1)
+        return ACT2FN["silu"](gate) * up
+
+    return call
+
+
+def _transformers_pixel_shuffle_proj() -> Callable:
+    from transformers.models.smolvlm.modeling_smolvlm import SmolVLMConnector
+
+    def call(x, weight, factor, bias=None, grid=None):
+        if grid and grid[0] != grid[1]:
+            raise ValueError(f"SmolVLM shuffles square pictures only, got {grid}")
+        return F.linear(SmolVLMConnector.pixel_shuffle(None, x, factor), weight, bias)
+
+    return call
+
+
+def _transformers_linear_cross_entropy() -> Callable:
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    def call(h, weight, labels):
+        loss = ForCausalLMLoss(F.linear(h, weight), None, len(weight), num_items_in_batch=1, shift_labels=labels)
+        return loss, (labels >= 0).sum()
+
+    return call
+
+
+TRANSFORMERS = {
+    "rms_norm": _transformers_rms_norm,
+    "rotary": _transformers_rotary,
+    "swiglu": _transformers_swiglu,
+    "pixel_shuffle_proj": _transformers_pixel_shuffle_proj,
+    "linear_cross_entropy": _transformers_linear_cross_entropy,
 }
 
 
@@ -124,4 +215,34 @@ def ours(kernel: Kernel) -> Callable:
     return getattr(kernel.module, kernel.name)
 
 
-PROVIDERS = {"eager": eager, "compile": compiled, "liger": liger, "ours": ours}
+def ours_in_place(kernel: Kernel) -> Callable | None:
+    """Rotary on the projection's own memory. With gradients it first copies its input, which here is a leaf."""
+    if kernel.name != "rotary":
+        return None
+
+    def call(qkv, *args, **kwargs):
+        copied = qkv.clone() if torch.is_grad_enabled() else qkv
+        return ours(kernel)(copied, *args, inplace=True, **kwargs)
+
+    return call
+
+
+PROVIDERS = {
+    "eager": eager,
+    "compile": compiled,
+    "transformers": transformers,
+    "liger": liger,
+    "ours": ours,
+    "in place": ours_in_place,
+}
+NOTHING = "has no such operation"
+
+
+def call_of(provider: Callable[[Kernel], Callable | None], kernel: Kernel) -> Callable | str:
+    """The provider's callable, or why there is none: 'not installed', NOTHING, or what went wrong."""
+    try:
+        return provider(kernel) or NOTHING
+    except ModuleNotFoundError as error:
+        return f"not installed: {error.name}"
+    except Exception as error:  # a package of another version is a row of the table, not the end of it
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"

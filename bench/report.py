@@ -1,33 +1,32 @@
-"""Writes the tables of the READMEs from the committed result files: every number there is somebody's measurement.
+"""Writes tables and pictures from the committed result files: every number there is somebody's measurement.
 
 python -m bench.report            write
-python -m bench.report --check    exit with 1 if a table is out of date
+python -m bench.report --check    exit with 1 if a table or a picture is out of date
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bench.registry import KERNELS
-from bench.results import ROOT
+from bench.figures import THEMES, Figure, figures, source_of, speed_over
+from bench.kernels import against_compile
+from bench.registry import KERNELS, NOTHING
+from bench.results import ROOT, load, measurements
 
 README = ROOT.parent.parent / "README.md"
 MARKS = ("<!-- results: written by python -m bench.report -->", "<!-- end of results -->")
-NEEDED = ("device", "date", "commit", "command", "torch")
+Rows = list[tuple[str, ...]]  # of a table, the first is its head
 
 
-def load(file: Path) -> dict:
-    """A result file. Raises ValueError if it does not say where it comes from."""
-    result = json.loads(file.read_text())
-    if missing := [name for name in NEEDED if not result.get(name) or result[name] == "unknown"]:
-        raise ValueError(f"{file}: no {', '.join(missing)}")
-    return result
+# ---- README.md
 
 
 def table(results: Path = ROOT) -> str:
@@ -43,19 +42,8 @@ def table(results: Path = ROOT) -> str:
             continue
         packing = f"{run['packing']:.1%} filled; {run['data_wait']:.1%} of the time waiting for data"
         rows.append(("its token budget", packing, run["device"], run["commit"][:7], "the same run"))
-    for file in sorted(results.glob("*/train_step*.json")):
-        rows.append(step_row(load(file)))
-    for file in sorted(results.glob("*/loss_curves.json")):
-        run = load(file)
-        what = (
-            f"loss of `{run['preset']}` over {run['steps']} steps, largest distance from the padded float32 reference"
-        )
-        worst = " · ".join(
-            f"{variant} **{max(row['share'] for row in run['rows'] if row['variant'] == variant):.1%}**"
-            for variant in ("packed float32", "packed bfloat16", "reference bfloat16")
-        )
-        what += f", as a share of what {run['seeds']} seeds differ by within {run['smoothing']} steps"
-        rows.append((what, worst, run["device"], run["commit"][:7], "`python -m bench.loss_curves`"))
+    rows += [step_row(load(file)) for file in sorted(results.glob("*/train_step*.json"))]
+    rows += [curves_row(load(file)) for file in sorted(results.glob("*/loss_curves.json"))]
     for file in sorted(results.glob("*/dataloader.json")):
         loader = load(file)
         workers, gain = max(loader["speedup"].items(), key=lambda item: int(item[0]))
@@ -67,7 +55,7 @@ def table(results: Path = ROOT) -> str:
 
 
 def step_row(step: dict) -> tuple[str, ...]:
-    """A result of bench.train_step against its reference, and against that compiled where it was."""
+    """A result of bench.train_step: ours against its reference, and against that compiled where it was."""
     theirs = step["variants"].get("reference", {})
     ours = step["variants"].get("ours") or step["variants"]["packed"]  # its name in older files
     depth = step.get("layers", 0)
@@ -84,21 +72,27 @@ def step_row(step: dict) -> tuple[str, ...]:
     gain += f": {both('questions_per_s', lambda rate: f'{rate:,.{1 if rate < 100 else 0}f}')} questions/s"
     gain += f", MFU {both('mfu', '{:.1%}'.format)}" if "mfu" in ours else ""
     gain += f", {both('peak_mib', '{:,.0f}'.format)} MiB; gradients agree to {step['parity']['gradient']:.0e}"
-    options = step["command"].split("bench.train_step", 1)[-1]
-    return what, gain, step["device"], step["commit"][:7], f"`python -m bench.train_step{options}`"
+    return what, gain, step["device"], step["commit"][:7], f"`{step['command']}`"
+
+
+def curves_row(run: dict) -> tuple[str, ...]:
+    """A result of bench.loss_curves."""
+    what = f"loss of `{run['preset']}` over {run['steps']} steps against the reference in float32, as a share of what"
+    what += f" {run['seeds']} seeds differ by"
+    worst = " · ".join(
+        f"{variant} **{max(row['share'] for row in run['rows'] if row['variant'] == variant):.1%}**"
+        for variant in ("packed float32", "packed bfloat16", "reference bfloat16")
+    )
+    return what, worst, run["device"], run["commit"][:7], "`python -m bench.loss_curves`"
+
+
+# ---- kernels/README.md
 
 
 def kernel_table(results: Path = ROOT) -> str:
     """The table of kernels/README.md: each kernel, its least work, what the assembler made of it, GPU times if any."""
-    rows = [
-        (
-            "kernel, tests",
-            "what it does",
-            "forward; backward",
-            "registers, shared memory, warps, occupancy on sm_90",
-            "GPU",
-        )
-    ]
+    head = ("kernel, tests", "what it does", "forward; backward", "registers, shared memory, warps, occupancy on sm_90")
+    rows: Rows = [(*head, "GPU")]
     compiled: dict[str, list[str]] = {}
     for file in results.glob("*/codegen.json"):
         for row in load(file)["kernels"]:
@@ -130,12 +124,231 @@ def gpu_times(name: str, results: Path) -> str:
     return "<br>".join(found) or "not measured yet"
 
 
-def markdown(rows: list[tuple[str, ...]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
+# ---- bench/README.md
+
+
+def us(row: dict, digits: int = 1) -> str:
+    return f"{row['median'] * 1e6:,.{digits}f}"
+
+
+def ms(row: dict) -> str:
+    return f"{row['median'] * 1e3:,.3g} ({row['lower_quartile'] * 1e3:,.3g}-{row['upper_quartile'] * 1e3:,.3g})"
+
+
+def optional(row: dict, name: str, form: str) -> str:
+    return form.format(row[name]) if row.get(name) is not None else "-"
+
+
+def train_step_rows(step: dict, against: str = "reference") -> Rows:
+    rows: Rows = [("variant", "step ms (quartiles)", "speed", "questions/s", "tokens/s", "MFU", "peak MiB")]
+    for name, row in step["variants"].items():
+        if "median" not in row:
+            rows.append((name, row.get("error", "-"), *["-"] * 5))
+            continue
+        speed = speed_over(step, name, against)
+        found = (
+            f"{speed[0]:.2f}x" + (f" ({speed[1]:.2f}-{speed[2]:.2f})" if speed[1] < speed[2] else "") if speed else "-"
+        )
+        rates = (optional(row, name, "{:,.0f}") for name in ("questions_per_s", "tokens_per_s"))
+        rows.append(
+            (name, ms(row), found, *rates, optional(row, "mfu", "{:.1%}"), optional(row, "peak_mib", "{:,.0f}"))
+        )
+    return rows
+
+
+def peer_rows(result: dict) -> Rows:
+    return train_step_rows(result, "nanovlm")
+
+
+def kernels_rows(result: dict) -> Rows:
+    rows: Rows = [
+        ("kernel", "provider", "forward us", "backward us", "both us", "of copy, fwd", "speed against compile")
+    ]
+    for name, kernel in result["kernels"].items():
+        for provider, row in kernel["providers"].items():
+            if "error" in row:
+                rows += [(name, provider, row["error"], *["-"] * 4)] if row["error"] != NOTHING else []
+                continue
+            share = kernel["cost"]["forward"][0] / row["forward"]["median"] / result["copy_bytes_per_s"]
+            times = (us(row[part]) for part in ("forward", "backward", "both"))
+            rows.append((name, provider, *times, f"{share:.0%}", against_compile(kernel["providers"], provider)))
+    return rows
+
+
+def attention_rows(result: dict) -> Rows:
+    rows: Rows = [("documents", "backend", "forward us", "backward us", "both us", "GFLOP/s", "of padded")]
+    for name, case in result["cases"].items():
+        against = case["providers"].get("reference", {}).get("both")
+        for provider, row in case["providers"].items():
+            if "error" in row:
+                rows.append((name, provider, row["error"], *["-"] * 4))
+                continue
+            share = f"{row['both']['median'] / against['median']:.0%}" if against else "-"
+            times = (us(row[part]) for part in ("forward", "backward", "both"))
+            rows.append((name, provider, *times, f"{row['both']['flops_per_s'] / 1e9:,.0f}", share))
+    return rows
+
+
+def memory_rows(result: dict) -> Rows:
+    samples = list(dict.fromkeys(n for rows in result["peaks"].values() for n in rows))
+    rows: Rows = [("peak MiB at samples a step", *samples)]
+    for name, row in result["peaks"].items():
+        cells = (optional(row.get(n, {}), "peak_mib", "{:,.0f}") for n in samples)
+        errors = (row.get(n, {}).get("error") for n in samples)
+        rows.append((name, *(error or cell for cell, error in zip(cells, errors, strict=True))))
+    return rows
+
+
+def dataloader_rows(result: dict) -> Rows:
+    rows: Rows = [
+        ("stage, or the loader with so many workers", "on the fly, samples/s", "prepared, samples/s", "times")
+    ]
+    rows += [(stage, f"{rate:,.0f}", "-", "-") for stage, rate in result["stages"].items()]
+    for workers, gain in result["speedup"].items():
+        rates = (f"{result['samples_per_s'][way][workers]:,.0f}" for way in ("on the fly", "prepared"))
+        rows.append((f"{workers} workers", *rates, f"{gain:.2f}x"))
+    return rows
+
+
+def generate_rows(result: dict) -> Rows:
+    rows: Rows = [("batch", "variant", "first token ms", "all tokens ms", "tokens/s", "decoding tokens/s")]
+    for batch, found in result["batches"].items():
+        for name, row in found["variants"].items():
+            if "error" in row:
+                rows.append((batch, name, row["error"], *["-"] * 3))
+                continue
+            rates = (f"{row[part]:,.0f}" for part in ("tokens_per_s", "decode_tokens_per_s"))
+            rows.append((batch, name, ms(row["first_token"]), ms(row["all_tokens"]), *rates))
+    return rows
+
+
+def roofline_rows(result: dict) -> Rows:
+    rates, work = result["rates"], result["work"]
+    rows: Rows = [("floor of a step", "ms", "share")]
+    floor = result["floor_seconds"]
+    for kind, seconds in sorted(result["by_kind"].items(), key=lambda item: -item[1]):
+        rows.append((kind, f"{seconds * 1e3:,.2f}", f"{seconds / floor:.1%}"))
+    what = f"**{result['preset']}, {work['images']:,} images, {work['tokens']:,} tokens at"
+    what += f" {rates['flops'] / 1e12:.3g} TFLOP/s and {rates['bandwidth'] / 1e9:,.0f} GB/s**"
+    rows.append((what, f"**{floor * 1e3:,.1f}**", f"{result['samples_per_s']:,.0f} samples/s"))
+    return rows
+
+
+def training_rows(run: dict) -> Rows:
+    minutes, rate = f"{run['train_seconds'] / 60:.1f}", f"{run['tokens_per_s']:,.0f}"
+    head = ("run", "sees", "blind", "minutes", "steps", "tokens/s", "budget filled", "waiting for data")
+    shares = (f"{run['sees']:.1%}", f"{run['blind']:.1%}")
+    rest = (f"{run['steps']:,}", rate, f"{run['packing']:.1%}", f"{run['data_wait']:.1%}")
+    return [head, (f"`{run['train_command']}`", *shares, minutes, *rest)]
+
+
+def optimizers_rows(result: dict) -> Rows:
+    rows: Rows = [("seed", "AdamW's last loss", "its steps", "Muon's steps to it", "Muon's last loss")]
+    for row in result["verdict"]:
+        muon = f"{row['muon_steps']:,}" if row["muon_steps"] else "never"
+        rows.append((str(row["seed"]), f"{row['loss']:.4f}", f"{row['steps']:,}", muon, f"{row['muon_loss']:.4f}"))
+    return rows
+
+
+def curves_rows(result: dict) -> Rows:
+    rows: Rows = [("variant", "seed", "furthest from the reference's loss", "the seeds there", "share")]
+    for row in result["rows"]:
+        numbers = (f"{row['difference']:.1e}", f"{row['spread']:.1e}", f"{row['share']:.1%}")
+        rows.append((row["variant"], str(row["seed"]), *numbers))
+    return rows
+
+
+def timed_rows(result: dict) -> Rows:
+    """Any other suite: everything in its file that has a median."""
+    rows: Rows = [("measurement", "ms (quartiles)")]
+    for path, row in measurements(result):
+        rows.append((" · ".join(path), ms(row) if "lower_quartile" in row else f"{row['median'] * 1e3:,.3g}"))
+    return rows
+
+
+@dataclass(frozen=True)
+class Section:
+    """Result files by the beginning of their name, what they are, and the table they become."""
+
+    stem: str
+    about: str
+    rows: Callable[[dict[str, Any]], Rows] = timed_rows
+
+
+SECTIONS = (
+    Section("train_step", "One optimizer step on the same samples: padded nanoVLM against ours.", train_step_rows),
+    Section("train_tiny", "Whole runs of `train.py`: the test split, seeing and blind.", training_rows),
+    Section("loss_curves", "The same training four ways, against what a seed changes.", curves_rows),
+    Section("kernels", "Each kernel beside its rivals, at the seed's sizes.", kernels_rows),
+    Section("attention", "Attention backends over documents of several lengths.", attention_rows),
+    Section("memory", "Peak memory of a step against samples a step.", memory_rows),
+    Section("dataloader", "From images and text to packed batches.", dataloader_rows),
+    Section("generate", "Greedy generation on the same weights.", generate_rows),
+    Section("peer", "huggingface/nanoVLM's own code beside ours: the same weights and samples.", peer_rows),
+    Section("roofline", "The least time of a step, by the machine's own rates.", roofline_rows),
+    Section("optimizers", "Muon against AdamW over seeds, to the same loss.", optimizers_rows),
+)
+
+
+def suites_page(results: Path = ROOT) -> str:
+    """The results of bench/README.md: a section a suite, a table a file, and the pictures of its device."""
+    parts = []
+    drawn = [figure for folder in devices(results) for figure in figures(folder)]
+    for section in SECTIONS:
+        files = sorted(results.glob(f"*/{section.stem}*.json"))
+        if not files:
+            continue
+        parts.append(f"### {section.stem}\n\n{section.about}")
+        for file in files:
+            result = load(file)
+            notes = "; ".join(result.get("machine", {}).get("warnings", ()))
+            origin = f"{kind(result)} timings: {result['device']}" if kind(result) else result["device"]
+            source = f"[{result['commit'][:7]}, {result['date'][:10]}]({os.path.relpath(file, ROOT.parent)})"
+            parts.append(f"**{origin}** · {source} · `{result['command']}`" + (f" · {notes}" if notes else ""))
+            rows = [("no time", "")] if result.get("small") else section.rows(result)
+            parts.append(markdown(rows) if len(rows) > 1 else "A rehearsal, or nothing that was timed.")
+        parts += [picture(figure) for figure in drawn if figure.sources[0] in files]
+        parts += [own_picture(file) for file in files if section.stem != "train_tiny" and own(file).exists()]
+    return "\n\n".join(parts)
+
+
+def kind(result: dict) -> str:
+    """'CPU' or 'GPU'; empty for what was timed on neither."""
+    return "GPU" if "NVIDIA" in result["device"] else "" if result["device"].startswith("none") else "CPU"
+
+
+def devices(results: Path) -> list[Path]:
+    return sorted(folder for folder in results.iterdir() if folder.is_dir())
+
+
+def own(file: Path) -> Path:
+    """The picture that a suite draws beside its file itself."""
+    return file.with_suffix(".png")
+
+
+def own_picture(file: Path) -> str:
+    return f"![{file.stem} on {load(file)['device']}]({os.path.relpath(own(file), ROOT.parent)})"
+
+
+def picture(figure: Figure) -> str:
+    light, dark = (os.path.relpath(figure.file(theme), ROOT.parent) for theme in THEMES)
+    source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+    return f'<picture>{source}<img alt="{figure.alt}" src="{light}" width="900"></picture>'
+
+
+# ---- all of them
+
+
+def markdown(rows: Rows) -> str:
+    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
 
 
-TABLES = {README: table, README.parent / "kernels" / "README.md": kernel_table}
+TABLES = {
+    README: table,
+    README.parent / "kernels" / "README.md": kernel_table,
+    README.parent / "bench" / "README.md": suites_page,
+}
 
 
 def updated(text: str, written: str) -> str:
@@ -146,22 +359,36 @@ def updated(text: str, written: str) -> str:
     return f"{text[: start + len(MARKS[0])]}\n{written}\n{text[end:]}"
 
 
+def stale_pictures(results: Path = ROOT) -> tuple[list[Figure], list[Path]]:
+    """Pictures to draw, and files of pictures that no result calls for any more."""
+    drawn = [figure for folder in devices(results) for figure in figures(folder)]
+    wanted = {figure.file(theme) for figure in drawn for theme in THEMES}
+    there = {file for theme in THEMES for file in results.glob(f"*/*_{theme}.png") if source_of(file)}
+    return [figure for figure in drawn if figure.stale()], sorted(there - wanted)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 if something would change")
     args = parser.parse_args(argv)
     try:
         after = {file: updated(file.read_text(), make()) for file, make in TABLES.items()}
+        to_draw, left_over = stale_pictures()
     except (OSError, ValueError, KeyError) as error:
         print(f"error: {error!r}", file=sys.stderr)
         return 1
     stale = [file for file, text in after.items() if text != file.read_text()]
-    for file in stale:
-        if args.check:
+    if args.check:
+        for file in (*stale, *(figure.file("light") for figure in to_draw), *left_over):
             print(f"{file} is out of date with bench/results: run python -m bench.report", file=sys.stderr)
-        else:
-            file.write_text(after[file])
-    return int(args.check and bool(stale))
+        return int(bool(stale or to_draw or left_over))
+    for file in stale:
+        file.write_text(after[file])
+    for figure in to_draw:
+        figure.write()
+    for file in left_over:
+        file.unlink()
+    return 0
 
 
 if __name__ == "__main__":

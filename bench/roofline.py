@@ -265,18 +265,19 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("--samples, --text and --labels must be positive, and no more labels than text")
         device = None if args.device == "h100" else pick_device(args.device)
         rates = measured_rates(device) if device else H100
-    except ValueError as error:
+        result = summarised(config, Work.of_samples(config, args.samples, args.text, args.labels), rates)
+        file = write("roofline", device, {"preset": args.preset, **result}, args.out) if device else None
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    result = summarised(config, Work.of_samples(config, args.samples, args.text, args.labels), rates)
     print(table(operators(config, Work(**result["work"]), rates.element), rates))
     print(f"\n{rates.name}: {rates.flops / 1e12:,.2f} TFLOP/s, {rates.bandwidth / 1e9:,.0f} GB/s")
     print(f"floor {result['floor_seconds'] * 1e3:,.1f} ms, {result['samples_per_s']:,.0f} samples/s")
     print("inside the products next to them these would cost nothing:")
     for name, seconds in result["worth_fusing"]:
         print(f"  {seconds * 1e3:8.2f} ms  {name}")
-    if device:
-        print(f"written: {write('roofline', device, {'preset': args.preset, **result}, args.out)}")
+    if file:
+        print(f"written: {file}")
     return 0
 
 

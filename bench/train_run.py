@@ -44,6 +44,7 @@ def measure(name: str, options: list[str], device: torch.device, out: Path | Non
             "packing": final["tokens"] / max(final["capacity"], 1),
             "data_wait": _mean([line["data_wait"] for line in lines if "data_wait" in line]),
             "tokens_per_s": _mean([line["tokens_per_s"] for line in lines if "tokens_per_s" in line][-20:]),
+            "loss": [[line["seconds"], round(line["loss"], 5)] for line in lines if line.get("loss") is not None],
             "curve": [[line["seconds"], line["accuracy"]] for line in lines if "accuracy" in line],
         }
         file = write(name, device, result, out)

@@ -3,30 +3,135 @@
 from __future__ import annotations
 
 import json
-import time
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from bench import dataloader, kernels, report
-from bench.timing import interleave, summary
-
-
-def test_variants_take_turns():
-    calls: list[str] = []
-    seconds = interleave({name: lambda n=name: calls.append(n) for name in "ab"}, repeats=3, warmup=1)
-    assert calls == list("abababab") and [len(times) for times in seconds.values()] == [3, 3]
-    seconds = interleave({"a": lambda: None}, repeats=9, deadline=time.perf_counter() - 1)
-    assert len(seconds["a"]) == 3, "late or not, three rounds"
-    assert summary([1.0, 2.0, 9.0])["median"] == 2.0 and summary([5.0])["median"] == 5.0
+from bench import dataloader, kernels, report, results, roofline
+from bench.figures import figures
+from bench.registry import KERNELS, NOTHING, PROVIDERS, call_of
+from bench.timing import summary
+from nanovlm_fast.config import preset
 
 
-def test_the_readme_says_what_the_result_files_say():
-    assert report.main(["--check"]) == 0
+def test_the_readmes_and_pictures_say_what_the_result_files_say(capsys):
+    assert report.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_every_committed_result_says_where_it_comes_from():
+    files = sorted(report.ROOT.glob("*/*.json"))
+    assert len(files) >= 5
+    for file in files:
+        results.load(file)
+
+
+@pytest.mark.parametrize("lost", [*results.NEEDED, "driver", "triton"])
+def test_a_result_without_origin_is_refused(tmp_path, lost):
+    whole = dict.fromkeys((*results.NEEDED, "driver", "triton"), "x") | {"device": "NVIDIA H100"}
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(whole))
+    assert results.load(file) == whole
+    file.write_text(json.dumps({**whole, lost: "unknown"} | ({"device": ""} if lost == "device" else {})))
+    with pytest.raises(ValueError, match=f"no {lost}"):
+        results.load(file)
+
+
+def timed(seconds: float, **more: object) -> dict:
+    times = [seconds * (1 + i / 100) for i in range(9)]
+    return {**summary(times, noise=0.01), "seconds": times, "flops_per_s": 1e9, **more}
+
+
+def all_suites(folder: Path) -> None:
+    """A result file of every suite, with what it can hold, for a device with everything."""
+    facts = dict(device="NVIDIA X", date="2026-01-02T", commit="abcdef123", command="c", torch="2", python="3")
+    facts |= dict(driver="1", triton="3", preset="nanovlm-222m", layers=0)
+    passes = {name: timed(1e-4) for name in kernels.PASSES}
+    rates = dict(questions_per_s=9.0, tokens_per_s=99.0, peak_mib=10.0, mfu=0.4)
+    failed = {"error": "it cannot | run"}
+    variants = {"reference": timed(1.0, times_base=5.0, **rates), "graphs": timed(0.2, **rates), "packing": failed}
+    step = dict(variants={**variants, "ours": timed(0.2, times_base=1.0, **rates)}, work={"questions": 7, "tokens": 70})
+    found = {
+        "train_step_nanovlm-222m": dict(**step, speedup=5.0, parity={"gradient": 1e-3}),
+        "kernels": dict(small=False, copy_bytes_per_s=1e12, kernels={"rms_norm": {
+            "cost": {"forward": [10**8, 10**8]},
+            "providers": {"compile": passes, "ours": passes, "liger": failed, "in place": {"error": NOTHING}},
+        }}),
+        "attention": dict(cases={"mixed": {"providers": {"reference": passes, "flex": failed}}}),
+        "memory": dict(published_mib={"1": 4400, "512": None}, peaks={
+            "reference": {"1": {"peak_mib": 4000.0}, "2": {"error": "out of memory"}}, "none": {"1": {"peak_mib": 9.0}},
+        }),
+        "generate": dict(batches={"8": {"variants": {"transformers": failed, "ours": dict(
+            first_token=timed(1.0), all_tokens=timed(2.0), tokens_per_s=1.0, decode_tokens_per_s=2.0,
+        )}}}),
+        "dataloader": dict(stages={"decode": 50.0}, speedup={"1": 2.0},
+                           samples_per_s={"on the fly": {"1": 10.0}, "prepared": {"1": 20.0}}),
+        "peer": dict(variants={"nanovlm": timed(1.0, **rates), "ours": timed(0.5, **rates)}),
+        "roofline": roofline.summarised(preset("tiny")[0], roofline.Work(4, 144, 48, 2664), roofline.H100),
+    }  # fmt: skip
+    folder.mkdir()
+    for name, result in found.items():
+        (folder / f"{name}.json").write_text(json.dumps({**facts, **result}))
+
+
+def test_the_page_of_all_suites(tmp_path):
+    """Every suite's table and picture, rows that failed among them; suites that are missing are no trouble."""
+    all_suites(tmp_path / "x")
+    page = report.suites_page(tmp_path)
+    assert (
+        "5.00x" in page
+        and "it cannot / run" in page
+        and "same (0." in page
+        and "| 1 workers | 10 | 20 | 2.00x |" in page
+    )
+    assert all(f"### {name}\n" in page for name in ("train_step", "kernels", "attention", "memory", "generate"))
+    assert "| ours | 520 (510-530) | 2.00x (1.8" in page and "### peer" in page
+    assert report.timed_rows({"a": {"b": timed(0.1)}})[1] == ("a · b", "104 (102-106)")
+    assert "GPU timings: NVIDIA X" in page and page.count("<picture>") == 3 and "not drawn" not in page
+    (tmp_path / "y").mkdir()
+    assert report.table(tmp_path).count("\n") == 2 and report.suites_page(tmp_path / "y") == ""
+
+
+def test_a_picture_is_drawn_twice_and_known_when_stale(tmp_path):
+    all_suites(tmp_path / "x")
+    drawn = figures(tmp_path / "x")
+    assert [figure.stem.name for figure in drawn] == ["train_step_nanovlm-222m_speed", "roofline", "memory"]
+    assert len(report.stale_pictures(tmp_path)[0]) == 3
+    for figure in drawn:
+        figure.write()
+        sizes = [Image.open(figure.file(theme)).size for theme in ("light", "dark")]
+        assert sizes[0] == sizes[1] and 900 <= sizes[0][0] <= 1300
+    assert report.stale_pictures(tmp_path) == ([], [])
+    memory = tmp_path / "x" / "memory.json"
+    memory.write_text(memory.read_text().replace("4000.0", "5000.0"))
+    assert [figure.stem.name for figure in report.stale_pictures(tmp_path)[0]] == ["memory"]
+    memory.unlink()
+    assert {file.name for file in report.stale_pictures(tmp_path)[1]} == {"memory_light.png", "memory_dark.png"}
+
+
+def test_records_stand_on_result_files():
+    """Every row names a file that is there, and where the file is still of that commit, its tokens/s."""
+    bench = report.ROOT.parent
+    rows = [line.split(" | ") for line in (bench / "records.md").read_text().splitlines() if line.startswith("| 2")]
+    assert rows and [row[0] for row in rows] == sorted(row[0] for row in rows)
+    for *_, tokens, _, commit, link in rows:
+        result = results.load(bench / re.search(r"\((.+\.json)\)", link).group(1))
+        if result["commit"].startswith(commit):
+            rates = {f"{rate:,.0f}" for rate in all_of(result, "tokens_per_s")}
+            assert tokens in rates
+
+
+def all_of(node: object, name: str) -> list[float]:
+    if not isinstance(node, dict):
+        return []
+    return [v for k, value in node.items() for v in ([value] if k == name else all_of(value, name))]
 
 
 def test_a_stale_table_or_a_file_without_origin_is_found(tmp_path):
     result = dict(device="X", date="d", commit="abcdef123", command="c", torch="2", preset="tiny", speedup=5.0)
+    result["python"] = "3"
     result |= dict(work={"questions": 7}, parity={"gradient": 1e-6})
     row = {"questions_per_s": 10.0, "peak_mib": 3.0}
     result["variants"] = {"ours": row, "reference": row}
@@ -50,10 +155,35 @@ def test_the_kernel_bench_rehearses_on_any_machine(tmp_path, capsys):
     assert kernels.main(arguments) == 0
     (file,) = tmp_path.glob("*/kernels.json")
     providers = json.loads(file.read_text())["kernels"]["rms_norm"]["providers"]
-    assert providers.keys() == {"eager", "compile", "liger", "ours"}
+    assert providers.keys() == set(PROVIDERS)
     assert providers["ours"].keys() == {"graph", "forward", "backward", "both"} and "error" in providers["liger"]
+    assert providers["in place"]["error"] == NOTHING and providers["transformers"]["both"]["noise"] >= 0
+    assert "its times mean nothing" in capsys.readouterr().out
     if not torch.cuda.is_available():
         assert kernels.main([]) == 1 and "measured on a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_every_competitor_here_computes_the_same(kernel):
+    """In float32 at toy sizes, so that a wrong call of a rival's operation is found without a GPU."""
+    inputs = kernel.module.make_inputs(**kernel.small, dtype=torch.float32, device="cpu")
+    calls = {name: call_of(PROVIDERS[name], kernel) for name in ("eager", "transformers", "ours", "in place")}
+    wrong = {name: kernels.agrees(call, kernel, inputs) for name, call in calls.items() if call != NOTHING}
+    assert set(wrong.values()) == {None} and {"eager", "ours"} <= wrong.keys()
+
+
+def test_what_is_not_installed_is_told_from_what_does_not_exist():
+    rms_norm = next(kernel for kernel in KERNELS if kernel.name == "rms_norm")
+
+    def missing(kernel):
+        import no_such_package  # noqa: F401
+
+    def of_another_version(kernel):
+        from torch.nn import NoSuchModule  # noqa: F401
+
+    assert call_of(missing, rms_norm) == "not installed: no_such_package"
+    assert call_of(lambda kernel: None, rms_norm) == NOTHING
+    assert call_of(of_another_version, rms_norm).startswith("ImportError: cannot import name")
 
 
 def test_a_kernel_that_is_wrong_gets_no_time(tmp_path, monkeypatch):

@@ -1,0 +1,245 @@
+"""Who is faster, by how much: every suite that fits this machine, one after the other.
+
+    python -m bench                              at most 10 minutes; result files to bench/results/<device>
+    python -m bench --quick                      about a minute, to runs/bench: does everything still run?
+    python -m bench --only kernels,train_step    some of them
+    python -m bench.report                       afterwards: tables and plots from the result files
+
+Each suite is a process of its own with a time limit: one that dies, or takes the device with it, harms no other, and
+the results that are there stay. A suite that does not fit this machine says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.results import ROOT, place, read
+from nanovlm_fast.device import pick_device
+
+TOTAL = 600.0  # seconds, of all suites
+SHORTEST_LIMIT, PATIENCE = 60.0, 4.0  # a suite may take so many seconds, or so many times what is expected
+HERE = ROOT.parent.parent
+QUICK_OUT = HERE / "runs" / "bench"  # a quick run is no result to keep
+
+
+@dataclass(frozen=True)
+class Suite:
+    """`python -m bench.<name>` with options for a CPU, a GPU and --quick, the seconds they take, and what it needs.
+
+    `needs` and `quick_needs` hold 'gpu' or packages. `anywhere`: the device makes no difference and is not handed on.
+    """
+
+    name: str
+    about: str
+    full: tuple[str, ...] = ()
+    gpu: tuple[str, ...] = ()
+    quick: tuple[str, ...] = ("--quick",)
+    seconds: float = 60.0
+    quick_seconds: float = 10.0
+    needs: tuple[str, ...] = ()
+    quick_needs: tuple[str, ...] = ()
+    anywhere: bool = False
+
+    @property
+    def module(self) -> str:
+        return f"bench.{self.name}"
+
+
+TOY = ("--data", "synthetic", "--tokens", "600", "--repeats", "5")
+LOADED = ("--seconds", "2", "--repeats", "3")
+LOADED_LITTLE = ("--pictures", "32", "--seconds", "0.3", "--repeats", "2", "--workers", "0", "1")
+FEW = ("--small", "--repeats", "3", "--only", "rms_norm,rotary")
+SUITES = (
+    Suite("train_step", "a whole optimizer step against padded nanoVLM", quick=TOY, seconds=120),
+    Suite("kernels", "each kernel against its rivals", quick=FEW, seconds=120, quick_seconds=15, needs=("gpu",)),
+    Suite("attention", "attention inside packed documents"),
+    Suite("memory", "peak memory against the batch"),
+    Suite("dataloader", "images and text to packed batches", LOADED, LOADED, LOADED_LITTLE, seconds=80),
+    Suite("generate", "prefill and decoding"),
+    Suite("roofline", "the floor of a step", quick=("--preset", "tiny", "--samples", "4"), seconds=15),
+    Suite("codegen", "the kernels' machine code for sm_90", ("--write",), ("--write",), ("--write", "--only", "swiglu"),
+          seconds=30, needs=("triton",), quick_needs=("triton",), anywhere=True),
+)  # fmt: skip
+
+
+@dataclass
+class Outcome:
+    """A line of the summary. `seconds` is None where the suite did not run."""
+
+    suite: Suite
+    verdict: str
+    seconds: float | None = None
+    failed: bool = False
+    files: tuple[Path, ...] = ()
+
+
+def misfit(suite: Suite, quick: bool, on_gpu: bool) -> str | None:
+    """Why the suite cannot run here."""
+    if importlib.util.find_spec(suite.module) is None:
+        return "not here: this version has no such suite"
+    for need in suite.quick_needs if quick else suite.needs:
+        if need == "gpu" and not on_gpu:
+            return "needs a GPU"
+        if need != "gpu" and importlib.util.find_spec(need) is None:
+            return f"needs the package {need}"
+    return None
+
+
+def command(suite: Suite, quick: bool, device: str, out: Path) -> list[str]:
+    options = suite.quick if quick else suite.gpu if device.startswith("cuda") else suite.full
+    where = () if suite.anywhere else ("--device", device)
+    there = out.relative_to(HERE) if out.is_relative_to(HERE) else out  # result files hold the command
+    return [sys.executable, "-m", suite.module, *options, *where, *(() if out == ROOT else ("--out", str(there)))]
+
+
+def run(suite: Suite, call: list[str], limit: float, out: Path, tick: Callable[[float], None]) -> Outcome:
+    """Run the suite's process for at most `limit` seconds and print what it printed; `tick` hears the seconds gone."""
+    before, start = stamps(out), time.monotonic()
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(call, start_new_session=True, cwd=HERE, **pipes)
+    try:
+        while True:
+            try:
+                printed, errors = process.communicate(timeout=0.2)
+                break
+            except subprocess.TimeoutExpired:
+                tick(time.monotonic() - start)
+                if time.monotonic() - start > limit:
+                    end(process)
+                    printed, errors = process.communicate()
+                    break
+    except BaseException:
+        end(process)
+        raise
+    seconds = time.monotonic() - start
+    files = tuple(file for file, stamp in stamps(out).items() if before.get(file) != stamp)
+    return Outcome(suite, *judge(process.returncode, printed, errors, seconds, limit, files), files)
+
+
+def judge(
+    code: int, printed: str, errors: str, seconds: float, limit: float, files: tuple[Path, ...]
+) -> tuple[str, float, bool]:
+    """(verdict, seconds, whether it failed); prints the suite's table."""
+    from tqdm import tqdm
+
+    tqdm.write(printed.rstrip())
+    if seconds > limit:
+        return f"stopped after {seconds:.0f} s, its limit", seconds, True
+    if code:
+        last = [line for line in errors.splitlines() if line.strip()] or [f"exit code {code}"]
+        return f"failed: {last[-1].strip()[:200]}", seconds, True
+    return "; ".join(["ran", *(note for file in files for note in notes(file))]), seconds, False
+
+
+def notes(file: Path) -> Iterator[str]:
+    """What a reader of the summary must know of a result."""
+    try:
+        result = read(file)
+    except (OSError, ValueError) as error:
+        yield str(error)
+        return
+    if result.get("small"):
+        yield "rehearsed, not timed"
+    elif isinstance(result.get("speedup"), float):
+        yield f"{result['speedup']:.1f}x"
+    yield from result.get("machine", {}).get("warnings", ())
+
+
+def stamps(out: Path) -> dict[Path, int]:
+    """The result files below `out`, with the times they were written."""
+    return {file: file.stat().st_mtime_ns for file in sorted(out.glob("*/*.json"))}
+
+
+def end(process: subprocess.Popen) -> None:
+    """The suite and what it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def run_all(suites: list[Suite], quick: bool, device: str, out: Path, outcomes: list[Outcome]) -> None:
+    """Every suite that fits, in turn; `outcomes` grows as they finish."""
+    from tqdm import tqdm
+
+    expected = {s.name: s.quick_seconds if quick else s.seconds for s in suites}
+    why = {s.name: misfit(s, quick, device.startswith("cuda")) for s in suites}
+    total, started = sum(expected[s.name] for s in suites if not why[s.name]), time.monotonic()
+    print(f"{sum(not w for w in why.values())} suites on {device}, about {total / 60:.1f} min; results go to {out}")
+    with tqdm(total=total, disable=None, leave=False, bar_format="{desc} |{bar}| {elapsed}<{remaining}") as bar:
+        done = 0.0
+
+        def tick(seconds: float) -> None:
+            bar.n = done + min(seconds, expected[suite.name])
+            bar.refresh()
+
+        for suite in suites:
+            left = TOTAL - (time.monotonic() - started)
+            if why[suite.name] or left < 5:
+                outcomes.append(Outcome(suite, why[suite.name] or f"not run: {TOTAL / 60:.0f} minutes are over"))
+                continue
+            bar.set_description(suite.name)
+            tqdm.write(f"\n== {suite.name}: {suite.about}")
+            limit = min(max(SHORTEST_LIMIT, PATIENCE * expected[suite.name]), left)
+            outcomes.append(run(suite, command(suite, quick, device, out), limit, out, tick))
+            tqdm.write(outcomes[-1].verdict)
+            done += expected[suite.name]
+
+
+def summary_table(outcomes: list[Outcome], out: Path) -> str:
+    lines = [f"\n{'suite':12} {'seconds':>7}  {'verdict'}"]
+    for outcome in outcomes:
+        seconds = "-" if outcome.seconds is None else f"{outcome.seconds:.0f}"
+        lines.append(f"{outcome.suite.name:12} {seconds:>7}  {outcome.verdict}")
+        lines += [f"{'':22}{file.relative_to(out)}" for file in outcome.files]
+    return "\n".join(lines)
+
+
+def chosen(only: str) -> list[Suite]:
+    """Raises ValueError for an unknown name."""
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in {suite.name for suite in SUITES}]:
+        raise ValueError(f"--only {','.join(unknown)}: there are {', '.join(suite.name for suite in SUITES)}")
+    return [suite for suite in SUITES if suite.name in names or not names]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="toy sizes: about a minute in all")
+    parser.add_argument("--only", default="", help="suites, separated by commas")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the result files (default: bench/results, quick: runs/bench)"
+    )
+    args = parser.parse_args(argv)
+    out = (args.out or (QUICK_OUT if args.quick else ROOT)).resolve()
+    outcomes: list[Outcome] = []
+    try:
+        suites, device = chosen(args.only), pick_device(args.device)
+        out.mkdir(parents=True, exist_ok=True)
+        for file in place("", device, out).parent.glob("*.json"):
+            read(file)  # nothing is measured that could not be written beside what is there
+        run_all(suites, args.quick, str(device), out, outcomes)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(summary_table(outcomes, out))
+        print("error: stopped; the results above stay", file=sys.stderr)
+        return 130
+    print(summary_table(outcomes, out))
+    if not args.quick and out == ROOT:
+        print("python -m bench.report writes these results into the tables")
+    return int(any(outcome.failed for outcome in outcomes) or all(o.seconds is None for o in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""What got faster or slower from one result file to another, beyond the noise.
+
+    python -m bench.compare before.json after.json
+    python -m bench.compare before.json after.json --threshold 0.02      what counts as a regression: 2% more time
+
+Exit code 0: nothing of A is slower in B by more than the threshold and the noise. 1: something is, or has lost its time
+because it failed. 2: the files cannot be compared: another suite, work, device or schema.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.results import load, measurements
+from bench.timing import Difference, difference
+
+# what a time is of: where these differ, times do not compare
+SETTINGS = ("preset", "layers", "data", "samples", "work", "sizes", "dtype", "small", "options")
+NOT_THERE = "not in B"
+
+
+@dataclass(frozen=True)
+class Row:
+    """`speed`: how many times as fast B is as A; None if B has no time, and then `why`."""
+
+    name: str
+    before: float
+    after: float | None
+    speed: Difference | None
+    why: str = ""
+
+    @property
+    def slower_by(self) -> float:
+        """Share of time that B takes more, beyond the noise; infinite if it failed."""
+        if self.speed is None:
+            return float("inf") if self.why.startswith("failed") else 0.0
+        return 0.0 if self.speed.same else 1 / self.speed.ratio - 1
+
+
+def checked(before: Path, after: Path, any_device: bool) -> tuple[dict, dict]:
+    """Both files. Raises OSError, or ValueError if they are no results of the same suite, work and device."""
+    a, b = load(before), load(after)
+    suites = [result["suite"] for result in (a, b) if "suite" in result]  # older files do not name theirs
+    if len(set(suites)) > 1:
+        raise ValueError(f"they are results of different suites: {suites[0]} and {suites[1]}")
+    if a["device"] != b["device"] and not any_device:
+        raise ValueError(f"different devices: {a['device']} and {b['device']} (--any-device compares all the same)")
+    for name in SETTINGS:
+        if a.get(name) != b.get(name):
+            raise ValueError(f"they measured different things: {name} is {a.get(name)} and {b.get(name)}")
+    return a, b
+
+
+def settings(result: dict, path: tuple[str, ...]) -> list[Any]:
+    """What the measurement at `path` is of, from all that encloses it."""
+    found: list[Any] = []
+    for part in path:
+        result = result[part]
+        found.append({name: result[name] for name in SETTINGS if name in result})
+    return found
+
+
+def at(result: dict, path: tuple[str, ...]) -> dict:
+    """What is at the path; an empty dict if nothing is, and {'error'} of what encloses it if that failed."""
+    for part in path:
+        if "error" in result:
+            return {"error": result["error"]}
+        result = result.get(part) or {}
+        if not isinstance(result, dict):
+            return {}
+    return result
+
+
+def speed(before: dict, after: dict) -> Difference:
+    """From all times where both rows have them, else from their quartiles; a bare median counts as exact."""
+    noise = before.get("noise", 0.0) + after.get("noise", 0.0)
+    if "seconds" in before and "seconds" in after:
+        return difference(after["seconds"], before["seconds"], noise)
+    (a_low, a_high), (b_low, b_high) = (
+        (row.get("lower_quartile", row["median"]), row.get("upper_quartile", row["median"])) for row in (before, after)
+    )
+    return Difference(before["median"] / after["median"], a_low / b_high / (1 + noise), a_high / b_low * (1 + noise))
+
+
+def compare(a: dict, b: dict) -> list[Row]:
+    """A row for each measurement of A, what lost most first."""
+    rows = []
+    for path, before in measurements(a):
+        after, name = at(b, path), ".".join(part for part in path if part not in ("variants", "kernels", "providers"))
+        if "median" not in after:
+            why = f"failed in B: {after['error']}" if "error" in after else NOT_THERE
+            rows.append(Row(name, before["median"], None, None, why))
+        elif settings(a, path) != settings(b, path):
+            rows.append(Row(name, before["median"], None, None, "of other sizes in B"))
+        else:
+            rows.append(Row(name, before["median"], after["median"], speed(before, after)))
+    return sorted(rows, key=lambda row: (-row.slower_by, row.speed.ratio if row.speed else 0.0))
+
+
+def table(rows: list[Row], threshold: float) -> str:
+    width = max([11, *(len(row.name) for row in rows)])
+    lines = [f"{'measurement':{width}} {'A ms':>11} {'B ms':>11}  {'speed of B (interval)':24} verdict"]
+    for row in rows:
+        if row.speed is None:
+            lines.append(f"{row.name:{width}} {row.before * 1e3:>11,.3f} {'-':>11}  {'':24} {row.why}")
+            continue
+        verdict = "" if row.speed.same else "faster" if row.speed.ratio > 1 else "slower"
+        verdict += f", more than {threshold:.0%}" if row.slower_by > threshold else ""
+        times = f"{row.before * 1e3:>11,.3f} {row.after * 1e3:>11,.3f}"
+        lines.append(f"{row.name:{width}} {times}  {row.speed!s:24} {verdict}".rstrip())
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.splitlines()[0])
+    parser.add_argument("before", type=Path, metavar="A.json")
+    parser.add_argument("after", type=Path, metavar="B.json")
+    parser.add_argument("--threshold", type=float, default=0.05, help="share of time more that counts as a regression")
+    parser.add_argument("--any-device", action="store_true", help="compare results of different devices")
+    args = parser.parse_args(argv)
+    try:
+        a, b = checked(args.before, args.after, args.any_device)
+        if args.threshold < 0:
+            raise ValueError(f"--threshold must not be negative, got {args.threshold}")
+        rows = compare(a, b)
+        if all(row.why == NOT_THERE for row in rows):
+            raise ValueError("they have no measurement in common")
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"A: {a['commit'][:7]} of {a['date']} on {a['device']}")
+    print(f"B: {b['commit'][:7]} of {b['date']} on {b['device']}")
+    print(table(rows, args.threshold))
+    for name, result in (("A", a), ("B", b)):
+        for warning in result.get("machine", {}).get("warnings", ()):
+            print(f"{name}: {warning}")
+    regressions = [row.name for row in rows if row.slower_by > args.threshold]
+    if regressions:
+        print(f"error: slower by more than {args.threshold:.0%}: {', '.join(regressions)}", file=sys.stderr)
+    return int(bool(regressions))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

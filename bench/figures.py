@@ -1,0 +1,249 @@
+"""The pictures of bench/README.md, drawn from result files: for light and for dark pages, each with what it came from.
+
+A picture holds the digest of the files it was drawn from, so that one that is out of date is found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.results import load
+from bench.timing import difference
+
+WIDTH = 9.0  # inches; a README is some 900 pixels wide
+DPI = 130
+WHOLE = ("reference", "reference_compiled", "packed", "ours")  # whole steps; the others are ours without a technique
+
+
+@dataclass(frozen=True)
+class Theme:
+    page: str
+    text: str
+    faint: str
+    ours: str
+    others: str
+    series: tuple[str, ...]
+
+
+THEMES = {
+    "light": Theme("#ffffff", "#1f2328", "#d0d7de", "#1f6feb", "#8c959f", ("#1f6feb", "#bc4c00", "#1a7f37", "#8250df")),
+    "dark": Theme("#0d1117", "#e6edf3", "#30363d", "#58a6ff", "#8b949e", ("#58a6ff", "#f0883e", "#3fb950", "#bc8cff")),
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """`paint(axes, theme)` draws on `panels` axes side by side; saved as <stem>_light.png and <stem>_dark.png."""
+
+    stem: Path
+    alt: str
+    sources: tuple[Path, ...]
+    paint: Callable[[list, Theme], None]
+    height: float = 3.4
+    panels: int = 1
+
+    def file(self, theme: str) -> Path:
+        return self.stem.with_name(f"{self.stem.name}_{theme}.png")
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(b"".join(source.read_bytes() for source in self.sources)).hexdigest()
+
+    def stale(self) -> bool:
+        """Whether a picture is missing, or was drawn from other files than are there now."""
+        return any(source_of(self.file(theme)) != self.digest for theme in THEMES)
+
+    def write(self) -> None:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        for name, theme in THEMES.items():
+            colours = {key: theme.text for key in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")}
+            colours |= {"axes.edgecolor": theme.faint, "grid.color": theme.faint, "axes.facecolor": theme.page}
+            with plt.rc_context({**colours, "figure.facecolor": theme.page, "font.size": 10}):
+                figure, axes = plt.subplots(
+                    1, self.panels, figsize=(WIDTH, self.height), squeeze=False, layout="constrained"
+                )
+                for axis in axes[0]:
+                    axis.spines[["top", "right"]].set_visible(False)
+                    axis.grid(lw=0.6)
+                    axis.set_axisbelow(True)
+                self.paint(list(axes[0]), theme)
+                figure.savefig(self.file(name), dpi=DPI, metadata={"Source": self.digest, "Software": None})
+                plt.close(figure)
+
+
+def source_of(file: Path) -> str | None:
+    """The digest of what a picture was drawn from; None if it is not there or not from here."""
+    from PIL import Image
+
+    if not file.exists():
+        return None
+    with Image.open(file) as image:
+        return image.info.get("Source")
+
+
+def figures(folder: Path) -> list[Figure]:
+    """All that can be drawn from the results of one device."""
+    found = [speedups(file) for file in sorted(folder.glob("train_step*.json"))]
+    if (roofline := folder / "roofline.json").exists():
+        found.append(roof(roofline, folder / "kernels.json"))
+    if (memory := folder / "memory.json").exists():
+        found.append(peaks(memory))
+    if runs := sorted(folder.glob("train_tiny*.json")):
+        found.append(training(folder, runs))
+    return [figure for figure in found if figure is not None]
+
+
+def speed_over(step: dict, name: str, against: str = "reference") -> tuple[float, float, float] | None:
+    """(how many times as fast a variant of bench.train_step is, low, high); None if one of the two has no time.
+
+    Variants that were timed in pairs with a base carry the ratio to it, and then there is no interval.
+    """
+    row, other = (step["variants"].get(who, {}) for who in (name, against))
+    if "median" not in row or "median" not in other:
+        return None
+    if name == against:
+        return 1.0, 1.0, 1.0
+    if any("times_base" in r for r in step["variants"].values()):
+        ratio = other.get("times_base", 1.0) / row.get("times_base", 1.0)
+        return ratio, ratio, ratio
+    found = difference(row["seconds"], other["seconds"], row.get("noise", 0.0))
+    return found.ratio, found.low, found.high
+
+
+def speedups(file: Path) -> Figure | None:
+    """Bars: how many times as fast as the padded reference."""
+    step = load(file)
+    found = {name: speed_over(step, name) for name in WHOLE if name in step["variants"]}
+    bars = {name: value for name, value in found.items() if value}
+    if len(bars) < 2:
+        return None
+
+    def paint(axes: list, theme: Theme) -> None:
+        (axis,) = axes
+        names = list(bars)
+        for place, name in enumerate(names):
+            ratio, low, high = bars[name]
+            mine = name in ("ours", "packed")
+            axis.barh(place, ratio, height=0.6, color=theme.ours if mine else theme.others)
+            axis.plot([low, min(high, 2 * ratio)], [place, place], color=theme.text, lw=1.2)
+            axis.text(max(ratio, min(high, 2 * ratio)), place, f"  {ratio:.2f}x", va="center")
+        axis.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+        axis.invert_yaxis()
+        axis.axvline(1, color=theme.text, lw=0.8, ls=":")
+        axis.set_xlim(0, 1.15 * max(high for _, _, high in bars.values()))
+        axis.grid(visible=False, axis="y")
+        work = f"{step['work']['questions']:,} questions, {step['work']['tokens']:,} tokens"
+        layers = f", {step['layers']} layers a tower" if step.get("layers") else ""
+        axis.set_xlabel(f"questions/s against the padded reference: {step['preset']}{layers}, {work} a step")
+
+    alt = f"Speed of the variants of an optimizer step of {step['preset']} on {step['device']}"
+    return Figure(file.with_name(f"{file.stem}_speed"), alt, (file,), paint, height=1.1 + 0.36 * len(bars))
+
+
+def roof(file: Path, kernels: Path) -> Figure:
+    """FLOP/s over FLOPs a byte: the roof, the operators of a step on it, the kernels that were measured under it."""
+    result = load(file)
+    rates, sources = result["rates"], (file, kernels) if kernels.exists() else (file,)
+    measured = load(kernels) if kernels.exists() else {"small": True}
+
+    def paint(axes: list, theme: Theme) -> None:
+        (axis,) = axes
+        knee = rates["flops"] / rates["bandwidth"]
+        operators = [o for o in result["operators"] if o["flops"]]
+        kinds = sorted({o["kind"] for o in operators})
+        for colour, kind in zip(theme.series[1:], kinds, strict=False):
+            some = [o for o in operators if o["kind"] == kind]
+            size = [20 + 1500 * o["floor"] / result["floor_seconds"] for o in some]
+            x = [o["flops"] / o["bytes"] for o in some]
+            axis.scatter(x, [o["flops"] / o["floor"] for o in some], s=size, alpha=0.6, color=colour, label=kind)
+        points = [] if measured["small"] else kernel_points(measured)
+        for intensity, rate, name in points:
+            axis.scatter(intensity, rate, s=40, marker="D", color=theme.ours)
+            axis.annotate(name, (intensity, rate), xytext=(6, -4), textcoords="offset points", fontsize=8)
+        all_x = [o["flops"] / o["bytes"] for o in operators] + [p[0] for p in points] + [knee]
+        ends = [min(all_x) / 2, knee, max(all_x) * 2]
+        axis.plot(ends, [ends[0] * rates["bandwidth"], rates["flops"], rates["flops"]], color=theme.text, lw=1.2)
+        axis.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="FLOP/s")
+        moves = sum(o["floor"] for o in result["operators"] if not o["flops"]) / result["floor_seconds"]
+        axis.set_title(
+            f"{rates['flops'] / 1e12:.3g} TFLOP/s, {rates['bandwidth'] / 1e9:,.0f} GB/s; area: share of the step's"
+            f" floor. {moves:.0%} of it only moves memory and is not drawn", fontsize=10,
+        )  # fmt: skip
+        axis.legend(frameon=False, loc="lower right", markerscale=0.6)
+
+    alt = f"Roofline of a step of {result['preset']} on {result['device']}"
+    return Figure(file.with_name("roofline"), alt, sources, paint, height=3.9)
+
+
+def kernel_points(measured: dict) -> list[tuple[float, float, str]]:
+    """(FLOPs a byte, FLOP/s, name) of the forwards of our kernels."""
+    points = []
+    for name, kernel in measured["kernels"].items():
+        (moved, flops), row = kernel["cost"]["forward"], kernel["providers"].get("ours", {})
+        if "forward" in row:
+            points.append((flops / moved, flops / row["forward"]["median"], name))
+    return points
+
+
+def peaks(file: Path) -> Figure | None:
+    """Peak memory against samples a step."""
+    result = load(file)
+    lines = {
+        name: [(int(samples), row["peak_mib"]) for samples, row in rows.items() if "peak_mib" in row]
+        for name, rows in result["peaks"].items()
+    }
+    lines = {name: points for name, points in lines.items() if points}
+    if not lines:
+        return None
+
+    def paint(axes: list, theme: Theme) -> None:
+        (axis,) = axes
+        ours = iter(theme.series)
+        for name, points in lines.items():
+            colour = theme.others if name == "reference" else next(ours, theme.text)
+            label = name if name == "reference" else f"ours, recompute {name.replace('_', ' ')}"
+            axis.plot(*zip(*points, strict=True), marker="o", color=colour, label=label)
+        if result["preset"] == "nanovlm-222m" and not result["layers"]:
+            known = [(int(n), mib) for n, mib in result["published_mib"].items() if mib]
+            axis.plot(*zip(*known, strict=True), "x", color=theme.text, label="nanoVLM, published (H100)")
+        axis.set(xlabel="samples a step", ylabel="peak MiB")
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_major_formatter("{x:,.0f}")
+        axis.legend(frameon=False)
+
+    alt = f"Peak memory of a step of {result['preset']} on {result['device']}"
+    return Figure(file.with_name("memory"), alt, (file,), paint, height=3.6)
+
+
+def training(folder: Path, files: list[Path]) -> Figure:
+    """Whole runs against the clock: held-out accuracy, and the loss where the file has it."""
+    runs = {file.stem: load(file) for file in files}
+    panels = [name for name in ("loss", "curve") if any(run.get(name) for run in runs.values())]
+
+    def paint(axes: list, theme: Theme) -> None:
+        colours = [theme.series[i % len(theme.series)] for i in range(len(runs))]
+        for axis, panel in zip(axes, panels, strict=True):
+            for colour, run in zip(colours, runs.values(), strict=True):
+                points = [(seconds / 60, value) for seconds, value in run.get(panel, [])]
+                if points:
+                    marker = "o" if panel == "curve" else None
+                    label = " ".join(run["options"]) or "as it is"
+                    axis.plot(*zip(*points, strict=True), marker=marker, color=colour, lw=1.3, label=label)
+            axis.set(xlabel="minutes of training", ylabel={"loss": "loss", "curve": "held-out accuracy"}[panel])
+            axis.set_xlim(left=0)
+            if panel == "loss":
+                axis.set_yscale("log")
+        axes[-1].legend(frameon=False, loc="lower right", title="python train.py", alignment="left")
+
+    (device,) = {run["device"] for run in runs.values()}
+    alt = f"Training runs of the tiny preset on {device}, against the clock"
+    return Figure(folder / "train_tiny_clock", alt, tuple(files), paint, height=3.4, panels=len(panels))
