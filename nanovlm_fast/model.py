@@ -34,7 +34,9 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 class PatchEmbedding(nn.Module):
     """(N, 3, H, W) uint8 -> (N, P, C), as one matrix product over patches.
 
-    The pixels' normalisation, (x / 255 - mean) / std, is folded into the weights: bytes go straight into the product.
+    The pixels' normalisation, (x / 255 - mean) / std, is folded into the weights. What goes into the product is the
+    bytes less the mean's, whole numbers that bfloat16 holds exactly: were the mean left to the bias alone, the rounding
+    of the weights would count by the size of the bytes and not of what they differ from it.
     """
 
     def __init__(self, config: VLMConfig):
@@ -42,12 +44,16 @@ class PatchEmbedding(nn.Module):
         self.patch, self.grid = config.vit_patch_size, config.grid
         self.conv = nn.Conv2d(3, config.vit_hidden_dim, kernel_size=self.patch, stride=self.patch)
         self.position_embedding = nn.Parameter(torch.rand(1, self.grid**2, config.vit_hidden_dim))
-        self.scale, self.shift = 1 / (255 * config.image_std), -config.image_mean / config.image_std
+        self.centre = round(255 * config.image_mean)
+        self.scale, self.shift = (
+            1 / (255 * config.image_std),
+            (self.centre / 255 - config.image_mean) / config.image_std,
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         n, grid, patch = len(images), self.grid, self.patch
         patches = images.view(n, 3, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5)
-        patches = patches.reshape(n, grid * grid, 3 * patch * patch).to(self.conv.weight.dtype)
+        patches = patches.reshape(n, grid * grid, 3 * patch * patch).to(self.conv.weight.dtype) - self.centre
         weight = self.conv.weight.flatten(1)
         bias = self.conv.bias + self.shift * weight.sum(1)
         return F.linear(patches, weight * self.scale, bias) + self.position_embedding
