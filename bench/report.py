@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -42,15 +43,31 @@ def table(results: Path = ROOT) -> str:
             continue
         packing = f"{run['packing']:.1%} filled; {run['data_wait']:.1%} of the time waiting for data"
         rows.append(("its token budget", packing, run["device"], run["commit"][:7], "the same run"))
-    for file in sorted(results.glob("*/train_step.json")):
-        step = load(file)
-        ours, theirs = (step["variants"][name] for name in ("packed", "reference"))
-        work = f"optimizer step of `{step['preset']}` on the same {step['work']['questions']} questions, against padded"
-        rates = f"{ours['questions_per_s']:,.0f} against {theirs['questions_per_s']:,.0f} questions/s"
-        memory = f"{ours['peak_mib']:,.0f} against {theirs['peak_mib']:,.0f} MiB"
-        gain = f"**{step['speedup']:.1f}x**: {rates}, {memory}; gradients agree to {step['parity']['gradient']:.0e}"
-        rows.append((work, gain, step["device"], step["commit"][:7], "`python -m bench.train_step`"))
+    for file in sorted(results.glob("*/train_step*.json")):
+        rows.append(step_row(load(file)))
     return markdown(rows)
+
+
+def step_row(step: dict) -> tuple[str, ...]:
+    """A result of bench.train_step against its reference, and against that compiled where it was."""
+    theirs = step["variants"].get("reference", {})
+    ours = step["variants"].get("ours") or step["variants"]["packed"]  # its name in older files
+    depth = step.get("layers", 0)
+    layers = f" cut to {depth} layer{'s' * (depth > 1)} a tower" if depth else ""
+    questions = step["work"]["questions"]
+    what = f"optimizer step of `{step['preset']}`{layers} on the same {questions:,} questions, against padded"
+
+    def both(name: str, form: Callable[[float], str]) -> str:
+        return " against ".join(form(row[name]) if name in row else "-" for row in (ours, theirs))
+
+    compiled = step.get("speedup_over_compiled")
+    gain = f"**{step['speedup']:.1f}x**" if "speedup" in step else "-"
+    gain += f" ({compiled:.1f}x with the reference compiled)" if compiled else ""
+    gain += f": {both('questions_per_s', lambda rate: f'{rate:,.{1 if rate < 100 else 0}f}')} questions/s"
+    gain += f", MFU {both('mfu', '{:.1%}'.format)}" if "mfu" in ours else ""
+    gain += f", {both('peak_mib', '{:,.0f}'.format)} MiB; gradients agree to {step['parity']['gradient']:.0e}"
+    options = step["command"].split("bench.train_step", 1)[-1]
+    return what, gain, step["device"], step["commit"][:7], f"`python -m bench.train_step{options}`"
 
 
 def kernel_table(results: Path = ROOT) -> str:

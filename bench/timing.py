@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -13,11 +14,16 @@ def interleave(
     variants: dict[str, Callable[[], object]],
     repeats: int,
     warmup: int = 1,
-    progress: Callable[[], None] = lambda: None,
+    deadline: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Seconds of every call: A B C A B C ..., after `warmup` rounds that do not count, device work included."""
+    """Seconds of every call: A B C A B C ..., after `warmup` rounds that do not count, device work included.
+
+    After `deadline`, of `time.perf_counter`, no round begins but the first three that count.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for round_ in range(warmup + repeats):
+        if round_ >= warmup + 3 and time.perf_counter() > deadline:
+            break
         for name, call in variants.items():
             synchronize()
             start = time.perf_counter()
@@ -25,7 +31,6 @@ def interleave(
             synchronize()
             if round_ >= warmup:
                 seconds[name].append(time.perf_counter() - start)
-            progress()
     return seconds
 
 

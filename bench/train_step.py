@@ -1,216 +1,311 @@
-"""One optimizer step on the same questions: the padded reference against the packed model.
+"""One optimizer step on the same samples: nanoVLM's padded way against ours, and ours without each of its techniques.
 
-    python -m bench.train_step --preset tiny --data easy_vqa
+    python -m bench.train_step                                    preset tiny on easy-VQA
+    python -m bench.train_step --preset nanovlm-222m              the seed's model; batch 256 on a GPU
+    python -m bench.train_step --preset nanovlm-222m --layers 2   full width, two layers a tower: a CPU's share
 
-Both start from the same weights and see the same images and questions: the reference as nanoVLM v0.1 trains, a padded
-row a question with its own copy of the image; ours packed, an image encoded once for all its questions. Variants run
-in turn in one process. No time is reported unless losses and gradients agree.
+`reference` trains as nanoVLM v0.1 does (bench/variants.py), `reference_compiled` is the same under torch.compile;
+`ours` is the fast path, on a GPU compiled and replayed as CUDA graphs. The other rows are ours with one technique
+switched off, or with recomputation. Every row is compared with the float32 reference in this process first, and gets a
+time only if losses and gradients agree. Tokens are real ones, image and text: padding never counts. A question is what
+nanoVLM calls a sample.
+
+Rows are timed in pairs, in turn: each together with ours, and what a technique is worth is the ratio within the pair.
+On a GPU the other half of the pairs is ours compiled but without graphs, which is the row `graphs`: graphs hold their
+memory for good, and beside the reference's 65 GB there may be no room for them. The price of that choice is small, for
+at the sizes of a GPU run the launches hide behind the work. Eager mode would be cheaper to ablate, and wrong: there a
+technique is worth what a compiler does as well.
+
+Each compiled row costs about a minute of compiling before its first step, so `--budget-s` goes first to the references
+and ours, then to what compiles nothing anew; techniques that need a compilation of their own and no longer fit are
+listed as not run. A second run finds the compiler's cache. Once the budget is spent, a pair is timed three times. The
+result file is written after every row, and beside it a plot at the end.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import multiprocessing
+import gc
 import sys
-from collections.abc import Callable
+import time
 from pathlib import Path
 
 import torch
-from torch import nn
-from tqdm import tqdm
 
+from bench.memory import peak_of_process
+from bench.plots import waterfall
 from bench.results import write
 from bench.timing import interleave, summary
-from nanovlm_fast import reference
-from nanovlm_fast.config import VLMConfig, preset
-from nanovlm_fast.data.sources import load_source, texts
-from nanovlm_fast.data.stream import SampleLoader, measure_budget
-from nanovlm_fast.data.text import TextProcessor, Tokenizer
-from nanovlm_fast.device import pick_device
-from nanovlm_fast.model import VisionLanguageModel
-from nanovlm_fast.packing import Packer, Sample, pack, pad
+from bench.variants import Judge, Packed, Padded, Recipe, Step, Workbench, ablation
+from bench.workload import load_work
+from nanovlm_fast.device import pick_device, pick_dtype
+from nanovlm_fast.metrics import peak_flops
 
-VARIANTS = ("reference", "packed")
+MAIN = ("reference", "reference_compiled", "ours")
+WARMUP = 1  # rounds of a pair that do not count
 
 
-def load_samples(args: argparse.Namespace) -> tuple[VLMConfig, list[Sample], object]:
-    """One packed batch worth of examples with all their questions, and the budget they fill."""
-    model, train = preset(args.preset)
-    train = dataclasses.replace(
-        train, data=args.data, tokens_per_batch=args.tokens, questions_per_image=0, augment="none"
-    )
-    source = load_source(args.data, "train")
-    tokenizer = Tokenizer.train(texts(source, model.prompt), model.lm_vocab_size)
-    text = TextProcessor(tokenizer, model.prompt, model.image_tokens, "independent")
-    load = SampleLoader(source, model, train, text)
-    budget = measure_budget(load, train)
-    packer = Packer(budget)
-    for index in range(min(train.look_ahead, len(source))):
-        packer.add(load(index))
-    return model, packer.next(), budget
+class Failed(RuntimeError):
+    """Ours does not compute the reference's step."""
 
 
-class Step:
-    """Forward, backward and AdamW update of one variant, and what they answer for."""
-
-    def __init__(self, variant: str, args: argparse.Namespace):
-        self.config, self.samples, budget = load_samples(args)
-        self.variant, self.device = variant, torch.device(args.device)
-        torch.manual_seed(0)
-        packed = VisionLanguageModel(self.config)
-        config = self.config
-        for weight in (p for name, p in packed.named_parameters() if name.endswith("weight")):
-            if not weight.any():  # branches that start at zero would hide the gradients behind them
-                nn.init.normal_(weight, std=0.02)
-        if variant == "packed":
-            self.model = packed.to(self.device)
-            self.batch = pack(self.samples, budget, config.image_tokens, config.vit_img_size).to(self.device).trimmed()
-        else:
-            self.model = reference.VisionLanguageModel(config)
-            self.model.load_state_dict(packed.reference_state_dict())
-            self.model.to(self.device)
-            longest = max(int((d.image_rows < 0).sum()) for s in self.samples for d in s.documents)
-            self.batch = pad(self.samples, max(config.lm_max_length, longest))
-            pixels = self.batch.images.float() / 255  # v0.1 hands float images to the step
-            self.pixels = ((pixels - config.image_mean) / config.image_std).to(self.device)
-            self.rows = [
-                t.to(self.device) for t in (self.batch.input_ids, self.batch.attention_mask, self.batch.targets)
-            ]
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-
-    def loss(self) -> torch.Tensor:
-        if self.variant == "packed":
-            return self.model(self.batch) / self.batch.n_labels
-        input_ids, mask, targets = self.rows
-        return self.model(input_ids, self.pixels, mask, targets)[1]
-
-    def gradients(self) -> tuple[float, dict[str, torch.Tensor]]:
-        """The loss, and every gradient under the reference's names."""
-        loss = self.loss()
-        loss.backward()
-        grads = {name: p.grad for name, p in self.model.named_parameters()}
-        if self.variant == "packed":
-            grads = self.model.by_reference_name(grads)
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.item(), grads
-
-    def __call__(self) -> None:
-        self.loss().backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+def make_bench(args: argparse.Namespace) -> Workbench:
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    work = load_work(args.preset, args.data, args.samples, args.layers, device.type == "cuda")
+    return Workbench(work, device, pick_dtype(args.dtype, device))
 
 
-def parity(steps: dict[str, Step], tolerance: float) -> dict[str, float | bool]:
-    """Relative difference of the losses, and the largest one of any gradient."""
-    (expected, theirs), (loss, ours) = steps["reference"].gradients(), steps["packed"].gradients()
-    worst = max(((ours[n] - g).norm() / g.norm().clamp(min=1e-12)).item() for n, g in theirs.items())
-    difference = abs(loss - expected) / abs(expected)
-    return {"loss": difference, "gradient": worst, "passed": max(difference, worst) <= tolerance}
+def make_step(bench: Workbench, name: str, recipe: Recipe) -> Step:
+    if name.startswith("reference"):
+        return Padded(bench, compiled=name == "reference_compiled")
+    return Packed(bench, recipe)
 
 
-def _peak(variant: str, args: argparse.Namespace, queue) -> None:
+def make_alone(args: argparse.Namespace, name: str, recipe: Recipe) -> Step:
+    """The step in a process that has nothing but it."""
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    step = Step(variant, args)
-    before = _resident("VmRSS")
-    with contextlib.suppress(OSError):  # start the high-water mark anew, where the kernel lets us
-        Path("/proc/self/clear_refs").write_text("5")
-    step()
-    step()
-    queue.put((_resident("VmHWM") - before) / 2**10)
+    return make_step(make_bench(args), name, recipe)
 
 
-def _resident(field: str) -> int:
-    """KiB, from this process's status (Linux)."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[field].split()[0])
+class Comparison:
+    """The rows of a result, one after the other."""
 
-
-def peak_memory(variant: str, args: argparse.Namespace, step: Callable[[], None]) -> float:
-    """MiB that two steps add: of the device on a GPU, of a fresh process on a CPU."""
-    if torch.device(args.device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_peak, args=(variant, args, queue))
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise RuntimeError(f"measuring the memory of {variant} failed with exit code {process.exitcode}")
-    return queue.get()
-
-
-def compare(args: argparse.Namespace) -> dict:
-    """Parity, then times and memory of both variants."""
-    steps = {variant: Step(variant, args) for variant in VARIANTS}
-    agreement = parity(steps, args.tolerance)
-    samples = steps["packed"].samples
-    questions, tokens = sum(len(s.documents) for s in samples), sum(s.tokens for s in samples)
-    result = {
-        "preset": args.preset,
-        "data": args.data,
-        "work": {"images": len(samples), "questions": questions, "tokens": tokens},
-        "parity": agreement,
-        "variants": {},
-    }
-    if not agreement["passed"]:
-        return result
-    with tqdm(total=(args.repeats + 2) * len(steps), desc="steps", leave=False) as bar:
-        seconds = interleave(steps, args.repeats, warmup=2, progress=bar.update)
-    for variant in VARIANTS:
-        times = summary(seconds[variant])
-        result["variants"][variant] = {
-            **times,
-            "seconds": seconds[variant],
-            "questions_per_s": questions / times["median"],
-            "tokens_per_s": tokens / times["median"],
-            "peak_mib": peak_memory(variant, args, steps[variant]),
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.started = args, time.perf_counter()
+        self.bench = make_bench(args)
+        self.device, self.work = self.bench.device, self.bench.work
+        self.peak_flops = peak_flops(self.device, self.bench.dtype)
+        self.on_gpu = self.device.type == "cuda"
+        self.ours = Recipe(attention=args.attention, kernels=args.kernels, compile=args.compile)
+        self.base = dataclasses.replace(self.ours, compile="default") if self.graphs else self.ours
+        self.base_name = "graphs" if self.graphs else "ours"
+        switches, unused = ablation(self.base, self.bench)
+        if not self.graphs:
+            unused["graphs"] = f"--compile {args.compile}" if self.on_gpu else "there are none on a CPU"
+        self.switches = {name: recipe for name, recipe in switches.items() if self.wanted(name)}
+        self.rows: dict[str, dict] = {}
+        self.slowest_compile = 0.0
+        self.result = {
+            "preset": args.preset,
+            "layers": args.layers,
+            "data": args.data,
+            "work": self.work.summary(),
+            "dtype": str(self.bench.dtype)[6:],
+            "recipe": {**dataclasses.asdict(self.ours), "operations": str(self.bench.forward_of(self.base)[0].ops)},
+            "peak_flops": self.peak_flops,
+            "variants": self.rows,
+            "not_applicable": unused,
+            "not_run": {},
         }
-    result["speedup"] = result["variants"]["reference"]["median"] / result["variants"]["packed"]["median"]
-    return result
+        unknown = set(args.variants) - {*MAIN, "graphs", *switches, *unused, "all"}
+        if unknown:
+            known = ", ".join([*MAIN, "graphs", *switches])
+            raise ValueError(f"--variants {','.join(sorted(unknown))}: there are all, {known}")
+
+    @property
+    def graphs(self) -> bool:
+        return self.ours.compile == "reduce-overhead"
+
+    def wanted(self, name: str) -> bool:
+        return "all" in self.args.variants or name in self.args.variants
+
+    def left(self) -> float:
+        """Seconds of the budget."""
+        return self.args.budget_s - (time.perf_counter() - self.started)
+
+    def run(self) -> dict:
+        """Everything. Raises Failed if ours does not compute the reference's step."""
+        print(self.result["recipe"]["operations"])
+        print("step on {tokens:,} tokens, {padded_waste:.0%} of the padded rows wasted".format(**self.result["work"]))
+        print(HEADER)
+        self.judge = Judge(Padded(self.bench), self.bench.dtype, self.args.tolerance)
+        stages = 1 + self.graphs + self.wanted("reference_compiled") + len(self.switches)
+        base = self.prepare(self.base_name, self.base)
+        if base is None:
+            raise Failed(self.rows[self.base_name]["error"])
+        self.compare("reference", self.base, base, stages)
+        if "median" not in self.rows[self.base_name]:  # there was no reference to be timed with
+            self.time({self.base_name: base}, time.perf_counter() + self.left() / stages)
+        self.print_row(self.base_name)
+        self.save()
+        if self.wanted("reference_compiled"):
+            self.compare("reference_compiled", self.base, base, stages := stages - 1)
+        self.bench.padded = None  # room on the device
+        if self.graphs:
+            self.compare("ours", self.ours, base, stages := stages - 1)
+            if not self.rows["ours"].get("parity", {"passed": True})["passed"]:
+                raise Failed(self.rows["ours"]["error"])
+            if "error" in self.rows["ours"]:  # graphs could not be recorded: train.py would run without them
+                self.rows["ours"] = {**self.rows[self.base_name], "fell_back": self.rows["ours"]["error"]}
+                self.print_row("ours")
+                self.save()
+        for name, recipe in self.switches.items():
+            self.compare(name, recipe, base, stages := stages - 1)
+        return self.result
+
+    def prepare(self, name: str, recipe: Recipe) -> Step | None:
+        """Build the step, compare it, take it once; None, and the row says why, if anything of that fails."""
+        row = self.rows[name] = {}
+        began, compiled = time.perf_counter(), self.compiles(name, recipe)
+        before = self.allocated() if self.on_gpu else 0
+        if not name.startswith("reference") and recipe.fused_optimizer:
+            before -= self.bench.optimizer_bytes()  # a part of what the step needs, if already there
+        try:
+            step = make_step(self.bench, name, recipe)
+            for _ in range(3 if recipe.compile == "reduce-overhead" else 1):  # plainly, recorded, replayed
+                row["parity"] = self.judge(step)
+            if not row["parity"]["passed"]:
+                row["error"] = "not the reference's step: {loss:.1e} in the loss, {gradient:.1e} in a gradient, " \
+                    "{of_allowed:.1f} times what is allowed".format(**row["parity"])  # fmt: skip
+                return None
+            step()
+            if self.on_gpu:
+                weights = sum(p.numel() * p.element_size() for p in step.model.parameters())
+                row["peak_mib"] = (torch.cuda.max_memory_allocated() - before + weights) / 2**20
+            elif not compiled and (peak := peak_of_process(make_alone, self.args, name, recipe)) is not None:
+                row["peak_mib"] = peak  # with a compiler its own memory would be in it
+            return step
+        except Exception as error:  # a variant that cannot run is a row of the table, not the end of it
+            row["error"] = reason(error)
+            return None
+        finally:
+            if compiled:
+                self.slowest_compile = max(self.slowest_compile, time.perf_counter() - began)
+
+    def allocated(self) -> int:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+
+    def compiles(self, name: str, recipe: Recipe) -> bool:
+        """Whether the row waits for a compiler (ours without one technique may share what ours compiled)."""
+        same = dataclasses.replace(recipe, fused_optimizer=True, prefetch=True) == self.base and self.base_name != name
+        return name == "reference_compiled" or (name != "reference" and recipe.compile != "none" and not same)
+
+    def compare(self, name: str, recipe: Recipe, base: Step, stages: int) -> None:
+        """Prepare the row and time it in turn with the base, in a `stages`-th of the time that is left."""
+        if name not in MAIN and self.compiles(name, recipe) and self.left() < self.slowest_compile:
+            self.result["not_run"][name] = f"compiling it was over --budget-s {self.args.budget_s:.0f}"
+            return
+        step, deadline = self.prepare(name, recipe), time.perf_counter() + self.left() / stages
+        if step is not None:
+            try:
+                self.time({name: step, self.base_name: base}, deadline)
+            except torch.OutOfMemoryError as error:  # there was room for each, but not for both
+                self.rows[name] = {"error": reason(error)}
+        self.print_row(name)
+        self.save()
+
+    def time(self, steps: dict[str, Step], deadline: float) -> None:
+        """Enter the times of steps taken in turn, the last of them the base, which keeps those of its first time."""
+        seconds = interleave(steps, self.args.repeats, WARMUP, deadline)
+        times = {name: summary(each) for name, each in seconds.items()}
+        for name, median in ((name, times[name]["median"]) for name in steps):
+            if "median" not in self.rows[name]:
+                rates = self.work.rates(median, self.peak_flops)
+                self.rows[name] |= {**times[name], "seconds": seconds[name], **rates}
+            if name != self.base_name:
+                self.rows[name]["times_base"] = median / times[self.base_name]["median"]
+
+    def save(self) -> Path:
+        """Write what there is, with what the report reads: the parity of ours, and how much faster it is."""
+        ours = self.rows.get("ours", {})
+        if "median" in ours:
+            self.result["parity"] = ours["parity"]
+            for key, name in (("speedup", "reference"), ("speedup_over_compiled", "reference_compiled")):
+                if times := self.rows.get(name, {}).get("times_base"):
+                    self.result[key] = times / ours.get("times_base", 1.0)
+        return write(result_name(self.args), self.device, self.result, self.args.out)
+
+    def print_row(self, name: str) -> None:
+        row = self.rows[name]
+        label = name if name in MAIN else f"ours, {name}" if name.startswith("recompute") else f"ours without {name}"
+        if "median" not in row:
+            print(f"{label:34} {row.get('error', '')}")
+            return
+        times = " ".join(f"{row[part] * 1e3:>8,.1f}" for part in ("median", "lower_quartile", "upper_quartile"))
+        rates = " ".join(f"{row[f'{what}_per_s']:>10,.0f}" for what in ("questions", "tokens", "labels", "images"))
+        mfu = f"{row['mfu']:>6.1%}" if "mfu" in row else f"{'-':>6}"
+        memory = f"{row['peak_mib']:>9,.0f}" if "peak_mib" in row else f"{'-':>9}"
+        share = f"{row.get('times_base', 1.0):>6.2f}"
+        print(f"{label:34} {times} {share} {rates} {mfu} {memory} {row['parity']['gradient']:>8.0e}")
 
 
-def table(result: dict) -> str:
-    lines = [f"{'':12} {'step ms':>16} {'questions/s':>12} {'tokens/s':>10} {'peak MiB':>9}"]
-    for name, row in result["variants"].items():
-        spread = f"{row['median'] * 1e3:.0f} ({row['lower_quartile'] * 1e3:.0f}-{row['upper_quartile'] * 1e3:.0f})"
-        rates = f"{row['questions_per_s']:>12,.0f} {row['tokens_per_s']:>10,.0f}"
-        lines.append(f"{name:12} {spread:>16} {rates} {row['peak_mib']:>9,.0f}")
-    agreement = result["parity"]
-    lines.append(f"parity: loss {agreement['loss']:.1e}, worst gradient {agreement['gradient']:.1e} (relative)")
-    return "\n".join(lines)
+HEADER = (
+    f"{'':34} {'step ms':>8} {'quarter':>8} {'3/4':>8} {'x base':>6} {'quest./s':>10} {'tokens/s':>10} "
+    f"{'labels/s':>10} {'images/s':>10} {'MFU':>6} {'peak MiB':>9} {'gradient':>8}"
+)
 
 
-def main(argv: list[str] | None = None) -> int:
+def reason(error: Exception) -> str:
+    """A line for a row."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:3])}"[:300]
+
+
+def result_name(args: argparse.Namespace) -> str:
+    preset = "" if args.preset == "tiny" else f"_{args.preset}"
+    layers = f"_{args.layers}layer{'s' * (args.layers > 1)}" if args.layers else ""
+    return f"train_step{preset}{layers}"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.train_step", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="tiny")
-    parser.add_argument("--data", default="easy_vqa")
-    parser.add_argument("--tokens", type=int, default=5120, help="token budget of the packed batch")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--layers", type=int, default=0, help="of each tower, at full width; 0: the preset's")
     parser.add_argument(
-        "--tolerance", type=float, default=1e-4, help="relative, on the loss and every gradient (float32)"
+        "--data", default="", help="as train.py's, or cauldron_like; default: easy_vqa for tiny, else that"
     )
+    parser.add_argument("--samples", type=int, default=0, help="a step; 0: 256 on a GPU, 16 on a CPU, 32 of a data set")
+    parser.add_argument("--variants", default="all", help="rows beside reference and ours, separated by commas")
+    parser.add_argument("--no-ablation", action="store_true", help="the references and ours alone")
+    parser.add_argument("--compile", default="auto", choices=("auto", "none", "default", "reduce-overhead"))
+    parser.add_argument("--kernels", default="auto", help="as train.py's")
+    parser.add_argument("--attention", default="auto", help="as train.py's")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--repeats", type=int, default=15, help="timed rounds of a pair, at most")
+    parser.add_argument("--budget-s", type=float, default=0.0, help="seconds in all; 0: 240 on a GPU, 600 on a CPU")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="relative, in float32")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
     args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads or torch.get_num_threads())
+    args.device = str(pick_device(args.device))
+    on_gpu = args.device.startswith("cuda")
+    args.variants = MAIN if args.no_ablation else tuple(args.variants.split(","))
+    args.budget_s = args.budget_s or (240.0 if on_gpu else 600.0)
+    args.data = args.data or ("easy_vqa" if args.preset == "tiny" else "cauldron_like")
+    if args.compile == "auto":
+        args.compile = "reduce-overhead" if on_gpu else "none"
+    if args.compile == "reduce-overhead" and not on_gpu:
+        raise ValueError("--compile reduce-overhead replays CUDA graphs and needs a GPU")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
     try:
-        args.device = str(pick_device(args.device))
-        result = compare(args)
+        args = parse(argv)
+        torch.set_num_threads(args.threads or torch.get_num_threads())
+        comparison = Comparison(args)
+        result = comparison.run()
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(table(result))
-    if not result["parity"]["passed"]:
-        print("error: the variants do not compute the same step; no time is reported", file=sys.stderr)
+    except Failed as error:
+        print(f"error: ours gets no time: {error}", file=sys.stderr)
         return 1
-    print(f"packed answers {result['speedup']:.1f} times as many questions a second")
-    print(f"written: {write('train_step', torch.device(args.device), result, args.out)}")
+    for name, why in {**result["not_applicable"], **result["not_run"]}.items():
+        print(f"{name}: {'not run' if name in result['not_run'] else 'not applicable'}, {why}")
+    for key, against in (("speedup", "the padded reference"), ("speedup_over_compiled", "it under torch.compile")):
+        if key in result:
+            print(f"ours answers {result[key]:.1f} times as many questions a second as {against}")
+    file = comparison.save()
+    waterfall(result, file.with_suffix(".png"))
+    print(f"written: {file} and {file.with_suffix('.png').name}")
     return 0
 
 

@@ -215,6 +215,18 @@ class VisionLanguageModel(nn.Module):
         self.decoder = LanguageModel(config)
         init_weights(self, config)
 
+    def hidden(self, input_ids: Tensor, images: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+        """(B, image tokens + S, C): normalised hidden states; arguments as in `forward`."""
+        x = self.decoder.token_embedding(input_ids)
+        valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if images is not None:
+            batch = input_ids.shape[0]
+            image_tokens = self.MP(self.vision_encoder(images.reshape(-1, *images.shape[-3:])))
+            image_tokens = image_tokens.reshape(batch, -1, x.shape[-1])
+            x = torch.cat([image_tokens, x], dim=1)
+            valid = torch.cat([valid.new_ones(batch, image_tokens.shape[1]), valid], dim=1)
+        return self.decoder(x, valid.bool())
+
     def forward(
         self,
         input_ids: Tensor,
@@ -228,15 +240,7 @@ class VisionLanguageModel(nn.Module):
         attention_mask (B, S), 1 for real tokens; targets (B, S) int64, the *next* token of each position, or -100.
         Returns logits (B, S, V) and a scalar or None.
         """
-        x = self.decoder.token_embedding(input_ids)
-        valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if images is not None:
-            batch = input_ids.shape[0]
-            image_tokens = self.MP(self.vision_encoder(images.reshape(-1, *images.shape[-3:])))
-            image_tokens = image_tokens.reshape(batch, -1, x.shape[-1])
-            x = torch.cat([image_tokens, x], dim=1)
-            valid = torch.cat([valid.new_ones(batch, image_tokens.shape[1]), valid], dim=1)
-        hidden = self.decoder(x, valid.bool())
+        hidden = self.hidden(input_ids, images, attention_mask)
         logits = self.decoder.head(hidden[:, -input_ids.shape[1] :])
         if targets is None:
             return logits, None

@@ -3,45 +3,22 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
 
-from bench import kernels, report, train_step
+from bench import kernels, report
 from bench.timing import interleave, summary
-
-
-def test_train_step_compares_and_writes(tmp_path, capsys):
-    arguments = ["--data", "synthetic", "--tokens", "600", "--repeats", "2", "--device", "cpu", "--out", str(tmp_path)]
-    assert train_step.main(arguments) == 0
-    (file,) = tmp_path.glob("*/train_step.json")
-    result = json.loads(file.read_text())
-    assert result["parity"]["passed"] and result["parity"]["gradient"] < 1e-4
-    assert {"device", "commit", "command", "torch", "date"} <= set(result)
-    assert result["variants"].keys() == {"reference", "packed"} and len(result["variants"]["packed"]["seconds"]) == 2
-    assert all(row["peak_mib"] > 0 for row in result["variants"].values())
-    assert "times as many questions" in capsys.readouterr().out
-
-
-def test_no_time_without_parity(tmp_path, capsys, monkeypatch):
-    loss = train_step.Step.loss
-    monkeypatch.setattr(train_step.Step, "loss", lambda self: loss(self) * (1.01 if self.variant == "packed" else 1))
-    assert train_step.main(["--data", "synthetic", "--tokens", "600", "--device", "cpu", "--out", str(tmp_path)]) == 1
-    assert not list(tmp_path.rglob("*.json")) and "no time is reported" in capsys.readouterr().err
 
 
 def test_variants_take_turns():
     calls: list[str] = []
     seconds = interleave({name: lambda n=name: calls.append(n) for name in "ab"}, repeats=3, warmup=1)
     assert calls == list("abababab") and [len(times) for times in seconds.values()] == [3, 3]
+    seconds = interleave({"a": lambda: None}, repeats=9, deadline=time.perf_counter() - 1)
+    assert len(seconds["a"]) == 3, "late or not, three rounds"
     assert summary([1.0, 2.0, 9.0])["median"] == 2.0 and summary([5.0])["median"] == 5.0
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_train_step_on_the_gpu(tmp_path):
-    arguments = ["--data", "synthetic", "--tokens", "2048", "--repeats", "3", "--out", str(tmp_path)]
-    assert train_step.main([*arguments, "--tolerance", "1e-3"]) == 0
 
 
 def test_the_readme_says_what_the_result_files_say():
@@ -52,7 +29,7 @@ def test_a_stale_table_or_a_file_without_origin_is_found(tmp_path):
     result = dict(device="X", date="d", commit="abcdef123", command="c", torch="2", preset="tiny", speedup=5.0)
     result |= dict(work={"questions": 7}, parity={"gradient": 1e-6})
     row = {"questions_per_s": 10.0, "peak_mib": 3.0}
-    result["variants"] = {"packed": row, "reference": row}
+    result["variants"] = {"ours": row, "reference": row}
     (tmp_path / "x").mkdir()
     file = tmp_path / "x" / "train_step.json"
     file.write_text(json.dumps(result))

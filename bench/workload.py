@@ -1,0 +1,128 @@
+"""What a step trains on: documents drawn like The Cauldron's in nanoVLM's recipe, or those of a data set.
+
+`cauldron_like` makes one image and one question a sample: 49 image tokens first, then a prompt and an answer. Lengths
+are log-normal, prompts with a median of 16 tokens and a sigma of 0.4, answers (their end-of-sequence token among them)
+with a median of 7.5 and a sigma of 1.0; what would not fit nanoVLM's 79 text tokens is cut. So a sample has 78 tokens
+on average, 12 of them labelled, and 39% of rows of 128 are padding. Pixels and token ids are noise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from nanovlm_fast.config import VLMConfig, preset
+from nanovlm_fast.data.sources import load_source, texts
+from nanovlm_fast.data.stream import SampleLoader
+from nanovlm_fast.data.text import TextProcessor, Tokenizer
+from nanovlm_fast.metrics import step_flops
+from nanovlm_fast.packing import IGNORE, Document, Sample
+
+PROMPT, ANSWER = (16.0, 0.4), (7.5, 1.0)  # median and sigma of their log-normal lengths, in tokens
+SHORTEST_PROMPT, SHORTEST_ANSWER = 6, 2  # "Question: why? Answer:"; a word and the end of the sequence
+
+
+@dataclass
+class Work:
+    """The samples of one optimizer step, and what is real in them: the same counts whatever a variant makes of it."""
+
+    config: VLMConfig
+    samples: list[Sample]
+
+    @cached_property
+    def documents(self) -> list[Document]:
+        return [document for sample in self.samples for document in sample.documents]
+
+    @property
+    def text_length(self) -> int:
+        """Text tokens that the reference pads every row to."""
+        longest = max(int((document.image_rows < 0).sum()) for document in self.documents)
+        return max(self.config.lm_max_length, longest)
+
+    @property
+    def row_length(self) -> int:
+        """All tokens of a padded row."""
+        shown = max(int((document.image_rows >= 0).sum()) for document in self.documents)
+        return shown + self.text_length
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Real tokens (text and image, no padding), labelled ones, images, questions."""
+        return {
+            "tokens": sum(len(document) for document in self.documents),
+            "labels": sum(sample.labels for sample in self.samples),
+            "images": sum(len(sample.images) for sample in self.samples),
+            "questions": len(self.documents),
+        }
+
+    @property
+    def flops(self) -> int:
+        """Model FLOPs of a step: useful work only, see `step_flops`."""
+        counts, pairs = self.counts, sum(len(d) * (len(d) + 1) // 2 for d in self.documents)
+        return step_flops(self.config, counts["images"], counts["tokens"], counts["labels"], pairs)
+
+    @property
+    def waste(self) -> float:
+        """Share of the reference's positions that are padding."""
+        return 1 - self.counts["tokens"] / (self.row_length * len(self.documents))
+
+    def rates(self, seconds: float, peak: float | None) -> dict[str, float]:
+        """What a step of so many seconds gets done in one; with the device's `peak` FLOP/s the share of it, `mfu`."""
+        values = {f"{name}_per_s": count / seconds for name, count in self.counts.items()}
+        values["tflops_per_s"] = self.flops / seconds / 1e12
+        return values | ({"mfu": self.flops / seconds / peak} if peak else {})
+
+    def summary(self) -> dict[str, float]:
+        return {**self.counts, "row_length": self.row_length, "padded_waste": self.waste, "flops": self.flops}
+
+
+def load_work(
+    preset_name: str, data: str = "", samples: int = 0, layers: int = 0, on_gpu: bool = False, seed: int = 0
+) -> Work:
+    """Work for a preset; empty and zero options take the defaults: `data` easy_vqa for tiny and cauldron_like else,
+    `samples` 32 of a data set, of cauldron_like 256 on a GPU and 16 on a CPU, `layers` the preset's.
+
+    Raises ValueError for an unknown preset or data set, and for numbers below zero.
+    """
+    config, train = preset(preset_name)
+    data = data or ("easy_vqa" if preset_name == "tiny" else "cauldron_like")
+    for option, value in (("samples", samples), ("layers", layers)):
+        if value < 0:
+            raise ValueError(f"--{option} must be positive, or 0 for the default, got {value}")
+    if layers:
+        config = dataclasses.replace(config, vit_n_blocks=layers, lm_n_blocks=layers)
+    if data == "cauldron_like":
+        return Work(config, cauldron_like(config, samples or (256 if on_gpu else 16), seed))
+    source = load_source(data, "train")
+    tokenizer = Tokenizer.train(texts(source, config.prompt), config.lm_vocab_size)
+    text = TextProcessor(tokenizer, config.prompt, config.image_tokens, "independent")
+    train = dataclasses.replace(train, data=data, questions_per_image=0, augment="none", seed=seed)
+    load = SampleLoader(source, config, train, text)
+    return Work(config, [load(position) for position in range(min(samples or 32, len(source)))])
+
+
+def draw_lengths(rng: np.random.Generator, count: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """(count,) prompt and answer lengths in tokens, together at most `longest`."""
+    prompt, answer = (np.rint(rng.lognormal(np.log(median), sigma, count)) for median, sigma in (PROMPT, ANSWER))
+    prompt = prompt.clip(SHORTEST_PROMPT, longest - SHORTEST_ANSWER).astype(int)
+    return prompt, np.minimum(answer.clip(SHORTEST_ANSWER), longest - prompt).astype(int)
+
+
+def cauldron_like(config: VLMConfig, count: int, seed: int = 0) -> list[Sample]:
+    """`count` samples of one image and one question; deterministic. Text is at most config.lm_max_length tokens."""
+    rng, shown, size = np.random.default_rng(seed), config.image_tokens, config.vit_img_size
+    samples = []
+    for i, (prompt, answer) in enumerate(zip(*draw_lengths(rng, count, config.lm_max_length), strict=True)):
+        length = shown + prompt + answer
+        ids = rng.integers(0, config.lm_vocab_size, length)
+        ids[:shown] = 0
+        rows = np.arange(length, dtype=np.int32)
+        rows[shown:] = -1
+        labels = np.full(length, IGNORE, np.int64)
+        labels[-answer - 1 : -1] = ids[-answer:]
+        images = rng.integers(0, 256, (1, 3, size, size), dtype=np.uint8)
+        samples.append(Sample(f"cauldron_like/{i}", images, [Document(ids, rows, labels)]))
+    return samples
