@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import attention
+from bench import attention, memory
+from bench.variants import Packed
 from nanovlm_fast.config import preset
+from nanovlm_fast.recompute import POLICIES
 
 CPU = torch.device("cpu")
 
@@ -72,3 +75,54 @@ def test_flex_attention_sees_what_the_reference_sees(name, monkeypatch):
     with torch.no_grad():
         out = attention.flex_of(inputs).call(inputs.q, inputs.k, inputs.v)
     torch.testing.assert_close(out, inputs.unpad(padded), rtol=1e-4, atol=1e-5)
+
+
+# ---- memory
+
+
+@pytest.fixture
+def in_this_process(monkeypatch) -> None:
+    """Nothing is measured here that a process of its own would measure better; starting one takes seconds."""
+    monkeypatch.setattr(memory, "in_a_process", lambda call, *args: call(*args))
+
+
+MEMORY = ["--preset", "tiny", "--data", "synthetic", "--layers", "1", "--device", "cpu"]
+
+
+def test_memory_measures_in_a_process_of_its_own(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(memory, "VARIANTS", ("blocks",))
+    assert memory.main([*MEMORY, "--samples", "2", "--out", str(tmp_path)]) == 0
+    result = result_of(tmp_path, "memory")
+    assert result["parity"].keys() == {"reference", *POLICIES}
+    assert all(parity["passed"] for parity in result["parity"].values())
+    assert result["peaks"]["blocks"]["2"]["peak_mib"] > 0
+    assert "ours, recompute blocks" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_a_row_and_ends_the_column(tmp_path, capsys, monkeypatch, in_this_process):
+    def peak(args, variant: str, samples: int) -> float:
+        if samples > 2:
+            raise RuntimeError(memory.NO_ROOM)
+        return 7.0
+
+    monkeypatch.setattr(memory, "peak", peak)
+    assert memory.main([*MEMORY, "--samples", "8,2,4", "--out", str(tmp_path)]) == 0
+    rows = result_of(tmp_path, "memory")["peaks"]["reference"]
+    assert rows == {"2": {"peak_mib": 7.0}, "4": {"error": memory.NO_ROOM}, "8": {"error": "out of memory with fewer"}}
+    assert "reference at 4: out of memory" in capsys.readouterr().out
+    assert memory.main([*MEMORY, "--samples", "1,x"]) == 1 and "--samples 1,x" in capsys.readouterr().err
+
+
+def test_no_memory_without_parity(tmp_path, monkeypatch, in_this_process):
+    loss = Packed.loss
+    monkeypatch.setattr(Packed, "loss", lambda self: loss(self) * 1.01)
+    assert memory.main([*MEMORY, "--samples", "1", "--out", str(tmp_path)]) == 0
+    peaks = result_of(tmp_path, "memory")["peaks"]
+    assert "peak_mib" in peaks["reference"]["1"] and "not the reference's step" in peaks["none"]["1"]["error"]
+
+
+def test_a_process_that_fails_or_is_killed_says_so():
+    with pytest.raises(RuntimeError, match="ValueError: invalid literal"):
+        memory.in_a_process(int, "x")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        memory.in_a_process(os._exit, 9)
