@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import attention, memory
+from bench import attention, generate, memory
 from bench.variants import Packed
+from bench.workload import cauldron_like
 from nanovlm_fast.config import preset
+from nanovlm_fast.packing import IGNORE
 from nanovlm_fast.recompute import POLICIES
 
 CPU = torch.device("cpu")
@@ -126,3 +129,55 @@ def test_a_process_that_fails_or_is_killed_says_so():
         memory.in_a_process(int, "x")
     with pytest.raises(RuntimeError, match="out of memory"):
         memory.in_a_process(os._exit, 9)
+
+
+# ---- generation
+
+
+GENERATE = ["--preset", "tiny", "--layers", "1", "--batches", "1,3", "--new-tokens", "5", "--repeats", "1"]
+
+
+def test_generation_compares_the_three(tmp_path, capsys):
+    assert generate.main([*GENERATE, "--device", "cpu", "--out", str(tmp_path)]) == 0
+    batches = result_of(tmp_path, "generate")["batches"]
+    assert batches.keys() == {"1", "3"}
+    for batch, result in batches.items():
+        assert result["variants"].keys() == {"reference", "transformers", "ours"}
+        for row in result["variants"].values():
+            assert row["parity"]["passed"] and row["parity"]["same_tokens"] == 1
+            assert row["tokens_per_s"] == pytest.approx(int(batch) * 5 / row["all_tokens"]["median"])
+    assert "first token ms" in capsys.readouterr().out
+    assert generate.main(["--batches", "0"]) == 1 and "--batches 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_generation_that_is_not_greedy_or_fails_gets_no_time(monkeypatch, dtype):
+    models = generate.Models(preset("tiny")[0], CPU, dtype)
+
+    def blind(models, prompts, new: int) -> torch.Tensor:
+        prompts = copy.copy(prompts)
+        prompts.images = torch.zeros_like(prompts.images)
+        return generate.by_ours(models, prompts, new)
+
+    def short(models, prompts, new: int) -> torch.Tensor:
+        return generate.by_ours(models, prompts, new)[:, 1:]
+
+    variants = {"blind": blind, "short": short, "fails": lambda *_: 1 / 0, "ours": generate.by_ours}
+    monkeypatch.setattr(generate, "VARIANTS", variants)
+    rows = generate.measure(models, 3, 6, 1, lambda: None)["variants"]
+    assert all("error" in rows[name] and "tokens_per_s" not in rows[name] for name in ("blind", "short", "fails"))
+    assert rows["blind"]["parity"]["missed_by"] > 5 * rows["blind"]["parity"]["allowed"]
+    assert "ZeroDivisionError" in rows["fails"]["error"] and "tokens_per_s" in rows["ours"]
+
+
+def test_what_is_asked_is_the_question_alone():
+    """Prompts keep image and question; the replies of different prompts differ, so the gate has something to see."""
+    config = preset("tiny")[0]
+    models = generate.Models(config, CPU, torch.float32)
+    prompts = generate.Prompts(models, 4)
+    samples = cauldron_like(config, 4)
+    for prompt, sample in zip(prompts.documents, samples, strict=True):
+        (document,) = sample.documents
+        assert len(prompt) == len(document) - sample.labels and (prompt.labels == IGNORE).all()
+        assert (prompt.input_ids == document.input_ids[: len(prompt)]).all()
+    assert len({tuple(reply) for reply in generate.by_ours(models, prompts, 4).tolist()}) == 4
