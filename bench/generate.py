@@ -267,8 +267,8 @@ def table(batches: dict[str, dict]) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.generate", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="smaller batches, fewer tokens and repeats")
-    parser.add_argument("--preset", default="nanovlm-222m")
+    parser.add_argument("--quick", action="store_true", help="fewer batches, tokens and repeats; on a CPU preset tiny")
+    parser.add_argument("--preset", default="", help="default: nanovlm-222m")
     parser.add_argument("--layers", type=int, default=-1, help="of each tower; 0: the preset's, as on a GPU; CPU: 2")
     parser.add_argument("--checkpoint", default="", help="weights, as nanovlm_fast.generate's; default: random ones")
     parser.add_argument("--batches", default="", help="prompts at once, separated by commas; 1,8,64, on a CPU 1,8")
@@ -280,6 +280,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.device = pick_device(args.device)
     on_gpu = args.device.type == "cuda"
+    args.preset = args.preset or ("tiny" if args.quick and not on_gpu else "nanovlm-222m")
     args.batches = args.batches or ("1,8" if args.quick or not on_gpu else "1,8,64")
     if not all(part.isdecimal() and int(part) for part in args.batches.split(",")):
         raise ValueError(f"--batches {args.batches}: numbers above zero, separated by commas")

@@ -188,8 +188,8 @@ def table(result: dict) -> str:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.peer", description=__doc__.splitlines()[0])
     parser.add_argument("--nanovlm", type=Path, required=True, help="a checkout of huggingface/nanoVLM, v0.1 or main")
-    parser.add_argument("--quick", action="store_true", help="few samples and repeats")
-    parser.add_argument("--preset", default="nanovlm-222m")
+    parser.add_argument("--quick", action="store_true", help="few samples and repeats; on a CPU preset tiny")
+    parser.add_argument("--preset", default="", help="default: nanovlm-222m")
     parser.add_argument("--layers", type=int, default=-1, help="of each tower; 0: the preset's, as on a GPU; CPU: 2")
     parser.add_argument(
         "--samples", type=int, default=0, help="a step; 0: 128 on a GPU, which both processes share, 8 on a CPU"
@@ -205,6 +205,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     check_checkout(args.nanovlm)
     args.device = str(pick_device(args.device))
     on_gpu = args.device.startswith("cuda")
+    args.preset = args.preset or ("tiny" if args.quick and not on_gpu else "nanovlm-222m")
     args.layers = args.layers if args.layers >= 0 else 0 if on_gpu else 2
     if min(args.samples, args.repeats) < 0:
         raise ValueError("--samples and --repeats must be positive, or 0 for the default")
