@@ -68,9 +68,17 @@ def agrees(call: Callable, kernel: Kernel, inputs: dict) -> str | None:
     reference = getattr(kernel.module, f"{kernel.name}_reference")
     wide = {n: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in inputs.items()}
     try:
-        truth, plain, ours = results_of(reference, wide), results_of(reference, inputs), results_of(call, inputs)
+        return within_rule(results_of(reference, wide), results_of(reference, inputs), results_of(call, inputs))
     except Exception as error:  # a provider that cannot run is a row of the table, not the end of it
-        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        return in_a_line(error)
+
+
+def in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+def within_rule(truth: list[Tensor], plain: list[Tensor], ours: list[Tensor]) -> str | None:
+    """None if ours is at most twice as far from the truth (float32) as plain PyTorch in ours' type is; or how far."""
     for gt, ref, out in zip(truth, plain, ours, strict=True):
         error, allowed = (out - gt).abs().max(), 2 * (ref - gt).abs().max() + 1e-5 * gt.abs().max()
         if not error <= allowed:
@@ -150,16 +158,63 @@ def plain_product(inputs: dict) -> Callable[[], Tensor]:
     return lambda: torch.nn.functional.linear(rows, weight)
 
 
-def measure(kernel: Kernel, sizes: dict, args: argparse.Namespace, device: torch.device) -> dict:
-    """{provider: {'error': why} or {pass: {median, quartiles, ...}}} of one kernel, in seconds a call."""
+def on_stream(measure: Callable[[torch.cuda.Stream | None], dict], device: torch.device) -> dict:
+    """What `measure` returns, run on a stream of its own, which recording graphs needs; on a CPU there is none."""
     if device.type != "cuda":
-        return measure_here(kernel, sizes, args, device, None)
+        return measure(None)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        result = measure_here(kernel, sizes, args, device, stream)
+        result = measure(stream)
     torch.cuda.synchronize()
     return result
+
+
+class Timer:
+    """Times of several callables on the same amount of work: forward, backward and both, in turn.
+
+    On a GPU a call is recorded as a CUDA graph over several copies of its inputs. `moved` is the bytes that a forward
+    moves at least.
+    """
+
+    def __init__(self, moved: int, stream: torch.cuda.Stream | None):
+        self.stream = stream
+        self.copies = 1 + max(2, min(8, 4 * L2_BYTES // moved)) if stream else 1
+        self.rounds = max(1, min(200, LONG_ENOUGH // (moved * self.copies))) if stream else 1
+        self.calls: dict[str, dict[str, Callable]] = {name: {} for name in PASSES}
+
+    def add(self, name: str, call: Callable, inputs: dict) -> bool:
+        """Take the callable in; returns whether all its passes are CUDA graphs."""
+        copies = [inputs] + [
+            {n: v.clone() if isinstance(v, Tensor) else v for n, v in inputs.items()} for _ in range(self.copies - 1)
+        ]
+        graphs = []
+        for part, one in passes_of(call, copies).items():
+            self.calls[part][name], graph = as_graph(one, self.rounds, self.stream) if self.stream else (one, False)
+            graphs.append(graph)
+        return all(graphs)
+
+    def drop(self, name: str) -> None:
+        for calls in self.calls.values():
+            calls.pop(name, None)
+
+    def times(self, repeats: int) -> dict[str, dict[str, dict]]:
+        """{callable: {pass: {median, quartiles, seconds}}}, in seconds a call."""
+        rows: dict[str, dict[str, dict]] = {}
+        for part, calls in self.calls.items():
+            if not calls:
+                continue
+            taken = interleave(calls, repeats, warmup=3, self_check=True)
+            noise = noise_of(taken)
+            for name, times in taken.items():
+                seconds = [t / (self.copies * self.rounds) for t in times]
+                rows.setdefault(name, {})[part] = {**summary(seconds, noise), "seconds": seconds}
+        return rows
+
+
+def measure(kernel: Kernel, sizes: dict, args: argparse.Namespace, device: torch.device) -> dict:
+    """{provider: {'error': why} or {pass: {median, quartiles, ...}}} of one kernel, in seconds a call."""
+    return on_stream(lambda stream: measure_here(kernel, sizes, args, device, stream), device)
 
 
 def measure_here(
@@ -168,35 +223,16 @@ def measure_here(
     dtype = torch.float32 if args.small else torch.bfloat16
     inputs = kernel.module.make_inputs(**sizes, dtype=dtype, device=device.type)
     cost = kernel.module.cost(**sizes, dtype=dtype)
-    moved = cost["forward"][0]
-    copies = [inputs] + [
-        {n: v.clone() if isinstance(v, Tensor) else v for n, v in inputs.items()}
-        for _ in range(max(2, min(8, 4 * L2_BYTES // moved)) if stream else 0)
-    ]
-    rounds = max(1, min(200, LONG_ENOUGH // (moved * len(copies)))) if stream else 1
-    rows: dict[str, dict] = {}
-    calls: dict[str, dict[str, Callable]] = {name: {} for name in PASSES}
+    timer, rows = Timer(cost["forward"][0], stream), {}
     for provider, make in PROVIDERS.items():
         call = call_of(make, kernel)
         wrong = call if isinstance(call, str) else agrees(call, kernel, inputs)
-        rows[provider] = {"error": wrong} if wrong else {}
-        if wrong is None:
-            for name, one in passes_of(call, copies).items():
-                calls[name][provider], rows[provider]["graph"] = (
-                    as_graph(one, rounds, stream) if stream else (one, False)
-                )
-    for name, providers in calls.items():
-        if not providers:
-            continue
-        taken = interleave(providers, args.repeats, warmup=3, self_check=True)
-        noise = noise_of(taken)
-        for provider, times in taken.items():
-            seconds = [t / (len(copies) * rounds) for t in times]
-            rows[provider][name] = {**summary(seconds, noise), "seconds": seconds}
+        rows[provider] = {"error": wrong} if wrong else {"graph": timer.add(provider, call, inputs)}
+    for provider, times in timer.times(args.repeats).items():
+        rows[provider] |= times
+        if stream:
+            rows[provider]["peak_bytes"] = peak_memory(call_of(PROVIDERS[provider], kernel), inputs)
     result = {"sizes": {k: str(v) for k, v in sizes.items()}, "dtype": str(dtype), "cost": cost, "providers": rows}
-    if stream:
-        for provider in calls["both"]:
-            rows[provider]["peak_bytes"] = peak_memory(PROVIDERS[provider](kernel), inputs)
     if kernel.matrix:
         product = {"product": plain_product(inputs)}
         result["plain_product"] = summary(interleave(product, args.repeats, warmup=3)["product"])

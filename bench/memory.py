@@ -1,16 +1,38 @@
-"""Peak memory of a variant: all that a process which trains with nothing else would hold.
+"""Peak memory of a training step against samples a step: the reference, and ours with each recomputation policy.
 
-Weights, gradients, optimizer state, activations and the batch; on a CPU of a fresh process, without its interpreter.
+    python -m bench.memory                       on a GPU the seed's model; on a CPU two layers a tower of it
+    python -m bench.memory --samples 1,256
+
+A peak is all that a process which trains with nothing else would hold: weights, gradients, optimizer state, activations
+and the batch; on a CPU without its interpreter. Each variant has a fresh process, where it takes two steps at each
+number of samples, fewest first; what does not fit is a row. It is measured only if its loss and gradients agreed with
+the reference's in the same run. Eagerly, ours takes the most; `--compile default` is what the preset trains with, and
+costs a minute of compiling a peak. Beside it stands what nanoVLM published for an H100.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import multiprocessing
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from bench.variants import Step
+import torch
+from tqdm import tqdm
+
+from bench.results import write
+from bench.variants import Judge, Packed, Padded, Recipe, Step, Workbench
+from bench.workload import load_work
+from nanovlm_fast.device import pick_device, pick_dtype
+from nanovlm_fast.recompute import POLICIES
+
+# rows of 128 positions; in units of 2^20 bytes, which its script calls MB; None: out of memory (huggingface/nanoVLM)
+PUBLISHED_MIB = {1: 4400, 64: 18600, 128: 34000, 256: 64900, 512: None}
+NO_ROOM = "out of memory"
+VARIANTS = ("reference", *POLICIES)
 
 
 def peak_of_process(make: Callable[..., Step], *args: object) -> float | None:
@@ -20,28 +42,208 @@ def peak_of_process(make: Callable[..., Step], *args: object) -> float | None:
     """
     if not Path("/proc/self/status").exists():
         return None
+    return in_a_process(_peak_of_made, make, *args)
+
+
+def in_a_process(call: Callable, *args: object) -> Any:
+    """`call(*args)` in a fresh process, whatever it returns. Raises RuntimeError, in one line, if it fails."""
+    (result,) = from_a_process(_once, call, *args)
+    return result
+
+
+def from_a_process(generator: Callable[..., Iterator], *args: object) -> Iterator[Any]:
+    """What `generator(*args)` yields in a fresh process, as it comes. Raises RuntimeError, in one line, if it fails."""
     context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_two_steps, args=(queue, make, *args))
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, generator, *args), daemon=True)
     process.start()
-    process.join()
-    if process.exitcode:
-        raise RuntimeError(f"measuring memory failed with exit code {process.exitcode}")
-    return queue.get()
+    sender.close()
+    try:
+        while True:
+            value, error, more = receiver.recv()
+            if error:
+                raise RuntimeError(error)
+            if not more:
+                return
+            yield value
+    except EOFError:  # it was killed, as systems do that have no memory left
+        raise RuntimeError(f"{NO_ROOM}, or else killed") from None
+    finally:
+        receiver.close()
+        process.join()
 
 
-def _two_steps(queue, make: Callable[..., Step], *args: object) -> None:
-    step = make(*args)
-    before = _resident("VmRSS")
-    with contextlib.suppress(OSError):  # start the high-water mark anew, where the kernel lets us
-        Path("/proc/self/clear_refs").write_text("5")
-    step()
-    step()
+def _send(sender: Any, generator: Callable[..., Iterator], *args: object) -> None:
+    try:
+        for value in generator(*args):
+            sender.send((value, None, True))
+        sender.send((None, None, False))
+    except torch.OutOfMemoryError:
+        sender.send((None, NO_ROOM, False))
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        sender.send((None, f"{type(error).__name__}: {lines[0] if lines else ''}", False))
+
+
+def _once(call: Callable, *args: object) -> Iterator[Any]:
+    yield call(*args)
+
+
+def _peak_of_made(make: Callable[..., Step], *args: object) -> float:
+    return peak_of(make(*args))
+
+
+def in_use(device: torch.device) -> int:
+    """Bytes: what tensors hold of a GPU, or the whole process of a CPU's memory."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _resident("VmRSS")
+
+
+def peak_of(step: Step, before: int | None = None) -> float:
+    """MiB of the step's weights and of all that two steps take beside what was `in_use` with the weights alone."""
+    device = next(step.model.parameters()).device
     weights = sum(p.numel() * p.element_size() for p in step.model.parameters())
-    queue.put((_resident("VmHWM") - before) / 2**10 + weights / 2**20)
+    before = in_use(device) if before is None else before
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):  # start the high-water mark anew, where the kernel lets us
+            Path("/proc/self/clear_refs").write_text("5")
+    step()
+    step()
+    most = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
+    return (most - before + weights) / 2**20
 
 
 def _resident(field: str) -> int:
-    """KiB, from this process's status."""
+    """Bytes, from this process's status."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[field].split()[0])
+    return int(lines[field].split()[0]) * 2**10
+
+
+# ---- the suite
+
+
+def make_bench(args: argparse.Namespace, samples: int) -> Workbench:
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    work = load_work(args.preset, args.data, samples, args.layers)
+    return Workbench(work, device, pick_dtype(args.dtype, device))
+
+
+def make_step(bench: Workbench, variant: str, compile: str) -> Step:
+    return Padded(bench) if variant == "reference" else Packed(bench, Recipe(recompute=variant, compile=compile))
+
+
+def check(args: argparse.Namespace) -> dict[str, dict]:
+    """Whether each variant takes the reference's step, on two samples."""
+    bench = make_bench(args, 2)
+    judge = Judge(Padded(bench), bench.dtype, args.tolerance)
+    return {variant: judge(make_step(bench, variant, args.compile)) for variant in VARIANTS}
+
+
+def peaks(args: argparse.Namespace, variant: str) -> Iterator[float]:
+    """MiB of one variant at each number of samples, fewest first; it has the process and the device to itself."""
+    bench = make_bench(args, args.samples[0])
+    if variant == "reference":
+        bench.packed, bench.optimizers = None, []
+    else:
+        bench.padded = None
+    before = in_use(bench.device)
+    for samples in args.samples:
+        bench.work = load_work(args.preset, args.data, samples, args.layers)
+        yield peak_of(make_step(bench, variant, args.compile), before)
+
+
+def compare(args: argparse.Namespace, device: torch.device) -> tuple[dict, Path]:
+    """All peaks, the file written after each."""
+    found: dict[str, dict[str, dict]] = {variant: {} for variant in VARIANTS}
+    result = {"preset": args.preset, "layers": args.layers, "data": args.data, "compile": args.compile}
+    result |= {"dtype": str(pick_dtype(args.dtype, device))[6:], "published_mib": PUBLISHED_MIB}
+    with tqdm(total=1 + len(args.samples) * len(VARIANTS), desc="peaks", leave=False) as bar:
+        result |= {"parity": in_a_process(check, args), "peaks": found}
+        bar.update()
+        for variant, rows in found.items():
+            for samples, row in rows_of(args, variant, result["parity"][variant]):
+                rows[str(samples)] = row
+                file = write("memory", device, result, args.out)
+                bar.update()
+    return result, file
+
+
+def rows_of(args: argparse.Namespace, variant: str, parity: dict) -> Iterator[tuple[int, dict]]:
+    """(samples, row): a peak, or why there is none; what did not fit is not tried with more samples."""
+    left = list(args.samples)
+    try:
+        if not parity["passed"]:
+            raise RuntimeError(f"not the reference's step: {parity['gradient']:.1e} in a gradient")
+        for mib in from_a_process(peaks, args, variant):
+            yield left.pop(0), {"peak_mib": mib}
+    except RuntimeError as error:
+        for i, samples in enumerate(left):
+            yield samples, {"error": f"{error} with fewer" if i and str(error).startswith(NO_ROOM) else str(error)}
+
+
+def table(result: dict) -> str:
+    """MiB, a line a variant, a column a number of samples; what went wrong below."""
+    columns = list(next(iter(result["peaks"].values())))
+    names = {v: v if v == "reference" else f"ours, recompute {v}" for v in VARIANTS}
+    lines = [f"{'peak MiB, samples a step':38}" + "".join(f"{samples:>10}" for samples in columns)]
+    for variant, rows in result["peaks"].items():
+        cells = [f"{row['peak_mib']:,.0f}" if "peak_mib" in row else "-" for row in rows.values()]
+        lines.append(f"{names[variant]:38}" + "".join(f"{cell:>10}" for cell in cells))
+    if result["preset"] == "nanovlm-222m" and not result["layers"]:
+        known = [PUBLISHED_MIB.get(int(samples), 0) for samples in columns]
+        cells = [NO_ROOM[:6] if mib is None else f"{mib:,}" if mib else "" for mib in known]
+        lines.append(f"{'nanoVLM, published, on an H100':38}" + "".join(f"{cell:>10}" for cell in cells))
+    for variant, rows in result["peaks"].items():
+        for samples, row in rows.items():
+            if "error" in row:
+                lines.append(f"{names[variant]} at {samples}: {row['error']}")
+    return "\n".join(lines)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="two numbers of samples; on a CPU of preset tiny")
+    parser.add_argument("--preset", default="", help="default: nanovlm-222m")
+    parser.add_argument("--layers", type=int, default=-1, help="of each tower; 0: the preset's, as on a GPU; CPU: 2")
+    parser.add_argument("--data", default="cauldron_like", help="as bench.train_step's")
+    parser.add_argument("--samples", default="", help="a step, separated by commas; 1,64,128,256,512; on a CPU 1,4,16")
+    parser.add_argument("--compile", default="none", choices=("none", "default"), help="of ours")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="relative, in float32")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
+    args = parser.parse_args(argv)
+    args.device = str(pick_device(args.device))
+    on_gpu = args.device.startswith("cuda")
+    default = ("1,256" if args.quick else "1,64,128,256,512") if on_gpu else ("1,8" if args.quick else "1,4,16")
+    args.samples = args.samples or default
+    args.preset = args.preset or ("tiny" if args.quick and not on_gpu else "nanovlm-222m")
+    if not all(part.isdecimal() and int(part) for part in args.samples.split(",")):
+        raise ValueError(f"--samples {args.samples}: numbers above zero, separated by commas")
+    args.samples = sorted({int(part) for part in args.samples.split(",")})
+    args.layers = args.layers if args.layers >= 0 else 0 if on_gpu else 2
+    args.threads = args.threads or torch.get_num_threads()
+    load_work(args.preset, args.data, 1, args.layers)
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        args = parse(argv)
+        if not args.device.startswith("cuda") and not Path("/proc/self/status").exists():
+            raise ValueError("on a CPU this needs Linux, which says how much memory a process holds")
+        result, file = compare(args, torch.device(args.device))
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(table(result))
+    print(f"written: {file}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,316 @@
+"""Greedy generation: ours, the padded reference without a cache, and transformers on the same weights.
+
+    python -m bench.generate                     on a GPU the seed's model; on a CPU two layers a tower of it
+    python -m bench.generate --batches 1,256
+
+A batch is that many images with a prompt each, of lengths drawn like The Cauldron's. `ours` is nanovlm_fast's generate:
+a packed prefill and a KV cache. `reference` goes through the whole padded sequence for every token, as nanoVLM v0.1
+does. `transformers` is LlamaForCausalLM with our language weights and its own KV cache, fed embeddings of left-padded
+prompts, images encoded by our tower. All three compute in the type that evaluation does. Nobody stops at an end of
+sequence, so all make the same number of tokens. Weights are random, unless --checkpoint names some.
+
+A variant gets a time only if what it says is the float32 reference's greedy choice at every token, given what the
+variant said before. In bfloat16, where close calls go either way, a reply's tokens may on average miss the largest
+logit by twice what rounding moves the reference's own logits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bench.results import write
+from bench.timing import interleave, summary
+from bench.workload import cauldron_like, load_work
+from nanovlm_fast import reference
+from nanovlm_fast.checkpoint import load_pretrained
+from nanovlm_fast.config import VLMConfig
+from nanovlm_fast.device import autocast_to, pick_device, pick_dtype
+from nanovlm_fast.generate import generate
+from nanovlm_fast.model import VisionLanguageModel
+from nanovlm_fast.ops import choose_ops
+from nanovlm_fast.packing import IGNORE, Budget, Document, Sample, pack, pad
+
+FLOOR = 1e-3  # of the logits' standard deviation: by how much float32 may miss the largest one
+NEVER = -1  # an end of sequence that no model says
+
+LLAMA_NAMES = {
+    "decoder.token_embedding": "model.embed_tokens",
+    "decoder.blocks": "model.layers",
+    "decoder.norm": "model.norm",
+    "decoder.head": "lm_head",
+    "attn.out_proj": "self_attn.o_proj",
+    ".attn.": ".self_attn.",
+    "norm1": "input_layernorm",
+    "norm2": "post_attention_layernorm",
+}
+
+
+class Models:
+    """One set of weights in three implementations."""
+
+    def __init__(self, config: VLMConfig, device: torch.device, dtype: torch.dtype, checkpoint: str = ""):
+        self.device, self.dtype, self.autocast = device, dtype, autocast_to(dtype, device)
+        torch.manual_seed(0)
+        ours = load_pretrained(checkpoint)[0] if checkpoint else far_from_uniform(VisionLanguageModel(config))
+        self.config = ours.config
+        ours.ops = choose_ops("auto", device, "auto", dtype)
+        state = ours.reference_state_dict()
+        self.ours = ours.to(device).eval()
+        self.padded = reference.VisionLanguageModel(self.config)
+        self.padded.load_state_dict(state)
+        self.padded.to(device).eval()
+        self.llama = llama(self.config, state).to(device).eval()
+
+
+def far_from_uniform(model: VisionLanguageModel) -> VisionLanguageModel:
+    """Wider weights than a model starts from: a wrong key or position changes what it says."""
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=2 * weight[0].numel() ** -0.5)
+    return model
+
+
+def llama(config: VLMConfig, state: dict[str, Tensor]) -> torch.nn.Module:
+    """transformers' LlamaForCausalLM with the language weights of a reference's state dict."""
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.lm_vocab_size,
+            hidden_size=config.lm_hidden_dim,
+            intermediate_size=config.lm_inter_dim,
+            num_hidden_layers=config.lm_n_blocks,
+            num_attention_heads=config.lm_n_heads,
+            num_key_value_heads=config.lm_n_kv_heads,
+            rms_norm_eps=config.lm_rms_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.lm_re_base},
+            max_position_embeddings=config.lm_max_position_embeddings,
+            tie_word_embeddings=config.lm_tie_weights,
+        )
+    )
+    renamed = {}
+    for name, tensor in state.items():
+        if name.startswith("decoder.") and "rotary" not in name:
+            for old, new in LLAMA_NAMES.items():
+                name = name.replace(old, new)
+            renamed[name] = tensor
+    model.load_state_dict(renamed)
+    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)
+    return model
+
+
+class Prompts:
+    """`batch` prompts, an image each: packed, and as left-padded rows of text."""
+
+    def __init__(self, models: Models, batch: int):
+        config, device = models.config, models.device
+        samples = [without_answer(sample) for sample in cauldron_like(config, batch)]
+        self.batch = batch
+        rows = pad(samples, max(len(s.documents[0]) for s in samples) - config.image_tokens)
+        self.input_ids, self.mask = rows.input_ids.to(device), rows.attention_mask.to(device)
+        self.pixels = ((rows.images[:, 0].float() / 255 - config.image_mean) / config.image_std).to(device)
+        self.images = rows.images[:, 0].to(device)
+        self.longest = max(sample.tokens for sample in samples)
+        budget = Budget(sum(s.tokens for s in samples), batch, batch, 0, self.longest)
+        self.packed = pack(samples, budget, config.image_tokens, config.vit_img_size).to(device)
+        lengths = [sample.tokens for sample in samples]
+        self.right = torch.cat([torch.arange(self.longest - n, self.longest) for n in lengths]).to(device)
+        self.row = torch.arange(batch).repeat_interleave(torch.tensor(lengths)).to(device)
+        self.documents = []
+        for i, (document,) in enumerate(sample.documents for sample in samples):
+            shown = np.where(document.image_rows >= 0, document.image_rows + i * config.image_tokens, -1)
+            self.documents.append(Document(document.input_ids, shown, document.labels))
+
+
+def without_answer(sample: Sample) -> Sample:
+    """The sample's question alone."""
+    (document,) = sample.documents
+    end = int(np.argmax(document.labels != IGNORE)) + 1
+    labels = np.full(end, IGNORE, np.int64)
+    return Sample(sample.name, sample.images, [Document(document.input_ids[:end], document.image_rows[:end], labels)])
+
+
+# ---- the variants: (models, prompts, new tokens) -> (batch, new tokens)
+
+
+def by_ours(models: Models, prompts: Prompts, new: int) -> Tensor:
+    return torch.tensor(generate(models.ours, prompts.images, prompts.documents, NEVER, new))
+
+
+@torch.inference_mode()
+def by_reference(models: Models, prompts: Prompts, new: int) -> Tensor:
+    model, tokens = models.padded, []
+    x, valid = start_of(model, prompts)
+    for _ in range(new):
+        token = model.decoder.head(model.decoder(x, valid)[:, -1]).argmax(-1, keepdim=True)
+        tokens.append(token)
+        x = torch.cat([x, model.decoder.token_embedding(token)], dim=1)
+        valid = torch.cat([valid, valid.new_ones(prompts.batch, 1)], dim=1)
+    return torch.cat(tokens, dim=1).cpu()
+
+
+@torch.inference_mode()
+def by_transformers(models: Models, prompts: Prompts, new: int) -> Tensor:
+    packed, batch = prompts.packed, prompts.batch
+    embedded = models.ours.embed(packed.input_ids, packed.image_rows, packed.images)
+    rows = embedded.new_zeros(batch, prompts.longest, embedded.shape[1])
+    mask = packed.input_ids.new_zeros(batch, prompts.longest)
+    rows[prompts.row, prompts.right], mask[prompts.row, prompts.right] = embedded, 1
+    return models.llama.generate(inputs_embeds=rows, attention_mask=mask, max_new_tokens=new).cpu()
+
+
+VARIANTS: dict[str, Callable[[Models, Prompts, int], Tensor]] = {
+    "reference": by_reference,
+    "transformers": by_transformers,
+    "ours": by_ours,
+}
+
+
+def start_of(model: reference.VisionLanguageModel, prompts: Prompts) -> tuple[Tensor, Tensor]:
+    """The padded prompts' embeddings (B, S, C), image first, and which of them are real (B, S)."""
+    images = model.MP(model.vision_encoder(prompts.pixels))
+    x = torch.cat([images, model.decoder.token_embedding(prompts.input_ids)], dim=1)
+    return x, torch.cat([prompts.mask.new_ones(images.shape[:2]), prompts.mask], dim=1).bool()
+
+
+# ---- the gate
+
+
+class Gate:
+    """Whether replies are greedy, by the float32 reference that reads them."""
+
+    def __init__(self, models: Models, prompts: Prompts, new: int):
+        self.models, self.prompts = models, prompts
+        with models.autocast():
+            self.expected = by_reference(models, prompts, new)
+            rounded = self.logits(self.expected)
+        exact = self.exact_logits(self.expected)
+        self.allowed = (2 * (rounded - exact).abs().mean() / exact.std()).item() + FLOOR
+
+    @torch.inference_mode()
+    def logits(self, replies: Tensor) -> Tensor:
+        """(B, new, V): what each token of the replies was chosen by."""
+        model, replies = self.models.padded, replies.to(self.models.device)
+        x, valid = start_of(model, self.prompts)
+        x = torch.cat([x, model.decoder.token_embedding(replies[:, :-1])], dim=1)
+        valid = torch.cat([valid, valid.new_ones(replies[:, :-1].shape)], dim=1)
+        return model.decoder.head(model.decoder(x, valid)[:, -replies.shape[1] :]).float()
+
+    def exact_logits(self, replies: Tensor) -> Tensor:
+        with torch.autocast(self.models.device.type, enabled=False):
+            return self.logits(replies)
+
+    def __call__(self, replies: Tensor) -> dict[str, float | bool]:
+        """By how much the worst reply misses the largest logits, in their standard deviations, and the verdict."""
+        same = (replies == self.expected).float().mean().item() if replies.shape == self.expected.shape else 0.0
+        if replies.shape != self.expected.shape:
+            return {"missed_by": float("inf"), "allowed": self.allowed, "same_tokens": same, "passed": False}
+        logits = self.exact_logits(replies)
+        chosen = logits.gather(-1, replies.to(logits.device)[..., None])[..., 0]
+        missed = ((logits.amax(-1) - chosen).mean(1).max() / logits.std()).item()
+        return {"missed_by": missed, "allowed": self.allowed, "same_tokens": same, "passed": missed <= self.allowed}
+
+
+def measure(models: Models, batch: int, new: int, repeats: int, progress: Callable) -> dict:
+    """The rows of one batch size: {'error': why} or times to the first token and to all, in seconds, and rates."""
+    prompts = Prompts(models, batch)
+    gate, rows = Gate(models, prompts, new), {}
+    calls: dict[int, dict[str, Callable]] = {1: {}, new: {}}
+    with models.autocast():
+        for name, variant in VARIANTS.items():
+            progress()
+            try:
+                parity = gate(variant(models, prompts, new))
+            except Exception as error:  # a variant that cannot run is a row of the table, not the end of it
+                rows[name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+                continue
+            rows[name] = {"parity": parity}
+            if not parity["passed"]:
+                missed = "misses the reference's largest logits by {missed_by:.1e} standard deviations".format(**parity)
+                rows[name]["error"] = f"{missed}, allowed {parity['allowed']:.1e}"
+                continue
+            for tokens, some in calls.items():
+                some[name] = lambda v=variant, n=tokens: v(models, prompts, n)
+        seconds = {tokens: interleave(some, repeats) for tokens, some in calls.items()}
+    for name, row in rows.items():
+        if "error" not in row:
+            first, whole = (summary(seconds[tokens][name]) for tokens in (1, new))
+            row |= {"first_token": first, "all_tokens": whole, "seconds": seconds[new][name]}
+            row["tokens_per_s"] = batch * new / whole["median"]
+            row["decode_tokens_per_s"] = batch * (new - 1) / max(whole["median"] - first["median"], 1e-9)
+    return {"longest_prompt": prompts.longest, "new_tokens": new, "variants": rows}
+
+
+def table(batches: dict[str, dict]) -> str:
+    head = " ".join(
+        f"{name:>14}" for name in ("first token ms", "all tokens ms", "tokens/s", "decoding", "same tokens")
+    )
+    lines = [f"{'batch':>5} {'variant':12} {head}"]
+    for batch, result in batches.items():
+        for name, row in result["variants"].items():
+            if "error" in row:
+                lines.append(f"{batch:>5} {name:12} {row['error']}")
+                continue
+            times = " ".join(f"{row[part]['median'] * 1e3:>14,.1f}" for part in ("first_token", "all_tokens"))
+            rates = " ".join(f"{row[part]:>14,.0f}" for part in ("tokens_per_s", "decode_tokens_per_s"))
+            lines.append(f"{batch:>5} {name:12} {times} {rates} {row['parity']['same_tokens']:>14.1%}")
+    return "\n".join(lines)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.generate", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer batches, tokens and repeats; on a CPU preset tiny")
+    parser.add_argument("--preset", default="", help="default: nanovlm-222m")
+    parser.add_argument("--layers", type=int, default=-1, help="of each tower; 0: the preset's, as on a GPU; CPU: 2")
+    parser.add_argument("--checkpoint", default="", help="weights, as nanovlm_fast.generate's; default: random ones")
+    parser.add_argument("--batches", default="", help="prompts at once, separated by commas; 1,8,64, on a CPU 1,8")
+    parser.add_argument("--new-tokens", type=int, default=0, help="0: 64 on a GPU, 16 on a CPU, 8 with --quick")
+    parser.add_argument("--repeats", type=int, default=0, help="0: 10, with --quick 3")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
+    args = parser.parse_args(argv)
+    args.device = pick_device(args.device)
+    on_gpu = args.device.type == "cuda"
+    args.preset = args.preset or ("tiny" if args.quick and not on_gpu else "nanovlm-222m")
+    args.batches = args.batches or ("1,8" if args.quick or not on_gpu else "1,8,64")
+    if not all(part.isdecimal() and int(part) for part in args.batches.split(",")):
+        raise ValueError(f"--batches {args.batches}: numbers above zero, separated by commas")
+    args.batches = sorted({int(part) for part in args.batches.split(",")})
+    args.layers = args.layers if args.layers >= 0 else 0 if on_gpu else 2
+    args.new_tokens = args.new_tokens or (8 if args.quick else 64 if on_gpu else 16)
+    args.repeats = args.repeats or (3 if args.quick else 10)
+    if args.new_tokens < 2 or args.repeats < 1:
+        raise ValueError("--new-tokens must be at least 2 and --repeats at least 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        args = parse(argv)
+        config = load_work(args.preset, "cauldron_like", 1, args.layers).config
+        models = Models(config, args.device, pick_dtype(args.dtype, args.device), args.checkpoint)
+        result = {"preset": args.preset, "layers": args.layers, "checkpoint": args.checkpoint, "batches": {}}
+        result |= {"dtype": str(models.dtype)[6:], "operations": str(models.ours.ops)}
+        with tqdm(total=len(args.batches) * len(VARIANTS), desc="variants", leave=False) as bar:
+            for batch in args.batches:
+                result["batches"][str(batch)] = measure(models, batch, args.new_tokens, args.repeats, bar.update)
+                file = write("generate", args.device, result, args.out)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(table(result["batches"]))
+    print(f"written: {file}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,237 @@
+"""huggingface/nanoVLM's own code beside ours: the same weights, samples and device, in turn.
+
+    git clone --branch v0.1 https://github.com/huggingface/nanoVLM
+    python -m bench.peer --nanovlm nanoVLM               v0.1 or main; on a CPU two layers a tower
+
+None of its code is here: a process of its own imports it from the checkout (bench/peer_process.py says what it needs
+there). Two details of v0.1 differ from ours on padded rows: it counts positions through the padding, and masks it only
+where its attention kernel does. So the loss and every gradient are compared in float32 on samples cut to one length,
+where there is no padding, and the times and peaks are taken on padded rows of uncut samples, as it trains. It gets the
+step of its train.py: rows and float images copied, AdamW unfused, the loss read. No time is reported without parity.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import multiprocessing
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from bench.memory import in_a_process, peak_of
+from bench.peer_process import NEEDED, serve
+from bench.results import write
+from bench.timing import interleave, summary
+from bench.variants import Packed, Recipe, Workbench
+from bench.workload import Work, load_work
+from nanovlm_fast.config import VLMConfig
+from nanovlm_fast.device import pick_device, pick_dtype
+from nanovlm_fast.packing import Document, Sample, pad
+
+PARITY_SAMPLES = 4
+
+
+class Peer:
+    """nanoVLM in its own process. Everything it answers with an error raises ValueError, in one line."""
+
+    def __init__(self, checkout: Path, config: VLMConfig, weights: Path, device: torch.device, dtype: torch.dtype):
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        options = dict(config=vars(config), image_tokens=config.image_tokens, device=str(device), dtype=dtype)
+        options |= dict(checkout=str(checkout), weights=str(weights), threads=torch.get_num_threads())
+        self.process = context.Process(target=serve, args=(theirs, options), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.interface = self.answer()
+
+    def ask(self, command: str, *args: object) -> Any:
+        self.connection.send((command, args))
+        return self.answer()
+
+    def answer(self) -> Any:
+        try:
+            result, error = self.connection.recv()
+        except EOFError:
+            self.process.join()
+            raise ValueError(f"nanoVLM's process ended with exit code {self.process.exitcode}") from None
+        if error:
+            raise ValueError(error)
+        return result
+
+    def close(self) -> None:
+        self.connection.close()  # ends its loop
+        self.process.join()
+
+
+def check_checkout(checkout: Path) -> None:
+    """Raise ValueError unless the folder has the files that the other process imports."""
+    if missing := [file for file in NEEDED if not (checkout / file).is_file()]:
+        how = "it must be a checkout: git clone https://github.com/huggingface/nanoVLM"
+        raise ValueError(f"--nanovlm {checkout} has no {' and no '.join(missing)}; {how}")
+
+
+def commit_of(checkout: Path) -> str:
+    try:
+        command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--tags"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def rows_of(work: Work, length: int) -> dict[str, np.ndarray]:
+    """Left-padded rows of `length` text tokens, with float images."""
+    batch, config = pad(work.samples, length), work.config
+    pixels = (batch.images[:, 0].float() / 255 - config.image_mean) / config.image_std
+    rows = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, targets=batch.targets, pixels=pixels)
+    return {name: tensor.numpy() for name, tensor in rows.items()}
+
+
+def of_one_length(work: Work) -> Work:
+    """The first samples, their questions cut in front to the length of the shortest text."""
+    samples = work.samples[:PARITY_SAMPLES]
+    shown = work.config.image_tokens
+    text = min(len(sample.documents[0]) for sample in samples) - shown
+    cut = []
+    for sample in samples:
+        (document,) = sample.documents
+        arrays = (document.input_ids, document.image_rows, document.labels)
+        kept = [np.concatenate([array[:shown], array[len(array) - text :]]) for array in arrays]
+        cut.append(Sample(sample.name, sample.images, [Document(*kept)]))
+    return dataclasses.replace(work, samples=cut)
+
+
+def parity(peer: Peer, work: Work, device: torch.device, folder: Path, tolerance: float) -> dict[str, float | bool]:
+    """Relative differences of loss and worst gradient on samples of one length, in float32."""
+    even = of_one_length(work)
+    expected, grads = Packed(Workbench(even, device, torch.float32), Recipe()).gradients()
+    file = folder / "gradients.safetensors"
+    rows = rows_of(even, len(even.samples[0].documents[0]) - work.config.image_tokens)
+    loss = peer.ask("gradients", rows, str(file))
+    theirs = load_file(file, str(device))
+    if theirs.keys() != grads.keys():
+        names = sorted(theirs.keys() ^ grads.keys())
+        raise ValueError(f"nanoVLM's gradients are not of the same weights: {', '.join(names[:4])}")
+    worst = max(((grads[n] - g).norm() / g.norm().clamp(min=1e-12)).item() for n, g in theirs.items())
+    difference = abs(loss - expected) / abs(expected)
+    return {"loss": difference, "gradient": worst, "passed": max(difference, worst) <= tolerance}
+
+
+def make_ours(args: argparse.Namespace) -> tuple[Workbench, Packed]:
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    work = load_work(args.preset, "cauldron_like", args.samples, args.layers)
+    bench = Workbench(work, device, pick_dtype(args.dtype, device))
+    bench.padded = None  # nanoVLM's own takes its place
+    return bench, Packed(bench, Recipe(compile=args.compile))
+
+
+def peak_of_ours(args: argparse.Namespace) -> float:
+    return peak_of(make_ours(args)[1])
+
+
+def compare(args: argparse.Namespace) -> dict:
+    """Peaks, parity, then times of both in turn."""
+    bench, ours = make_ours(args)
+    work, on_gpu = bench.work, bench.device.type == "cuda"
+    with tempfile.TemporaryDirectory() as name, tqdm(total=4, desc="load nanoVLM", leave=False) as bar:
+        folder = Path(name)
+        state = {n: t.detach().cpu().contiguous().clone() for n, t in ours.model.reference_state_dict().items()}
+        save_file(state, folder / "weights.safetensors")
+        peer = Peer(args.nanovlm, work.config, folder / "weights.safetensors", bench.device, bench.dtype)
+        try:
+            steps = {"nanovlm": lambda: peer.ask("step"), "ours": ours}
+            bar.set_description("memory"), bar.update()
+            peaks = {"nanovlm": peer.ask("peak", rows_of(work, work.text_length))}
+            peaks["ours"] = peak_of(ours) if on_gpu else in_a_process(peak_of_ours, args)
+            bar.set_description("parity"), bar.update()
+            agreement = parity(peer, work, bench.device, folder, args.tolerance)
+            result = {"preset": args.preset, "layers": args.layers, "dtype": str(bench.dtype)[6:]}
+            result |= {"compile": args.compile, "work": work.summary(), "parity": agreement, "variants": {}}
+            result["nanovlm"] = {"commit": commit_of(args.nanovlm), "interface": peer.interface}
+            if not agreement["passed"]:
+                return result
+            bar.set_description("steps"), bar.update()
+            seconds = interleave(steps, args.repeats, warmup=2)
+            losses = {"nanovlm": peer.ask("step"), "ours": ours.loss().item()}
+        finally:
+            peer.close()
+    for variant, times in seconds.items():
+        median = summary(times)
+        row = {**median, "seconds": times, **work.rates(median["median"], None)}
+        result["variants"][variant] = {**row, "peak_mib": peaks[variant], "loss": losses[variant]}
+    result["speedup"] = result["variants"]["nanovlm"]["median"] / result["variants"]["ours"]["median"]
+    return result
+
+
+def table(result: dict) -> str:
+    source = "nanoVLM {commit}, forward({interface})".format(**result["nanovlm"])
+    lines = [f"{source} on {result['work']['questions']} samples, {result['work']['padded_waste']:.0%} of rows padding"]
+    columns = ("step ms", "samples/s", "tokens/s", "peak MiB", "loss, padded")
+    lines.append(f"{'':10}" + "".join(f"{column:>14}" for column in columns))
+    for name, row in result["variants"].items():
+        values = f"{row['median'] * 1e3:>14,.1f}{row['questions_per_s']:>14,.1f}{row['tokens_per_s']:>14,.0f}"
+        lines.append(f"{name:10}{values}{row['peak_mib']:>14,.0f}{row['loss']:>14.4f}")
+    agreement = result["parity"]
+    worst = f"worst gradient {agreement['gradient']:.1e}"
+    lines.append(f"without padding, in float32: loss {agreement['loss']:.1e}, {worst} (relative)")
+    return "\n".join(lines)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.peer", description=__doc__.splitlines()[0])
+    parser.add_argument("--nanovlm", type=Path, required=True, help="a checkout of huggingface/nanoVLM, v0.1 or main")
+    parser.add_argument("--quick", action="store_true", help="few samples and repeats; on a CPU preset tiny")
+    parser.add_argument("--preset", default="", help="default: nanovlm-222m")
+    parser.add_argument("--layers", type=int, default=-1, help="of each tower; 0: the preset's, as on a GPU; CPU: 2")
+    parser.add_argument(
+        "--samples", type=int, default=0, help="a step; 0: 128 on a GPU, which both processes share, 8 on a CPU"
+    )
+    parser.add_argument("--compile", default="auto", choices=("auto", "none", "default"), help="ours; auto: on a GPU")
+    parser.add_argument("--repeats", type=int, default=0, help="0: 15, with --quick 3")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="relative, on the loss and every gradient")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
+    args = parser.parse_args(argv)
+    check_checkout(args.nanovlm)
+    args.device = str(pick_device(args.device))
+    on_gpu = args.device.startswith("cuda")
+    args.preset = args.preset or ("tiny" if args.quick and not on_gpu else "nanovlm-222m")
+    args.layers = args.layers if args.layers >= 0 else 0 if on_gpu else 2
+    if min(args.samples, args.repeats) < 0:
+        raise ValueError("--samples and --repeats must be positive, or 0 for the default")
+    args.samples = args.samples or ((16 if on_gpu else 4) if args.quick else 128 if on_gpu else 8)
+    args.repeats = args.repeats or (3 if args.quick else 15)
+    if args.compile == "auto":
+        args.compile = "default" if on_gpu else "none"
+    args.threads = args.threads or torch.get_num_threads()
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        args = parse(argv)
+        result = compare(args)
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(table(result))
+    if not result["parity"]["passed"]:
+        print("error: nanoVLM and ours do not compute the same step; no time is reported", file=sys.stderr)
+        return 1
+    print(f"ours is {result['speedup']:.1f} times as fast")
+    print(f"written: {write('peer', torch.device(args.device), result, args.out)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

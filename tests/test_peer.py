@@ -1,0 +1,156 @@
+"""The adapter to huggingface/nanoVLM, with stand-ins of its two interfaces made from our reference."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from bench import peer
+from bench.peer_process import NanoVLM, unused
+from nanovlm_fast.config import PRESETS, VLMConfig, preset
+from nanovlm_fast.reference import VisionLanguageModel
+
+CONFIG = """
+import dataclasses
+from dataclasses import dataclass
+
+@dataclass
+class VLMConfig:
+    {fields}
+    lm_model_type: str = "nobody asks the hub for this"
+"""
+V01 = """
+from models.config import VLMConfig
+from nanovlm_fast import reference
+from nanovlm_fast.config import VLMConfig as Ours, fields_of
+
+class VisionLanguageModel(reference.VisionLanguageModel):
+    def __init__(self, cfg):
+        super().__init__(Ours(**fields_of(Ours, vars(cfg))))
+
+    def forward(self, input_ids, image, attention_mask=None, targets=None):
+        return super().forward(input_ids, image, attention_mask, targets)
+"""
+MAIN = """
+from models.config import VLMConfig
+from data.processors import get_tokenizer
+from nanovlm_fast import reference
+from nanovlm_fast.config import VLMConfig as Ours, fields_of
+
+class VisionLanguageModel(reference.VisionLanguageModel):
+    def __init__(self, cfg, load_backbone=True):
+        assert not load_backbone and cfg.mp_image_token_length == 4
+        self.tokenizer_ = get_tokenizer("the hub")
+        super().__init__(Ours(**fields_of(Ours, vars(cfg))))
+
+    def forward(self, input_ids, images, attention_mask=None, targets=None):
+        x = self.decoder.token_embedding(input_ids).clone()
+        mask = input_ids == self.tokenizer_.image_token_id
+        x[mask] = self.MP(self.vision_encoder(images)).flatten(0, 1)
+        logits = self.decoder.head(self.decoder(x, attention_mask.bool()))
+        loss = reference.F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+        return logits, loss
+"""
+HUB = "def get_tokenizer(*names):\n    raise OSError('no network')\n"
+OPTIONS = ["--preset", "tiny", "--layers", "1", "--samples", "3", "--repeats", "1", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _longer_texts(monkeypatch) -> None:
+    """The tiny preset cuts every text of the stream to the same few tokens."""
+    monkeypatch.setitem(PRESETS, "tiny", {**PRESETS["tiny"], "lm_max_length": 40})
+
+
+def checkout_of(folder: Path, model: str) -> Path:
+    fields = {name: type(value).__name__ for name, value in vars(VLMConfig()).items() if name not in ("init", "prompt")}
+    fields |= {"mp_image_token_length": "int"} if "images" in model else {}
+    lines = [f"{name}: {kind} = None" for name, kind in fields.items()]
+    for file, text in (
+        ("models/config.py", CONFIG.format(fields="\n    ".join(lines))),
+        ("models/vision_language_model.py", model),
+        ("data/processors.py", HUB),
+    ):
+        path = folder / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("model", [V01, MAIN], ids=["v0.1", "main"])
+def test_both_interfaces_are_compared_with_ours(tmp_path, capsys, model):
+    checkout = checkout_of(tmp_path / "nanoVLM", model)
+    assert peer.main(["--nanovlm", str(checkout), *OPTIONS, "--out", str(tmp_path)]) == 0, capsys.readouterr().err
+    (file,) = tmp_path.glob("*/peer.json")
+    result = json.loads(file.read_text())
+    assert result["parity"]["passed"] and 0 < result["parity"]["gradient"] < 1e-4
+    rows = result["variants"]
+    assert rows.keys() == {"nanovlm", "ours"} and all(row["peak_mib"] > 0 for row in rows.values())
+    # the stand-ins count positions as we do, so even the padded losses agree; nanoVLM's do not
+    assert rows["nanovlm"]["loss"] == pytest.approx(rows["ours"]["loss"], rel=1e-5)
+    assert result["work"]["padded_waste"] > 0 and "times as fast" in capsys.readouterr().out
+
+
+def test_no_time_without_parity(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(peer, "in_a_process", lambda call, *args: call(*args))  # starting another takes seconds
+    wrong = V01.replace("input_ids, image, attention_mask, targets)\n", "input_ids, image * 1.1, None, targets)\n")
+    checkout = checkout_of(tmp_path / "nanoVLM", wrong)
+    assert wrong != V01 and peer.main(["--nanovlm", str(checkout), *OPTIONS, "--out", str(tmp_path)]) == 1
+    assert not list(tmp_path.rglob("peer.json")) and "no time is reported" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_checkout_is_named(tmp_path, capsys):
+    assert peer.main(["--nanovlm", str(tmp_path), *OPTIONS]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{tmp_path} has no models/config.py" in error and "git clone" in error
+
+
+def test_what_breaks_in_the_other_process_is_one_line_here(tmp_path, capsys):
+    checkout = checkout_of(tmp_path / "nanoVLM", "import a_package_nobody_has")
+    assert peer.main(["--nanovlm", str(checkout), *OPTIONS, "--out", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "a_package_nobody_has" in error and "README" in error
+
+
+@pytest.fixture
+def own_modules(monkeypatch):
+    """Imports of a checkout in this process are undone."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if name.split(".")[0] in ("models", "data"):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("image, attention_mask=None", "pictures, attention_mask=None"), "neither v0.1's nor main's"),
+        (("class VisionLanguageModel", "class Model"), "VisionLanguageModel"),
+    ],
+)
+def test_other_interfaces_are_refused(tmp_path, own_modules, change, message):
+    config, _ = preset("tiny")
+    state = VisionLanguageModel(config).state_dict()
+    save_file({name: tensor.clone() for name, tensor in state.items()}, tmp_path / "weights")
+    checkout = checkout_of(tmp_path, V01.replace(*change))
+    options = dict(config=vars(config), image_tokens=4, device="cpu", dtype=torch.float32, threads=1)
+    with pytest.raises((ValueError, AttributeError), match=message):
+        NanoVLM(str(checkout), weights=str(tmp_path / "weights"), **options)
+
+
+def test_parity_is_taken_without_padding():
+    work = peer.load_work("tiny", "cauldron_like", 4)
+    even = peer.of_one_length(work)
+    lengths = {len(sample.documents[0]) for sample in even.samples}
+    assert len(lengths) == 1 and len({len(document) for document in work.documents}) > 1
+    rows = peer.rows_of(even, lengths.pop() - work.config.image_tokens)
+    assert rows["attention_mask"].all() and (rows["targets"] >= 0).any(axis=1).all()
+    assert unused(torch.tensor([[0, 1], [3, 1]]), 5) == 2
+    with pytest.raises(ValueError, match="fewer --samples"):
+        unused(torch.arange(5), 5)
