@@ -34,6 +34,7 @@ from bench.variants import Packed, Recipe, Workbench
 from bench.workload import Work, load_work
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.device import pick_device, pick_dtype
+from nanovlm_fast.metrics import peak_flops
 from nanovlm_fast.packing import Document, Sample, pad
 
 PARITY_SAMPLES = 4
@@ -165,7 +166,7 @@ def compare(args: argparse.Namespace) -> dict:
             peer.close()
     for variant, times in seconds.items():
         median = summary(times)
-        row = {**median, "seconds": times, **work.rates(median["median"], None)}
+        row = {**median, "seconds": times, **work.rates(median["median"], peak_flops(bench.device, bench.dtype))}
         result["variants"][variant] = {**row, "peak_mib": peaks[variant], "loss": losses[variant]}
     result["speedup"] = result["variants"]["nanovlm"]["median"] / result["variants"]["ours"]["median"]
     return result
