@@ -56,16 +56,17 @@ class Suite:
 
 
 TOY = ("--data", "synthetic", "--tokens", "600", "--repeats", "5")
+TINY = ("--quick", "--preset", "tiny")
 LOADED = ("--seconds", "2", "--repeats", "3")
 LOADED_LITTLE = ("--pictures", "32", "--seconds", "0.3", "--repeats", "2", "--workers", "0", "1")
 FEW = ("--small", "--repeats", "3", "--only", "rms_norm,rotary")
 SUITES = (
     Suite("train_step", "a whole optimizer step against padded nanoVLM", quick=TOY, seconds=120),
     Suite("kernels", "each kernel against its rivals", quick=FEW, seconds=120, quick_seconds=15, needs=("gpu",)),
-    Suite("attention", "attention inside packed documents"),
-    Suite("memory", "peak memory against the batch"),
+    Suite("attention", "attention inside packed documents", seconds=45),
+    Suite("memory", "peak memory against the batch", quick=(*TINY, "--samples", "2"), seconds=100, quick_seconds=15),
     Suite("dataloader", "images and text to packed batches", LOADED, LOADED, LOADED_LITTLE, seconds=80),
-    Suite("generate", "prefill and decoding"),
+    Suite("generate", "prefill and decoding", quick=TINY),
     Suite("roofline", "the floor of a step", quick=("--preset", "tiny", "--samples", "4"), seconds=15),
     Suite("codegen", "the kernels' machine code for sm_90", ("--write",), ("--write",), ("--write", "--only", "swiglu"),
           seconds=30, needs=("triton",), quick_needs=("triton",), anywhere=True),

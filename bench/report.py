@@ -156,6 +156,12 @@ def train_step_rows(step: dict, against: str = "reference") -> Rows:
     return rows
 
 
+def add_failure(rows: Rows, name: str, provider: str, error: str) -> None:
+    """A row for what could not run, unless it has no such operation or an earlier row says the same of it."""
+    if error != NOTHING and not any(row[1:3] == (provider, error) for row in rows):
+        rows.append((name, provider, error, *["-"] * (len(rows[0]) - 3)))
+
+
 def peer_rows(result: dict) -> Rows:
     return train_step_rows(result, "nanovlm")
 
@@ -167,7 +173,7 @@ def kernels_rows(result: dict) -> Rows:
     for name, kernel in result["kernels"].items():
         for provider, row in kernel["providers"].items():
             if "error" in row:
-                rows += [(name, provider, row["error"], *["-"] * 4)] if row["error"] != NOTHING else []
+                add_failure(rows, name, provider, row["error"])
                 continue
             share = kernel["cost"]["forward"][0] / row["forward"]["median"] / result["copy_bytes_per_s"]
             times = (us(row[part]) for part in ("forward", "backward", "both"))
@@ -181,7 +187,7 @@ def attention_rows(result: dict) -> Rows:
         against = case["providers"].get("reference", {}).get("both")
         for provider, row in case["providers"].items():
             if "error" in row:
-                rows.append((name, provider, row["error"], *["-"] * 4))
+                add_failure(rows, name, provider, row["error"])
                 continue
             share = f"{row['both']['median'] / against['median']:.0%}" if against else "-"
             times = (us(row[part]) for part in ("forward", "backward", "both"))
