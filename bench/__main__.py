@@ -55,13 +55,14 @@ class Suite:
         return f"bench.{self.name}"
 
 
-TOY = ("--data", "synthetic", "--tokens", "600", "--repeats", "5")
+SEED = ("--preset", "nanovlm-222m", "--budget-s", "180")
+TOY = ("--data", "synthetic", "--samples", "8", "--repeats", "5", "--variants", "ours")
 TINY = ("--quick", "--preset", "tiny")
 LOADED = ("--seconds", "2", "--repeats", "3")
-LOADED_LITTLE = ("--pictures", "32", "--seconds", "0.3", "--repeats", "2", "--workers", "0", "1")
+LOADED_LITTLE = ("--pictures", "32", "--seconds", "0.3", "--repeats", "2", "--workers", "1")
 FEW = ("--small", "--repeats", "3", "--only", "rms_norm,rotary")
 SUITES = (
-    Suite("train_step", "a whole optimizer step against padded nanoVLM", quick=TOY, seconds=120),
+    Suite("train_step", "a whole optimizer step against nanoVLM's", ("--budget-s", "120"), SEED, TOY, seconds=120),
     Suite("kernels", "each kernel against its rivals", quick=FEW, seconds=120, quick_seconds=15, needs=("gpu",)),
     Suite("attention", "attention inside packed documents", seconds=45),
     Suite("memory", "peak memory against the batch", quick=(*TINY, "--samples", "2"), seconds=100, quick_seconds=15),

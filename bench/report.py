@@ -77,8 +77,10 @@ def step_row(step: dict) -> tuple[str, ...]:
 
 def curves_row(run: dict) -> tuple[str, ...]:
     """A result of bench.loss_curves."""
-    what = f"loss of `{run['preset']}` over {run['steps']} steps against the reference in float32, as a share of what"
-    what += f" {run['seeds']} seeds differ by"
+    what = (
+        f"loss of `{run['preset']}` over {run['steps']} steps, largest distance from the padded float32 reference, as"
+    )
+    what += f" a share of what {run['seeds']} seeds differ by within {run['smoothing']} steps"
     worst = " · ".join(
         f"{variant} **{max(row['share'] for row in run['rows'] if row['variant'] == variant):.1%}**"
         for variant in ("packed float32", "packed bfloat16", "reference bfloat16")
