@@ -36,7 +36,7 @@ QUICK_OUT = HERE / "runs" / "bench"  # a quick run is no result to keep
 class Suite:
     """`python -m bench.<name>` with options for a CPU, a GPU and --quick, the seconds they take, and what it needs.
 
-    `needs` and `quick_needs` hold 'gpu' or packages. `anywhere`: the device makes no difference and is not handed on.
+    `needs` and `quick_needs` hold 'gpu', 'cpu' or packages; with `anywhere` no device is handed on.
     """
 
     name: str
@@ -49,23 +49,28 @@ class Suite:
     needs: tuple[str, ...] = ()
     quick_needs: tuple[str, ...] = ()
     anywhere: bool = False
+    in_quick: bool = True
+    of: str = ""  # the suite whose module it is, where that is not its name
 
     @property
     def module(self) -> str:
-        return f"bench.{self.name}"
+        return f"bench.{self.of or self.name}"
 
 
 SEED = ("--preset", "nanovlm-222m", "--budget-s", "180")
 TOY = ("--data", "synthetic", "--samples", "8", "--repeats", "5", "--variants", "ours")
+SLICE = ("--preset", "nanovlm-222m", "--layers", "2", "--budget-s", "90")
 TINY = ("--quick", "--preset", "tiny")
 LOADED = ("--seconds", "2", "--repeats", "3")
 LOADED_LITTLE = ("--pictures", "32", "--seconds", "0.3", "--repeats", "2", "--workers", "1")
 FEW = ("--small", "--repeats", "3", "--only", "rms_norm,rotary")
 SUITES = (
-    Suite("train_step", "a whole optimizer step against nanoVLM's", ("--budget-s", "120"), SEED, TOY, seconds=120),
-    Suite("kernels", "each kernel against its rivals", quick=FEW, seconds=120, quick_seconds=15, needs=("gpu",)),
+    Suite("train_step", "a whole optimizer step against padded nanoVLM", ("--budget-s", "60"), SEED, TOY, seconds=90),
+    Suite("train_step_slice", "the seed's width, two layers a tower", SLICE, quick=TOY, seconds=100,
+          needs=("cpu",), of="train_step", in_quick=False),
+    Suite("kernels", "each kernel against its rivals", quick=FEW, seconds=100, quick_seconds=15, needs=("gpu",)),
     Suite("attention", "attention inside packed documents", seconds=45),
-    Suite("memory", "peak memory against the batch", quick=(*TINY, "--samples", "2"), seconds=100, quick_seconds=15),
+    Suite("memory", "peak memory against the batch", quick=(*TINY, "--samples", "2"), seconds=80, quick_seconds=15),
     Suite("dataloader", "images and text to packed batches", LOADED, LOADED, LOADED_LITTLE, seconds=80),
     Suite("generate", "prefill and decoding", quick=TINY),
     Suite("roofline", "the floor of a step", quick=("--preset", "tiny", "--samples", "4"), seconds=15),
@@ -89,10 +94,14 @@ def misfit(suite: Suite, quick: bool, on_gpu: bool) -> str | None:
     """Why the suite cannot run here."""
     if importlib.util.find_spec(suite.module) is None:
         return "not here: this version has no such suite"
+    if quick and not suite.in_quick:
+        return "too long for --quick"
     for need in suite.quick_needs if quick else suite.needs:
         if need == "gpu" and not on_gpu:
             return "needs a GPU"
-        if need != "gpu" and importlib.util.find_spec(need) is None:
+        if need == "cpu" and on_gpu:
+            return "for machines without a GPU"
+        if need not in ("gpu", "cpu") and importlib.util.find_spec(need) is None:
             return f"needs the package {need}"
     return None
 
