@@ -59,7 +59,9 @@ class Suite:
 
 SEED = ("--preset", "nanovlm-222m", "--budget-s", "180")
 TOY = ("--data", "synthetic", "--samples", "8", "--repeats", "5", "--variants", "ours")
-SLICE = ("--preset", "nanovlm-222m", "--layers", "2", "--budget-s", "90")
+SLICE = ("--preset", "nanovlm-222m", "--layers", "2", "--budget-s", "60", "--variants", "packing,labelled_head")
+TINIEST = ("--preset", "tiny", "--samples", "4")
+MEASURED = ("--samples", "16", "--layers", "2", "--measure")
 TINY = ("--quick", "--preset", "tiny")
 LOADED = ("--seconds", "2", "--repeats", "3")
 LOADED_LITTLE = ("--pictures", "32", "--seconds", "0.3", "--repeats", "2", "--workers", "1")
@@ -73,7 +75,7 @@ SUITES = (
     Suite("memory", "peak memory against the batch", quick=(*TINY, "--samples", "2"), seconds=80, quick_seconds=15),
     Suite("dataloader", "images and text to packed batches", LOADED, LOADED, LOADED_LITTLE, seconds=80),
     Suite("generate", "prefill and decoding", quick=TINY),
-    Suite("roofline", "the floor of a step", quick=("--preset", "tiny", "--samples", "4"), seconds=15),
+    Suite("roofline", "the floor of a step", MEASURED, ("--measure",), TINIEST, seconds=25),
     Suite("codegen", "the kernels' machine code for sm_90", ("--write",), ("--write",), ("--write", "--only", "swiglu"),
           seconds=30, needs=("triton",), quick_needs=("triton",), anywhere=True),
 )  # fmt: skip

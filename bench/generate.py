@@ -245,7 +245,8 @@ def measure(models: Models, batch: int, new: int, repeats: int, progress: Callab
             first, whole = (summary(seconds[tokens][name]) for tokens in (1, new))
             row |= {"first_token": first, "all_tokens": whole, "seconds": seconds[new][name]}
             row["tokens_per_s"] = batch * new / whole["median"]
-            row["decode_tokens_per_s"] = batch * (new - 1) / max(whole["median"] - first["median"], 1e-9)
+            decoding = whole["median"] - first["median"]  # at toy sizes it drowns in the noise of both
+            row["decode_tokens_per_s"] = batch * (new - 1) / decoding if decoding > 0.05 * whole["median"] else None
     return {"longest_prompt": prompts.longest, "new_tokens": new, "variants": rows}
 
 
@@ -260,7 +261,8 @@ def table(batches: dict[str, dict]) -> str:
                 lines.append(f"{batch:>5} {name:12} {row['error']}")
                 continue
             times = " ".join(f"{row[part]['median'] * 1e3:>14,.1f}" for part in ("first_token", "all_tokens"))
-            rates = " ".join(f"{row[part]:>14,.0f}" for part in ("tokens_per_s", "decode_tokens_per_s"))
+            decoding = f"{row['decode_tokens_per_s']:,.0f}" if row["decode_tokens_per_s"] else "-"
+            rates = f"{row['tokens_per_s']:>14,.0f} {decoding:>14}"
             lines.append(f"{batch:>5} {name:12} {times} {rates} {row['parity']['same_tokens']:>14.1%}")
     return "\n".join(lines)
 

@@ -25,6 +25,10 @@ def label_of(name: str) -> str:
     return LABELS[name] if name in WHOLE else f"without {LABELS.get(name, name.replace(':', ' '))}"
 
 
+def number(value: float, sign: str = "") -> str:
+    return f"{value:{sign},.{0 if abs(value) >= 100 else 1}f}"
+
+
 def bars(result: dict) -> list[tuple[str, float, float]]:
     """(name, from, to) in milliseconds: whole steps from 0, ablated ones from the time of what they were cut from.
 
@@ -56,9 +60,9 @@ def waterfall(result: dict, file: Path) -> None:
     ours = next(end for name, _, end in drawn if name == "ours")
     for place, (name, start, end) in enumerate(drawn):
         if name in WHOLE:
-            colour, text = BLUE if name == "ours" else GREY, f"{end:,.3g} ms"
+            colour, text = BLUE if name == "ours" else GREY, f"{number(end)} ms"
         else:
-            colour, text = GREEN if end >= start else RED, f"{end - start:+,.3g} ms ({end / start:.2f}x)"
+            colour, text = GREEN if end >= start else RED, f"{number(end - start, '+')} ms ({end / start:.2f}x)"
         axis.barh(place, end - start, left=start, color=colour, height=0.62)
         axis.text(max(start, end) + 0.01 * widest, place, text, va="center", fontsize=9)
     axis.axvline(ours, color=BLUE, lw=1, ls=":")

@@ -225,7 +225,7 @@ def generate_rows(result: dict) -> Rows:
             if "error" in row:
                 rows.append((batch, name, row["error"], *["-"] * 3))
                 continue
-            rates = (f"{row[part]:,.0f}" for part in ("tokens_per_s", "decode_tokens_per_s"))
+            rates = (f"{row[part]:,.0f}" if row[part] else "-" for part in ("tokens_per_s", "decode_tokens_per_s"))
             rows.append((batch, name, ms(row["first_token"]), ms(row["all_tokens"]), *rates))
     return rows
 

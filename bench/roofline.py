@@ -12,6 +12,7 @@ it and cost nothing: the last table ranks what that would save. FLOPs are those 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ import torch
 from bench.results import write
 from bench.timing import interleave, summary
 from nanovlm_fast.config import VLMConfig, preset
-from nanovlm_fast.device import pick_device
+from nanovlm_fast.device import pick_device, pick_dtype
 
 STREAM = 4  # bytes of an element of the residual stream and its gradient, and of weights' gradients: float32
 
@@ -43,8 +44,8 @@ H100 = Rates("NVIDIA H100 SXM (table)", 798e12, 3.0e12)
 
 
 @dataclass(frozen=True)
-class Work:
-    """One optimizer step: images, real tokens, labelled tokens, query-key pairs that the causal mask lets through."""
+class Counts:
+    """Of one step: images, real tokens, labelled tokens, and query-key pairs that the causal mask lets through."""
 
     images: int
     tokens: int
@@ -52,10 +53,10 @@ class Work:
     pairs: int
 
     @staticmethod
-    def of_samples(config: VLMConfig, samples: int, text: int, labels: int) -> Work:
+    def of_samples(config: VLMConfig, samples: int, text: int, labels: int) -> Counts:
         """`samples` documents of one image and `text` text tokens, `labels` of them labelled."""
         length = config.image_tokens + text
-        return Work(samples, samples * length, samples * labels, samples * length * (length + 1) // 2)
+        return Counts(samples, samples * length, samples * labels, samples * length * (length + 1) // 2)
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Operator:
         return "compute" if self.flops / rates.flops > self.bytes / rates.bandwidth else "memory"
 
 
-def operators(config: VLMConfig, work: Work, element: int = 2) -> list[Operator]:
+def operators(config: VLMConfig, work: Counts, element: int = 2) -> list[Operator]:
     """Forward and backward of every operator, and the optimizer's update."""
     vision, language = list(_vision(config, work, element)), list(_language(config, work, element))
     parameters = sum(n for *_, n in _parameters(config))
@@ -113,7 +114,7 @@ def _norm(part: str, calls: int, elements: int, w: int):
     return _moves(part, "norm + residual", "norm", calls, elements * 2 * (w + STREAM), elements * (2 * w + 3 * STREAM))
 
 
-def _vision(config: VLMConfig, work: Work, w: int) -> Iterator[Operator]:
+def _vision(config: VLMConfig, work: Counts, w: int) -> Iterator[Operator]:
     c, inner, layers, patches = config.vit_hidden_dim, config.vit_inter_dim, config.vit_n_blocks, config.grid**2
     rows = work.images * patches
     yield from _product("vision", "patch embedding", 1, rows, 3 * config.vit_patch_size**2, c, w, pixels=True)
@@ -128,7 +129,7 @@ def _vision(config: VLMConfig, work: Work, w: int) -> Iterator[Operator]:
     yield from _product("projector", "pixel shuffle + projection", 1, work.images * config.image_tokens, shuffled, n, w)
 
 
-def _language(config: VLMConfig, work: Work, w: int) -> Iterator[Operator]:
+def _language(config: VLMConfig, work: Counts, w: int) -> Iterator[Operator]:
     c, inner, layers, rows = config.lm_hidden_dim, config.lm_inter_dim, config.lm_n_blocks, work.tokens
     kv = config.lm_n_kv_heads * config.head_dim
     table = config.lm_vocab_size * c
@@ -203,6 +204,18 @@ def profiled(step: Callable[[], None], device: torch.device, steps: int = 3) -> 
     return dict(kinds)
 
 
+def measured_step(args: argparse.Namespace, device: torch.device) -> tuple[Counts, dict[str, float]]:
+    """What the drawn samples hold, and the profiled seconds of ours by kind, uncompiled: a compiler mixes the kinds."""
+    from bench.variants import Packed, Recipe, Workbench
+    from bench.workload import load_work
+
+    work = load_work(args.preset, "cauldron_like", args.samples, args.layers)
+    pairs = sum(len(document) * (len(document) + 1) // 2 for document in work.documents)
+    step = Packed(Workbench(work, device, pick_dtype("auto", device)), Recipe(compile="none"))
+    counts = Counts(work.counts["images"], work.counts["tokens"], work.counts["labels"], pairs)
+    return counts, profiled(step, device)
+
+
 def by_kind(found: list[Operator], rates: Rates) -> dict[str, float]:
     kinds: Counter[str] = Counter()
     for operator in found:
@@ -232,7 +245,7 @@ def worth_fusing(found: list[Operator], rates: Rates) -> list[tuple[str, float]]
     return saved.most_common()
 
 
-def summarised(config: VLMConfig, work: Work, rates: Rates) -> dict:
+def summarised(config: VLMConfig, work: Counts, rates: Rates) -> dict:
     """What the result file holds."""
     found = operators(config, work, rates.element)
     floor, flops = sum(o.floor(rates) for o in found), sum(o.flops for o in found)
@@ -257,25 +270,40 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--text", type=int, default=32, help="text tokens of a document")
     parser.add_argument("--labels", type=int, default=12, help="labelled tokens of a document")
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda | h100 (its table, and no result file)")
+    parser.add_argument("--measure", action="store_true", help="profile the step too, on documents drawn like these")
+    parser.add_argument("--layers", type=int, default=0, help="of each tower, at full width; 0: the preset's")
     parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
     args = parser.parse_args(argv)
     try:
         config, _ = preset(args.preset)
+        if args.layers:
+            config = dataclasses.replace(config, vit_n_blocks=args.layers, lm_n_blocks=args.layers)
+        if args.measure and args.device == "h100":
+            raise ValueError("--measure needs the device itself, and --device h100 is a table")
         if min(args.samples, args.text, args.labels) < 1 or args.labels > args.text:
             raise ValueError("--samples, --text and --labels must be positive, and no more labels than text")
         device = None if args.device == "h100" else pick_device(args.device)
         rates = measured_rates(device) if device else H100
-        result = summarised(config, Work.of_samples(config, args.samples, args.text, args.labels), rates)
+        counts, seconds = Counts.of_samples(config, args.samples, args.text, args.labels), None
+        if args.measure:
+            counts, seconds = measured_step(args, device)
+        result = {**summarised(config, counts, rates), "measured_by_kind": seconds}
         file = write("roofline", device, {"preset": args.preset, **result}, args.out) if device else None
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(table(operators(config, Work(**result["work"]), rates.element), rates))
+    print(table(operators(config, Counts(**result["work"]), rates.element), rates))
     print(f"\n{rates.name}: {rates.flops / 1e12:,.2f} TFLOP/s, {rates.bandwidth / 1e9:,.0f} GB/s")
     print(f"floor {result['floor_seconds'] * 1e3:,.1f} ms, {result['samples_per_s']:,.0f} samples/s")
     print("inside the products next to them these would cost nothing:")
     for name, seconds in result["worth_fusing"]:
         print(f"  {seconds * 1e3:8.2f} ms  {name}")
+    if seconds:
+        print(f"\n{'kind':12} {'floor ms':>10} {'measured ms':>12} {'times':>7}   (profiled without a compiler)")
+        for kind, time in sorted(seconds.items(), key=lambda item: -item[1]):
+            floor = result["by_kind"].get(kind, 0.0)
+            times = f"{time / floor:>7.1f}" if floor else f"{'-':>7}"
+            print(f"{kind:12} {floor * 1e3:>10,.2f} {time * 1e3:>12,.2f} {times}")
     if file:
         print(f"written: {file}")
     return 0

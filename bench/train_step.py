@@ -230,18 +230,19 @@ class Comparison:
         row = self.rows[name]
         label = name if name in MAIN else f"ours, {name}" if name.startswith("recompute") else f"ours without {name}"
         if "median" not in row:
-            print(f"{label:34} {row.get('error', '')}")
+            print(f"{label:38} {row.get('error', '')}")
             return
         times = " ".join(f"{row[part] * 1e3:>8,.1f}" for part in ("median", "lower_quartile", "upper_quartile"))
-        rates = " ".join(f"{row[f'{what}_per_s']:>10,.0f}" for what in ("questions", "tokens", "labels", "images"))
+        rates = (row[f"{what}_per_s"] for what in ("questions", "tokens", "labels", "images"))
+        rates = " ".join(f"{rate:>10,.{1 if rate < 100 else 0}f}" for rate in rates)
         mfu = f"{row['mfu']:>6.1%}" if "mfu" in row else f"{'-':>6}"
         memory = f"{row['peak_mib']:>9,.0f}" if "peak_mib" in row else f"{'-':>9}"
         share = f"{row.get('times_base', 1.0):>6.2f}"
-        print(f"{label:34} {times} {share} {rates} {mfu} {memory} {row['parity']['gradient']:>8.0e}")
+        print(f"{label:38} {times} {share} {rates} {mfu} {memory} {row['parity']['gradient']:>8.0e}")
 
 
 HEADER = (
-    f"{'':34} {'step ms':>8} {'quarter':>8} {'3/4':>8} {'x base':>6} {'quest./s':>10} {'tokens/s':>10} "
+    f"{'':38} {'step ms':>8} {'quarter':>8} {'3/4':>8} {'x base':>6} {'quest./s':>10} {'tokens/s':>10} "
     f"{'labels/s':>10} {'images/s':>10} {'MFU':>6} {'peak MiB':>9} {'gradient':>8}"
 )
 

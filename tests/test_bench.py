@@ -69,7 +69,7 @@ def all_suites(folder: Path) -> None:
         "dataloader": dict(stages={"decode": 50.0}, speedup={"1": 2.0},
                            samples_per_s={"on the fly": {"1": 10.0}, "prepared": {"1": 20.0}}),
         "peer": dict(variants={"nanovlm": timed(1.0, **rates), "ours": timed(0.5, **rates)}),
-        "roofline": roofline.summarised(preset("tiny")[0], roofline.Work(4, 144, 48, 2664), roofline.H100),
+        "roofline": roofline.summarised(preset("tiny")[0], roofline.Counts(4, 144, 48, 2664), roofline.H100),
     }  # fmt: skip
     folder.mkdir()
     for name, result in found.items():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import roofline
-from bench.roofline import H100, Rates, Work, by_kind, kind_of, operators, profiled, worth_fusing
+from bench.roofline import H100, Counts, Rates, by_kind, kind_of, operators, profiled, worth_fusing
 from nanovlm_fast.config import VLMConfig, preset
 from nanovlm_fast.metrics import step_flops
 from nanovlm_fast.model import VisionLanguageModel
@@ -21,7 +21,7 @@ from nanovlm_fast.warmup import full_batch
 def test_the_operators_flops_are_the_models(name):
     """`step_flops` itself is held against PyTorch's flop counter in test_metrics.py."""
     config, _ = preset(name)
-    work = Work.of_samples(config, samples=7, text=20, labels=5)
+    work = Counts.of_samples(config, samples=7, text=20, labels=5)
     counted = step_flops(config, work.images, work.tokens, work.labels, work.pairs)
     assert sum(operator.flops for operator in operators(config, work)) == counted
 
@@ -29,7 +29,7 @@ def test_the_operators_flops_are_the_models(name):
 def test_one_layer_by_hand():
     """nanovlm-222m at 256 samples of 49 + 32 tokens: 50,176 vision rows of 768, 20,736 language rows of 576."""
     config, _ = preset("nanovlm-222m")
-    work = Work.of_samples(config, samples=256, text=32, labels=12)
+    work = Counts.of_samples(config, samples=256, text=32, labels=12)
     found = {(o.part, o.name, o.direction): o for o in operators(config, work)}
     qkv = found["vision", "qkv", "forward"]
     assert qkv.calls == 12 and qkv.flops / 12 == 2 * 50176 * 768 * 2304
@@ -45,7 +45,7 @@ def test_one_layer_by_hand():
 
 def test_the_binding_bound_and_what_fusing_saves():
     config, _ = preset("nanovlm-222m")
-    found = operators(config, Work.of_samples(config, 256, 32, 12))
+    found = operators(config, Counts.of_samples(config, 256, 32, 12))
     bounds = {(o.part, o.name): o.bound(H100) for o in found}
     assert bounds["vision", "fc1"] == "compute" and bounds["vision", "GELU"] == "memory"
     slow = Rates("slow memory", 798e12, 1e9)
@@ -82,3 +82,13 @@ def test_the_command(tmp_path, capsys):
     assert "inside the products" in capsys.readouterr().out and len(list(tmp_path.rglob("*.json"))) == 1
     assert roofline.main(["--labels", "40", "--device", "h100"]) == 1
     assert roofline.main(["--preset", "nano", "--device", "h100"]) == 1
+
+
+def test_the_floor_beside_a_profiled_step(tmp_path, capsys):
+    options = ["--preset", "tiny", "--samples", "2", "--layers", "1", "--device", "cpu", "--measure"]
+    assert roofline.main([*options, "--out", str(tmp_path)]) == 0
+    (file,) = tmp_path.glob("*/roofline.json")
+    result = json.loads(file.read_text())
+    assert result["work"]["images"] == 2 and result["measured_by_kind"]["product"] > 0
+    assert "floor ms" in capsys.readouterr().out
+    assert roofline.main([*options[:-3], "--device", "h100", "--measure"]) == 1

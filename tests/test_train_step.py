@@ -320,3 +320,4 @@ def test_bars_start_where_the_technique_was_cut_from():
     expected = [(0, 500), (0, 90), (90, 100), (100, 160), (100, 150)]
     assert [bar[1:] for bar in bars] == [pytest.approx(bar) for bar in expected]
     assert plots.label_of("kernel:rms_norm") == "without kernel rms_norm"
+    assert (plots.number(10712.4), plots.number(3.14, "+")) == ("10,712", "+3.1")
