@@ -68,11 +68,11 @@ LOADED_LITTLE = ("--pictures", "32", "--seconds", "0.3", "--repeats", "2", "--wo
 FEW = ("--small", "--repeats", "3", "--only", "rms_norm,rotary")
 SUITES = (
     Suite("train_step", "a whole optimizer step against padded nanoVLM", ("--budget-s", "60"), SEED, TOY, seconds=90),
-    Suite("train_step_slice", "the seed's width, two layers a tower", SLICE, quick=TOY, seconds=100,
+    Suite("train_step_slice", "the seed's width, two layers a tower", SLICE, quick=TOY, seconds=120,
           needs=("cpu",), of="train_step", in_quick=False),
     Suite("kernels", "each kernel against its rivals", quick=FEW, seconds=100, quick_seconds=15, needs=("gpu",)),
-    Suite("attention", "attention inside packed documents", seconds=45),
-    Suite("memory", "peak memory against the batch", quick=(*TINY, "--samples", "2"), seconds=80, quick_seconds=15),
+    Suite("attention", "attention inside packed documents", seconds=70),
+    Suite("memory", "peak memory against the batch", quick=(*TINY, "--samples", "2"), seconds=75, quick_seconds=15),
     Suite("dataloader", "images and text to packed batches", LOADED, LOADED, LOADED_LITTLE, seconds=80),
     Suite("generate", "prefill and decoding", quick=TINY),
     Suite("roofline", "the floor of a step", MEASURED, ("--measure",), TINIEST, seconds=25),
