@@ -296,8 +296,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\n{rates.name}: {rates.flops / 1e12:,.2f} TFLOP/s, {rates.bandwidth / 1e9:,.0f} GB/s")
     print(f"floor {result['floor_seconds'] * 1e3:,.1f} ms, {result['samples_per_s']:,.0f} samples/s")
     print("inside the products next to them these would cost nothing:")
-    for name, seconds in result["worth_fusing"]:
-        print(f"  {seconds * 1e3:8.2f} ms  {name}")
+    for name, saved in result["worth_fusing"]:
+        print(f"  {saved * 1e3:8.2f} ms  {name}")
     if seconds:
         print(f"\n{'kind':12} {'floor ms':>10} {'measured ms':>12} {'times':>7}   (profiled without a compiler)")
         for kind, time in sorted(seconds.items(), key=lambda item: -item[1]):
