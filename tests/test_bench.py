@@ -211,7 +211,7 @@ def test_the_data_loader_is_measured_both_ways(tmp_path, capsys, monkeypatch):
         "on the fly": ["0", "1"], "prepared": ["0", "1"],
     }  # fmt: skip
     assert result["speedup"]["0"] > 1
-    assert "data loader, 1 workers" in report.table(tmp_path)
+    assert "data loader, photographs" in report.table(tmp_path)
     assert "on the fly" in capsys.readouterr().out
 
 
