@@ -162,8 +162,9 @@ class Trainer:
             warm_up(self.forward, self.model, self.stream.budget, self.autocast, rounds=3 if graphs else 1)
         # gradients that live in a graph's memory would be overwritten by the next micro-batch
         self.keep_gradients = graphs and self.config.accumulate > 1
-        for parameter in self.model.parameters() if self.keep_gradients else ():
-            parameter.grad = torch.zeros_like(parameter)
+        for parameter in self.model.parameters():
+            if self.keep_gradients and parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
         print(f"ready for the first step {time.perf_counter() - self.born:.1f} s after the start")
 
     def make_meter(self) -> Meter:

@@ -235,6 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     out = (args.out or (QUICK_OUT if args.quick else ROOT)).resolve()
     outcomes: list[Outcome] = []
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the suite's process would outlive this one
     try:
         suites, device = chosen(args.only), pick_device(args.device)
         out.mkdir(parents=True, exist_ok=True)

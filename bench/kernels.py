@@ -112,20 +112,25 @@ def passes_of(call: Callable, copies: list[dict]) -> dict[str, Callable[[], None
     return {"forward": forward, "backward": backward, "both": both}
 
 
-def as_graph(call: Callable[[], None], rounds: int, stream: torch.cuda.Stream) -> tuple[Callable[[], None], bool]:
+def as_graph(
+    call: Callable[[], None], rounds: int, stream: torch.cuda.Stream, pool: tuple[int, int] | None = None
+) -> tuple[Callable[[], None], bool]:
     """The call, `rounds` times, recorded as a CUDA graph (no Python, no launches); plainly where it cannot be recorded.
 
-    Everything, the forwards that a backward goes back through included, must have run on `stream`.
+    Everything, the forwards that a backward goes back through included, must have run on `stream`. Graphs whose results
+    nobody reads may share a memory `pool`.
     """
     for _ in range(3):
         call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.graph(graph, stream=stream, pool=pool):
             for _ in range(rounds):
                 call()
         return graph.replay, True
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:  # it waits for the device somewhere
         return lambda: [call() for _ in range(rounds)], False
 
@@ -182,6 +187,7 @@ class Timer:
         self.copies = 1 + max(2, min(8, 4 * L2_BYTES // moved)) if stream else 1
         self.rounds = max(1, min(200, LONG_ENOUGH // (moved * self.copies))) if stream else 1
         self.calls: dict[str, dict[str, Callable]] = {name: {} for name in PASSES}
+        self.pool = torch.cuda.graph_pool_handle() if stream else None
 
     def add(self, name: str, call: Callable, inputs: dict) -> bool:
         """Take the callable in; returns whether all its passes are CUDA graphs."""
@@ -190,7 +196,9 @@ class Timer:
         ]
         graphs = []
         for part, one in passes_of(call, copies).items():
-            self.calls[part][name], graph = as_graph(one, self.rounds, self.stream) if self.stream else (one, False)
+            self.calls[part][name], graph = (
+                as_graph(one, self.rounds, self.stream, self.pool) if self.stream else (one, False)
+            )
             graphs.append(graph)
         return all(graphs)
 
@@ -227,7 +235,11 @@ def measure_here(
     for provider, make in PROVIDERS.items():
         call = call_of(make, kernel)
         wrong = call if isinstance(call, str) else agrees(call, kernel, inputs)
-        rows[provider] = {"error": wrong} if wrong else {"graph": timer.add(provider, call, inputs)}
+        try:
+            rows[provider] = {"error": wrong} if wrong else {"graph": timer.add(provider, call, inputs)}
+        except torch.OutOfMemoryError as error:
+            timer.drop(provider)
+            rows[provider] = {"error": in_a_line(error)}
     for provider, times in timer.times(args.repeats).items():
         rows[provider] |= times
         if stream:

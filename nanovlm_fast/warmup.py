@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -44,14 +45,17 @@ def warm_up(
     memory does not hold the batch.
     """
     device = next(model.parameters()).device
-    batch = full_batch(budget, model.config).to(device)
+    fits = True
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             for _ in range(rounds):
-                _forward_backward(step, model, batch, autocast)
-        except torch.OutOfMemoryError as error:
-            del batch
-            raise ValueError(_smaller(model, budget, autocast)) from error
+                _forward_backward(step, model, full_batch(budget, model.config).to(device), autocast)
+        except torch.OutOfMemoryError:
+            fits = False  # no more here: while the error lives, so does all that the attempt had in memory
+        if not fits:
+            torch._dynamo.reset()  # recorded graphs hold memory too
+            gc.collect()
+            raise ValueError(_smaller(model, budget, autocast))
 
 
 def _forward_backward(step, model, batch, autocast) -> None:
@@ -71,7 +75,10 @@ def _smaller(model: VisionLanguageModel, budget: Budget, autocast: Callable, sha
     part = budget.shrunk(share)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    _forward_backward(model, model, full_batch(part, model.config).to(next(model.parameters()).device), autocast)
+    try:
+        _forward_backward(model, model, full_batch(part, model.config).to(next(model.parameters()).device), autocast)
+    except torch.OutOfMemoryError:
+        return f"out of memory, and even {part.tokens} tokens with {part.images} images are too many for this device"
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     activations = (torch.cuda.max_memory_allocated() - before - weights) * budget.tokens / part.tokens
     return out_of_memory(budget, before + 3 * weights, activations, torch.cuda.mem_get_info()[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -53,8 +54,11 @@ def small_config() -> VLMConfig:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _fresh(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.manual_seed(0)
+    yield
+    if request.node.get_closest_marker("gpu"):
+        torch._dynamo.reset()  # one function compiled for many sizes would run into its limit of recompilations
 
 
 def random_document(rng: np.random.Generator, config: VLMConfig, n_images: int, text: int) -> Document:

@@ -14,10 +14,9 @@ LENGTHS = [[7], [1, 1, 1], [5, 0, 16, 1, 0, 3], [16, 16, 0, 0]]
 
 
 def loop(q, k, v, cu_seqlens, max_seqlen, causal):
-    """Each document by itself, heads repeated, softmax written out, in float32 at least."""
-    dtype, groups = q.dtype, q.shape[1] // k.shape[1]
-    wide = torch.promote_types(dtype, torch.float32)
-    q, k, v = q.to(wide), k.to(wide).repeat_interleave(groups, 1), v.to(wide).repeat_interleave(groups, 1)
+    """Each document by itself, heads repeated, softmax written out; all of it in the type of the inputs."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     documents = []
     for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
         scores = torch.einsum("qhd,khd->hqk", q[start:end], k[start:end]) / q.shape[-1] ** 0.5
@@ -25,7 +24,7 @@ def loop(q, k, v, cu_seqlens, max_seqlen, causal):
             above = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu(1)
             scores = scores.masked_fill(above, float("-inf"))
         documents.append(torch.einsum("hqk,khd->qhd", F.softmax(scores, -1), v[start:end]))
-    return torch.cat(documents).to(dtype)
+    return torch.cat(documents)
 
 
 def inputs_of(lengths: list[int], heads: tuple[int, int], causal: bool, dtype, device="cpu", width=16) -> dict:
@@ -63,7 +62,8 @@ def test_each_backend_on_the_gpu(backend, causal, lengths):
         for call in (attend, torch.compile(attend, fullgraph=True, dynamic=False)):
             for name, out in run(call, inputs).items():  # not the same bits twice: the backward adds up with atomics
                 error, allowed = (out - truth[name]).abs().max(), 2 * (plain[name] - truth[name]).abs().max()
-                assert error <= allowed + 1e-5 * truth[name].abs().max(), f"{name}: {error:.1e}, allowed {allowed:.1e}"
+                floor = 1e-5 * max(1, truth[name].abs().max())  # of a single token the gradients of q and k are 0
+                assert error <= allowed + floor, f"{name}: {error:.1e}, allowed {allowed:.1e}"
     finally:
         if backend.startswith("torch_"):
             torch.nn.attention.restore_flash_attention_impl()

@@ -7,7 +7,6 @@ import json
 import shutil
 from pathlib import Path
 
-import easy_vqa
 import numpy as np
 import pytest
 import safetensors.torch
@@ -28,6 +27,7 @@ from nanovlm_fast.generate import generate
 from nanovlm_fast.model import VisionLanguageModel
 
 QUESTION = "what color is the shape?"
+easy_vqa = pytest.importorskip("easy_vqa")
 SHAPE = easy_vqa.get_test_image_paths()[0]  # 64 x 64
 PICTURE = next(ROOT.glob("bench/results/*/train_tiny_samples.png"))  # wide, RGBA
 PROPORTIONS = dict(vit_n_blocks=2, lm_n_blocks=2, lm_vocab_size=320, lm_max_position_embeddings=512)

@@ -295,6 +295,8 @@ def test_bad_options_are_one_line(options, message, capsys):
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.timeout(550)
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_on_the_gpu_every_row_is_timed(tmp_path, dtype):

@@ -28,6 +28,7 @@ from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.packing import IGNORE, Budget, PackedBatch, Packer, Sample, pack
 
 CACHE_BYTES = 2**30  # decoded examples kept by each worker
+AHEAD = 3  # batches that the host may be ahead of the device
 ENDLESS = 10**9  # epochs of a run that ends after --max-steps
 
 
@@ -233,6 +234,8 @@ class Feed:
         compute.wait_event(there)
         packed.record_stream(compute)
         self.marks.append((needed, there))
+        if len(self.marks) > AHEAD:  # or the batches of many steps would lie on the device before the first is done
+            self.marks[-AHEAD][0].synchronize()
         return batch, packed
 
     def waited(self) -> float:
