@@ -2,8 +2,8 @@
 
     pip install lmms-eval && python -m lmms_eval --model nanovlm_fast --model_args checkpoint=RUN --tasks mme
 
-Only lmms-eval imports this module. One process on one device. The tests hold it against a stand-in for lmms-eval's
-interface (0.7), which brings too many packages to be installed for them; no task of it has been run.
+Only lmms-eval imports this module. One process on one device. The tests hold it against a stand-in: lmms-eval brings
+too many packages to be installed for them. With 0.7.3's registry, base class and requests it answers; no task was run.
 """
 
 from __future__ import annotations
