@@ -28,6 +28,8 @@ from nanovlm_fast.data.text import Tokenizer
 from nanovlm_fast.hub import WEIGHTS, fetch
 from nanovlm_fast.model import VisionLanguageModel
 
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
 
 def save_pretrained(folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer | None = None) -> None:
     """Write config.json, model.safetensors (nanoVLM's keys; tied weights once) and the tokenizer into `folder`."""
@@ -53,19 +55,24 @@ def load_pretrained(
     or does not fit its configuration.
     """
     folder = resolve(checkpoint)
+    model = load_model(folder)
+    name = model.config.lm_tokenizer
+    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else Tokenizer.from_hub(name)
+    return model.to(device), tokenizer
+
+
+def load_model(folder: Path) -> VisionLanguageModel:
+    """The model of a folder that `resolve` gave, on the CPU. Raises what `load_pretrained` raises."""
     config, extra = read_config(folder)
     if extra:
-        warnings.warn(f"{folder / 'config.json'}: fields not used here: {', '.join(sorted(extra))}", stacklevel=2)
+        warnings.warn(f"{folder / 'config.json'}: fields not used here: {', '.join(sorted(extra))}", stacklevel=3)
     try:
         model = VisionLanguageModel(config)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'} is not a model configuration: {error}") from error
     model.extra_config = extra
     model.load_reference_state_dict(load_tensors(folder / "model.safetensors"))
-    tokenizer = (
-        Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else Tokenizer.from_hub(config.lm_tokenizer)
-    )
-    return model.to(device), tokenizer
+    return model
 
 
 def read_config(folder: Path) -> tuple[VLMConfig, dict[str, Any]]:
@@ -89,7 +96,8 @@ def read_config(folder: Path) -> tuple[VLMConfig, dict[str, Any]]:
 def resolve(checkpoint: Path | str | None) -> Path:
     """The folder that holds model.safetensors: `checkpoint` itself, the newest checkpoint of a run, or a hub name's.
 
-    None is the latest run. Raises FileNotFoundError naming what was looked for, OSError if the hub did not give it.
+    None is the latest run. Raises FileNotFoundError naming what was looked for, OSError if the hub did not give it,
+    and ValueError for weights that are a pickle: reading one can run any code.
     """
     folder = Path(checkpoint) if checkpoint is not None else latest_run()
     if isinstance(checkpoint, str) and not folder.exists() and not folder.parent.is_dir():
@@ -98,6 +106,9 @@ def resolve(checkpoint: Path | str | None) -> Path:
         return folder
     if newest := newest_checkpoint(folder):
         return newest
+    for file in sorted([folder, *folder.glob("*")]):
+        if file.suffix in PICKLES and file.is_file():
+            raise ValueError(f"{file}: pickles are not read, only safetensors: a checkpoint has a model.safetensors")
     raise FileNotFoundError(f"{folder}: neither a checkpoint (model.safetensors) nor a run that holds one")
 
 

@@ -40,13 +40,14 @@ NOT_NANOVLMS = ("image_mean", "image_std", "init", "prompt")  # fields of our VL
 # ---- nanoVLM
 
 
-def to_nanovlm(folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer) -> None:
+def to_nanovlm(folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer | None = None) -> None:
     """Write config.json, model.safetensors and the tokenizer so that nanoVLM v0.1's `from_pretrained` takes them.
 
     v0.1 accepts only the fields of its own VLMConfig and feeds plain [0, 1] pixels: the normalisation is folded into
     the patch embedding. Entries of the config.json that the model came with are written as they were.
     """
     config = model.config
+    folder.mkdir(parents=True, exist_ok=True)
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_NANOVLMS}
     if config.prompt != VLMConfig.prompt:
         warnings.warn(f"nanoVLM's prompt is {VLMConfig.prompt!r}, this model's {config.prompt!r}", stacklevel=2)
@@ -59,7 +60,8 @@ def to_nanovlm(folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer) -
         del state["decoder.head.weight"]
     save_file(state, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({**model.extra_config, **values}, indent=2) + "\n")
-    tokenizer.save(folder)
+    if tokenizer is not None:
+        tokenizer.save(folder)
 
 
 # ---- transformers

@@ -41,12 +41,19 @@ def reason(error: Exception) -> str:
 
 
 def push_to_hub(folder: Path, repo: str, private: bool = False) -> str:
-    """Upload an exported folder; returns its address. Raises huggingface_hub's OSError if the hub does not take it."""
+    """Upload an exported folder; returns its address. Raises OSError, in one line, if the hub does not take it."""
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError  # of the HTTP client that this version of it uses
 
     api = HfApi()
-    repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
-    return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload from nanovlm_fast"))
+    try:
+        repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload from nanovlm_fast"))
+    except (OSError, ValueError, HTTPError) as error:  # the last is what a missing network raises
+        raise OSError(
+            f"{folder} is written, but the Hugging Face hub did not take it as {repo!r}: {reason(error)}. "
+            f"`hf auth login` once, then `hf upload {repo} {folder}`"
+        ) from error
 
 
 def measured(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:

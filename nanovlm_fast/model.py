@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,9 @@ from nanovlm_fast.ops import Ops
 from nanovlm_fast.packing import PackedBatch
 from nanovlm_fast.recompute import run_block
 from nanovlm_fast.reference import init_weights
+
+if TYPE_CHECKING:
+    from nanovlm_fast.data.text import Tokenizer
 
 # attend(layer, q, k, v) -> out: how the language model attends; training, prefill and decoding each bring their own
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -229,6 +234,31 @@ class VisionLanguageModel(nn.Module):
     def forward(self, batch: PackedBatch) -> Tensor:
         """Cross-entropy in float32, summed over the labelled tokens: divide by their number over the whole step."""
         return self.ops.linear_cross_entropy(self.hidden(batch), self.decoder.head.weight, batch.labels)[0]
+
+    @classmethod
+    def from_pretrained(cls, checkpoint: Path | str, device: str | torch.device = "cpu") -> VisionLanguageModel:
+        """The model of a checkpoint, as nanoVLM's `from_pretrained`: a folder, a run, or a hub name; float32.
+
+        Raises what `checkpoint.load_pretrained` raises, which gives the tokenizer too.
+        """
+        from nanovlm_fast.checkpoint import load_model, resolve  # they import this class
+
+        return load_model(resolve(checkpoint)).to(device)
+
+    def save_pretrained(
+        self, folder: Path | str, layout: str = "nanovlm_fast", tokenizer: Tokenizer | None = None
+    ) -> None:
+        """Write config.json, model.safetensors and, if given, the tokenizer into `folder`, over what lies there.
+
+        Layout "nanovlm_fast" keeps every field of the configuration; "nanovlm" is what nanoVLM v0.1's own
+        `from_pretrained` takes (export.to_nanovlm). Raises ValueError for another layout.
+        """
+        from nanovlm_fast import checkpoint, export
+
+        layouts = {"nanovlm_fast": checkpoint.save_pretrained, "nanovlm": export.to_nanovlm}
+        if layout not in layouts:
+            raise ValueError(f"layout {layout!r}: there are {', '.join(layouts)}")
+        layouts[layout](Path(folder), self, tokenizer)
 
     def fused_parts(self) -> dict[str, dict[str, int]]:
         """Fused weights by name -> the reference's weights that they hold, in order, and their row counts."""

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import random_document, run_python
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -122,6 +123,24 @@ def test_a_siglip_folder_gives_transformers_hidden_states(tmp_path, whole, sizes
         expected = theirs(pixels).last_hidden_state
         torch.testing.assert_close(plain.vision_encoder(pixels), expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(packed.vision_encoder(packed.ops, images), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_fixed_resolution_siglip2_folder_gives_transformers_hidden_states(tmp_path):
+    """Its repositories hold the whole model under SigLIP's own model_type; their config.json leaves defaults out."""
+    siglip(tmp_path, whole=True)
+    text = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    text |= dict(model_type="siglip_text_model", vocab_size=50)
+    config = dict(architectures=["SiglipModel"], initializer_factor=1.0, model_type="siglip", text_config=text)
+    config |= dict(vision_config={**VISION, "model_type": "siglip_vision_model"}, torch_dtype="float32")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = AutoModel.from_pretrained(tmp_path).eval().vision_model
+    packed, _ = start(f"--mp-pixel-shuffle-factor 2 --vision {tmp_path}")
+    assert (packed.config.vit_hidden_dim, packed.config.vit_img_size, packed.config.image_mean) == (48, 32, 0.5)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = theirs((images.float() / 255 - 0.5) / 0.5).last_hidden_state
+        torch.testing.assert_close(packed.vision_encoder(packed.ops, images), expected, rtol=1e-5, atol=1e-5)
+    assert expected.std() > 0.1, "weights that were loaded"
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from conftest import SMALL, run_python
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import nanovlm_fast
 from nanovlm_fast import checkpoint as checkpoints
 from nanovlm_fast.checkpoint import load_checkpoint, load_pretrained, newest_checkpoint, resolve, save_pretrained
 from nanovlm_fast.config import TrainConfig, VLMConfig
@@ -171,6 +172,51 @@ def test_unknown_fields_of_a_configuration_are_pointed_out(saved):
     with pytest.warns(UserWarning, match="hf_repo, vlm_load_backbone_weights"):
         model, _ = load_pretrained(saved)
     assert model.config == CONFIG
+
+
+def test_the_api_that_nanovlms_users_know(tmp_path, saved, tokenizer):
+    """from_pretrained gives the model alone, and what save_pretrained wrote, with or without a tokenizer."""
+    model = nanovlm_fast.VisionLanguageModel.from_pretrained(str(saved))
+    assert isinstance(model, VisionLanguageModel)
+    weights = load_pretrained(saved)[0].state_dict()
+    for folder, more in ((tmp_path / "a" / "bare", {}), (tmp_path / "full", {"tokenizer": tokenizer})):
+        model.save_pretrained(folder, **more)
+        again = VisionLanguageModel.from_pretrained(folder, device="cpu")
+        assert again.config == model.config
+        assert again.state_dict().keys() == weights.keys()
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in again.state_dict().items())
+        assert (folder / "tokenizer.json").exists() == bool(more)
+    assert load_pretrained(tmp_path / "full")[1].fingerprint == tokenizer.fingerprint
+    with pytest.raises(ValueError, match="layout 'onnx': there are nanovlm_fast, nanovlm"):
+        model.save_pretrained(tmp_path / "other", layout="onnx")
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        VisionLanguageModel.from_pretrained(tmp_path / "nowhere")
+
+
+def test_the_package_alone_comes_without_torch():
+    script = (
+        "import sys, nanovlm_fast; assert 'torch' not in sys.modules; print(nanovlm_fast.VisionLanguageModel.__name__)"
+    )
+    result = run_python("-c", script)
+    assert (result.returncode, result.stdout) == (0, "VisionLanguageModel\n"), result.stderr
+    with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
+        nanovlm_fast.Nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
+def test_pickles_are_refused_and_not_read(saved, name):
+    weights = load_file(saved / "model.safetensors")
+    (saved / "model.safetensors").unlink()
+    torch.save(weights, saved / name)
+    for place in (saved, saved / name):
+        with pytest.raises(ValueError, match=f"{name}: pickles are not read, only safetensors"):
+            load_pretrained(place)
+    for command in (["train.py", "--start-from"], ["-m", "nanovlm_fast.generate", "--prompt", "what?", "--checkpoint"]):
+        result = run_python(*command, str(saved))
+        assert result.returncode != 0 and re.fullmatch(
+            r"(train.py: )?error: .*pickles are not read.*\n", result.stderr
+        ), result.stderr
 
 
 # ---- the run

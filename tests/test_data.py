@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -216,6 +217,21 @@ def test_a_bad_record_is_named_by_its_line(tmp_path, record, message):
     write_jsonl(tmp_path, [{"conversations": talk("a", "b")}, record])
     with pytest.raises(ValueError, match=rf"train\.jsonl:2: .*{message}"):
         JsonLines("train", tmp_path)[1]
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_a_link_that_leaves_the_folder_is_no_way_out(tmp_path, what):
+    outside, folder = tmp_path / "outside", tmp_path / "data"
+    outside.mkdir()
+    Image.new("RGB", (8, 8)).save(outside / "a.png")
+    link = "a.png" if what == "file" else "images/a.png"
+    write_jsonl(folder, [{"image": name, "conversations": talk("a", "b")} for name in (link, "inner.png")])
+    (folder / Path(link).parts[0]).symlink_to(outside / "a.png" if what == "file" else outside)
+    with pytest.raises(ValueError, match=r"train\.jsonl:1: .*outside"):
+        JsonLines("train", folder)[0]
+    Image.new("RGB", (8, 8)).save(folder / "b.png")
+    (folder / "inner.png").symlink_to(folder / "b.png")
+    assert load_image(JsonLines("train", folder)[1].images[0], 8).shape == (3, 8, 8), "links inside are followed"
 
 
 @pytest.mark.parametrize("name", ["easy-vqa", "jsonl:", "synthetic:big", ""])

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ import safetensors.torch
 import torch
 import yaml
 from conftest import ROOT, SMALL, run_python
+from huggingface_hub import HfApi
 from PIL import Image
 from tokenizers import processors
 from transformers import AutoModelForImageTextToText, AutoProcessor, SmolVLMForConditionalGeneration
@@ -24,6 +28,7 @@ from nanovlm_fast.data.images import load_image
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
 from nanovlm_fast.export import export, main, to_nanovlm, to_transformers
 from nanovlm_fast.generate import generate
+from nanovlm_fast.hub import push_to_hub
 from nanovlm_fast.model import VisionLanguageModel
 
 QUESTION = "what color is the shape?"
@@ -255,6 +260,23 @@ def test_another_prompt_than_nanovlms_is_pointed_out(tmp_path, tokenizer):
         to_nanovlm(tmp_path, random_model(CONFIGS["untied, normalised, full vocabulary"]), tokenizer)
 
 
+@pytest.mark.filterwarnings("ignore:nanoVLM's prompt")
+def test_a_model_saves_itself_in_nanovlms_layout(tmp_path, tokenizer):
+    model = random_model(CONFIGS["untied, normalised, full vocabulary"])
+    model.save_pretrained(tmp_path / "new" / "folder", layout="nanovlm", tokenizer=tokenizer)
+    to_nanovlm(tmp_path / "expected", model, tokenizer)
+    files = {
+        place: {file.name: file.read_bytes() for file in place.iterdir()}
+        for place in (tmp_path / "new" / "folder", tmp_path / "expected")
+    }
+    written, expected = files.values()
+    assert written == expected and "tokenizer.json" in written
+    again = VisionLanguageModel.from_pretrained(tmp_path / "new" / "folder")
+    _, prompt, pixels = ask(model, tokenizer, [SHAPE])
+    logits = reference_logits(again, prompt, pixels)
+    torch.testing.assert_close(logits, reference_logits(model, prompt, pixels), rtol=1e-4, atol=1e-4)
+
+
 @pytest.fixture
 def nanovlm(tmp_path) -> tuple[Path, reference.VisionLanguageModel]:
     """A folder as nanoVLM v0.1's save_pretrained leaves it: its fields, safetensors' save_model, no tokenizer."""
@@ -361,3 +383,68 @@ def test_the_card_carries_what_the_run_measured(run, tmp_path, target):
 def test_other_weights_than_the_measured_ones_carry_no_numbers(run, tmp_path):
     card = (export(run / "best", "nanovlm", tmp_path / "out") / "README.md").read_text()
     assert "87.6%" not in card and "model-index" not in card and "trained with" in card
+
+
+# ---- the upload
+
+
+@pytest.mark.parametrize("private", [False, True])
+@pytest.mark.filterwarnings("ignore:nanoVLM's prompt")
+def test_what_is_pushed_is_the_folder_that_was_written(saved, tmp_path, monkeypatch, capsys, private):
+    """The stand-in for HfApi takes only calls that the real one takes."""
+    api = create_autospec(HfApi, instance=True)
+    uploaded = {}
+
+    def upload(**arguments):
+        uploaded.update({file.name: file.read_bytes() for file in Path(arguments["folder_path"]).iterdir()})
+        return "https://huggingface.co/someone/cats"
+
+    api.create_repo.return_value.repo_id = "someone/cats"
+    api.upload_folder.side_effect = upload
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
+    command = ["--checkpoint", str(saved), "--to", "nanovlm", "--out", str(tmp_path / "out"), "--push", "someone/cats"]
+    assert main([*command, "--private"] if private else command) == 0
+    api.create_repo.assert_called_once_with("someone/cats", private=private, exist_ok=True)
+    assert api.upload_folder.call_args.kwargs["repo_id"] == "someone/cats"
+    assert uploaded == {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= uploaded.keys()
+    assert capsys.readouterr().out.endswith("uploaded: https://huggingface.co/someone/cats\n")
+
+
+class Unauthorized(BaseHTTPRequestHandler):
+    """The hub, to somebody without a token."""
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(401)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.mark.parametrize(("network", "said"), [(True, "401"), (False, "refused")])
+def test_a_push_that_fails_is_one_line_and_the_folder_stays(tmp_path, monkeypatch, network, said):
+    """The real HfApi against a server on this machine that wants a token, and one that is gone."""
+    (tmp_path / "config.json").write_text("{}")
+    server = HTTPServer(("127.0.0.1", 0), Unauthorized)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    if network:
+        thread.start()
+    else:
+        server.server_close()
+    try:
+        with pytest.raises(OSError, match=said) as raised:
+            push_to_hub(tmp_path, "someone/cats")
+    finally:
+        if network:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+    assert (
+        "\n" not in str(raised.value) and "hf auth login" in str(raised.value) and "someone/cats" in str(raised.value)
+    )
+    assert (tmp_path / "config.json").exists()

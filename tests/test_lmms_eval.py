@@ -1,0 +1,117 @@
+"""The adapter for lmms-eval, against a stand-in with its interface: its base class, manifest and requests."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from dataclasses import make_dataclass
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from conftest import ROOT, SMALL, run_python
+from PIL import Image
+
+from nanovlm_fast.checkpoint import save_pretrained
+from nanovlm_fast.config import VLMConfig
+from nanovlm_fast.data.text import Tokenizer
+from nanovlm_fast.generate import main as ask
+from nanovlm_fast.model import VisionLanguageModel
+
+
+@pytest.fixture
+def adapter(monkeypatch):
+    """nanovlm_fast.lmms_eval, imported as lmms-eval does."""
+
+    class Base:
+        is_simple = True
+
+        def __init__(self):
+            self._rank, self._world_size, self.task_dict = 0, 1, {}
+
+    names = ["lmms_eval", "lmms_eval.api", "lmms_eval.api.model", "lmms_eval.models", "lmms_eval.models.registry_v2"]
+    modules = {name: ModuleType(name) for name in names}
+    modules["lmms_eval.api.model"].lmms = Base
+    manifest = make_dataclass("ModelManifest", ["model_id", ("simple_class_path", str, None)], frozen=True)
+    modules["lmms_eval.models.registry_v2"].ModelManifest = manifest
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "nanovlm_fast.lmms_eval", raising=False)
+    yield importlib.import_module("nanovlm_fast.lmms_eval")
+    sys.modules.pop("nanovlm_fast.lmms_eval", None)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    tokenizer = Tokenizer.train(["Question: what is it? Answer:", " a red cat", " two cats"] * 9, 300)
+    save_pretrained(tmp_path / "model", VisionLanguageModel(VLMConfig(**{**SMALL, "lm_vocab_size": 300})), tokenizer)
+    return tmp_path / "model"
+
+
+DOCS = [{"images": ["red"]}, {"images": []}, {"images": ["blue", "green"]}, {"images": ["white"]}]
+QUESTIONS = ["what is it?", "is it?", "<image>two cats?", "red?"]
+
+
+def requests(settings: list[dict]) -> list[SimpleNamespace]:
+    def visuals(doc):
+        return [Image.new("RGB", (40, 30), colour) for colour in doc["images"]]
+
+    rows = enumerate(zip(QUESTIONS, settings, strict=True))
+    return [SimpleNamespace(args=(question, given, visuals, i, "task", "test")) for i, (question, given) in rows]
+
+
+def test_replies_are_what_generate_says_in_the_order_asked(adapter, checkpoint, tmp_path, capsys):
+    model = adapter.NanoVLMFast(checkpoint=str(checkpoint), device="cpu", batch_size="2", max_batch_size=None)
+    model.task_dict = {"task": {"test": DOCS}}
+    short, long = dict(max_new_tokens=5, until=["\n\n"]), dict(max_new_tokens=9, temperature=0, do_sample=False)
+    settings = [short, short, short, long]
+    replies = model.generate_until(requests(settings))
+    for doc, question, given, reply in zip(DOCS, QUESTIONS, settings, replies, strict=True):
+        command = ["--checkpoint", str(checkpoint), "--prompt", question.replace("<image>", ""), "--device", "cpu"]
+        for colour in doc["images"]:
+            Image.new("RGB", (40, 30), colour).save(tmp_path / f"{colour}.png")
+            command += ["--image", str(tmp_path / f"{colour}.png")]
+        assert ask([*command, "--max-new-tokens", str(given["max_new_tokens"])]) == 0
+        assert capsys.readouterr().out.strip() == reply
+    assert len(set(replies)) > 1 and all(replies), "answers that show something"
+
+
+def test_more_tokens_than_the_model_has_positions_are_cut_and_too_long_a_prompt_is_named(adapter, checkpoint):
+    model = adapter.NanoVLMFast(checkpoint=str(checkpoint), device="cpu")
+    model.task_dict = {"task": {"test": DOCS}}
+    assert len(model.generate_until(requests([dict(max_new_tokens=10**6)] * 4))) == 4
+    request = requests([{}] * 4)[0]
+    request.args = ("what is it? " * 5000, *request.args[1:])
+    with pytest.raises(ValueError, match=r"task 0: a prompt of \d+ tokens is too long"):
+        model.generate_until([request])
+
+
+def test_replies_end_before_a_stop(adapter):
+    assert adapter.cut(" a cat\nQuestion", ["\n"]) == "a cat"
+    assert adapter.cut("a cat. No. Yes", ["Yes", "."]) == "a cat"
+    assert adapter.cut("\n\na cat", "\n\n") == "a cat" and adapter.cut("a cat", [""]) == "a cat"
+
+
+def test_what_is_not_there_is_said(adapter, checkpoint):
+    with pytest.raises(ValueError, match="--model_args colour: there are checkpoint"):
+        adapter.NanoVLMFast(checkpoint=str(checkpoint), colour="red")
+    model = adapter.NanoVLMFast(checkpoint=str(checkpoint), device="cpu")
+    for missing in (model.loglikelihood, model.generate_until_multi_round):
+        with pytest.raises(NotImplementedError, match="generate_until"):
+            missing([])
+
+
+def test_the_entry_point_names_the_class(adapter):
+    group = (ROOT / "pyproject.toml").read_text().split('[project.entry-points."lmms_eval.models"]\n')[1]
+    module, function = re.match(r'nanovlm_fast = "([\w.]+):(\w+)"\n', group).groups()
+    made = getattr(sys.modules[module], function)()
+    assert made.model_id == "nanovlm_fast"
+    module, name = made.simple_class_path.rsplit(".", 1)
+    assert issubclass(getattr(sys.modules[module], name), sys.modules["lmms_eval.api.model"].lmms)
+
+
+def test_nothing_else_needs_lmms_eval():
+    result = run_python(
+        "-c", "import sys, nanovlm_fast.evaluate, nanovlm_fast.export; print('lmms_eval' in sys.modules)"
+    )
+    assert (result.returncode, result.stdout) == (0, "False\n"), result.stderr
