@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from bench.dataloader import RATE, workers_for
 from bench.figures import THEMES, Figure, figures, source_of
 from bench.kernels import against_compile
 from bench.registry import KERNELS, NOTHING
@@ -258,6 +259,10 @@ def dataloader_rows(result: dict) -> Rows:
     for workers, gain in result["speedup"].items():
         rates = (f"{result['samples_per_s'][way][workers]:,.0f}" for way in ("on the fly", "prepared"))
         rows.append((f"{workers} workers", *rates, f"{gain:.2f}x"))
+    rate = result.get("rate", RATE)
+    if needed := workers_for(result["samples_per_s"], rate):
+        counts = (f"{needed[way]} workers" for way in ("on the fly", "prepared"))
+        rows.append((f"to feed {rate:,.0f} samples/s, at the rate of 1 worker", *counts, "-"))
     return rows
 
 
