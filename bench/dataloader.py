@@ -175,7 +175,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
 
 
 def workers_for(samples_per_s: dict[str, dict[str, float]], rate: float) -> dict[str, int]:
-    """Worker processes that feed `rate` samples/s, each way, if they all do what one does; empty if one was not tried."""
+    """Worker processes that feed `rate` samples/s, each way, if all do what one does; empty if one was not tried."""
     return {way: math.ceil(rate / rates["1"]) for way, rates in samples_per_s.items() if "1" in rates}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -201,7 +202,7 @@ LOADER = "--pictures 24 --image-size 32 --seconds 0.1 --repeats 1 --workers 0 1 
 
 def test_the_data_loader_is_measured_both_ways(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    assert dataloader.main([*LOADER.split(), str(tmp_path)]) == 0
+    assert dataloader.main([*LOADER.split(), str(tmp_path), "--rate", "100000"]) == 0
     (file,) = tmp_path.glob("*/dataloader.json")
     result = json.loads(file.read_text())
     assert 50_000 < result["data"]["mean_jpeg_bytes"] < 200_000, "the size of real ones"
@@ -212,7 +213,12 @@ def test_the_data_loader_is_measured_both_ways(tmp_path, capsys, monkeypatch):
     }  # fmt: skip
     assert result["speedup"]["0"] > 1
     assert "data loader, photographs" in report.table(tmp_path)
-    assert "on the fly" in capsys.readouterr().out
+    ways = result["samples_per_s"].items()
+    assert result["workers_for_rate"] == {way: math.ceil(1e5 / rates["1"]) for way, rates in ways}
+    assert "workers for 100,000 samples/s" in capsys.readouterr().out
+    assert dataloader.workers_for({"on the fly": {"0": 1.0}}, 5.0) == {}
+    assert "| to feed 100,000 samples/s, at the rate of 1 worker |" in report.suites_page(tmp_path)
+    assert dataloader.main(["--rate", "0"]) == 1 and "--rate must be above zero" in capsys.readouterr().err
 
 
 def test_no_loader_time_when_the_batches_differ(tmp_path, capsys, monkeypatch):
