@@ -1,16 +1,19 @@
-"""What got faster or slower from one result file to another, beyond the noise.
+"""What got better or worse from one result file to another, beyond the noise: times, peak memory, the loader's rates.
 
     python -m bench.compare before.json after.json
-    python -m bench.compare before.json after.json --threshold 0.02      what counts as a regression: 2% more time
+    python -m bench.compare before.json after.json --threshold 0.02      what counts as a regression: 2% more
 
-Exit code 0: nothing of A is slower in B by more than the threshold and the noise. 1: something is, or has lost its time
-because it failed. 2: the files cannot be compared: another suite, work, device or schema.
+Exit code 0: nothing of A is worse in B by more than the threshold and the noise. 1: something is, or has lost its value
+because it failed. 2: the files cannot be compared: another suite, work, device or schema, or nothing in them that can.
+What was read once, a peak or a stage's rate, has no noise to go by: it is compared with the threshold alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,26 +22,27 @@ from bench.results import load, measurements
 from bench.timing import Difference, difference
 
 # what a time is of: where these differ, times do not compare
-SETTINGS = ("preset", "layers", "data", "samples", "work", "sizes", "dtype", "small", "options")
+SETTINGS = ("preset", "layers", "data", "samples", "work", "sizes", "dtype", "small", "options", "image_size")
 NOT_THERE = "not in B"
 
 
 @dataclass(frozen=True)
 class Row:
-    """`speed`: how many times as fast B is as A; None if B has no time, and then `why`."""
+    """`gain`: how many times as good B is as A; None if B has no value, and then `why`."""
 
     name: str
+    unit: str
     before: float
     after: float | None
-    speed: Difference | None
+    gain: Difference | None
     why: str = ""
 
     @property
-    def slower_by(self) -> float:
-        """Share of time that B takes more, beyond the noise; infinite if it failed."""
-        if self.speed is None:
+    def worse_by(self) -> float:
+        """Share of time or memory that B takes more, beyond the noise; infinite if it failed."""
+        if self.gain is None:
             return float("inf") if self.why.startswith("failed") else 0.0
-        return 0.0 if self.speed.same else 1 / self.speed.ratio - 1
+        return 0.0 if self.gain.same else 1 / self.gain.ratio - 1
 
 
 def checked(before: Path, after: Path, any_device: bool) -> tuple[dict, dict]:
@@ -86,32 +90,65 @@ def speed(before: dict, after: dict) -> Difference:
     return Difference(before["median"] / after["median"], a_low / b_high / (1 + noise), a_high / b_low * (1 + noise))
 
 
+def readings(result: dict) -> Iterator[tuple[tuple[str, ...], str, list[float]]]:
+    """(names on the way, unit, values) of what is no time: peaks of bench.memory, rates of bench.dataloader."""
+    for name, row in result.get("peaks", {}).items():
+        for samples, found in row.items():
+            if "peak_mib" in found:
+                yield ("peaks", name, samples), "MiB", [found["peak_mib"]]
+    for stage, rate in result.get("stages", {}).items():
+        yield ("stages", stage), "samples/s", [rate]
+    for way, rates in result.get("loader", {}).items():
+        for workers, each in rates.items():
+            yield ("loader", way, workers), "samples/s", each
+
+
+def compare_readings(a: dict, b: dict) -> Iterator[Row]:
+    there = {path: values for path, _, values in readings(b)}
+    for path, unit, before in readings(a):
+        after, name = there.get(path), ".".join(path)
+        if after is None:
+            error = at(b, path).get("error")
+            why = f"failed in B: {error}" if error else NOT_THERE
+            yield Row(name, unit, statistics.median(before), None, None, why)
+            continue
+        less, more = (after, before) if unit == "MiB" else (before, after)
+        gain, why = difference(less, more), ""  # a rate's share is a time's, turned round
+        if len(before) == len(after) == 1:
+            gain, why = Difference(gain.ratio, gain.ratio, gain.ratio), "single reading"
+        yield Row(name, unit, statistics.median(before), statistics.median(after), gain, why)
+
+
 def compare(a: dict, b: dict) -> list[Row]:
-    """A row for each measurement of A, what lost most first."""
-    rows = []
+    """A row for each value of A, what lost most first."""
+    rows = list(compare_readings(a, b))
     for path, before in measurements(a):
         after, name = at(b, path), ".".join(part for part in path if part not in ("variants", "kernels", "providers"))
         if "median" not in after:
             why = f"failed in B: {after['error']}" if "error" in after else NOT_THERE
-            rows.append(Row(name, before["median"], None, None, why))
+            rows.append(Row(name, "ms", before["median"] * 1e3, None, None, why))
         elif settings(a, path) != settings(b, path):
-            rows.append(Row(name, before["median"], None, None, "of other sizes in B"))
+            rows.append(Row(name, "ms", before["median"] * 1e3, None, None, "of other sizes in B"))
         else:
-            rows.append(Row(name, before["median"], after["median"], speed(before, after)))
-    return sorted(rows, key=lambda row: (-row.slower_by, row.speed.ratio if row.speed else 0.0))
+            times = before["median"] * 1e3, after["median"] * 1e3
+            rows.append(Row(name, "ms", *times, speed(before, after)))
+    return sorted(rows, key=lambda row: (-row.worse_by, row.gain.ratio if row.gain else 0.0))
 
 
 def table(rows: list[Row], threshold: float) -> str:
     width = max([11, *(len(row.name) for row in rows)])
-    lines = [f"{'measurement':{width}} {'A ms':>11} {'B ms':>11}  {'speed of B (interval)':24} verdict"]
+    lines = [f"{'measurement':{width}} {'A':>11} {'B':>11} {'':9}  {'gain of B (interval)':24} verdict"]
     for row in rows:
-        if row.speed is None:
-            lines.append(f"{row.name:{width}} {row.before * 1e3:>11,.3f} {'-':>11}  {'':24} {row.why}")
+        if row.gain is None:
+            lines.append(f"{row.name:{width}} {row.before:>11,.3f} {'-':>11} {row.unit:9}  {'':24} {row.why}")
             continue
-        verdict = "" if row.speed.same else "faster" if row.speed.ratio > 1 else "slower"
-        verdict += f", more than {threshold:.0%}" if row.slower_by > threshold else ""
-        times = f"{row.before * 1e3:>11,.3f} {row.after * 1e3:>11,.3f}"
-        lines.append(f"{row.name:{width}} {times}  {row.speed!s:24} {verdict}".rstrip())
+        better, worse = ("less", "more") if row.unit == "MiB" else ("faster", "slower")
+        verdict = "" if row.gain.same else better if row.gain.ratio > 1 else worse
+        verdict += f", more than {threshold:.0%}" if row.worse_by > threshold else ""
+        verdict = ", ".join(filter(None, (verdict, row.why)))
+        gain = f"{row.gain.ratio:.2f}x" if row.gain.low == row.gain.high else str(row.gain)
+        values = f"{row.before:>11,.3f} {row.after:>11,.3f} {row.unit:9}"
+        lines.append(f"{row.name:{width}} {values}  {gain:24} {verdict}".rstrip())
     return "\n".join(lines)
 
 
@@ -119,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.splitlines()[0])
     parser.add_argument("before", type=Path, metavar="A.json")
     parser.add_argument("after", type=Path, metavar="B.json")
-    parser.add_argument("--threshold", type=float, default=0.05, help="share of time more that counts as a regression")
+    parser.add_argument("--threshold", type=float, default=0.05, help="share more that counts as a regression")
     parser.add_argument("--any-device", action="store_true", help="compare results of different devices")
     args = parser.parse_args(argv)
     try:
@@ -127,6 +164,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.threshold < 0:
             raise ValueError(f"--threshold must not be negative, got {args.threshold}")
         rows = compare(a, b)
+        if not rows:
+            raise ValueError(f"{args.before} holds no times, peaks or rates to compare")
         if all(row.why == NOT_THERE for row in rows):
             raise ValueError("they have no measurement in common")
     except (OSError, ValueError) as error:
@@ -138,9 +177,9 @@ def main(argv: list[str] | None = None) -> int:
     for name, result in (("A", a), ("B", b)):
         for warning in result.get("machine", {}).get("warnings", ()):
             print(f"{name}: {warning}")
-    regressions = [row.name for row in rows if row.slower_by > args.threshold]
+    regressions = [row.name for row in rows if row.worse_by > args.threshold]
     if regressions:
-        print(f"error: slower by more than {args.threshold:.0%}: {', '.join(regressions)}", file=sys.stderr)
+        print(f"error: worse by more than {args.threshold:.0%}: {', '.join(regressions)}", file=sys.stderr)
     return int(bool(regressions))
 
 

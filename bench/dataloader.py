@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import io
 import itertools
+import math
 import statistics
 import sys
 import tempfile
@@ -39,6 +40,7 @@ from nanovlm_fast.device import pick_device
 from nanovlm_fast.packing import Budget, pack
 
 WIDTH, HEIGHT = 640, 480
+RATE = 2320.0  # samples/s that an H100 should train nanovlm-222m at
 TOKENS = 8 * 324  # of a batch: 32 samples of the recipe's 81
 
 
@@ -166,9 +168,15 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
         load = sample_loader(names[name], model, train, workers)
         result["loader"][name][str(workers)].append(loader_rate(load, budget, device, args.seconds))
     medians = {name: {n: statistics.median(rates) for n, rates in by.items()} for name, by in result["loader"].items()}
-    result["samples_per_s"] = medians
+    result["samples_per_s"], result["rate"] = medians, args.rate
+    result["workers_for_rate"] = workers_for(medians, args.rate)
     result["speedup"] = {n: medians["prepared"][n] / medians["on the fly"][n] for n in map(str, args.workers)}
     return result
+
+
+def workers_for(samples_per_s: dict[str, dict[str, float]], rate: float) -> dict[str, int]:
+    """Worker processes that feed `rate` samples/s, each way, if all do what one does; empty if one was not tried."""
+    return {way: math.ceil(rate / rates["1"]) for way, rates in samples_per_s.items() if "1" in rates}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -177,6 +185,9 @@ def table(result: dict[str, Any]) -> str:
     for workers, gain in result["speedup"].items():
         fly, prepared = (result["samples_per_s"][name][workers] for name in ("on the fly", "prepared"))
         lines.append(f"{workers:18} {fly:>12,.0f} {prepared:>12,.0f} {gain:>7.1f}")
+    if needed := result["workers_for_rate"]:
+        each = ", ".join(f"{count} {way}" for way, count in needed.items())
+        lines.append(f"workers for {result['rate']:,.0f} samples/s, at the rate of one: {each}")
     return "\n".join(lines)
 
 
@@ -187,10 +198,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="processes to measure with")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement of the loader")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rate", type=float, default=RATE, help="samples/s to feed: how many workers it takes")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
     args = parser.parse_args(argv)
     try:
+        if args.rate <= 0:
+            raise ValueError(f"--rate must be above zero, got {args.rate:g}")
         device = pick_device(args.device)
         with tempfile.TemporaryDirectory() as folder:
             result = measure(args, device, Path(folder))

@@ -11,11 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.results import load
-from bench.timing import difference
 
 WIDTH = 9.0  # inches; a README is some 900 pixels wide
 DPI = 130
-WHOLE = ("reference", "reference_compiled", "packed", "ours")  # whole steps; the others are ours without a technique
+LABELS = {
+    "reference": "padded reference (nanoVLM v0.1)",
+    "reference_compiled": "the same, torch.compile",
+    "packed": "ours",  # its name in older files
+    "ours": "ours",
+    "graphs": "CUDA graphs",
+    "compile": "torch.compile",
+    "fused_optimizer": "fused AdamW",
+    "prefetch": "uint8 images, prefetched",
+    "packing": "packing",
+    "labelled_head": "head on labelled rows only",
+    "shared_images": "one encoding an image",
+    "attention": "varlen attention",
+}
+OURS = ("packed", "ours")
+WHOLE = ("reference", "reference_compiled", *OURS)  # whole steps; the others are ours without a technique
 
 
 @dataclass(frozen=True)
@@ -90,7 +104,7 @@ def source_of(file: Path) -> str | None:
 
 def figures(folder: Path) -> list[Figure]:
     """All that can be drawn from the results of one device."""
-    found = [speedups(file) for file in sorted(folder.glob("train_step*.json"))]
+    found = [waterfall(file) for file in sorted(folder.glob("train_step*.json"))]
     if (roofline := folder / "roofline.json").exists():
         found.append(roof(roofline, folder / "kernels.json"))
     if (memory := folder / "memory.json").exists():
@@ -100,51 +114,66 @@ def figures(folder: Path) -> list[Figure]:
     return [figure for figure in found if figure is not None]
 
 
-def speed_over(step: dict, name: str, against: str = "reference") -> tuple[float, float, float] | None:
-    """(how many times as fast a variant of bench.train_step is, low, high); None if one of the two has no time.
+def label_of(name: str) -> str:
+    return LABELS[name] if name in WHOLE else f"without {LABELS.get(name, name.replace(':', ' '))}"
 
-    Variants that were timed in pairs with a base carry the ratio to it, and then there is no interval.
+
+def number(value: float, sign: str = "") -> str:
+    return f"{value:{sign},.{0 if abs(value) >= 100 else 1}f}"
+
+
+def bars(step: dict) -> list[tuple[str, float, float]]:
+    """(name, from, to) in milliseconds: whole steps from 0, ablated ones from the time of what they were cut from.
+
+    Ours comes last of the whole steps, then the ablation, what is worth most first; recomputation saves memory, not
+    time, and is left out. Ratios within a pair of rows that were timed in turn are applied to one time of the base, so
+    that bars compare.
     """
-    row, other = (step["variants"].get(who, {}) for who in (name, against))
-    if "median" not in row or "median" not in other:
-        return None
-    if name == against:
-        return 1.0, 1.0, 1.0
-    if any("times_base" in r for r in step["variants"].values()):
-        ratio = other.get("times_base", 1.0) / row.get("times_base", 1.0)
-        return ratio, ratio, ratio
-    found = difference(row["seconds"], other["seconds"], row.get("noise", 0.0))
-    return found.ratio, found.low, found.high
+    rows = {n: row for n, row in step["variants"].items() if "median" in row and not n.startswith("recompute")}
+    base = next((row["median"] * 1e3 for row in rows.values() if "times_base" not in row), 0.0)
+    times = {n: base * row["times_base"] if "times_base" in row else row["median"] * 1e3 for n, row in rows.items()}
+    ablated = sorted((name for name in times if name not in WHOLE), key=lambda name: -times[name])
+    if "graphs" in ablated:  # the base of the other bars; ours is what they come down to with it
+        ablated = ["graphs", *(name for name in ablated if name != "graphs")]
+    start = {name: times.get("ours", base) if name == "graphs" else base for name in ablated}
+    whole = [(name, 0.0, times[name]) for name in WHOLE if name in times]
+    return whole + [(name, start[name], times[name]) for name in ablated]
 
 
-def speedups(file: Path) -> Figure | None:
-    """Bars: how many times as fast as the padded reference."""
+def waterfall(file: Path) -> Figure | None:
+    """An optimizer step: from the reference's time down to ours, and what each technique is worth."""
     step = load(file)
-    found = {name: speed_over(step, name) for name in WHOLE if name in step["variants"]}
-    bars = {name: value for name, value in found.items() if value}
-    if len(bars) < 2:
+    drawn = bars(step)
+    if len(drawn) < 2:
         return None
+    whole = {name: end for name, _, end in drawn if name in WHOLE}
 
     def paint(axes: list, theme: Theme) -> None:
         (axis,) = axes
-        names = list(bars)
-        for place, name in enumerate(names):
-            ratio, low, high = bars[name]
-            mine = name in ("ours", "packed")
-            axis.barh(place, ratio, height=0.6, color=theme.ours if mine else theme.others)
-            axis.plot([low, min(high, 2 * ratio)], [place, place], color=theme.text, lw=1.2)
-            axis.text(max(ratio, min(high, 2 * ratio)), place, f"  {ratio:.2f}x", va="center")
-        axis.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+        widest = max(max(start, end) for _, start, end in drawn)
+        for place, (name, start, end) in enumerate(drawn):
+            if name in WHOLE:
+                colour = theme.ours if name in OURS else theme.others
+                gain = f" ({whole['reference'] / end:.2f}x as fast)" if name in OURS and "reference" in whole else ""
+                text = f"{number(end)} ms{gain}"
+            else:
+                colour = theme.series[2 if end >= start else 1]
+                text = f"{number(end - start, '+')} ms ({end / start:.2f}x the time)"
+            axis.barh(place, end - start, left=start, color=colour, height=0.62)
+            axis.text(max(start, end) + 0.01 * widest, place, text, va="center", fontsize=9)
+        for name in set(OURS) & whole.keys():
+            axis.axvline(whole[name], color=theme.ours, lw=1, ls=":")
+        axis.set_yticks(range(len(drawn)), [label_of(name) for name, _, _ in drawn], fontsize=9)
         axis.invert_yaxis()
-        axis.axvline(1, color=theme.text, lw=0.8, ls=":")
-        axis.set_xlim(0, 1.15 * max(high for _, _, high in bars.values()))
         axis.grid(visible=False, axis="y")
-        work = f"{step['work']['questions']:,} questions, {step['work']['tokens']:,} tokens"
+        axis.set_xlim(0, 1.3 * widest)
         layers = f", {step['layers']} layers a tower" if step.get("layers") else ""
-        axis.set_xlabel(f"questions/s against the padded reference: {step['preset']}{layers}, {work} a step")
+        work = f"{step['work']['questions']:,} questions, {step['work']['tokens']:,} tokens"
+        axis.set_xlabel(f"ms a step of {work}: {step['preset']}{layers}", fontsize=9)
 
-    alt = f"Speed of the variants of an optimizer step of {step['preset']} on {step['device']}"
-    return Figure(file.with_name(f"{file.stem}_speed"), alt, (file,), paint, height=1.1 + 0.36 * len(bars))
+    rest = ", and without each technique" if len(drawn) > len(whole) else ""
+    alt = f"Time of an optimizer step of {step['preset']} on {step['device']}{rest}"
+    return Figure(file.with_suffix(""), alt, (file,), paint, height=0.8 + 0.34 * len(drawn))
 
 
 def roof(file: Path, kernels: Path) -> Figure:

@@ -30,6 +30,7 @@ from bench.results import write
 from bench.timing import interleave, summary
 from bench.workload import cauldron_like, load_work
 from nanovlm_fast import reference
+from nanovlm_fast.backbones import LANGUAGE_FIELDS, language_names
 from nanovlm_fast.checkpoint import load_pretrained
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.device import autocast_to, pick_device, pick_dtype
@@ -40,17 +41,6 @@ from nanovlm_fast.packing import IGNORE, Budget, Document, Sample, pack, pad
 
 FLOOR = 1e-3  # of the logits' standard deviation: by how much float32 may miss the largest one
 NEVER = -1  # an end of sequence that no model says
-
-LLAMA_NAMES = {
-    "decoder.token_embedding": "model.embed_tokens",
-    "decoder.blocks": "model.layers",
-    "decoder.norm": "model.norm",
-    "decoder.head": "lm_head",
-    "attn.out_proj": "self_attn.o_proj",
-    ".attn.": ".self_attn.",
-    "norm1": "input_layernorm",
-    "norm2": "post_attention_layernorm",
-}
 
 
 class Models:
@@ -82,27 +72,12 @@ def llama(config: VLMConfig, state: dict[str, Tensor]) -> torch.nn.Module:
     """transformers' LlamaForCausalLM with the language weights of a reference's state dict."""
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.lm_vocab_size,
-            hidden_size=config.lm_hidden_dim,
-            intermediate_size=config.lm_inter_dim,
-            num_hidden_layers=config.lm_n_blocks,
-            num_attention_heads=config.lm_n_heads,
-            num_key_value_heads=config.lm_n_kv_heads,
-            rms_norm_eps=config.lm_rms_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.lm_re_base},
-            max_position_embeddings=config.lm_max_position_embeddings,
-            tie_word_embeddings=config.lm_tie_weights,
-        )
-    )
-    renamed = {}
-    for name, tensor in state.items():
-        if name.startswith("decoder.") and "rotary" not in name:
-            for old, new in LLAMA_NAMES.items():
-                name = name.replace(old, new)
-            renamed[name] = tensor
-    model.load_state_dict(renamed)
+    sizes = {theirs: getattr(config, ours) for ours, theirs in LANGUAGE_FIELDS.items()}
+    rope = {"rope_type": "default", "rope_theta": config.lm_re_base}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters=rope))
+    names = {f"decoder.{ours}": f"model.{theirs}" for ours, theirs in language_names(config.lm_n_blocks).items()}
+    names["decoder.head.weight"] = "lm_head.weight"
+    model.load_state_dict({theirs: state[ours] for ours, theirs in names.items()})
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)
     return model
 

@@ -7,6 +7,7 @@ python -m bench.report --check    exit with 1 if a table or a picture is out of 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -16,10 +17,12 @@ from typing import Any
 
 import torch
 
-from bench.figures import THEMES, Figure, figures, source_of, speed_over
+from bench.dataloader import RATE, workers_for
+from bench.figures import THEMES, Figure, figures, source_of
 from bench.kernels import against_compile
 from bench.registry import KERNELS, NOTHING
 from bench.results import ROOT, load, measurements
+from bench.timing import Difference, difference
 
 README = ROOT.parent.parent / "README.md"
 MARKS = ("<!-- results: written by python -m bench.report -->", "<!-- end of results -->")
@@ -151,20 +154,51 @@ def optional(row: dict, name: str, form: str) -> str:
     return form.format(row[name]) if row.get(name) is not None else "-"
 
 
+def speed_over(step: dict, name: str, against: str = "reference") -> Difference | None:
+    """How many times as fast a row of bench.train_step is as another; None if one of the two has no time.
+
+    Rows that were timed in pairs with a base carry the ratio to it; through the base two of them have no interval.
+    """
+    row, other = (step["variants"].get(who, {}) for who in (name, against))
+    if "median" not in row or "median" not in other:
+        return None
+    if name == against:
+        return Difference(1.0, 1.0, 1.0)
+    if any("times_base" in r for r in step["variants"].values()):
+        ratio = other.get("times_base", 1.0) / row.get("times_base", 1.0)
+        paired = over_base(step, against) if "times_base" not in row else None
+        return paired or Difference(ratio, ratio, ratio)
+    return difference(row["seconds"], other["seconds"], row.get("noise", 0.0))
+
+
+def over_base(step: dict, name: str) -> Difference | None:
+    """How many times the base's time a row of bench.train_step takes, from the times of their pair.
+
+    Older files keep the base's times of its first pair alone: those whose medians give the row's ratio. None for rows
+    of other pairs there, and for the base.
+    """
+    row, rows = step["variants"][name], step["variants"].values()
+    if "times_base" not in row:
+        return None
+    base = row.get("base_seconds") or next(r["seconds"] for r in rows if "median" in r and "times_base" not in r)
+    found = difference(base, row["seconds"])
+    return found if math.isclose(found.ratio, row["times_base"], rel_tol=1e-6) else None
+
+
 def train_step_rows(step: dict, against: str = "reference") -> Rows:
-    rows: Rows = [("variant", "step ms (quartiles)", "speed", "questions/s", "tokens/s", "MFU", "peak MiB")]
+    paired = ("of the base's time",) * any("times_base" in row for row in step["variants"].values())
+    rows: Rows = [("variant", "step ms (quartiles)", *paired, "speed", "questions/s", "tokens/s", "MFU", "peak MiB")]
     for name, row in step["variants"].items():
         if "median" not in row:
-            rows.append((name, row.get("error", "-"), *["-"] * 5))
+            rows.append((name, row.get("error", "-"), *["-"] * (len(rows[0]) - 2)))
             continue
+        share = str(over_base(step, name) or f"{row['times_base']:.2f}x") if "times_base" in row else "the base"
         speed = speed_over(step, name, against)
-        found = (
-            f"{speed[0]:.2f}x" + (f" ({speed[1]:.2f}-{speed[2]:.2f})" if speed[1] < speed[2] else "") if speed else "-"
-        )
+        bare = speed and speed.low == speed.high
+        shown = "-" if speed is None else f"{speed.ratio:.2f}x" if bare else str(speed)
         rates = (optional(row, name, "{:,.0f}") for name in ("questions_per_s", "tokens_per_s"))
-        rows.append(
-            (name, ms(row), found, *rates, optional(row, "mfu", "{:.1%}"), optional(row, "peak_mib", "{:,.0f}"))
-        )
+        rest = (optional(row, "mfu", "{:.1%}"), optional(row, "peak_mib", "{:,.0f}"))
+        rows.append((name, ms(row), *[share] * len(paired), shown, *rates, *rest))
     return rows
 
 
@@ -225,6 +259,10 @@ def dataloader_rows(result: dict) -> Rows:
     for workers, gain in result["speedup"].items():
         rates = (f"{result['samples_per_s'][way][workers]:,.0f}" for way in ("on the fly", "prepared"))
         rows.append((f"{workers} workers", *rates, f"{gain:.2f}x"))
+    rate = result.get("rate", RATE)
+    if needed := workers_for(result["samples_per_s"], rate):
+        counts = (f"{needed[way]} workers" for way in ("on the fly", "prepared"))
+        rows.append((f"to feed {rate:,.0f} samples/s, at the rate of 1 worker", *counts, "-"))
     return rows
 
 
@@ -293,8 +331,13 @@ class Section:
     rows: Callable[[dict[str, Any]], Rows] = timed_rows
 
 
+STEP = """One optimizer step on the same samples: padded nanoVLM against ours, and ours without each of its techniques.
+
+Rows are timed in pairs, each in turn with the base. "Of the base's time" is the ratio of the medians within the pair,
+with its interval where the file keeps the times of both; "speed", against the reference, goes through the base, and has
+an interval only where base and reference are that pair."""
 SECTIONS = (
-    Section("train_step", "One optimizer step on the same samples: padded nanoVLM against ours.", train_step_rows),
+    Section("train_step", STEP, train_step_rows),
     Section("train_tiny", "Whole runs of `train.py`: the test split, seeing and blind.", training_rows),
     Section("loss_curves", "The same training four ways, against what a seed changes.", curves_rows),
     Section("kernels", "Each kernel beside its rivals, at the seed's sizes.", kernels_rows),

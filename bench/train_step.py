@@ -19,7 +19,7 @@ technique is worth what a compiler does as well.
 Each compiled row costs about a minute of compiling before its first step, so `--budget-s` goes first to the references
 and ours, then to what compiles nothing anew; techniques that need a compilation of their own and no longer fit are
 listed as not run. A second run finds the compiler's cache. Once the budget is spent, a pair is timed three times. The
-result file is written after every row, and beside it a plot at the end.
+result file is written after every row; bench.report draws it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from pathlib import Path
 import torch
 
 from bench.memory import peak_of_process
-from bench.plots import waterfall
 from bench.results import write
 from bench.timing import interleave, summary
 from bench.variants import Judge, Packed, Padded, Recipe, Step, Workbench, ablation
@@ -214,7 +213,8 @@ class Comparison:
                 rates = self.work.rates(median, self.peak_flops)
                 self.rows[name] |= {**times[name], "seconds": seconds[name], **rates}
             if name != self.base_name:
-                self.rows[name]["times_base"] = median / times[self.base_name]["median"]
+                self.rows[name] |= {"times_base": median / times[self.base_name]["median"]}
+                self.rows[name]["base_seconds"] = seconds[self.base_name]
 
     def save(self) -> Path:
         """Write what there is, with what the report reads: the parity of ours, and how much faster it is."""
@@ -310,8 +310,7 @@ def main(argv: list[str] | None = None) -> int:
         if key in result:
             print(f"ours answers {result[key]:.1f} times as many questions a second as {against}")
     file = comparison.save()
-    waterfall(result, file.with_suffix(".png"))
-    print(f"written: {file} and {file.with_suffix('.png').name}")
+    print(f"written: {file}")
     return 0
 
 

@@ -99,7 +99,7 @@ def counts(model: VLMConfig, config: TrainConfig) -> tuple[int, tuple[float, flo
 
 
 def prediction(config: TrainConfig, device: torch.device, tokens: float) -> str:
-    """Hours at the rate of a committed run of the preset on this device."""
+    """Hours at the rate of a committed run of the preset on this device, else at that of a bare optimizer step."""
     for file in sorted(RESULTS.glob("*/train_*.json")):
         run = json.loads(file.read_text())
         options = run.get("options", [])
@@ -107,4 +107,11 @@ def prediction(config: TrainConfig, device: torch.device, tokens: float) -> str:
         if run["device"] == device_name(device) and preset == config.preset and (rate := run.get("tokens_per_s")):
             source = f"bench/results/{file.parent.name}/{file.name}: {shlex.join(options) or 'no options'}"
             return f"{tokens / rate / 3600:.2f} h at {rate:,.0f} tokens/s ({source})"
+    preset = "" if config.preset == "tiny" else f"_{config.preset}"  # bench.train_step names its files so
+    for file in sorted(RESULTS.glob(f"*/train_step{preset}.json")):
+        step = json.loads(file.read_text())
+        rate = step["variants"].get("ours", {}).get("tokens_per_s")
+        if step["device"] == device_name(device) and rate:
+            source = f"bench/results/{file.parent.name}/{file.name}"
+            return f"{tokens / rate / 3600:.2f} h at a bare step's rate, {rate:,.0f} tokens/s ({source})"
     return f"unknown: no run of {config.preset} was measured on {device_name(device)}"

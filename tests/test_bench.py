@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def test_the_page_of_all_suites(tmp_path):
 def test_a_picture_is_drawn_twice_and_known_when_stale(tmp_path):
     all_suites(tmp_path / "x")
     drawn = figures(tmp_path / "x")
-    assert [figure.stem.name for figure in drawn] == ["train_step_nanovlm-222m_speed", "roofline", "memory"]
+    assert [figure.stem.name for figure in drawn] == ["train_step_nanovlm-222m", "roofline", "memory"]
     assert len(report.stale_pictures(tmp_path)[0]) == 3
     for figure in drawn:
         figure.write()
@@ -201,7 +202,7 @@ LOADER = "--pictures 24 --image-size 32 --seconds 0.1 --repeats 1 --workers 0 1 
 
 def test_the_data_loader_is_measured_both_ways(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    assert dataloader.main([*LOADER.split(), str(tmp_path)]) == 0
+    assert dataloader.main([*LOADER.split(), str(tmp_path), "--rate", "100000"]) == 0
     (file,) = tmp_path.glob("*/dataloader.json")
     result = json.loads(file.read_text())
     assert 50_000 < result["data"]["mean_jpeg_bytes"] < 200_000, "the size of real ones"
@@ -212,7 +213,12 @@ def test_the_data_loader_is_measured_both_ways(tmp_path, capsys, monkeypatch):
     }  # fmt: skip
     assert result["speedup"]["0"] > 1
     assert "data loader, photographs" in report.table(tmp_path)
-    assert "on the fly" in capsys.readouterr().out
+    ways = result["samples_per_s"].items()
+    assert result["workers_for_rate"] == {way: math.ceil(1e5 / rates["1"]) for way, rates in ways}
+    assert "workers for 100,000 samples/s" in capsys.readouterr().out
+    assert dataloader.workers_for({"on the fly": {"0": 1.0}}, 5.0) == {}
+    assert "| to feed 100,000 samples/s, at the rate of 1 worker |" in report.suites_page(tmp_path)
+    assert dataloader.main(["--rate", "0"]) == 1 and "--rate must be above zero" in capsys.readouterr().err
 
 
 def test_no_loader_time_when_the_batches_differ(tmp_path, capsys, monkeypatch):
@@ -229,3 +235,18 @@ def test_no_loader_time_when_the_batches_differ(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(stream, "load_image", other)
     assert dataloader.main([*LOADER.split(), str(tmp_path)]) == 1
     assert "no time is reported" in capsys.readouterr().err and not list(tmp_path.glob("*/*.json"))
+
+
+def test_a_rows_share_of_the_bases_time_has_an_interval_where_the_pairs_times_are_kept():
+    base, slower, alike = timed(0.2), timed(0.5, times_base=2.5), timed(0.3, times_base=1.01)
+    alike["base_seconds"] = [0.3 * (1 + i / 100) for i in range(9)]
+    rest = dict(questions_per_s=1.0, tokens_per_s=1.0)
+    rows = {"ours": base, "reference": slower, "packing": alike, "other": timed(0.7, times_base=1.3)}
+    shares = {
+        row[0]: row[2:4] for row in report.train_step_rows({"variants": {n: {**r, **rest} for n, r in rows.items()}})
+    }
+    assert shares["ours"][0] == "the base" and shares["ours"][1].startswith("2.50x (2.")
+    assert shares["reference"][0] == shares["ours"][1] and shares["reference"][1] == "1.00x"
+    assert shares["other"] == ("1.30x", "1.92x")  # its base's times are not the file's
+    alike["times_base"] = 1.0
+    assert report.over_base({"variants": rows}, "packing").same

@@ -110,6 +110,38 @@ def test_any_device_forces_it(result, run):
     assert run(result, {**result, "device": "GPU"}, "--any-device")[0] == 0
 
 
+def test_peaks_are_compared_by_the_threshold_alone(result, run):
+    del result["variants"]
+    a = {**result, "suite": "memory", "peaks": {"none": {"1": {"peak_mib": 100.0}, "4": {"peak_mib": 400.0}}}}
+    b = copy.deepcopy(a)
+    b["peaks"]["none"]["1"]["peak_mib"], b["peaks"]["none"]["4"]["peak_mib"] = 104.0, 300.0
+    code, printed, _ = run(a, b)
+    assert code == 0 and "more, single reading" in printed and "less, single reading" in printed and "MiB" in printed
+    code, _, error = run(a, b, "--threshold", "0.03")
+    assert code == 1 and "peaks.none.1" in error and "peaks.none.4" not in error
+    b["peaks"]["none"]["4"] = {"error": "out of memory"}
+    code, printed, error = run(a, b)
+    assert code == 1 and "failed in B: out of memory" in printed and "peaks.none.4" in error
+
+
+def test_rates_of_the_loader_are_compared_by_their_intervals_and_those_of_stages_by_the_threshold(result, run):
+    del result["variants"]
+    loader = {"prepared": {"0": [100.0, 110.0, 120.0], "1": [100.0, 101.0, 102.0]}}
+    a = {**result, "suite": "dataloader", "image_size": 224, "stages": {"read": 1000.0, "pack": 10.0}, "loader": loader}
+    b = copy.deepcopy(a)
+    b["loader"]["prepared"] = {"0": [95.0, 102.0, 111.0], "1": [80.0, 81.0, 82.0]}
+    b["stages"] = {"read": 900.0, "pack": 20.0}
+    code, printed, error = run(a, b)
+    assert code == 1 and "loader.prepared.1" in error and "stages.read" in error and "samples/s" in printed
+    assert not {"loader.prepared.0", "stages.pack"} & set(error.replace(",", "").split()) and "same (" in printed
+    assert run(a, {**b, "image_size": 512})[0] == 2
+
+
+def test_a_file_without_anything_to_compare_says_so(result, run):
+    code, _, error = run({**result, "variants": {}}, {**result, "variants": {}})
+    assert code == 2 and "holds no times, peaks or rates" in error
+
+
 def test_no_file_and_no_json(tmp_path, result, capsys):
     file = tmp_path / "a.json"
     file.write_text("{")

@@ -71,3 +71,24 @@ def test_hours_come_from_a_measured_run_of_the_preset_on_the_device(tmp_path, mo
     for changes in ({"device": "another"}, {"options": ["--preset", "nanovlm-222m"]}):
         (tmp_path / "here" / "train_tiny.json").write_text(json.dumps({**run, **changes}))
         assert prediction(config, device, 36e6).startswith("unknown: no run of tiny")
+
+
+def test_without_a_run_hours_come_from_a_bare_step(tmp_path, monkeypatch):
+    device = torch.device("cpu")
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    _, config = parse_config(["--preset", "nanovlm-222m", "--dry-run"])
+    step = {"device": device_name(device), "variants": {"ours": {"tokens_per_s": 5000.0}}}
+    file = tmp_path / "here" / "train_step_nanovlm-222m.json"
+    file.parent.mkdir()
+    (file.parent / "train_step_nanovlm-222m_2layers.json").write_text(json.dumps(step))
+    assert prediction(config, device, 36e6).startswith("unknown"), "a cut model's rate is not the preset's"
+    file.write_text(json.dumps(step))
+    expected = "2.00 h at a bare step's rate, 5,000 tokens/s (bench/results/here/train_step_nanovlm-222m.json)"
+    assert prediction(config, device, 36e6) == expected
+    run = {"device": device_name(device), "options": ["--preset", "nanovlm-222m"], "tokens_per_s": 2500.0}
+    (file.parent / "train_222m.json").write_text(json.dumps(run))
+    assert prediction(config, device, 36e6).startswith("4.00 h at 2,500 tokens/s")
+    (file.parent / "train_222m.json").unlink()
+    for changes in ({"device": "another"}, {"variants": {"ours": {"error": "no time"}}}):
+        file.write_text(json.dumps({**step, **changes}))
+        assert prediction(config, device, 36e6).startswith("unknown")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import SMALL, random_sample
 
-from bench import plots, report, train_step
+from bench import figures, report, train_step
 from bench.variants import Judge, Packed, Padded, Recipe, Workbench, ablation, packed_batch
 from bench.workload import Work, cauldron_like, draw_lengths, load_work
 from nanovlm_fast.config import VLMConfig
@@ -205,9 +205,11 @@ def test_it_compares_and_writes(tmp_path, capsys):
         assert len(row["seconds"]) == 2 and row["peak_mib"] > 0 and row["parity"]["passed"]
         assert row["tokens_per_s"] == pytest.approx(result["work"]["tokens"] / row["median"])
     assert result["speedup"] == rows["reference"]["times_base"]
+    assert rows["reference"]["base_seconds"] == rows["ours"]["seconds"] != rows["packing"]["base_seconds"]
+    assert all(report.over_base(result, name) for name in rows if name != "ours")
     assert result["work"]["questions"] > result["work"]["images"] == 3
     assert {"graphs", "prefetch", "attention", "kernels"} <= result["not_applicable"].keys()
-    assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert [figure.stem.name for figure in figures.figures(file.parent)] == [file.stem]
     assert "times as many questions" in capsys.readouterr().out
     assert "cut to 1 layer a tower" in report.step_row(result)[0]
 
@@ -317,9 +319,14 @@ def test_bars_start_where_the_technique_was_cut_from():
     rows = {name: {"median": 7.0, "times_base": time / 0.1} for name, time in times.items()}
     rows["graphs"] = {"median": 0.1}
     rows["attention"] = {"error": "no time"}
-    bars = plots.bars({"variants": rows})
+    bars = figures.bars({"variants": rows})
     assert [name for name, _, _ in bars] == ["reference", "ours", "graphs", "prefetch", "packing"]
     expected = [(0, 500), (0, 90), (90, 100), (100, 160), (100, 150)]
     assert [bar[1:] for bar in bars] == [pytest.approx(bar) for bar in expected]
-    assert plots.label_of("kernel:rms_norm") == "without kernel rms_norm"
-    assert (plots.number(10712.4), plots.number(3.14, "+")) == ("10,712", "+3.1")
+    assert figures.label_of("kernel:rms_norm") == "without kernel rms_norm"
+    assert (figures.number(10712.4), figures.number(3.14, "+")) == ("10,712", "+3.1")
+
+
+def test_bars_of_older_files_are_their_own_medians():
+    rows = {"reference": {"median": 0.5}, "packed": {"median": 0.1}}
+    assert figures.bars({"variants": rows}) == [("reference", 0.0, 500.0), ("packed", 0.0, 100.0)]
