@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.optimizers import smoothed
 from bench.results import load
 
 WIDTH = 9.0  # inches; a README is some 900 pixels wide
@@ -111,6 +112,8 @@ def figures(folder: Path) -> list[Figure]:
         found.append(peaks(memory))
     if runs := sorted(folder.glob("train_tiny*.json")):
         found.append(training(folder, runs))
+    if (optimizers := folder / "optimizers.json").exists():
+        found.append(races(optimizers))
     return [figure for figure in found if figure is not None]
 
 
@@ -276,3 +279,23 @@ def training(folder: Path, files: list[Path]) -> Figure:
     (device,) = {run["device"] for run in runs.values()}
     alt = f"Training runs of the tiny preset on {device}, against the clock"
     return Figure(folder / "train_tiny_clock", alt, tuple(files), paint, height=3.4, panels=len(panels))
+
+
+def races(file: Path) -> Figure:
+    """Muon's and AdamW's runs: the smoothed loss and the held-out accuracy by step."""
+    result = load(file)
+
+    def paint(axes: list, theme: Theme) -> None:
+        colours = {"muon": theme.ours, "adamw": theme.others}
+        for record in result["runs"]:
+            for axis, curve in zip(axes, (smoothed(record), record["accuracy"]), strict=True):
+                label = {"muon": "Muon", "adamw": "AdamW, three rates"}[record["optimizer"]]
+                axis.plot(*zip(*curve, strict=True), color=colours[record["optimizer"]], lw=1.3, label=label)
+        for axis, name in zip(axes, ("loss", "held-out accuracy"), strict=True):
+            axis.set(xlabel="step", ylabel=name)
+        axes[0].set_yscale("log")
+        named = dict(zip(*reversed(axes[1].get_legend_handles_labels()), strict=True))
+        axes[1].legend(named.values(), named.keys(), frameon=False)
+
+    alt = f"Training with Muon and with AdamW on {result['device']}: loss and held-out accuracy"
+    return Figure(file.with_suffix(""), alt, (file,), paint, height=3.6, panels=2)

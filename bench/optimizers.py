@@ -3,7 +3,7 @@
     python -m bench.optimizers
 
 Whole runs of train.py that differ in the optimizer alone. AdamW's learning rate is the best of three, tried on the
-first seed; Muon's is the preset's. Writes optimizers.json and optimizers.png after every run.
+first seed; Muon's is the preset's. Writes optimizers.json after every run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from bench.results import write
 from bench.train_run import TRAIN
 from nanovlm_fast.device import pick_device
 from nanovlm_fast.metrics import read_metrics
-from nanovlm_fast.pictures import panels
 
 SEEDS = (0, 1, 2)
 ADAMW_RATES = (1e-3, 2e-3, 4e-3)
@@ -87,18 +86,6 @@ def verdict(runs: list[dict]) -> list[dict]:
     return rows
 
 
-def plot(runs: list[dict], path: Path) -> None:
-    with panels(path, ["training loss", "held-out accuracy"]) as axes:
-        for record in runs:
-            colour = "C0" if record["optimizer"] == "adamw" else "C1"
-            label = "AdamW, three rates" if record["optimizer"] == "adamw" else "Muon"
-            for axis, curve in zip(axes, (smoothed(record), record["accuracy"]), strict=True):
-                axis.plot(*zip(*curve, strict=True), color=colour, lw=1, label=label)
-        axes[0].set_yscale("log")
-        named = dict(zip(*reversed(axes[1].get_legend_handles_labels()), strict=True))
-        axes[1].legend(named.values(), named.keys(), fontsize=8)
-
-
 def compare(options: list[str], device: torch.device, out: Path | None) -> dict:
     """All runs, saved as they come."""
     plan = [("muon", SEEDS[0], None), *(("adamw", SEEDS[0], rate) for rate in ADAMW_RATES)]
@@ -113,8 +100,7 @@ def compare(options: list[str], device: torch.device, out: Path | None) -> dict:
                 best = min((r for r in runs if r["optimizer"] == "adamw"), key=final_loss)["lr"]
                 plan = [(name, s, lr) for s in SEEDS[1:] for name, lr in (("muon", None), ("adamw", best))]
             result = {"options": options, "runs": runs, "verdict": verdict(runs)}
-            file = write("optimizers", device, result, out)
-            plot(runs, file.with_suffix(".png"))
+            write("optimizers", device, result, out)
     return result
 
 
