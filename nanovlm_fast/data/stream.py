@@ -8,6 +8,8 @@ Each worker packs its own share of the examples; batches come from the workers i
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import signal
 import time
@@ -251,6 +253,14 @@ def leave_signals_to_the_parent(worker: int) -> None:
     """Ctrl-C and a scheduler's SIGTERM reach every process of a group, but only the parent decides what they mean."""
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)  # a worker ends when the loader says so, or when its parent is gone
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Whoever exits without having closed a loader would wait without end for workers that ignore SIGTERM."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _as_is(batch: StreamBatch) -> StreamBatch:
