@@ -88,9 +88,7 @@ class SampleLoader:
         example = self.source[index]
         if example.documents is not None:  # prepared: nothing that a cache could save
             return Sample(example.name, example.images, example.documents)
-        sample = make_sample(
-            example.first() if self.text.mode == "first" else example, self.model.vit_img_size, self.text
-        )
+        sample = make_sample(example, self.model.vit_img_size, self.text)
         needed = sample.images.nbytes + 20 * sample.tokens  # ids, rows and labels of a token
         if needed <= self.cache_room:
             self.cache_room -= needed
@@ -222,16 +220,14 @@ class Feed:
     def __next__(self) -> tuple[StreamBatch, PackedBatch]:
         asked = time.perf_counter()
         if self.copies is None:
-            batch = next(self.batches)
-            packed = (batch.packed.trimmed() if self.trim else batch.packed).to(self.device)
+            batch, packed = self._next_on_device()
             self.seconds += time.perf_counter() - asked
             return batch, packed
         needed, there = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         compute = torch.cuda.current_stream(self.device)
         needed.record(compute)  # reached once the step before is done
-        batch = next(self.batches)
         with torch.cuda.stream(self.copies):
-            packed = (batch.packed.trimmed() if self.trim else batch.packed).to(self.device)
+            batch, packed = self._next_on_device()
             there.record(self.copies)
         compute.wait_event(there)
         packed.record_stream(compute)
@@ -239,6 +235,10 @@ class Feed:
         if len(self.marks) > AHEAD:  # or the batches of many steps would lie on the device before the first is done
             self.marks[-AHEAD][0].synchronize()
         return batch, packed
+
+    def _next_on_device(self) -> tuple[StreamBatch, PackedBatch]:
+        batch = next(self.batches)
+        return batch, (batch.packed.trimmed() if self.trim else batch.packed).to(self.device)
 
     def waited(self) -> float:
         """Seconds that the device stood waiting for a batch since the last call, so far as known without waiting."""
