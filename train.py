@@ -12,7 +12,6 @@ import shutil
 import signal
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,51 +20,54 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nanovlm_fast.backbones import load_pretrained_weights
-from nanovlm_fast.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from nanovlm_fast.checkpoint import Checkpointer, load_training_state, load_weights, newest_checkpoint, read_state
 from nanovlm_fast.config import TrainConfig, VLMConfig, check_run_folder, holds_run, parse_config, save_run_config
 from nanovlm_fast.data.sources import load_source, make_tokenizer, split_off
 from nanovlm_fast.data.stream import (
     Feed,
     PackedStream,
     SampleLoader,
-    StreamBatch,
     advance,
+    batches_of,
+    deal,
     initial_states,
-    loader,
     measure_budget,
+    undeal,
 )
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
-from nanovlm_fast.device import autocast_to, pick_device, pick_dtype
-from nanovlm_fast.metrics import Meter, MetricsLog, StepStats, peak_flops, summary_table
+from nanovlm_fast.device import autocast_to, be_deterministic, pick_device, pick_dtype
+from nanovlm_fast.distributed import World, reducing, replicate, shard_model, unsharded, whole
+from nanovlm_fast.journal import Journal, Stopped
+from nanovlm_fast.metrics import Meter, StepStats, peak_flops, summary_table
 from nanovlm_fast.model import VisionLanguageModel
 from nanovlm_fast.ops import choose_ops
-from nanovlm_fast.optim import lr_factor, make_optimizers, set_lr
-from nanovlm_fast.packing import PackedBatch
+from nanovlm_fast.optim import lr_factor, make_optimizers, set_lr, skip_if_not_finite
+from nanovlm_fast.packing import PackedBatch, pack
 from nanovlm_fast.plan import plan
 from nanovlm_fast.summary import score, summarise
 from nanovlm_fast.warmup import warm_up
+from nanovlm_fast.watchdog import Watchdog
 
-NAMED = 100  # samples over the budget that are named before they are only counted
-
-
-class Stopped(RuntimeError):
-    """A run that had to stop; the message says why and what to do."""
+SAVED = 75  # exit code of a run that a signal ended: all is saved, --auto-resume goes on
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Trainer:
-    """One run: what it needs, and the state that a checkpoint keeps (`self.state`)."""
+    """One run: what it needs, and the state that a checkpoint keeps (`self.state`). With several ranks, one of them."""
 
-    def __init__(self, model_config: VLMConfig, config: TrainConfig):
-        self.born, self.config = time.perf_counter(), config
+    def __init__(self, model_config: VLMConfig, config: TrainConfig, world: World | None = None):
+        self.born, self.world = time.perf_counter(), world or World()
         self.run = Path(config.out)
         source = load_source(config.data, "train")
         self.train_source, self.val_source = split_off(source, config.val_samples, config.seed)
         check_run_folder(self.run, config)
         self.benchmark = load_source(config.eval, "test") if config.eval else None
-        self.device = pick_device(config.device)
+        self.device = pick_device(self.world.device(config.device))
         self.dtype = pick_dtype(config.dtype, self.device)
         self.autocast = autocast_to(self.dtype, self.device)
-        self.tokenizer = self.load_tokenizer(model_config)
+        if config.deterministic:
+            be_deterministic()
+        self.tokenizer = self.load_tokenizer(model_config, config)
         text = TextProcessor(self.tokenizer, model_config.prompt, model_config.image_tokens, config.turns)
         load = SampleLoader(self.train_source, model_config, config, text)
         budget = measure_budget(load, config)
@@ -77,125 +79,170 @@ class Trainer:
             labels_per_batch=budget.labels,
             max_seqlen=budget.max_seqlen,
         )
+        checkpoint = newest_checkpoint(self.run) if config.resume else None
+        self.state = {
+            "step": 0, "examples": 0, "bad": {}, "too_long": 0, "seconds": 0.0, "tokens": 0, "capacity": 0,
+            "evaluated": 0, "best_step": None, "best_accuracy": -1.0, "interval": None, "spikes": None,
+            "micro_batches": config.accumulate * self.world.size,
+            "stream": initial_states(max(config.workers, 1) * self.world.size),
+        }  # fmt: skip
+        if checkpoint:
+            self.state = read_state(checkpoint)
+        self.state["stream"] = deal(self.state["stream"], self.world.rank, self.world.size)
+        self.accumulate, uneven = divmod(self.state["micro_batches"], self.world.size)
+        if uneven:
+            raise ValueError(
+                f"{self.world.size} processes cannot share {self.state['micro_batches']} micro-batches a step"
+            )
+        self.make_model(model_config, checkpoint)
+        self.world.barrier()  # all have read the configuration of the run
+        # nothing was written or deleted until here: a command that cannot start leaves everything as it was
+        if self.world.first:
+            if config.overwrite and holds_run(self.run):
+                shutil.rmtree(self.run)
+            self.run.mkdir(parents=True, exist_ok=True)
+            save_run_config(self.run, model_config, config)
+            self.tokenizer.save(self.run)
+        self.world.barrier()
+        self.journal = Journal(self.run, model_config, config, self.state, self.world)
+        processes = f" · {self.world.size} processes, {'sharded' if config.shard else 'replicated'}"
+        say, size = self.journal.say, self.world.size
+        say(f"device: {self.device}, {str(self.dtype)[6:]} · compile: {config.compile} · {self.model.ops}"
+            + processes * (size > 1))  # fmt: skip
+        if checkpoint:
+            say(f"resuming {self.run} after step {self.state['step']}")
+        saved = self.state["step"] if checkpoint else None
+        self.checkpoints = Checkpointer(self.run, self.tokenizer, config.keep_checkpoints, self.world.first, saved)
+        self.watchdog = Watchdog(config.hang_timeout, self.run, self.world.rank)
+        self.stats = StepStats(self.device, self.world, self.state["interval"])
+        self.stream = PackedStream(load, budget, self.state["stream"], self.state["micro_batches"])
+        self.total = self.stream.total  # examples
+        self.unlabelled = 0  # examples since the last label
+        self.interrupted = self.stopping = False
+
+    def make_model(self, model_config: VLMConfig, checkpoint: Path | None) -> None:
+        """`model`, `optimizers`, and `step_model`: the model as the step runs it, compiled, replicated, sharded."""
+        config, world = self.config, self.world
         torch.manual_seed(config.seed)
         ops = choose_ops(config.kernels, self.device, config.attention, self.dtype, config.recompute)
         self.model = VisionLanguageModel(model_config, ops).to(self.device)
-        checkpoint = newest_checkpoint(self.run) if config.resume else None
-        if checkpoint is None:
-            load_pretrained_weights(self.model, config)
-        self.optimizers = make_optimizers(self.model, config)
-        self.state = {
-            "step": 0, "examples": 0, "bad": {}, "too_long": 0, "seconds": 0.0, "tokens": 0, "capacity": 0,
-            "evaluated": 0, "best_step": None, "best_accuracy": -1.0, "loss_sum": 0.0, "loss_labels": 0,
-            "stream": initial_states(max(config.workers, 1)),
-        }  # fmt: skip
-        # nothing was written or deleted until here: a command that cannot start leaves everything as it was
-        if config.overwrite and holds_run(self.run):
-            shutil.rmtree(self.run)
-        self.run.mkdir(parents=True, exist_ok=True)
-        print(f"device: {self.device}, {str(self.dtype)[6:]} · compile: {config.compile} · {ops}")
-        save_run_config(self.run, model_config, config)
-        self.tokenizer.save(self.run)
         if checkpoint:
-            self.state = load_checkpoint(checkpoint, self.model, self.optimizers)
-            print(f"resuming {self.run} after step {self.state['step']}")
-        self.log = MetricsLog(self.run, self.state["step"])
-        self.wandb = start_wandb(self.run, model_config, config)
+            load_weights(checkpoint, self.model)
+        else:
+            load_pretrained_weights(self.model, config)
+        sharded = config.shard and world.size > 1
+        if sharded:
+            shard_model(self.model, config.compile != "none")
+        self.optimizers = make_optimizers(self.model, config)
+        if checkpoint:
+            load_training_state(checkpoint, self.model, self.optimizers)
         self.step_model: Callable[[PackedBatch], Tensor] = self.model
-        if config.compile != "none":
+        if config.compile != "none" and not sharded:
             self.step_model = torch.compile(self.model, fullgraph=True, dynamic=False, mode=config.compile)
-        self.stats = StepStats(self.device, self.state["loss_sum"], self.state["loss_labels"])
-        self.pending: tuple[dict, Callable] | None = None  # a line of the log whose loss is on its way from the device
-        self.stream = PackedStream(load, budget, self.state["stream"])
-        self.total = self.stream.total  # examples
-        self.unlabelled = 0  # examples since the last label
-        self.recent: deque[tuple[int, list[str]]] = deque(maxlen=2 * config.log_every + 1)  # samples of the last steps
-        self.interrupted = False
+        if world.size > 1 and not sharded:
+            self.step_model = replicate(self.model, self.step_model, config.recompute != "none")
 
-    def load_tokenizer(self, model: VLMConfig) -> Tokenizer:
+    def load_tokenizer(self, model: VLMConfig, config: TrainConfig) -> Tokenizer:
         """A resumed run's own, or a new one."""
-        if self.config.resume and (self.run / "tokenizer.json").exists():
+        if config.resume and (self.run / "tokenizer.json").exists():
             return Tokenizer.load(self.run)
         return make_tokenizer(model, self.train_source)
 
     def train(self) -> None:
-        """The loop. Raises Stopped when the run cannot go on, and SystemExit(0) once a signal's save is done."""
-        config, state = self.config, self.state
+        """The loop. Raises Stopped when the run cannot go on, and SystemExit(SAVED) once a signal's save is done."""
+        config, state, alone = self.config, self.state, self.world.size == 1
         unit, total, done = (
             ("step", config.max_steps, "step") if config.max_steps else ("image", self.total, "examples")
         )
-        batches = iter(loader(self.stream, pin_memory=self.device.type == "cuda"))
-        feed = Feed(batches, self.device, trim=config.compile == "none")
+        batches = batches_of(self.stream, pin_memory=self.device.type == "cuda")
+        feed = Feed(batches, self.device, trim=config.compile == "none" and alone)
         self.warm_up()
         started, meter = time.perf_counter() - state["seconds"], self.make_meter()
         gc.collect()
         gc.disable()  # its pauses fall between kernels; `save` collects
-        with tqdm(total=total, initial=state[done], unit=unit, dynamic_ncols=True, smoothing=0.05) as bar:
+        first = self.world.first
+        with tqdm(
+            total=total, initial=state[done], unit=unit, dynamic_ncols=True, smoothing=0.05, disable=not first
+        ) as bar:
             while not config.max_steps or state["step"] < config.max_steps:
+                self.watchdog.beat(f"waiting for the data of step {state['step'] + 1}")
                 micro_batches = self.next_batches(feed, meter)
-                if not micro_batches:
+                n_labels = self.agree(micro_batches)
+                if not n_labels:
                     break
                 lr = lr_factor(self.progress(), config.warmup, config.min_lr)
-                self.optimizer_step(micro_batches, lr)
+                self.watchdog.beat(f"computing step {state['step'] + 1}")
+                self.optimizer_step(micro_batches, n_labels, lr)
                 state["seconds"] = time.perf_counter() - started
                 bar.update(state[done] - bar.n)
                 if state["step"] % config.log_every == 0:
-                    self.log_line(meter.read(feed.waited()), lr, bar)
+                    self.journal.finish_line(bar)
+                    self.journal.begin_line(meter.read(feed.waited(), self.world), lr, self.rates(), self.stats)
                 if config.eval_every and state["step"] % config.eval_every == 0:
                     self.validate()
                     started = time.perf_counter() - state["seconds"]  # that was not training time
                     meter.reset()
                 elif config.save_every and state["step"] % config.save_every == 0:
                     self.save()
-                if self.interrupted:
-                    break
-        if self.interrupted:
-            self.save()
-            print(f"interrupted at step {state['step']}: saved; continue with --resume --out {self.run}")
-            raise SystemExit(0)
+                if self.stopping or (alone and self.interrupted):
+                    self.save()
+                    self.wait_for_checkpoint()
+                    self.journal.say(
+                        f"interrupted at step {state['step']}: saved; go on with --resume --out {self.run}"
+                    )
+                    raise SystemExit(SAVED)
         self.validate()
+        self.wait_for_checkpoint()
 
     def warm_up(self) -> None:
-        """Compile, load kernels and try the memory on made-up data, before the clock starts."""
+        """Compile, load kernels, try the memory, and the first reduction, on made-up data, before the clock starts."""
+        self.watchdog.pause()
         graphs = self.config.compile == "reduce-overhead"
-        if self.config.compile != "none" or self.device.type == "cuda":
+        if self.config.compile != "none" or self.device.type == "cuda" or self.world.size > 1:
             warm_up(self.forward, self.model, self.stream.budget, self.autocast, rounds=3 if graphs else 1)
         # gradients that live in a graph's memory would be overwritten by the next micro-batch
-        self.keep_gradients = graphs and self.config.accumulate > 1
+        self.keep_gradients = graphs and self.accumulate > 1
         for parameter in self.model.parameters():
             if self.keep_gradients and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
-        print(f"ready for the first step {time.perf_counter() - self.born:.1f} s after the start")
+        self.journal.say(f"ready for the first step {time.perf_counter() - self.born:.1f} s after the start")
 
     def make_meter(self) -> Meter:
         frozen = [name for name, part in self.model.named_children() if not next(part.parameters()).requires_grad]
         return Meter(self.model.config, peak_flops(self.device, self.dtype), frozen)
+
+    def rates(self) -> dict[str, float]:
+        return {f"lr_{group['name']}": group["lr"] for o in self.optimizers for group in o.param_groups}
 
     def interrupt(self, signum: int, _frame: object) -> None:
         """Signal handler: save after this step and stop; a second signal stops at once."""
         self.interrupted = True
         signal.signal(signum, signal.SIG_DFL)
 
-    def optimizer_step(self, micro_batches: list[PackedBatch], lr: float) -> None:
-        """Forward and backward of every micro-batch, then one update: the mean loss over all their labelled tokens."""
+    def optimizer_step(self, micro_batches: list[PackedBatch], n_labels: int, lr: float) -> None:
+        """Forward and backward of every micro-batch, then one update: the mean loss over the labelled tokens of all.
+
+        `n_labels` counts them on all ranks, over which reducing averages the gradients. The update is skipped, without
+        anybody waiting to know, where a gradient is not finite.
+        """
         set_lr(self.optimizers, lr)
-        step, n_labels = self.state["step"] + 1, sum(batch.n_labels for batch in micro_batches)
-        total, norm = torch.zeros((), device=self.device), None
-        for batch in micro_batches:
-            with self.autocast():
-                loss_sum = self.forward(batch)
-            (loss_sum / n_labels).backward()
+        total = torch.zeros((), device=self.device)
+        for i, batch in enumerate(micro_batches, 1):
+            with reducing(self.step_model, now=i == len(micro_batches)):
+                with self.autocast():
+                    loss_sum = self.forward(batch)
+                (loss_sum / (n_labels / self.world.size)).backward()
             total += loss_sum.detach()
-        if self.config.clip or step % self.config.log_every == 0:
-            norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        norm = whole(nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
         if self.config.clip:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip, norm)
+        skipped = skip_if_not_finite(self.optimizers, norm)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=not self.keep_gradients)
-        self.stats.add(step, total, n_labels, norm)
-        self.recent.append((step, [name for batch in micro_batches for name in batch.names]))
-        self.state["step"] = step
+        self.stats.add(total, n_labels, norm, skipped)
+        self.state["step"] += 1
+        self.journal.recent.append((self.state["step"], [name for batch in micro_batches for name in batch.names]))
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """The summed loss of a packed batch."""
@@ -210,19 +257,19 @@ class Trainer:
         return min(self.state["examples"] / self.total, 1.0)
 
     def next_batches(self, feed: Feed, meter: Meter) -> list[PackedBatch]:
-        """The micro-batches of one optimizer step, each with labels, on the device; empty at the end of the data."""
-        state, micro_batches = self.state, []
-        while len(micro_batches) < self.config.accumulate:
+        """This rank's micro-batches of one optimizer step, each with labels, on the device; fewer at the data's end."""
+        self.taken = [0, 0, 0]  # examples, tokens and capacity
+        micro_batches: list[PackedBatch] = []
+        while len(micro_batches) < self.accumulate:
             batch, on_device = next(feed, (None, None))
             if batch is None:
                 break
             meter.add(batch.packed)
-            state["stream"] = advance(state["stream"], batch)
-            state["examples"] += batch.consumed
-            if not batch.curriculum:  # while it lasts images, not tokens, are the limit
-                state["tokens"] += batch.packed.n_tokens
-                state["capacity"] += batch.packed.input_ids.numel()
-            self.note_skipped(batch)
+            self.state["stream"] = advance(self.state["stream"], batch)
+            tokens = [0, 0] if batch.curriculum else [batch.packed.n_tokens, batch.packed.input_ids.numel()]
+            # while a curriculum lasts images, not tokens, are the limit
+            self.taken = [a + b for a, b in zip(self.taken, [batch.consumed, *tokens], strict=True)]
+            self.journal.hear(batch)
             self.unlabelled = 0 if batch.packed.n_labels else self.unlabelled + batch.consumed
             if self.unlabelled > len(self.train_source):
                 raise Stopped("a whole epoch without one labelled token: there is nothing to learn in this data")
@@ -230,94 +277,79 @@ class Trainer:
                 micro_batches.append(on_device)
         return micro_batches
 
-    def note_skipped(self, batch: StreamBatch) -> None:
-        """Name and count the examples that were left out; raise Stopped when too many of them are unreadable."""
-        state, limit = self.state, self.config.max_bad_samples
-        new = {str(i): reason for i, reason in batch.bad.items() if str(i) not in state["bad"]}  # not every epoch anew
-        state["bad"] |= new
-        room = max(NAMED - state["too_long"], 0)
-        state["too_long"] += len(batch.too_long)
-        for kind, reason in [("unreadable", reason) for reason in new.values()] + [
-            ("too long", r) for r in batch.too_long[:room]
-        ]:
-            tqdm.write(f"skipped, {kind}: {reason}")
-            self.log.write({"step": state["step"] + 1, "skipped": reason})
-        if len(state["bad"]) > limit:
-            raise Stopped(f"{len(state['bad'])} unreadable samples are over --max-bad-samples {limit}")
+    def agree(self, micro_batches: list[PackedBatch]) -> int:
+        """The labels of the step on all ranks, 0 at the end of everybody's data; and whether it is the last one.
 
-    def log_line(self, speed: dict[str, float], lr: float, bar: tqdm) -> None:
-        """Write the line of the interval before, whose loss has arrived by now, and begin this one's."""
-        self.write_pending(bar)
-        state = self.state
-        values = {"step": state["step"], "loss": None, "lr": lr}
-        values |= {f"lr_{group['name']}": group["lr"] for o in self.optimizers for group in o.param_groups}
-        values |= {"seconds": round(state["seconds"], 3), "examples": state["examples"], **speed}
-        self.pending = values, self.stats.take()
-
-    def write_pending(self, bar: tqdm | None = None) -> None:
-        """Write the line whose loss was on its way; raises Stopped if that loss is not finite."""
-        if not self.pending:
-            return
-        (values, read), self.pending = self.pending, None
-        values |= read()
-        if bad := values.pop("bad_step"):
-            raise Stopped(self.not_finite(f"the loss is not finite at step {bad}", bad, values["lr"]))
-        self.log.write(values)
-        if self.wandb:
-            self.wandb.log(values, step=values["step"])
-        if bar:
-            speed = f"{values['tokens_per_s']:,.0f} tok/s wait {values['data_wait']:.0%}"
-            bar.set_postfix_str(f"loss {values['loss']:.4f} lr x{values['lr']:.2f} {speed}")
+        A rank whose data is at its end goes on with batches of padding until the last has no more: none waits.
+        """
+        self.watchdog.beat(f"waiting for the other ranks before step {self.state['step'] + 1}", waiting=True)
+        mine = [
+            sum(batch.n_labels for batch in micro_batches),
+            len(self.journal.unheard),
+            self.interrupted,
+            *self.taken,
+        ]
+        n_labels, unheard, signals, *taken = (int(value) for value in self.world.sum(mine))
+        self.taken, self.stopping = [0, 0, 0], signals > 0
+        for name, more in zip(("examples", "tokens", "capacity"), taken, strict=True):
+            self.state[name] += more
+        if unheard:
+            self.journal.note_skipped()
+        # sharded, every forward needs all ranks; replicated, only the last backward does
+        needed = (self.accumulate if self.config.shard else 1) if self.world.size > 1 and n_labels else 0
+        while len(micro_batches) < needed:
+            config = self.model.config
+            micro_batches.append(pack([], self.stream.budget, config.image_tokens, config.vit_img_size).to(self.device))
+        return n_labels
 
     def validate(self) -> None:
-        """Save, then score what there is to score, once a step."""
+        """Save, then score what there is to score, once a step: the first rank, on a whole model."""
         state = self.state
         self.save()
         if state["evaluated"] == state["step"] or not (len(self.val_source) or self.benchmark):
             return
         state["evaluated"] = state["step"]
-        with self.autocast():
-            scores = score(self.model, self.tokenizer, self.val_source, self.benchmark, self.config, state)
-        values = {"step": state["step"], **scores, "seconds": round(state["seconds"], 3)}
-        self.log.write(values)
-        if self.wandb:
-            self.wandb.log(values, step=state["step"])
+        model = unsharded(self.model)
+        if self.world.first:
+            with self.autocast():
+                scores = score(model, self.tokenizer, self.val_source, self.benchmark, self.config, state)
+            self.journal.write({"step": state["step"], **scores, "seconds": round(state["seconds"], 3)})
+        self.world.barrier()
         self.save()
 
     def save(self) -> None:
-        """Write a checkpoint; raises Stopped instead of replacing a good one by weights that are not finite."""
-        self.write_pending()
-        state = self.state
-        state["loss_sum"], state["loss_labels"] = self.stats.loss_sum.item(), self.stats.labels
-        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
-            lr = max(g["lr"] / g["peak_lr"] for o in self.optimizers for g in o.param_groups)
-            raise Stopped(self.not_finite(f"weights are not finite after step {state['step']}", state["step"], lr))
-        save_checkpoint(self.run, self.model, self.tokenizer, self.optimizers, self.state)
+        """Begin a checkpoint; raises Stopped or OSError for what the one before it met."""
+        self.watchdog.pause()
+        self.journal.finish_line()
+        stats, lr = self.stats.peek(), max(g["lr"] / g["peak_lr"] for o in self.optimizers for g in o.param_groups)
+        state = {**self.state, "stream": undeal(self.world.gather(self.state["stream"]))}
+        advice = self.journal.advice(state["step"], lr)
+        self.wait_for_checkpoint()
+        self.checkpoints.save(
+            self.model, self.optimizers, state, late=lambda: {"interval": stats()["kept"]}, advice=advice
+        )
         gc.collect()
 
-    def not_finite(self, what: str, step: int, lr: float) -> str:
-        kept, names = newest_checkpoint(self.run), dict(self.recent).get(step, [])
-        return f"{what}, learning rate x{lr:.3f} of its peak. Samples of the batch: {', '.join(names)}. " + (
-            f"The last good checkpoint is {kept}." if kept else "No checkpoint had been written yet."
-        )
+    def wait_for_checkpoint(self) -> None:
+        """Until what was begun is written; what cannot be written stops the run, unless --on-save-error continue."""
+        try:
+            self.checkpoints.wait()
+        except OSError as error:
+            if self.config.on_save_error == "stop":
+                raise
+            self.journal.say(f"warning: {error}; training goes on")
 
     def finish(self) -> None:
         """Curves, the test split seeing and blind, a grid of answers, and the summary."""
-        accuracies = summarise(
-            self.run, self.model, self.tokenizer, self.val_source, self.config, self.state, self.autocast
-        )
-        if self.wandb:
-            self.wandb.summary.update(accuracies)
-            self.wandb.finish()
-
-
-def start_wandb(run: Path, model: VLMConfig, config: TrainConfig):
-    if not config.wandb:
-        return None
-    import wandb
-
-    values = {**dataclasses.asdict(model), **dataclasses.asdict(config)}
-    return wandb.init(project=config.wandb_project, name=run.name, dir=run, config=values)
+        self.watchdog.stop()
+        model = unsharded(self.model)
+        if self.world.first:
+            parts = self.run, model, self.tokenizer, self.val_source, self.config, self.state, self.autocast
+            accuracies = summarise(*parts)
+            if self.journal.wandb:
+                self.journal.wandb.summary.update(accuracies)
+                self.journal.wandb.finish()
+        self.world.barrier()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -326,15 +358,15 @@ def main(argv: list[str] | None = None) -> int:
         if config.dry_run:
             print(summary_table(plan(model_config, config)))
             return 0
-        trainer = Trainer(model_config, config)
-        for signum in (signal.SIGTERM, signal.SIGINT):
+        world = World.join(config.device)
+        trainer = Trainer(model_config, config, world)
+        for signum in SIGNALS:
             signal.signal(signum, trainer.interrupt)
         trainer.train()
-        if trainer.interrupted:
-            return 0
-        for signum in (signal.SIGTERM, signal.SIGINT):  # everything is saved: nothing is lost by stopping now
+        for signum in SIGNALS:  # everything is saved: nothing is lost by stopping now
             signal.signal(signum, lambda *_: sys.exit(0))
         trainer.finish()
+        world.leave()
     except (OSError, ValueError, Stopped) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -60,7 +60,8 @@ def _load_flash_attn() -> Attention:
     from flash_attn import flash_attn_varlen_func
 
     def attend(q, k, v, cu_seqlens, max_seqlen, causal=True):
-        return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=causal)
+        options = dict(causal=causal, deterministic=torch.are_deterministic_algorithms_enabled())
+        return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
 
     return attend
 

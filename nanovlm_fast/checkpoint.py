@@ -4,7 +4,9 @@
                                    optimizer.safetensors state.json
     RUN/last, RUN/best             links to two of them
 
-A checkpoint is written to a temporary folder and renamed: a folder named step-* is complete. No pickle anywhere.
+A checkpoint is written to a temporary folder and renamed: a folder named step-* is complete. No pickle anywhere: that
+is why torch.distributed.checkpoint, whose own format is one, gives no format here. A checkpoint knows nothing of how
+many ranks wrote it, or whether they held parts of the state.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import dataclasses
 import json
 import os
 import shutil
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -25,18 +28,27 @@ from torch import Tensor
 
 from nanovlm_fast.config import VLMConfig, fields_of, latest_run
 from nanovlm_fast.data.text import Tokenizer
+from nanovlm_fast.distributed import as_shard_of, whole
 from nanovlm_fast.hub import WEIGHTS, fetch
 from nanovlm_fast.model import VisionLanguageModel
 
+OPTIMIZER = "optimizer.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def save_pretrained(folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer | None = None) -> None:
     """Write config.json, model.safetensors (nanoVLM's keys; tied weights once) and the tokenizer into `folder`."""
+    write_pretrained(folder, model, model.state_dict(), tokenizer)
+
+
+def write_pretrained(
+    folder: Path, model: VisionLanguageModel, weights: dict[str, Tensor], tokenizer: Tokenizer | None = None
+) -> None:
+    """`save_pretrained` of other `weights` than the model's own, under the names of its state dict."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = model.reference_state_dict()
+    state = model.by_reference_name(weights)
     if model.config.lm_tie_weights:
-        del state["decoder.head.weight"]
+        state.pop("decoder.head.weight", None)
     save_file(
         {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, folder / "model.safetensors"
     )
@@ -114,7 +126,84 @@ def resolve(checkpoint: Path | str | None) -> Path:
 
 def newest_checkpoint(run: Path) -> Path | None:
     """The complete checkpoint of the highest step, or None."""
-    return max((run / "checkpoints").glob("step-*"), key=lambda folder: int(folder.name[5:]), default=None)
+    return max((run / "checkpoints").glob("step-*"), key=step_of, default=None)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name[5:])
+
+
+class Checkpointer:
+    """Writes checkpoints of a run in the background: the loop waits only while the state is copied to the host.
+
+    Not even for that on a GPU: the copies are queued behind the step, into page-locked memory that is kept for the
+    next time. `first` is False for ranks that only lend their part of the state; `saved` is the step of the checkpoint
+    that the run goes on from.
+    """
+
+    def __init__(self, run: Path, tokenizer: Tokenizer, keep: int = 1, first: bool = True, saved: int | None = None):
+        self.run, self.tokenizer, self.keep, self.first, self.saved = run, tokenizer, keep, first, saved
+        self.host: dict[str, Tensor] = {}  # the copies
+        self.writer: threading.Thread | None = None
+        self.error: Exception | None = None
+
+    def save(
+        self,
+        model: VisionLanguageModel,
+        optimizers: list[torch.optim.Optimizer],
+        state: dict[str, Any],
+        late: Callable[[], dict[str, Any]] = dict,
+        advice: str = "",
+    ) -> None:
+        """Begin to write the checkpoint of `state['step']`; raises what the one before it met (see `wait`).
+
+        `state` is anything JSON can hold; what `late()` returns, once the device is there, becomes a part of it.
+        `advice` ends the error that weights which are not finite raise.
+        """
+        self.wait()
+        text, again, self.saved = json.dumps(state), self.saved == state["step"], state["step"]
+        if again:  # only the state may have changed
+            weights, others = {}, {}
+        else:
+            weights, others = (
+                {named[0]: self._copy(named) for named in tensors.items()} for tensors in tensors_of(model, optimizers)
+            )
+        if not self.first:
+            return
+        copied = torch.cuda.Event() if torch.cuda.is_available() else None
+        if copied:
+            copied.record()
+
+        def write() -> None:
+            try:
+                if copied:
+                    copied.synchronize()
+                write_checkpoint(
+                    self.run, model, self.tokenizer, weights, others, {**json.loads(text), **late()}, self.keep, advice
+                )
+            except Exception as error:  # the loop's to raise
+                self.error = error
+
+        self.writer = threading.Thread(target=write, name="checkpoint")
+        self.writer.start()
+
+    def wait(self) -> None:
+        """Until the checkpoint that was begun is written. Raises OSError or ValueError if it could not be."""
+        if self.writer:
+            self.writer.join()
+            self.writer = None
+        if error := self.error:
+            self.error = None
+            raise error
+
+    def _copy(self, named: tuple[str, Tensor]) -> Tensor:
+        name, tensor = named
+        tensor = whole(tensor.detach())
+        if not self.first:
+            return torch.empty(0)
+        if name not in self.host:
+            self.host[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        return self.host[name].copy_(tensor, non_blocking=True)
 
 
 def save_checkpoint(
@@ -123,18 +212,28 @@ def save_checkpoint(
     tokenizer: Tokenizer,
     optimizers: list[torch.optim.Optimizer],
     state: dict[str, Any],
+    keep: int = 1,
 ) -> Path:
     """Write the checkpoint of `state['step']` and point RUN/last, and if state['best_step'] says so RUN/best, at it.
 
-    `state` is anything JSON can hold. Older checkpoints are removed, except the best. Returns the new folder.
+    `state` is anything JSON can hold. Of older checkpoints `keep` - 1 and the best are kept. Returns the new folder.
+    Raises OSError, naming the newest checkpoint there is, if it cannot be written, and ValueError for weights that are
+    not finite.
     """
-    root = run / "checkpoints"
-    root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob(".tmp-*"):
-        shutil.rmtree(leftover)
-    target = root / f"step-{state['step']:06d}"
-    temporary = root / f".tmp-{target.name}"
-    save_pretrained(temporary, model, tokenizer)
+    return write_checkpoint(run, model, tokenizer, *tensors_of(model, optimizers), state, keep)
+
+
+def step_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def tensors_of(
+    model: VisionLanguageModel, optimizers: list[torch.optim.Optimizer]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights, and what else a run goes on from: the optimizers' tensors by parameter, and random states."""
+    weights = dict(model.state_dict())
+    if model.config.lm_tie_weights:
+        weights.pop("decoder.head.weight", None)
     names = {parameter: name for name, parameter in model.named_parameters()}
     tensors = {
         f"{names[parameter]}.{slot}": tensor
@@ -145,26 +244,59 @@ def save_checkpoint(
     tensors["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    save_file(
-        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary / "optimizer.safetensors"
-    )
-    (temporary / "state.json").write_text(json.dumps(state) + "\n")
-    for file in temporary.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    if target.exists():
-        # this step again: only the state may have changed, and the folder must not be gone for a moment
-        os.replace(temporary / "state.json", target / "state.json")
-        shutil.rmtree(temporary)
-    else:
-        os.replace(temporary, target)
-    _link(run / "last", target)
-    best = root / f"step-{state['best_step']:06d}" if state.get("best_step") is not None else None
-    if best == target:
-        _link(run / "best", target)
-    for folder in root.glob("step-*"):
-        if folder not in (target, best):
-            shutil.rmtree(folder)
+    return weights, tensors
+
+
+def write_checkpoint(
+    run: Path,
+    model: VisionLanguageModel,
+    tokenizer: Tokenizer,
+    weights: dict[str, Tensor],
+    others: dict[str, Tensor],
+    state: dict[str, Any],
+    keep: int = 1,
+    advice: str = "",
+) -> Path:
+    """`save_checkpoint` of tensors that were copied; without `weights` only the state of a step that is there."""
+    root, target = run / "checkpoints", step_folder(run, state["step"])
+    temporary = root / f".tmp-{target.name}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for leftover in root.glob(".tmp-*"):
+            shutil.rmtree(leftover)
+        if not all(tensor.isfinite().all() for tensor in weights.values()):
+            raise ValueError(f"weights are not finite after step {state['step']}{advice}")
+        if not (weights or target.exists()):
+            raise FileNotFoundError(f"{target} was not written before")
+        if not target.exists():
+            write_pretrained(temporary, model, weights, tokenizer)
+            save_file({name: t.detach().cpu().contiguous() for name, t in others.items()}, temporary / OPTIMIZER)
+        temporary.mkdir(exist_ok=True)
+        (temporary / "state.json").write_text(json.dumps(state) + "\n")
+        for file in temporary.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        if target.exists():  # this step again: the folder must not be gone for a moment
+            os.replace(temporary / "state.json", target / "state.json")
+            shutil.rmtree(temporary)
+        else:
+            os.replace(temporary, target)
+        best = step_folder(run, state["best_step"]) if state.get("best_step") is not None else None
+        _link(run / "last", target)
+        if best == target:
+            _link(run / "best", target)
+        older = sorted(set(root.glob("step-*")) - {target, best}, key=step_of)
+        for folder in older[: max(len(older) - keep + 1, 0)]:
+            gone = folder.with_name(f".tmp-{folder.name}")  # whatever is named step-* is complete, to its end
+            os.replace(folder, gone)
+            shutil.rmtree(gone)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        there = newest_checkpoint(run)
+        kept = f"the newest checkpoint is {there}" if there else "there is no checkpoint yet"
+        raise OSError(
+            f"the checkpoint of step {state['step']} could not be written to {root}: {error}; {kept}"
+        ) from error
     return target
 
 
@@ -172,23 +304,47 @@ def load_checkpoint(
     folder: Path, model: VisionLanguageModel, optimizers: list[torch.optim.Optimizer]
 ) -> dict[str, Any]:
     """Restore model, optimizer and random state in place; returns the `state` that was saved with them."""
+    load_weights(folder, model)
+    return load_training_state(folder, model, optimizers)
+
+
+def load_weights(folder: Path, model: VisionLanguageModel) -> None:
+    """The first half of `load_checkpoint`, before the model is sharded."""
     _, model.extra_config = read_config(folder)
     model.load_reference_state_dict(load_tensors(folder / "model.safetensors"))
-    tensors = load_tensors(folder / "optimizer.safetensors")
+
+
+def load_training_state(
+    folder: Path, model: VisionLanguageModel, optimizers: list[torch.optim.Optimizer]
+) -> dict[str, Any]:
+    """The second half of `load_checkpoint`; of a sharded model's optimizer state each rank takes its part."""
+    tensors = load_tensors(folder / OPTIMIZER)
     torch.set_rng_state(tensors.pop("rng.cpu"))
     cuda_rng = tensors.pop("rng.cuda", None)
     if cuda_rng is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda_rng)
+    parameters = dict(model.named_parameters())
     slots: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         parameter, slot = name.rsplit(".", 1)
+        if parameter in parameters:
+            tensor = as_shard_of(tensor, parameters[parameter])
         slots.setdefault(parameter, {})[slot] = tensor
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names = {parameter: name for name, parameter in parameters.items()}
     for optimizer in optimizers:  # by name: a part that was frozen or freed since keeps the others' in place
-        parameters = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-        state = {i: slots[name] for i, name in enumerate(parameters) if name in slots}
+        held = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+        state = {i: slots[name] for i, name in enumerate(held) if name in slots}
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return json.loads((folder / "state.json").read_text())
+    return read_state(folder)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The `state` that was saved with a checkpoint. Raises ValueError naming the file if it is damaged."""
+    file = folder / "state.json"
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
 
 
 def load_tensors(file: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:

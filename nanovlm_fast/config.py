@@ -121,6 +121,9 @@ class TrainConfig:
     val_samples: int = option(100, "images held out of the training split to evaluate on while training")
     out: str = option("", "run folder; default runs/PRESET")
     resume: bool = option(False, "continue the run in --out (or the latest run) from its newest checkpoint")
+    auto_resume: bool = option(
+        False, "--resume if --out holds a run already, else start it: the same command before and after a crash"
+    )
     overwrite: bool = option(False, "delete the run that --out holds and start again")
     dry_run: bool = option(False, "only print what the run would be: model, data, steps, tokens, FLOPs, hours")
     seed: int = option(0, "seed of weights, data order and augmentation")
@@ -138,6 +141,10 @@ class TrainConfig:
     recompute: Literal["none", "norms_and_activations", "blocks"] = option(
         "none", "compute again in the backward instead of keeping: less memory, more time"
     )
+    shard: bool = option(
+        False, "with several processes, each holds a part of weights, gradients and optimizer state (FSDP2)"
+    )
+    deterministic: bool = option(False, "bit for bit the same result again on the same device, more slowly")
     epochs: float = option(5.0, "passes over the training split; the schedule is sized to them")
     max_steps: int = option(0, "stop after so many optimizer steps, the schedule sized to them; 0: --epochs decides")
     accumulate: int = option(1, "micro-batches per optimizer step; the loss is weighted by labelled tokens")
@@ -170,13 +177,30 @@ class TrainConfig:
         "greedy", "how --eval decodes: greedy, cut at the end of sequence; or sampled and not cut, as nanoVLM published"
     )
     save_every: int = option(500, "steps between checkpoints; 0: only at the end")
+    keep_checkpoints: int = option(1, "newest checkpoints to keep, besides the best")
+    on_save_error: Literal["stop", "continue"] = option(
+        "stop", "what a checkpoint that cannot be written (a full disk) does to the run"
+    )
+    max_skipped_steps: int = option(
+        10, "a step whose gradients are not finite is skipped; after so many in a row the run stops"
+    )
+    hang_timeout: float = option(
+        1800.0, "seconds without a step after which a process reports where it hangs and exits with 70; 0: never"
+    )
     final_eval: bool = option(True, "evaluate the test split at the end, seeing and blind, and draw samples.png")
     wandb: bool = option(False, "log to Weights & Biases too (WANDB_MODE=offline works)")
     wandb_project: str = option("nanovlm_fast", "its project")
 
     def validate(self) -> TrainConfig:
         """Raise ValueError naming the first option that makes no sense; returns self."""
-        at_least_one = ("accumulate", "tokens_per_batch", "look_ahead", "log_every")
+        at_least_one = (
+            "accumulate",
+            "tokens_per_batch",
+            "look_ahead",
+            "log_every",
+            "keep_checkpoints",
+            "max_skipped_steps",
+        )
         for field in dataclasses.fields(self):
             value, least = getattr(self, field.name), 1 if field.name in at_least_one else 0
             if isinstance(value, (int, float)) and value < least:
@@ -188,6 +212,8 @@ class TrainConfig:
                 raise ValueError(f"--{name.replace('_', '-')} is a share of the run below 1, got {getattr(self, name)}")
         if self.resume and self.overwrite:
             raise ValueError("--resume continues a run and --overwrite deletes it: give one of them")
+        if self.shard and self.optimizer == "muon":
+            raise ValueError("--shard splits the matrices that Muon needs whole: take --optimizer adamw")
         if self.start_from and (self.vision or self.language):
             raise ValueError("--start-from brings both towers: leave out --vision and --language")
         return self
@@ -259,7 +285,7 @@ def load_run_config(run: Path) -> dict[str, Any]:
 
 def save_run_config(run: Path, model: VLMConfig, train: TrainConfig) -> None:
     values = {**dataclasses.asdict(model), **dataclasses.asdict(train)}
-    values |= {"resume": False, "overwrite": False, "dry_run": False}
+    values |= {"resume": False, "auto_resume": False, "overwrite": False, "dry_run": False}
     temporary = run / ".config.json"
     temporary.write_text(json.dumps(values, indent=2) + "\n")
     os.replace(temporary, run / "config.json")
@@ -293,7 +319,8 @@ def latest_run(runs: Path = RUNS) -> Path:
 RESUMABLE = frozenset(
     "out resume overwrite dry_run device dtype kernels attention compile recompute epochs max_steps max_bad_samples "
     "lr_projector lr_vision lr_language warmup min_lr weight_decay muon_scale beta2 clip log_every eval "
-    "eval_style eval_every save_every final_eval wandb wandb_project".split()
+    "eval_style eval_every save_every final_eval wandb wandb_project auto_resume shard deterministic keep_checkpoints "
+    "on_save_error max_skipped_steps hang_timeout".split()
 )
 
 
@@ -310,7 +337,8 @@ def parse_config(argv: list[str] | None = None) -> tuple[VLMConfig, TrainConfig]
     first.add_argument("--preset", default=TrainConfig.preset)
     first.add_argument("--data", default="")
     first.add_argument("--out", default="")
-    first.add_argument("--resume", nargs="?", const="true", default="")
+    for flag in ("--resume", "--auto-resume"):
+        first.add_argument(flag, nargs="?", const="true", default="")
     known, _ = first.parse_known_args(argv)
     parser = HfArgumentParser(
         (VLMConfig, TrainConfig), allow_abbrev=False, description="Train a vision-language model."
@@ -318,8 +346,13 @@ def parse_config(argv: list[str] | None = None) -> tuple[VLMConfig, TrainConfig]
     parser.print_usage = lambda *_: None  # an error is one line
     try:
         defaults = defaults_of(known.preset, known.data)
-        if known.resume.lower() in ("true", "t", "yes", "y", "1"):
-            run = Path(known.out) if known.out else latest_run()
+        wanted, automatic = (
+            said.lower() in ("true", "t", "yes", "y", "1") for said in (known.resume, known.auto_resume)
+        )
+        started = Path(known.out or RUNS / known.preset)
+        resume = wanted or (automatic and (started / "config.json").exists())
+        if resume:
+            run = Path(known.out) if known.out else latest_run() if wanted else started
             if not (run / "config.json").exists():
                 raise FileNotFoundError(f"--resume: {run} holds no run (no config.json)")
             defaults = {**load_run_config(run), "out": str(run)}
@@ -327,9 +360,10 @@ def parse_config(argv: list[str] | None = None) -> tuple[VLMConfig, TrainConfig]
         model, train = parser.parse_args_into_dataclasses(argv)
         sources = {name: getattr(train, name) for name in ("vision", "language", "start_from")}
         own = all(value == defaults.get(name, "") for name, value in sources.items())
-        if not train.resume and any(sources.values()) and not (train.dry_run and own):  # a preset has its own's sizes
+        if not resume and any(sources.values()) and not (train.dry_run and own):  # a preset has its own's sizes
             model, train = parse_again_for_pretrained(parser, argv, train, defaults)
         train.out = train.out or str(RUNS / train.preset)
+        train.resume = resume
         for name, value in {**vars(model), **vars(train)}.items():
             if train.resume and name not in RESUMABLE and value != defaults.get(name, value):
                 flag = f"--{name.replace('_', '-')}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -49,6 +50,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         print(f"warning: {gpu} has no bfloat16; computing in float32, more slowly")
         return torch.float32
     return torch.bfloat16
+
+
+def be_deterministic() -> None:
+    """Only algorithms that give the same bits every time, on this device; an operation without one raises."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def autocast_to(dtype: torch.dtype, device: torch.device) -> Callable[[], AbstractContextManager]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Collection
@@ -10,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from nanovlm_fast.config import VLMConfig
+from nanovlm_fast.distributed import World
+
+ALONE = World()
 
 # FLOP/s of dense bfloat16 products from NVIDIA's data sheets, by the whole name that the driver gives: what begins
 # alike (H100 PCIe and NVL, a MIG slice) is slower
@@ -87,52 +92,115 @@ class Meter:
             self.flops += step_flops(self.config, *sizes, self.frozen)
         self.capacity += packed.input_ids.numel()
 
-    def read(self, waited: float) -> dict[str, float]:
-        """Rates since the last reading, `waited` seconds of which the device had no batch; and start again."""
+    def read(self, waited: float, world: World = ALONE) -> dict[str, float]:
+        """Rates since the last reading, `waited` seconds of which the device had no batch; and start again.
+
+        Counts are of all ranks of `world`, which must all call it; waiting is the mean rank's, `mfu` of all devices.
+        """
         elapsed = max(time.perf_counter() - self.since, 1e-9)
-        values = {f"{name}_per_s": count / elapsed for name, count in self.counts.items()}
-        values["tflops_per_s"] = self.flops / elapsed / 1e12
+        *counts, flops, capacity, waited = world.sum([*self.counts.values(), self.flops, self.capacity, waited])
+        values = {f"{name}_per_s": count / elapsed for name, count in zip(self.counts, counts, strict=True)}
+        values["tflops_per_s"] = flops / elapsed / 1e12
         if self.peak:
-            values["mfu"] = self.flops / elapsed / self.peak
-        values |= {"data_wait": waited / elapsed, "packing": self.counts["tokens"] / max(self.capacity, 1)}
+            values["mfu"] = flops / elapsed / (self.peak * world.size)
+        values |= {"data_wait": waited / elapsed / world.size, "packing": counts[0] / max(capacity, 1)}
         self.reset()
         return values
 
 
 class StepStats:
-    """Loss and gradient norm of the steps, added up on the device and read a logging interval later: nobody waits."""
+    """Losses and gradient norms of the steps, kept on the device and read a logging interval later: nobody waits.
 
-    def __init__(self, device: torch.device, loss_sum: float = 0.0, labels: int = 0):
-        self.loss_sum = torch.tensor(loss_sum, dtype=torch.float64, device=device)
-        self.norm = torch.zeros((), dtype=torch.float64, device=device)
-        self.bad_step = torch.zeros((), dtype=torch.float64, device=device)  # the first whose loss is not finite
-        self.labels = labels
+    `world` is where the losses are summed over ranks. `kept` is what `snapshot` gave, of the run that is resumed.
+    """
 
-    def add(self, step: int, loss_sum: Tensor, labels: int, norm: Tensor | None = None) -> None:
-        """Count a step: its summed loss, a scalar on the device, over so many labels; the norm of its gradient."""
-        self.loss_sum += loss_sum
-        self.labels += labels
-        self.bad_step.copy_(torch.where(loss_sum.isfinite() | (self.bad_step > 0), self.bad_step, step))
-        if norm is not None:
-            self.norm.copy_(norm)
+    def __init__(self, device: torch.device, world: World = ALONE, kept: dict[str, Any] | None = None):
+        self.device, self.world = device, world
+        kept = kept or {"losses": [], "labels": [], "skipped": [0, 0, 0]}
+        self.losses = [self._scalar(loss / self.world.size) for loss in kept["losses"]]
+        self.labels: list[int] = list(kept["labels"])
+        self.norm = self._scalar(0.0)
+        # steps skipped in all, in a row until now, and in a row at most since the last line
+        self.skipped = torch.tensor(kept["skipped"], dtype=torch.float64, device=device)
 
-    def take(self) -> Callable[[], dict[str, float]]:
-        """Start the copy to the host and start again; the result, called later, gives loss, grad_norm and bad_step."""
-        labels, self.labels = max(self.labels, 1), 0
-        values = torch.stack([self.loss_sum, self.norm, self.bad_step])
-        host = torch.empty(3, dtype=values.dtype, pin_memory=values.is_cuda).copy_(values, non_blocking=True)
+    def _scalar(self, value: float) -> Tensor:
+        return torch.tensor(value, dtype=torch.float64, device=self.device)
+
+    def add(self, loss_sum: Tensor, labels: int, norm: Tensor, skipped: Tensor) -> None:
+        """Count a step: its summed loss on this rank, over so many labels on all; the norm of its gradient.
+
+        `skipped` is 1 where it was skipped; all of these but `labels` are scalars on the device.
+        """
+        self.losses.append(loss_sum.double())
+        self.labels.append(labels)
+        self.norm.copy_(norm)
+        row = (self.skipped[1] + skipped) * skipped
+        self.skipped = torch.stack([self.skipped[0] + skipped, row, torch.maximum(self.skipped[2], row)])
+
+    def take(self) -> Callable[[], dict[str, Any]]:
+        """`peek`, and start again."""
+        read = self.peek()
+        self.losses, self.labels = [], []
+        self.skipped[2].zero_()
+        return read
+
+    def peek(self) -> Callable[[], dict[str, Any]]:
+        """Start the copy to the host; the result, called later, gives the interval's numbers. All ranks must call it.
+
+        `loss` (of the steps where it is finite; None without any), `grad_norm`, `skipped` (in all),
+        `skipped_in_a_row` (at most), `losses` (of each step, a labelled token), and `kept`, to go on from.
+        """
+        losses = torch.stack(self.losses) if self.losses else self.norm.new_zeros(0)
+        if self.world.size > 1:
+            dist.all_reduce(losses)
+        values = torch.cat([self.norm[None], self.skipped, losses])
+        host = torch.empty(len(values), dtype=values.dtype, pin_memory=values.is_cuda).copy_(values, non_blocking=True)
         there = torch.cuda.Event() if values.is_cuda else None
         if there:
             there.record()
-        self.loss_sum.zero_()
+        labels = list(self.labels)
 
-        def read() -> dict[str, float]:
+        def read() -> dict[str, Any]:
             if there:
                 there.synchronize()
-            loss_sum, norm, bad_step = host.tolist()
-            return {"loss": loss_sum / labels, "grad_norm": norm, "bad_step": int(bad_step)}
+            norm, skipped, row, worst, *sums = host.tolist()
+            finite = [(total, count) for total, count in zip(sums, labels, strict=True) if math.isfinite(total)]
+            return {
+                "loss": sum(total for total, _ in finite) / sum(n for _, n in finite) if finite else None,
+                "grad_norm": norm,
+                "skipped": int(skipped),
+                "skipped_in_a_row": int(worst),
+                "losses": [total / count for total, count in zip(sums, labels, strict=True)],
+                "kept": {"losses": sums, "labels": labels, "skipped": [skipped, row, worst]},
+            }
 
         return read
+
+
+class Spikes:
+    """Finds steps whose loss stands out: over the running mean by more than `deviations` running deviations."""
+
+    def __init__(self, kept: list[float] | None = None, deviations: float = 6.0, memory: int = 100, after: int = 50):
+        self.seen, self.mean, self.variance = kept or [0, 0.0, 0.0]
+        self.deviations, self.memory, self.after = deviations, memory, after
+
+    def is_one(self, loss: float) -> bool:
+        """Take in the next step's loss, and say whether it is one; what is not finite counts as one."""
+        if not math.isfinite(loss):
+            return True
+        distance = loss - self.mean
+        spike = self.seen >= self.after and distance > self.deviations * self.variance**0.5
+        self.seen += 1
+        weight = 1 / min(self.seen, self.memory)
+        distance = (
+            min(distance, self.deviations * self.variance**0.5) if spike else distance
+        )  # or it would hide the next
+        self.mean += weight * distance
+        self.variance = (1 - weight) * (self.variance + weight * distance**2)
+        return spike
+
+    def kept(self) -> list[float]:
+        return [self.seen, self.mean, self.variance]
 
 
 class MetricsLog:

@@ -25,7 +25,9 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        """Update every parameter that has a gradient."""
+        """Update every parameter that has a gradient; none where the attribute `found_inf` is a tensor of 1."""
+        found_inf = getattr(self, "found_inf", None)
+        keep = 1.0 if found_inf is None else 1 - found_inf  # a tensor: nobody waits to know
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
             for parameter, rows in zip(group["params"], group["parts"], strict=True):
@@ -34,15 +36,17 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
-                momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                update = parameter.grad.lerp(momentum, group["momentum"])  # Nesterov's
+                grad = parameter.grad if found_inf is None else parameter.grad.where(found_inf == 0, 0)
+                weight = torch.as_tensor((1 - group["momentum"]) * keep, dtype=grad.dtype, device=grad.device)
+                momentum = state["momentum"].lerp_(grad, weight)
+                update = grad.lerp(momentum, group["momentum"])  # Nesterov's
                 for weight, part in zip(parameter.split(rows), update.split(rows), strict=True):
                     by_shape[weight.shape].append((weight, part))
             for (out_rows, in_columns), pairs in by_shape.items():
                 updates = orthogonalise(torch.stack([part for _, part in pairs]))
-                scale = group["lr"] * max(1.0, out_rows / in_columns) ** 0.5
+                scale = group["lr"] * max(1.0, out_rows / in_columns) ** 0.5 * keep
                 for (weight, _), update in zip(pairs, updates, strict=True):
-                    weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)
+                    weight.mul_(1 - group["lr"] * group["weight_decay"] * keep).sub_(update * scale)
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -95,6 +99,17 @@ def make_optimizers(model: VisionLanguageModel, config: TrainConfig) -> list[tor
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def skip_if_not_finite(optimizers: list[torch.optim.Optimizer], norm: Tensor) -> Tensor:
+    """() float32 on the device: 1 where the gradients' `norm` is not finite, and the next `step` changes nothing.
+
+    The fused optimizers read it as they read a GradScaler's; nothing is copied to the host.
+    """
+    found_inf = norm.isfinite().logical_not().float()
+    for optimizer in optimizers:
+        optimizer.found_inf = found_inf
+    return found_inf
 
 
 def lr_factor(progress: float, warmup: float, floor: float) -> float:

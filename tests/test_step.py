@@ -15,7 +15,7 @@ from conftest import ROOT, random_sample
 
 from nanovlm_fast.config import parse_config
 from nanovlm_fast.data.stream import Feed, StreamBatch
-from nanovlm_fast.metrics import StepStats, read_metrics
+from nanovlm_fast.metrics import Spikes, StepStats, read_metrics
 from nanovlm_fast.model import VisionLanguageModel
 from nanovlm_fast.packing import IGNORE, Budget, pack
 from nanovlm_fast.warmup import full_batch, out_of_memory, warm_up
@@ -107,20 +107,43 @@ def test_a_batch_too_big_for_the_device_is_refused_with_a_size_that_fits(small_c
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_the_gpu)])
 def test_statistics_are_those_of_their_interval_however_late_they_are_read(device):
-    stats = StepStats(device, loss_sum=1.0, labels=2)
-    stats.add(1, torch.tensor(3.0, device=device), 2)
-    first = stats.take()
-    stats.add(2, torch.tensor(50.0, device=device), 10, norm=torch.tensor(7.0, device=device))
+    def scalar(value: float) -> torch.Tensor:
+        return torch.tensor(value, device=device)
+
+    stats = StepStats(device, kept={"losses": [1.0], "labels": [2], "skipped": [4.0, 0.0, 0.0]})
+    stats.add(scalar(3.0), 2, scalar(5.0), scalar(0.0))
+    glance, first = stats.peek(), stats.take()
+    stats.add(scalar(50.0), 10, norm=scalar(7.0), skipped=scalar(0.0))
     second = stats.take()
-    assert first() == {"loss": 1.0, "grad_norm": 0.0, "bad_step": 0}
-    assert second() == {"loss": 5.0, "grad_norm": 7.0, "bad_step": 0}
+    assert glance() == first()
+    assert first()["losses"] == [0.5, 1.5] and (first()["loss"], first()["grad_norm"]) == (1.0, 5.0)
+    assert (second()["loss"], second()["grad_norm"], second()["skipped"]) == (5.0, 7.0, 4)
+    again = StepStats(device, kept=glance()["kept"])
+    assert again.take()() == first(), "what is kept is where a resume goes on"
 
 
-def test_the_first_loss_that_is_not_finite_is_remembered():
+def test_skipped_steps_are_counted_in_all_and_in_a_row():
     stats = StepStats(torch.device("cpu"))
-    for step, loss in enumerate([1.0, float("inf"), 2.0, float("nan")], start=5):
-        stats.add(step, torch.tensor(loss), 1)
-    assert stats.take()()["bad_step"] == 6
+    reads = []
+    for interval in ("..x", "xx.", "x..", ".x."):
+        for mark in interval:
+            bad = mark == "x"
+            stats.add(torch.tensor(float("nan") if bad else 2.0), 1, torch.tensor(1.0), torch.tensor(float(bad)))
+        reads.append(stats.take()())
+    assert [read["skipped"] for read in reads] == [1, 3, 4, 5]
+    assert [read["skipped_in_a_row"] for read in reads] == [1, 3, 1, 1], "a row goes on over the end of an interval"
+    assert all(read["loss"] == 2.0 for read in reads), "the mean of what is finite"
+
+
+def test_a_loss_that_stands_out_is_a_spike_and_the_next_one_still_is():
+    rng, spikes = np.random.default_rng(0), Spikes()
+    assert not any(spikes.is_one(loss) for loss in 3 + 0.1 * rng.standard_normal(300))
+    assert [spikes.is_one(loss) for loss in (3.2, 9.0, 3.0, 9.0, float("nan"), 3.1)] == [
+        False, True, False, True, True, False,
+    ]  # fmt: skip
+    again = Spikes(spikes.kept())
+    assert (again.mean, again.variance) == (spikes.mean, spikes.variance) and again.is_one(9.0)
+    assert not any(Spikes().is_one(loss) for loss in (3.0, 3.0, 9.0)), "at first nobody knows what is usual"
 
 
 # ---- feeding

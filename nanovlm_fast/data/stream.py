@@ -12,6 +12,7 @@ import atexit
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -117,13 +118,19 @@ class StreamBatch:
 
 
 class PackedStream(IterableDataset):
-    """Packed batches of a whole run over a source. `states` holds one state a shard, see `initial_states`."""
+    """Packed batches of a whole run over a source, or this rank's of them.
 
-    def __init__(self, load: SampleLoader, budget: Budget, states: list[dict[str, Any]]):
+    `states` holds one state a shard, see `initial_states`; all ranks together take so many `micro_batches` a step.
+    """
+
+    def __init__(
+        self, load: SampleLoader, budget: Budget, states: list[dict[str, Any]], micro_batches: int | None = None
+    ):
         self.load, self.budget, self.states = load, budget, states
         train, size = load.train, len(load.source)
         self.total = ENDLESS * size if train.max_steps else int(np.ceil(train.epochs * size))  # examples in the run
-        planned = train.max_steps * train.accumulate * max(budget.images, 1) if train.max_steps else self.total
+        images = train.max_steps * (micro_batches or train.accumulate) * max(budget.images, 1)
+        planned = images if train.max_steps else self.total
         self.curriculum_end = int(train.curriculum_share * planned) if train.curriculum else 0
 
     def __iter__(self) -> Iterator[StreamBatch]:
@@ -184,6 +191,46 @@ def advance(states: list[dict[str, Any]], batch: StreamBatch) -> list[dict[str, 
     """The states to resume from once `batch` is used: the shard whose turn it is comes first."""
     used = next(i for i, state in enumerate(states) if state["shard"] == batch.state["shard"])
     return [*states[used + 1 :], *states[:used], batch.state]
+
+
+def deal(states: list[dict[str, Any]], rank: int, ranks: int) -> list[dict[str, Any]]:
+    """A rank's share of all shards' states. Raises ValueError if they cannot be dealt out evenly."""
+    if len(states) % ranks:
+        raise ValueError(
+            f"the run reads its data in {len(states)} shards (processes x --workers when it was begun): "
+            f"{ranks} processes cannot share them evenly"
+        )
+    return states[rank::ranks]
+
+
+def undeal(shares: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The states of all shards from the ranks' shares: `deal` backwards."""
+    return [state for turn in zip(*shares, strict=True) for state in turn]
+
+
+def batches_of(stream: PackedStream, pin_memory: bool = False, lives: int = 3) -> Iterator[StreamBatch]:
+    """The stream's batches; workers that die are replaced, `lives` times in a run, and no batch is lost or repeated.
+
+    Raises OSError when they die more often. Batches before are not affected.
+    """
+    while True:
+        try:
+            iterator = iter(loader(stream, pin_memory))
+            # torch's handler raises wherever the main thread is when a worker dies, in the middle of a step perhaps;
+            # without it the loader finds out when it next waits for that worker
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for batch in iterator:
+                yield batch
+                stream.states = advance(stream.states, batch)
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            lives -= 1
+            if lives < 0:
+                raise OSError(f"loader workers die again and again, the last: {error}") from error
+            print(f"warning: {error}; new workers go on from the same batch")
 
 
 def loader(stream: PackedStream, pin_memory: bool = False) -> DataLoader:
@@ -251,7 +298,7 @@ class Feed:
 
 def leave_signals_to_the_parent(worker: int) -> None:
     """Ctrl-C and a scheduler's SIGTERM reach every process of a group, but only the parent decides what they mean."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)  # a worker ends when the loader says so, or when its parent is gone
 
 

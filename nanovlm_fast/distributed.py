@@ -1,0 +1,171 @@
+"""Processes that train together: data parallel (DDP), or with the model's state sharded over them (FSDP2).
+
+`torchrun --nproc_per_node N train.py ...` starts one process a GPU, a *rank*. What they must agree on from step to step
+(labels of the step, whether to stop) are a few integers: those go between the hosts, over gloo, while the devices
+still compute the step before; nothing waits for a device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import inspect
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+# rank 0 evaluates while the others wait: only the watchdog knows what is too long
+HOST_TIMEOUT = datetime.timedelta(days=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """This process among those that train: `rank` of `size`, the `local_rank`-th of its machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    host: dist.ProcessGroup | None = None  # gloo, for what the hosts tell each other
+
+    @classmethod
+    def join(cls, device: str = "auto") -> World:
+        """The processes that torchrun started with this one; alone without it. `device` is that of --device.
+
+        Raises ValueError if the machine has fewer GPUs than processes.
+        """
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            return cls()
+        rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        on_gpu = device != "cpu" and torch.cuda.is_available()
+        if on_gpu:
+            if local >= torch.cuda.device_count():
+                raise ValueError(f"process {local} of this machine has no GPU: it has {torch.cuda.device_count()}")
+            torch.cuda.set_device(local)
+        if not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        return cls(rank, size, local, dist.new_group(backend="gloo", timeout=HOST_TIMEOUT))
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    def device(self, name: str) -> str:
+        """The --device of this process: with several, 'auto' and 'cuda' are its own GPU."""
+        on_gpu = self.size > 1 and name in ("auto", "cuda") and torch.cuda.is_available()
+        return f"cuda:{self.local_rank}" if on_gpu else name
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise over the ranks; whole numbers stay exact up to 2^53."""
+        if self.size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self.host)
+        return total.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value`, which JSON can hold, of every rank, in their order. (PyTorch's own would unpickle it.)"""
+        if self.size == 1:
+            return [value]
+        text = torch.from_numpy(np.frombuffer(json.dumps(value).encode(), np.uint8).copy())
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([len(text)]), group=self.host)
+        padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
+        padded[: len(text)] = text
+        texts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(texts, padded, group=self.host)
+        return [json.loads(bytes(t[: int(n)].numpy())) for t, n in zip(texts, sizes, strict=True)]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.sum([0])
+
+    def leave(self) -> None:
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def shard_model(model: nn.Module, compile_blocks: bool) -> None:
+    """FSDP2, in place: weights, gradients and optimizer state of each block in equal parts on all ranks (ZeRO-3).
+
+    A block's weights are whole only while it computes; they stay float32, and so does what travels. `compile_blocks`
+    compiles block by block: FSDP's hooks, which fetch and free weights, run between them.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    blocks = [*model.vision_encoder.blocks, *model.decoder.blocks]
+    if compile_blocks:  # the `layer` of a language block is part of its graph's key
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(blocks))
+        for block in blocks:
+            block.compile(fullgraph=True, dynamic=False)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing is changed in place
+    for block in blocks:
+        fully_shard(block)
+    fully_shard(model)
+
+
+def replicate(model: nn.Module, step_model: Any, recompute: bool) -> nn.parallel.DistributedDataParallel:
+    """DDP around the model or its compiled form: gradients are averaged bucket by bucket while backward runs.
+
+    A compiled graph is cut at the buckets, so that the first are on their way before backward is through; recomputation
+    cannot be cut. The first backward of a static graph must reduce: the warm-up's does.
+    """
+    if recompute:
+        torch._dynamo.config.optimize_ddp = False
+    device = next(model.parameters()).device
+    ddp = nn.parallel.DistributedDataParallel
+    # tables of cosines need no broadcasting; from PyTorch 2.12 on the option has another name
+    name = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in inspect.signature(ddp).parameters)
+    return ddp(
+        step_model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        **{name: False},
+        gradient_as_bucket_view=True,
+        static_graph=True,
+    )
+
+
+@contextlib.contextmanager
+def reducing(step_model: Any, now: bool) -> Iterator[None]:
+    """Forward and backward in here reduce gradients over the ranks if `now`, and else add them up on this one."""
+    context: AbstractContextManager = contextlib.nullcontext()
+    if isinstance(step_model, nn.parallel.DistributedDataParallel) and not now:
+        context = step_model.no_sync()
+    elif hasattr(step_model, "set_requires_gradient_sync"):
+        step_model.set_requires_gradient_sync(now)
+    with context:
+        yield
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor, or of a sharded one all of it: every rank must ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def as_shard_of(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """This rank's part of `tensor` where `parameter`, of the same shape, is sharded; else the tensor itself."""
+    if not hasattr(parameter, "full_tensor") or tensor.shape != parameter.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    tensor = tensor.detach().to(parameter.device)
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def unsharded(model: nn.Module) -> nn.Module:
+    """The model, or of a sharded one a whole copy, on every rank: all must ask."""
+    if not any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        return model
+    copy = type(model)(model.config, model.ops).to(next(model.parameters()).device)
+    copy.load_state_dict({name: whole(tensor) for name, tensor in model.state_dict().items()})
+    copy.extra_config = model.extra_config
+    return copy

@@ -1,0 +1,62 @@
+"""Says where a rank hangs, and ends it, so that torchrun can start again from the last checkpoint."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+HUNG = 70  # exit code
+
+
+class Watchdog:
+    """Reports the stack of this process when `beat` was not heard for `seconds`, and exits with HUNG.
+
+    The report goes to stderr and to RUN/hang-rank<r>.txt. Ranks that wait for a hung one hang too; they grant it a
+    tenth more time to report first. Where not even Python runs any more (a call that holds its lock), the interpreter's
+    own fault handler writes the stack after twice the time. 0 seconds: never.
+    """
+
+    def __init__(self, seconds: float, run: Path, rank: int = 0):
+        self.seconds, self.file, self.rank = seconds, run / f"hang-rank{rank}.txt", rank
+        self.main, self.stopped = threading.get_ident(), threading.Event()
+        self.beat("starting")
+        if seconds:
+            threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+
+    def beat(self, doing: str, waiting: bool = False) -> None:
+        """This process lives and is now `doing` that; `waiting` for other ranks, if so."""
+        self.doing, self.since = doing, time.monotonic()
+        self.limit = self.seconds * (1.1 if waiting else 1.0)
+        if self.seconds:
+            faulthandler.dump_traceback_later(2 * self.limit, exit=True)
+
+    def pause(self) -> None:
+        """What comes may take as long as it likes (an evaluation, compiling)."""
+        self.beat("paused")
+        self.limit = float("inf")
+        faulthandler.cancel_dump_traceback_later()
+
+    def stop(self) -> None:
+        self.pause()
+        self.stopped.set()
+
+    def _watch(self) -> None:
+        while not self.stopped.wait(min(self.seconds / 20, 1.0)):
+            if time.monotonic() - self.since > self.limit:
+                self._report()
+                os._exit(HUNG)
+
+    def _report(self) -> None:
+        stack = "".join(traceback.format_stack(sys._current_frames()[self.main]))
+        text = f"error: rank {self.rank} hangs: {self.doing}, for {time.monotonic() - self.since:.0f} s. It stands at\n"
+        text += stack
+        print(text, file=sys.stderr, flush=True)
+        try:
+            self.file.write_text(text)
+        except OSError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
