@@ -1,0 +1,201 @@
+"""Does a run survive? Killed at random moments and resumed; and resumed again and again while its memory is watched.
+
+python -m bench.reliability              25 kills in 1 and in 2 processes, then 2,000 steps of soak
+python -m bench.reliability --quick      3 kills, 60 steps
+
+Kills are SIGKILL, of all processes or of one rank of two, every third in the middle of a save. The losses of the run
+that was killed must be those of one that was not, to the bit; a row that is not so ends with an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.results import write
+from nanovlm_fast.config import parse_config
+from nanovlm_fast.device import pick_device
+from nanovlm_fast.metrics import read_metrics
+
+HERE = Path(__file__).resolve().parent.parent
+SMALL = (  # a model whose steps take milliseconds
+    "--vit-img-size 32 --vit-hidden-dim 32 --vit-inter-dim 64 --vit-n-heads 2 --vit-n-blocks 1 --lm-hidden-dim 32 "
+    "--lm-inter-dim 64 --lm-n-heads 2 --lm-n-kv-heads 1 --lm-n-blocks 1 --mp-pixel-shuffle-factor 2 --look-ahead 16 "
+    "--tokens-per-batch 512 --val-samples 0 --log-every 1 --save-every 3 --data synthetic:32 --no-final-eval --device cpu"
+).split()
+PATIENCE = 240.0  # seconds that one life may take
+
+
+def command(run: Path, processes: int, options: list[str]) -> list[str]:
+    """train.py, under torchrun where there are several processes."""
+    runner = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [sys.executable, *(runner if processes > 1 else []), "train.py", "--out", str(run), *options]
+
+
+def start(run: Path, processes: int, options: list[str]) -> subprocess.Popen:
+    """A life of the run, as leader of a process group; what it prints is added to RUN.log."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    with run.with_suffix(".log").open("ab") as log:
+        call = command(run, processes, options)
+        return subprocess.Popen(call, cwd=HERE, env=env, stdout=log, stderr=log, start_new_session=True)
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Step -> loss of metrics.jsonl."""
+    if not (run / "metrics.jsonl").exists():
+        return {}
+    return {line["step"]: line["loss"] for line in read_metrics(run) if "loss" in line}
+
+
+def ranks_of(torchrun: int) -> list[int]:
+    """Process ids of torchrun's children that train."""
+    found = Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()
+    return [int(pid) for pid in found if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def kill(process: subprocess.Popen, run: Path, in_a_save: bool, one_rank: bool, rng: random.Random) -> bool:
+    """Let the life make progress, then SIGKILL it; False if the run was over before."""
+    before, deadline = len(losses(run)), time.monotonic() + PATIENCE
+    while process.poll() is None and len(losses(run)) in (0, before) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    time.sleep(rng.uniform(0, 0.5))
+    while in_a_save and process.poll() is None and time.monotonic() < deadline:
+        if any((run / "checkpoints").glob(".tmp-*")):
+            break
+    if process.poll() is not None:
+        return False
+    if one_rank and (ranks := ranks_of(process.pid)):
+        os.kill(rng.choice(ranks), signal.SIGKILL)  # torchrun ends the others
+    else:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(60)
+    return True
+
+
+def kills(folder: Path, processes: int, count: int, steps: int, seed: int = 0) -> dict[str, Any]:
+    """Kill a run of `steps` steps `count` times, resume it each time, and compare it with one left alone.
+
+    Raises RuntimeError if a life fails, the run was over too early, or a loss differs.
+    """
+    rng, began = random.Random(seed), time.monotonic()
+    plain, broken = folder / f"plain{processes}", folder / f"broken{processes}"
+    options = [*SMALL, "--max-steps", str(steps), "--auto-resume"]
+    if start(plain, processes, options).wait(PATIENCE):
+        raise RuntimeError(f"the run left alone failed:\n{plain.with_suffix('.log').read_text()[-2000:]}")
+    lost, in_saves = [], 0
+    for number in range(count):
+        process = start(broken, processes, options)
+        in_a_save = number % 3 == 2
+        if not kill(process, broken, in_a_save, one_rank=processes > 1 and number % 2 == 1, rng=rng):
+            raise RuntimeError(f"life {number} was over:\n{broken.with_suffix('.log').read_text()[-2000:]}")
+        in_saves += any((broken / "checkpoints").glob(".tmp-*"))
+        found = sorted((broken / "checkpoints").glob("step-*")) if (broken / "checkpoints").exists() else []
+        lost.append(len(losses(broken)) - (int(found[-1].name[5:]) if found else 0))
+    if code := start(broken, processes, options).wait(PATIENCE):
+        raise RuntimeError(f"the last life: exit code {code}\n{broken.with_suffix('.log').read_text()[-2000:]}")
+    if losses(broken) != losses(plain) or len(losses(plain)) != steps:
+        raise RuntimeError("the run that was killed has other losses than the one left alone")
+    return {
+        "processes": processes,
+        "kills": count,
+        "in_a_save": in_saves,
+        "steps": steps,
+        "steps_repeated": {"median": statistics.median(lost), "most": max(lost)},
+        "losses_equal": True,
+        "wall_clock": round(time.monotonic() - began, 1),
+    }
+
+
+def resources() -> dict[str, int]:
+    """Of this process and its children: resident bytes of each, open files, processes, threads."""
+    children = [
+        int(pid)
+        for task in Path("/proc/self/task").iterdir()
+        for pid in (task / "children").read_text().split()
+        if Path(f"/proc/{pid}").exists()
+    ]
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    device = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    return {
+        "host_bytes": resident,
+        "device_bytes": device,
+        "files": len(list(Path("/proc/self/fd").iterdir())),
+        "children": len(children),
+        "threads": len(list(Path("/proc/self/task").iterdir())),
+    }
+
+
+def soak(run: Path, steps: int, every: int, options: list[str]) -> dict[str, Any]:
+    """Train preset tiny in this process, in resumes of `every` steps; what it held after each.
+
+    `growth` is the second half's mean over that of the quarter before it, less one: the first quarter warms caches up.
+    """
+    spec = importlib.util.spec_from_file_location("train_py", HERE / "train.py")
+    loop = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loop)
+    samples, began = [], time.monotonic()
+    for end in range(every, steps + 1, every):
+        argv = ["--out", str(run), "--max-steps", str(end), "--val-samples", "0", "--auto-resume", *options]
+        trainer = loop.Trainer(*parse_config(argv))
+        trainer.train()
+        trainer.watchdog.stop()
+        assert trainer.state["step"] == end
+        del trainer
+        samples.append(resources())
+    quarter = max(len(samples) // 4, 1)
+
+    def mean(name: str, part: list[dict[str, int]]) -> float:
+        return statistics.mean(sample[name] for sample in part)
+
+    settled, late = samples[quarter : 2 * quarter], samples[-2 * quarter :]
+    growth = {name: mean(name, late) / mean(name, settled) - 1 if mean(name, settled) else 0.0 for name in samples[0]}
+    return {
+        "steps": steps,
+        "resumes": len(samples) - 1,
+        "growth": growth,
+        "samples": samples,
+        "wall_clock": round(time.monotonic() - began, 1),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.reliability", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
+    args = parser.parse_args(argv)
+    count, steps, soaked, every = (3, 60, 60, 20) if args.quick else (25, 300, 2000, 100)
+    try:
+        device = pick_device(args.device)
+        result: dict[str, Any] = {"kills": []}
+        with tempfile.TemporaryDirectory() as folder:
+            for processes in (1, 2):
+                result["kills"].append(kills(Path(folder), processes, count, steps))
+                print(json.dumps(result["kills"][-1]))
+                file = write("reliability", device, result, args.out)  # what is done is kept
+            options = ["--device", args.device, "--log-every", "50"]
+            result["soak"] = soak(Path(folder) / "soak", soaked, every, options)
+            print(json.dumps({name: value for name, value in result["soak"].items() if name != "samples"}))
+            file = write("reliability", device, result, args.out)
+    except (ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"written: {file}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
