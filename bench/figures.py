@@ -308,6 +308,7 @@ def efficiencies(file: Path) -> Figure:
     result = load(file)
     drawn = ("DDP {}, overlapped, ring or tree", "DDP {}, no overlap, ring or tree", "DDP {}, overlapped, ring")
     drawn += ("FSDP2 {}, overlapped",)
+    basis = f"a model over {'the measured' if result['compute']['measured'] else 'an estimated'} step of one"
 
     def paint(axes: list, theme: Theme) -> None:
         weak, fixed = axes
@@ -330,10 +331,9 @@ def efficiencies(file: Path) -> Figure:
             axis.axhline(100 * result["enough"], color=theme.text, lw=0.8, ls="--")
             axis.set_xscale("log", base=2)
             axis.xaxis.set_major_formatter("{x:g}")
-            axis.set(xlabel="GPUs", ylabel="efficiency, %", ylim=(0, 108))
+            axis.set(xlabel=f"GPUs ({basis})", ylabel="efficiency, %", ylim=(0, 108))
             axis.set_title(title, fontsize=10)
             axis.legend(frameon=False, fontsize=8, loc="lower left")
 
-    source = "measured step" if result["compute"]["measured"] else "estimated step"
-    alt = f"Efficiency of {result['preset']} on 1 to 1,024 GPUs, a model on a {source}"
+    alt = f"Efficiency of {result['preset']} on 1 to 1,024 GPUs, {basis}"
     return Figure(file.with_suffix(""), alt, (file,), paint, height=3.6, panels=2)

@@ -293,7 +293,7 @@ def roofline_rows(result: dict) -> Rows:
 
 def scaling_rows(result: dict) -> Rows:
     shown = (str(NODE), "64", str(GPUS[-1]))
-    heads = (f"step ms, of them exposed, efficiency at {int(gpus):,} GPUs" for gpus in shown)
+    heads = (f"{int(gpus):,} GPUs: ms, of them exposed, efficiency" for gpus in shown)
     rows: Rows = [("gradients", f"MB a GPU sends ({NODE} GPUs)", *heads, f"under {result['enough']:.0%}")]
     for name, mode in result["modes"].items():
         sizes = (mode["weak"][gpus] for gpus in shown)
@@ -355,7 +355,8 @@ class Section:
 SCALING = """What communication costs: a model of an H100's step on 1 to 1,024 GPUs, not a measurement of more than one,
 and the bytes that two gloo processes really send, which check its accounting. `bench/scaling.py` says what is modelled
 and what is left out; its command prints all numbers of GPUs, and a fixed number of samples in all. "No overlap" is what
-a backward compiled to one graph gets."""
+a backward compiled to one graph gets. FSDP2 may pass 100%: it divides the optimizer's update too. gloo's reduce-scatter
+sends what an all-reduce sends, twice a ring's."""
 STEP = """One optimizer step on the same samples: padded nanoVLM against ours, and ours without each of its techniques.
 
 Rows are timed in pairs, each in turn with the base. "Of the base's time" is the ratio of the medians within the pair,
