@@ -65,6 +65,7 @@ MEASURED = ("--samples", "16", "--layers", "2", "--measure")
 TINY = ("--quick", "--preset", "tiny")
 LOADED = ("--seconds", "2", "--repeats", "3")
 LOADED_LITTLE = ("--pictures", "32", "--seconds", "0.3", "--repeats", "2", "--workers", "1")
+UNCOUNTED = ("--preset", "tiny", "--samples", "4", "--steps", "0")
 FEW = ("--small", "--repeats", "3", "--only", "rms_norm,rotary")
 SUITES = (
     Suite("train_step", "a whole optimizer step against padded nanoVLM", ("--budget-s", "60"), SEED, TOY, seconds=90),
@@ -76,8 +77,9 @@ SUITES = (
     Suite("dataloader", "images and text to packed batches", LOADED, LOADED, LOADED_LITTLE, seconds=80),
     Suite("generate", "prefill and decoding", quick=TINY),
     Suite("roofline", "the floor of a step", MEASURED, ("--measure",), TINIEST, seconds=25),
+    Suite("scaling", "communication on 1 to 1,024 GPUs, a model", quick=UNCOUNTED, seconds=40, quick_seconds=5),
     Suite("codegen", "the kernels' machine code for sm_90", ("--write",), ("--write",), ("--write", "--only", "swiglu"),
-          seconds=30, needs=("triton",), quick_needs=("triton",), anywhere=True),
+          seconds=30, quick_seconds=5, needs=("triton",), quick_needs=("triton",), anywhere=True),
 )  # fmt: skip
 
 

@@ -114,6 +114,8 @@ def figures(folder: Path) -> list[Figure]:
         found.append(training(folder, runs))
     if (optimizers := folder / "optimizers.json").exists():
         found.append(races(optimizers))
+    if (scaling := folder / "scaling.json").exists():
+        found.append(efficiencies(scaling))
     return [figure for figure in found if figure is not None]
 
 
@@ -298,4 +300,40 @@ def races(file: Path) -> Figure:
         axes[1].legend(named.values(), named.keys(), frameon=False)
 
     alt = f"Training with Muon and with AdamW on {result['device']}: loss and held-out accuracy"
+    return Figure(file.with_suffix(""), alt, (file,), paint, height=3.6, panels=2)
+
+
+def efficiencies(file: Path) -> Figure:
+    """Weak and strong scaling, as bench.scaling models them."""
+    result = load(file)
+    drawn = ("DDP {}, overlapped, ring or tree", "DDP {}, no overlap, ring or tree", "DDP {}, overlapped, ring")
+    drawn += ("FSDP2 {}, overlapped",)
+    basis = f"a model over {'the measured' if result['compute']['measured'] else 'an estimated'} step of one"
+
+    def paint(axes: list, theme: Theme) -> None:
+        weak, fixed = axes
+        for name, colour in zip(drawn, theme.series, strict=True):
+            for kind, line in (("float32", "-"), ("bfloat16", ":")):
+                rows = result["modes"][name.format(kind)]["weak"]
+                label = name.replace("{}, ", "") if kind == "float32" else None
+                points = [(int(gpus), 100 * row["efficiency"]) for gpus, row in rows.items()]
+                weak.plot(*zip(*points, strict=True), line, color=colour, lw=1.5, label=label)
+            rows = result["strong"].get(name.format("float32"), {})
+            if rows:
+                points = [(int(gpus), 100 * row["efficiency"]) for gpus, row in rows.items()]
+                fixed.plot(*zip(*points, strict=True), color=colour, lw=1.5)
+        any_mode = next(iter(result["strong"].values()))  # without communication they are the same
+        points = [(int(gpus), 100 * row["links_free"]) for gpus, row in any_mode.items()]
+        fixed.plot(*zip(*points, strict=True), color=theme.others, lw=1.5, ls="--", label="if communication were free")
+        samples = result["compute"]["samples"]
+        titles = (f"{samples} samples a GPU (dotted: bfloat16 gradients)", f"{samples} samples in all")
+        for axis, title in zip(axes, titles, strict=True):
+            axis.axhline(100 * result["enough"], color=theme.text, lw=0.8, ls="--")
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.set(xlabel=f"GPUs ({basis})", ylabel="efficiency, %", ylim=(0, 108))
+            axis.set_title(title, fontsize=10)
+            axis.legend(frameon=False, fontsize=8, loc="lower left")
+
+    alt = f"Efficiency of {result['preset']} on 1 to 1,024 GPUs, {basis}"
     return Figure(file.with_suffix(""), alt, (file,), paint, height=3.6, panels=2)

@@ -22,6 +22,7 @@ from bench.figures import THEMES, Figure, figures, source_of
 from bench.kernels import against_compile
 from bench.registry import KERNELS, NOTHING
 from bench.results import ROOT, load, measurements
+from bench.scaling import GPUS, NODE, verdict
 from bench.timing import Difference, difference
 
 README = ROOT.parent.parent / "README.md"
@@ -290,6 +291,26 @@ def roofline_rows(result: dict) -> Rows:
     return rows
 
 
+def scaling_rows(result: dict) -> Rows:
+    shown = (str(NODE), "64", str(GPUS[-1]))
+    heads = (f"{int(gpus):,} GPUs: ms, of them exposed, efficiency" for gpus in shown)
+    rows: Rows = [("gradients", f"MB a GPU sends ({NODE} GPUs)", *heads, f"under {result['enough']:.0%}")]
+    for name, mode in result["modes"].items():
+        sizes = (mode["weak"][gpus] for gpus in shown)
+        cells = (f"{r['seconds'] * 1e3:.1f}, {r['exposed'] * 1e3:.2f}, {r['efficiency']:.1%}" for r in sizes)
+        rows.append((name, f"{mode['weak'][str(NODE)]['sent'] / 1e6:,.0f}", *cells, verdict(mode["below"])))
+    compute = result["compute"]
+    what = f"**{result['preset']}, {compute['samples']:,} samples a GPU: {compute['seconds'] * 1e3:.1f} ms on one**"
+    rows.append((what, "-", compute["source"], "-", "-", "-"))
+    traffic = result.get("traffic") or {"rows": {}}
+    for name, row in traffic["rows"].items():
+        sent, expected, ring = (row[part] / 1e6 for part in ("sent", "expected", "ring"))
+        by = f"{expected:,.3f} by the formula" + (f" ({ring:,.3f} on a ring)" if ring != expected else "")
+        what = f"{traffic['processes']} gloo processes, counted: {name}"
+        rows.append((what, f"{sent:,.3f}", by, f"{row['ratio']:.3f}x", "-", "-"))
+    return rows
+
+
 def training_rows(run: dict) -> Rows:
     minutes, rate = f"{run['train_seconds'] / 60:.1f}", f"{run['tokens_per_s']:,.0f}"
     head = ("run", "sees", "blind", "minutes", "steps", "tokens/s", "budget filled", "waiting for data")
@@ -331,6 +352,11 @@ class Section:
     rows: Callable[[dict[str, Any]], Rows] = timed_rows
 
 
+SCALING = """What communication costs: a model of an H100's step on 1 to 1,024 GPUs, not a measurement of more than one,
+and the bytes that two gloo processes really send, which check its accounting. `bench/scaling.py` says what is modelled
+and what is left out; its command prints all numbers of GPUs, and a fixed number of samples in all. "No overlap" is what
+a backward compiled to one graph gets. FSDP2 may pass 100%: it divides the optimizer's update too. gloo's reduce-scatter
+sends what an all-reduce sends, twice a ring's."""
 STEP = """One optimizer step on the same samples: padded nanoVLM against ours, and ours without each of its techniques.
 
 Rows are timed in pairs, each in turn with the base. "Of the base's time" is the ratio of the medians within the pair,
@@ -347,6 +373,7 @@ SECTIONS = (
     Section("generate", "Greedy generation on the same weights.", generate_rows),
     Section("peer", "huggingface/nanoVLM's own code beside ours: the same weights and samples.", peer_rows),
     Section("roofline", "The least time of a step, by the machine's own rates.", roofline_rows),
+    Section("scaling", SCALING, scaling_rows),
     Section("optimizers", "Muon against AdamW over seeds, to the same loss.", optimizers_rows),
 )
 
@@ -375,7 +402,9 @@ def suites_page(results: Path = ROOT) -> str:
 
 def kind(result: dict) -> str:
     """'CPU' or 'GPU'; empty for what was timed on neither."""
-    return "GPU" if "NVIDIA" in result["device"] else "" if result["device"].startswith("none") else "CPU"
+    if result["device"].startswith("none") or not result.get("timed", True):
+        return ""
+    return "GPU" if "NVIDIA" in result["device"] else "CPU"
 
 
 def devices(results: Path) -> list[Path]:
