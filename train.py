@@ -58,6 +58,8 @@ class Trainer:
     def __init__(self, model_config: VLMConfig, config: TrainConfig, world: World | None = None):
         self.born, self.world = time.perf_counter(), world or World()
         self.run = Path(config.out)
+        self.watchdog = Watchdog(config.hang_timeout, self.run, self.world.rank)
+        self.watchdog.beat("reading the data set")
         source = load_source(config.data, "train")
         self.train_source, self.val_source = split_off(source, config.val_samples, config.seed)
         check_run_folder(self.run, config)
@@ -94,6 +96,7 @@ class Trainer:
             raise ValueError(
                 f"{self.world.size} processes cannot share {self.state['micro_batches']} micro-batches a step"
             )
+        self.watchdog.pause()  # weights may come from far away
         self.make_model(model_config, checkpoint)
         self.world.barrier()  # all have read the configuration of the run
         # nothing was written or deleted until here: a command that cannot start leaves everything as it was
@@ -113,7 +116,6 @@ class Trainer:
             say(f"resuming {self.run} after step {self.state['step']}")
         saved = self.state["step"] if checkpoint else None
         self.checkpoints = Checkpointer(self.run, self.tokenizer, config.keep_checkpoints, self.world.first, saved)
-        self.watchdog = Watchdog(config.hang_timeout, self.run, self.world.rank)
         self.stats = StepStats(self.device, self.world, self.state["interval"])
         self.stream = PackedStream(load, budget, self.state["stream"], self.state["micro_batches"])
         self.total = self.stream.total  # examples

@@ -34,7 +34,8 @@ HERE = Path(__file__).resolve().parent.parent
 SMALL = (  # a model whose steps take milliseconds
     "--vit-img-size 32 --vit-hidden-dim 32 --vit-inter-dim 64 --vit-n-heads 2 --vit-n-blocks 1 --lm-hidden-dim 32 "
     "--lm-inter-dim 64 --lm-n-heads 2 --lm-n-kv-heads 1 --lm-n-blocks 1 --mp-pixel-shuffle-factor 2 --look-ahead 16 "
-    "--tokens-per-batch 512 --val-samples 0 --log-every 1 --save-every 3 --data synthetic:32 --no-final-eval --device cpu"
+    "--tokens-per-batch 512 --val-samples 0 --log-every 1 --save-every 3 --data synthetic:32 "
+    "--no-final-eval --device cpu"
 ).split()
 PATIENCE = 240.0  # seconds that one life may take
 

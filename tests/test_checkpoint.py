@@ -292,7 +292,7 @@ def test_a_crash_while_saving_loses_no_checkpoint(tmp_path, tokenizer, monkeypat
         model = VisionLanguageModel(CONFIG)
         assert load_checkpoint(newest, model, make_optimizers(model, TrainConfig()))["step"] in (6, step)
         assert load_pretrained(tmp_path / "last"), "a link must not point at nothing"
-    if (call, step) != ("rmtree", 6):
+    if (call, step) not in (("rmtree", 6), ("save_file", 6)):  # the weights of a step are written once
         assert crashes, f"saving never calls {call}: crash somewhere else"
     assert newest_checkpoint(tmp_path).name == f"step-{step:06d}"
 

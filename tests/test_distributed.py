@@ -1,0 +1,188 @@
+"""Several processes: the same training as one, over any number of them, with gloo on a CPU. Processes are real."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_python
+from safetensors.torch import load_file
+
+from bench.reliability import SMALL, losses, start
+from nanovlm_fast.config import parse_config
+from nanovlm_fast.data.sources import load_source
+from nanovlm_fast.data.stream import PackedStream, SampleLoader, deal, initial_states, loader, measure_budget, undeal
+from nanovlm_fast.data.text import TextProcessor, Tokenizer
+
+STEPS = 20
+
+
+def run(out: Path, processes: int, options: str, code: int = 0) -> Path:
+    """A run of SMALL with so many processes, until it ends with that code."""
+    process = start(out, processes, [*SMALL, *options.split()])
+    try:
+        found = process.wait(280)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        found = "a hang"
+    assert found == code, f"{found}\n{out.with_suffix('.log').read_text()[-3000:]}"
+    return out
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "last" / "model.safetensors")
+
+
+def distance(run: Path, other: Path) -> float:
+    """Norm of the difference of all weights, relative to theirs.
+
+    Single weights that hardly get a gradient (the keys' biases get none but rounding) move by its sign alone in AdamW.
+    """
+    ours, theirs = weights(run), weights(other)
+    assert ours.keys() == theirs.keys()
+    difference = sum((tensor - theirs[name]).double().square().sum() for name, tensor in ours.items())
+    size = sum(tensor.double().square().sum() for tensor in theirs.values())
+    return float((difference / size).sqrt())
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """alone(micro_batches) -> the run of one process that takes so many micro-batches a step, from as many shards."""
+    folder, runs = tmp_path_factory.mktemp("alone"), {}
+
+    def get(micro_batches: int) -> Path:
+        if micro_batches not in runs:
+            options = f"--optimizer adamw --max-steps {STEPS} --accumulate {micro_batches} --workers {micro_batches}"
+            runs[micro_batches] = run(folder / str(micro_batches), 1, options)
+        return runs[micro_batches]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("processes", "options", "micro_batches"),
+    [
+        (2, "--workers 1", 2),
+        (4, "--workers 1", 4),
+        (2, "--workers 2 --accumulate 2", 4),
+        (2, "--workers 1 --shard", 2),
+        (2, "--workers 2 --accumulate 2 --shard --clip 1e9", 4),
+    ],
+)
+def test_ranks_train_the_same_parameters_as_one_process(tmp_path, alone, processes, options, micro_batches):
+    ours = run(tmp_path / "run", processes, f"--optimizer adamw --max-steps {STEPS} {options}")
+    theirs = alone(micro_batches)
+    assert distance(ours, theirs) < 1e-6
+    assert list(losses(ours)) == list(range(1, STEPS + 1))
+    assert losses(ours) == pytest.approx(losses(theirs), rel=1e-6)
+    state, single = (json.loads((r / "last" / "state.json").read_text()) for r in (ours, theirs))
+    assert state["stream"] == single["stream"] and state["examples"] == single["examples"]
+    start_weights = run(tmp_path / "start", 1, "--optimizer adamw --max-steps 1 --lr-vision 0 --lr-language 0")
+    assert distance(ours, start_weights) > 1e-3, "nothing was learnt, so nothing could differ"
+
+
+def test_muon_replicated_follows_one_process(tmp_path):
+    """Its iteration raises rounding of the gradients' sum, which has another order here, a few times."""
+    ours = run(tmp_path / "two", 2, f"--max-steps {STEPS} --workers 1")
+    theirs = run(tmp_path / "one", 1, f"--max-steps {STEPS} --workers 2 --accumulate 2")
+    assert distance(ours, theirs) < 5e-6
+
+
+def test_a_mean_of_ranks_means_would_be_seen(alone):
+    """The ranks' label counts differ, so that weighting by them is tested at all."""
+    _, config = parse_config([*SMALL, "--max-steps", "9", "--workers", "2"])
+    stream = stream_of([*SMALL, "--max-steps", "9"], shards=2)
+    assert config.workers == 2
+    batches = [batch.packed.n_labels for batch, _ in zip(stream, range(8), strict=False)]
+    assert len({a - b for a, b in zip(batches[::2], batches[1::2], strict=True)}) > 1, batches
+
+
+def stream_of(argv: list[str], shards: int, states: list[dict] | None = None) -> PackedStream:
+    model, config = parse_config(argv)
+    source = load_source(config.data, "train")
+    tokenizer = Tokenizer.train(["what color is the square?"] * 4, model.lm_vocab_size)
+    load = SampleLoader(source, model, config, TextProcessor(tokenizer, model.prompt, model.image_tokens))
+    return PackedStream(load, measure_budget(load, config), states or initial_states(shards))
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(2, 1), (4, 1), (4, 2)])
+def test_the_ranks_shares_are_disjoint_and_complete(ranks, workers):
+    states = initial_states(ranks * workers)
+    shares = [deal(states, rank, ranks) for rank in range(ranks)]
+    assert undeal(shares) == states
+    seen = [
+        name
+        for share in shares
+        for batch in loader(stream_of([*SMALL, "--epochs", "1", "--workers", "0"], 0, share))
+        for name in batch.packed.names
+    ]
+    assert sorted(seen) == sorted(f"synthetic/train/{i}" for i in range(256))
+
+
+def test_shards_that_cannot_be_dealt_evenly_are_refused():
+    with pytest.raises(ValueError, match=r"4 shards .*: 3 processes cannot share them evenly"):
+        deal(initial_states(4), 0, 3)
+
+
+def write_uneven(folder: Path) -> None:
+    """Text alone; the examples of one rank are long, the other's short: they run out after very different steps."""
+    folder.mkdir()
+    lines = []
+    for i in range(64):
+        turns = [("human", f"what is {i}?"), ("gpt", "word " * (30 if i % 2 else 1))]
+        lines.append(json.dumps({"conversations": [{"from": who, "value": text} for who, text in turns]}))
+    (folder / "train.jsonl").write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize("options", ["", "--shard --optimizer adamw --accumulate 2"])
+def test_ranks_that_run_out_of_data_wait_for_nobody(tmp_path, options):
+    write_uneven(tmp_path / "data")
+    out = run(
+        tmp_path / "run", 2, f"--data jsonl:{tmp_path}/data --epochs 2 --tokens-per-batch 256 --workers 1 {options}"
+    )
+    state = json.loads((out / "last" / "state.json").read_text())
+    assert state["examples"] == 128, "every example of both epochs, once"
+    assert losses(out)[state["step"]] < losses(out)[1]
+
+
+@pytest.mark.parametrize("shard", ["", "--shard"])
+def test_a_checkpoint_loads_on_another_number_of_ranks(tmp_path, shard):
+    """Two ranks, then one, then four, then two, some of them sharded: as four micro-batches a step always were."""
+    options = f"--optimizer adamw --max-steps {STEPS} --workers 2 --accumulate 2"
+    plain = run(tmp_path / "plain", 2, options)
+    moved = run(tmp_path / "moved", 2, f"{options} --max-steps 5 --warmup 0 --min-lr 1 {shard}")
+    reference = run(tmp_path / "reference", 2, f"{options} --warmup 0 --min-lr 1")
+    for processes, end, more in ((1, 10, ""), (4, 15, shard), (2, STEPS, "")):
+        run(moved, processes, f"{options} --warmup 0 --min-lr 1 --max-steps {end} --resume {more}")
+    assert losses(moved) == pytest.approx(losses(reference), rel=1e-6)
+    assert distance(moved, reference) < 1e-6
+    assert distance(moved, plain) > 1e-4
+
+
+def test_a_number_of_processes_that_does_not_fit_the_run_is_one_clear_error(tmp_path):
+    out = run(tmp_path / "run", 2, "--max-steps 2 --workers 1")
+    run(out, 3, "--max-steps 4 --workers 1 --resume", code=1)
+    log = out.with_suffix(".log").read_text()
+    assert "error: the run reads its data in 2 shards" in log and "3 processes" in log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["", "--shard --optimizer adamw", "--recompute blocks"])
+def test_compiled_ranks_learn_what_eager_ranks_learn(tmp_path, options):
+    common = f"--max-steps 6 --workers 1 --accumulate 2 {options}"
+    eager = run(tmp_path / "eager", 2, common)
+    compiled = run(tmp_path / "compiled", 2, f"{common} --compile default")
+    assert losses(compiled) == pytest.approx(losses(eager), rel=1e-4)
+
+
+def test_sharding_and_muon_are_refused_together(tmp_path):
+    result = run_python("train.py", *SMALL, "--out", str(tmp_path / "run"), "--shard", "--optimizer", "muon")
+    assert result.returncode == 2 and "--shard splits the matrices" in result.stderr
+
+
+def test_whole_numbers_survive_the_agreement():
+    assert np.float64(2**53 - 1) == 2**53 - 1
