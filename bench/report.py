@@ -20,86 +20,21 @@ import torch
 from bench.dataloader import RATE, workers_for
 from bench.figures import THEMES, Figure, figures, source_of
 from bench.kernels import against_compile
+from bench.readme import Rows, markdown, reliability, scale, table
 from bench.registry import KERNELS, NOTHING
 from bench.results import ROOT, load, measurements
 from bench.scaling import GPUS, NODE, verdict
 from bench.timing import Difference, difference
 
 README = ROOT.parent.parent / "README.md"
-MARKS = ("<!-- results: written by python -m bench.report -->", "<!-- end of results -->")
-Rows = list[tuple[str, ...]]  # of a table, the first is its head
 
 
-# ---- README.md
+def marks(name: str) -> tuple[str, str]:
+    """What stands around a table in a page."""
+    return f"<!-- {name}: written by python -m bench.report -->", f"<!-- end of {name} -->"
 
 
-def table(results: Path = ROOT) -> str:
-    """The README's table: a row a measurement, the newest of its kind and device, with machine and commit."""
-    rows = [("what", "measured", "on", "commit", "command")]
-    for run in newest(results, "train_tiny*"):
-        sight = f"sees **{run['sees']:.1%}** · blind {run['blind']:.1%}"
-        minutes = f"{run['train_seconds'] / 60:.1f} min of training"
-        what = f"easy-VQA test split, {run['questions']:,} questions, exact match by generation"
-        rows.append((what, f"{sight}, {minutes}", run["device"], run["commit"][:7], f"`{run['train_command']}`"))
-        if run["options"]:  # other seeds and lengths
-            continue
-        packing = f"{run['packing']:.1%} filled; {run['data_wait']:.1%} of the time waiting for data"
-        rows.append(("its token budget", packing, run["device"], run["commit"][:7], "the same run"))
-    rows += [step_row(step) for step in newest(results, "train_step*")]
-    rows += [curves_row(run) for run in newest(results, "loss_curves")]
-    for loader in newest(results, "dataloader"):
-        (few, slow), (best, fast) = (
-            max(loader["samples_per_s"][way].items(), key=lambda item: item[1]) for way in ("on the fly", "prepared")
-        )
-        what = "data loader, photographs of 640 x 480, best number of workers: prepared shards against decoding"
-        measured = f"**{fast / slow:.1f}x**: {fast:,.0f} ({best} workers) against {slow:,.0f} samples/s ({few} workers)"
-        rows.append((what, measured, loader["device"], loader["commit"][:7], "`python -m bench.dataloader`"))
-    return markdown(rows)
-
-
-def newest(results: Path, pattern: str) -> list[dict]:
-    """Of each result file's name the newest on a GPU, and on a CPU where no GPU has one."""
-    found: dict[tuple[str, bool], dict] = {}
-    for file in sorted(results.glob(f"*/{pattern}.json")):
-        result = load(file)
-        key = file.stem, "driver" in result
-        if key not in found or result["date"] > found[key]["date"]:
-            found[key] = result
-    return [result for (name, on_gpu), result in sorted(found.items()) if on_gpu or (name, True) not in found]
-
-
-def step_row(step: dict) -> tuple[str, ...]:
-    """A result of bench.train_step: ours against its reference, and against that compiled where it was."""
-    theirs = step["variants"].get("reference", {})
-    ours = step["variants"].get("ours") or step["variants"]["packed"]  # its name in older files
-    depth = step.get("layers", 0)
-    layers = f" cut to {depth} layer{'s' * (depth > 1)} a tower" if depth else ""
-    questions = step["work"]["questions"]
-    what = f"optimizer step of `{step['preset']}`{layers} on the same {questions:,} questions, against padded"
-
-    def both(name: str, form: Callable[[float], str]) -> str:
-        return " against ".join(form(row[name]) if name in row else "-" for row in (ours, theirs))
-
-    compiled = step.get("speedup_over_compiled")
-    gain = f"**{step['speedup']:.1f}x**" if "speedup" in step else "-"
-    gain += f" ({compiled:.1f}x with the reference compiled)" if compiled else ""
-    gain += f": {both('questions_per_s', lambda rate: f'{rate:,.{1 if rate < 100 else 0}f}')} questions/s"
-    gain += f", MFU {both('mfu', '{:.1%}'.format)}" if "mfu" in ours else ""
-    gain += f", {both('peak_mib', '{:,.0f}'.format)} MiB; gradients agree to {step['parity']['gradient']:.0e}"
-    return what, gain, step["device"], step["commit"][:7], f"`{step['command']}`"
-
-
-def curves_row(run: dict) -> tuple[str, ...]:
-    """A result of bench.loss_curves."""
-    what = (
-        f"loss of `{run['preset']}` over {run['steps']} steps, largest distance from the padded float32 reference, as"
-    )
-    what += f" a share of what {run['seeds']} seeds differ by within {run['smoothing']} steps"
-    worst = " · ".join(
-        f"{variant} **{max(row['share'] for row in run['rows'] if row['variant'] == variant):.1%}**"
-        for variant in ("packed float32", "packed bfloat16", "reference bfloat16")
-    )
-    return what, worst, run["device"], run["commit"][:7], "`python -m bench.loss_curves`"
+MARKS = marks("results")
 
 
 # ---- kernels/README.md
@@ -429,24 +364,28 @@ def picture(figure: Figure) -> str:
 # ---- all of them
 
 
-def markdown(rows: Rows) -> str:
-    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
-
-
-TABLES = {
-    README: table,
-    README.parent / "kernels" / "README.md": kernel_table,
-    README.parent / "bench" / "README.md": suites_page,
+TABLES: dict[Path, dict[str, Callable[[], str]]] = {
+    README: {"results": table, "scale": scale, "reliability": reliability},
+    README.parent / "kernels" / "README.md": {"results": kernel_table},
+    README.parent / "bench" / "README.md": {"results": suites_page},
 }
 
 
-def updated(text: str, written: str) -> str:
+def updated(text: str, written: str, name: str = "results") -> str:
     """`text` with what stands between the marks replaced. Raises ValueError if the marks are missing."""
-    start, end = text.find(MARKS[0]), text.find(MARKS[1])
+    first, last = marks(name)
+    start, end = text.find(first), text.find(last)
     if start < 0 or end < start:
-        raise ValueError("a README has lost the marks around its results table")
-    return f"{text[: start + len(MARKS[0])]}\n{written}\n{text[end:]}"
+        raise ValueError(f"a README has lost the marks around its {name} table")
+    return f"{text[: start + len(first)]}\n{written}\n{text[end:]}"
+
+
+def page(file: Path) -> str:
+    """The page with all its tables anew."""
+    text = file.read_text()
+    for name, make in TABLES[file].items():
+        text = updated(text, make(), name)
+    return text
 
 
 def stale_pictures(results: Path = ROOT) -> tuple[list[Figure], list[Path]]:
@@ -462,7 +401,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 if something would change")
     args = parser.parse_args(argv)
     try:
-        after = {file: updated(file.read_text(), make()) for file, make in TABLES.items()}
+        after = {file: page(file) for file in TABLES}
         to_draw, left_over = stale_pictures()
     except (OSError, ValueError, KeyError) as error:
         print(f"error: {error!r}", file=sys.stderr)
