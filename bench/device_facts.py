@@ -78,7 +78,9 @@ def versions() -> dict[str, str | None]:
 
 
 def measure(device: torch.device) -> dict:
-    rates = measured_rates(device)  # the first use of the device: from here on there is a reading
+    rates = measured_rates(
+        device, repeats=10 if device.type == "cuda" else 3
+    )  # the first use of the device: from here on there is a reading
     at_rest = gpu_reading() if device.type == "cuda" else {"cpu_mhz": cpu_mhz()}
     result = {"copy_bytes_per_s": rates.bandwidth, "product_flops_per_s": rates.flops}
     result |= {"dtype": "bfloat16" if device.type == "cuda" else "float32", "products": product_rates(device)}

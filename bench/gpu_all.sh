@@ -33,8 +33,8 @@ command_of() { # the command of a stage, the seconds it may take, and those it s
             run=("$python" -m bench.checks --limit "$((left < limit ? left - 30 : limit - 30))" --device "$device" --out "$out" --)
             # compiling a few hundred variants of kernels is work for all cores
             export TORCHINDUCTOR_COMPILE_THREADS=2
-            [ -n "$quick" ] && run+=(tests/test_attention.py)
-            "$python" -c "import xdist" 2>/dev/null && [ -z "$quick" ] && run+=(-n 6) ;;
+            if [ -n "$quick" ]; then run+=(tests/test_attention.py)
+            elif "$python" -c "import xdist" 2>/dev/null; then run+=(-n 6); fi ;;
         sanitize) limit=120; run=(bash bench/sanitize.sh memcheck)
             [ -n "$quick" ] && run=(true) ;;
         race) limit=$budget least=120 # its state is kept: what found no time goes on in the next call

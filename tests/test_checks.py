@@ -104,7 +104,7 @@ def test_kernels_of_a_gpu_fall_into_kinds():
 
 
 def test_the_devices_facts(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(device_facts, "measured_rates", lambda device: H100)  # bench.roofline's, tested there
+    monkeypatch.setattr(device_facts, "measured_rates", lambda device, repeats: H100)  # bench.roofline's, tested there
     assert device_facts.main(["--device", "cpu", "--out", str(tmp_path)]) == 0
     (file,) = tmp_path.glob("*/facts.json")
     result = json.loads(file.read_text())
