@@ -156,6 +156,8 @@ def test_the_recipe_of_the_222m_model_is_one_that_train_py_takes():
     assert not (train.vision or train.language or train.eval) and train.turns == "independent"
     assert train.compile == "default" and train.curriculum == "what shape", "the preset's, and the data set's recipe"
     assert train.lr_vision * train.muon_scale == pytest.approx(0.02)
+    assert race.embedding_std(config) * config.lm_hidden_dim == pytest.approx(6.4), "a token's own logit, as in tiny"
+    assert race.embedding_std(race.configs(race.parse([]))[0]) is None
 
 
 @pytest.mark.parametrize(
