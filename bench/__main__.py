@@ -27,7 +27,7 @@ from bench.results import ROOT, place, read
 from nanovlm_fast.device import pick_device
 
 TOTAL = 600.0  # seconds, of all suites
-SHORTEST_LIMIT, PATIENCE = 60.0, 4.0  # a suite may take so many seconds, or so many times what is expected
+SHORTEST_LIMIT, PATIENCE = 120.0, 4.0  # a suite may take so many seconds, or so many times what is expected
 HERE = ROOT.parent.parent
 QUICK_OUT = HERE / "runs" / "bench"  # a quick run is no result to keep
 
