@@ -2,7 +2,7 @@
 
     python -m bench                              at most 10 minutes; result files to bench/results/<device>
     python -m bench --quick                      about a minute, to runs/bench: does everything still run?
-    python -m bench --only kernels,train_step    some of them
+    python -m bench --only kernels,train_step    some of them; race runs only so
     python -m bench.report                       afterwards: tables and plots from the result files
 
 Each suite is a process of its own with a time limit: one that dies, or takes the device with it, harms no other, and
@@ -27,7 +27,7 @@ from bench.results import ROOT, place, read
 from nanovlm_fast.device import pick_device
 
 TOTAL = 600.0  # seconds, of all suites
-SHORTEST_LIMIT, PATIENCE = 60.0, 4.0  # a suite may take so many seconds, or so many times what is expected
+SHORTEST_LIMIT, PATIENCE = 120.0, 4.0  # a suite may take so many seconds, or so many times what is expected
 HERE = ROOT.parent.parent
 QUICK_OUT = HERE / "runs" / "bench"  # a quick run is no result to keep
 
@@ -50,6 +50,7 @@ class Suite:
     quick_needs: tuple[str, ...] = ()
     anywhere: bool = False
     in_quick: bool = True
+    alone: bool = False  # too long to go with the others: only when --only names it
     of: str = ""  # the suite whose module it is, where that is not its name
 
     @property
@@ -67,19 +68,26 @@ LOADED = ("--seconds", "2", "--repeats", "3")
 LOADED_LITTLE = ("--pictures", "32", "--seconds", "0.3", "--repeats", "2", "--workers", "1")
 UNCOUNTED = ("--preset", "tiny", "--samples", "4", "--steps", "0")
 FEW = ("--small", "--repeats", "3", "--only", "rms_norm,rotary")
+TINIEST_STEP = ("--preset", "tiny", "--data", "synthetic", "--samples", "4", "--repeats", "3")
+RACE = ("--preset", "nanovlm-222m", "--budget-s", "200")
 SUITES = (
+    Suite("facts", "what the device can do", quick=(), seconds=10, quick_seconds=5, of="device_facts"),
     Suite("train_step", "a whole optimizer step against padded nanoVLM", ("--budget-s", "60"), SEED, TOY, seconds=90),
     Suite("train_step_slice", "the seed's width, two layers a tower", SLICE, quick=TOY, seconds=120,
           needs=("cpu",), of="train_step", in_quick=False),
     Suite("kernels", "each kernel against its rivals", quick=FEW, seconds=100, quick_seconds=15, needs=("gpu",)),
-    Suite("attention", "attention inside packed documents", seconds=70),
+    Suite("attention", "attention inside packed documents", seconds=70, quick_seconds=5),
     Suite("memory", "peak memory against the batch", quick=(*TINY, "--samples", "2"), seconds=75, quick_seconds=15),
     Suite("dataloader", "images and text to packed batches", LOADED, LOADED, LOADED_LITTLE, seconds=80),
     Suite("generate", "prefill and decoding", quick=TINY),
-    Suite("roofline", "the floor of a step", MEASURED, ("--measure",), TINIEST, seconds=25),
+    Suite("profile", "a step of ours, kernel by kernel", gpu=("--preset", "nanovlm-222m", "--trace"),
+          quick=TINIEST_STEP, seconds=40, quick_seconds=5, of="profile_step"),
+    Suite("roofline", "the floor of a step", MEASURED, ("--measure",), TINIEST, seconds=25, quick_seconds=5),
     Suite("scaling", "communication on 1 to 1,024 GPUs, a model", quick=UNCOUNTED, seconds=40, quick_seconds=5),
     Suite("codegen", "the kernels' machine code for sm_90", ("--write",), ("--write",), ("--write", "--only", "swiglu"),
           seconds=30, quick_seconds=5, needs=("triton",), quick_needs=("triton",), anywhere=True),
+    Suite("race", "from scratch to 95% of the test split, padded against ours", ("--budget-s", "150"), RACE,
+          seconds=500, quick_seconds=15, alone=True),
 )  # fmt: skip
 
 
@@ -223,7 +231,7 @@ def chosen(only: str) -> list[Suite]:
     names = [name.strip() for name in only.split(",") if name.strip()]
     if unknown := [name for name in names if name not in {suite.name for suite in SUITES}]:
         raise ValueError(f"--only {','.join(unknown)}: there are {', '.join(suite.name for suite in SUITES)}")
-    return [suite for suite in SUITES if suite.name in names or not names]
+    return [suite for suite in SUITES if suite.name in names or not (names or suite.alone)]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -116,6 +116,7 @@ def figures(folder: Path) -> list[Figure]:
         found.append(races(optimizers))
     if (scaling := folder / "scaling.json").exists():
         found.append(efficiencies(scaling))
+    found += [race_to_target(file) for file in sorted(folder.glob("race*.json"))]
     return [figure for figure in found if figure is not None]
 
 
@@ -337,3 +338,28 @@ def efficiencies(file: Path) -> Figure:
 
     alt = f"Efficiency of {result['preset']} on 1 to 1,024 GPUs, {basis}"
     return Figure(file.with_suffix(""), alt, (file,), paint, height=3.6, panels=2)
+
+
+def race_to_target(file: Path) -> Figure:
+    """Accuracy on the test split against seconds of training: padded and ours, up to the target or where they ended."""
+    result = load(file)
+
+    def paint(axes: list, theme: Theme) -> None:
+        (axis,) = axes
+        axis.axhline(result["target"], color=theme.text, lw=1, ls=":")
+        for name, label, colour in (("reference", LABELS["reference"], theme.others), ("fast", "ours", theme.ours)):
+            if not (side := result["sides"].get(name)) or not side["points"]:
+                continue
+            reached = side["reached"]
+            took = f"{number(reached['seconds'])} s" if reached else f"not reached in {number(side['seconds'])} s"
+            points = [(point["seconds"], point["accuracy"]) for point in side["points"]]
+            axis.plot(*zip(*points, strict=True), marker="o", ms=3, color=colour, lw=1.4, label=f"{label}: {took}")
+            if reached:
+                axis.axvline(reached["seconds"], color=colour, lw=1, ls=":")
+        axis.set(xlabel=f"seconds of training, {result['preset']}", ylabel="right on the test split", ylim=(0, 1.02))
+        axis.set_xlim(left=0)
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axis.legend(frameon=False, loc="lower right", title=f"to {result['target']:.0%}", alignment="left")
+
+    alt = f"Accuracy of {result['preset']} on {result['data']} against seconds of training on {result['device']}"
+    return Figure(file.with_suffix(""), alt, (file,), paint, height=3.6)

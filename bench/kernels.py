@@ -3,9 +3,9 @@
     python -m bench.kernels                      on a GPU; writes bench/results/<gpu>/kernels.json
     python -m bench.kernels --small --device cpu     a rehearsal at toy sizes, where the kernels are their references
 
-A provider gets a time only if its outputs and gradients pass the tolerance rule in the same process. On a GPU the times
-come from replaying CUDA graphs that run over several copies of the inputs, so that no call finds its inputs in L2, the
-providers in turn.
+A provider gets a time only if its outputs and gradients pass the tolerance rule in the same process, and ours only if
+none of its tests failed in `bench.checks` on this device and commit. On a GPU the times come from replaying CUDA graphs
+that run over several copies of the inputs, so that no call finds its inputs in L2, the providers in turn.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
+from bench.checks import red_kernels
 from bench.registry import NOTHING, PROVIDERS, Kernel, call_of, named
 from bench.results import write
 from bench.timing import difference, interleave, noise_of, summary
@@ -27,6 +28,7 @@ from nanovlm_fast.device import pick_device
 torch._functorch.config.donated_buffer = False  # a compiled backward runs again and again on one forward
 L2_BYTES = 64 * 2**20
 LONG_ENOUGH = 6 * 10**9  # bytes that one timed replay moves: some 2 ms, beside which starting it is nothing
+RED = "its tests failed on this device: see tests.json"
 PASSES = ("forward", "backward", "both")
 
 
@@ -234,7 +236,8 @@ def measure_here(
     timer, rows = Timer(cost["forward"][0], stream), {}
     for provider, make in PROVIDERS.items():
         call = call_of(make, kernel)
-        wrong = call if isinstance(call, str) else agrees(call, kernel, inputs)
+        red = provider in ("ours", "in place") and kernel.name in args.red  # not launched: it may take the device along
+        wrong = call if isinstance(call, str) else RED if red else agrees(call, kernel, inputs)
         try:
             rows[provider] = {"error": wrong} if wrong else {"graph": timer.add(provider, call, inputs)}
         except torch.OutOfMemoryError as error:
@@ -296,6 +299,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--repeats must be positive, got {args.repeats}")
         if device.type != "cuda" and not args.small:
             raise ValueError("the kernels are measured on a GPU, and there is none: --small --device cpu rehearses")
+        args.red = red_kernels(device, args.out)
         bandwidth, results = copy_bandwidth(device), {}
         for kernel in chosen:
             more = {f"{kernel.name}, {label}": sizes for label, sizes in kernel.also.items()}

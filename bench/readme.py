@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.race import outcome
 from bench.results import ROOT, load
 
 Rows = list[tuple[str, ...]]  # of a table, the first is its head
@@ -27,6 +28,7 @@ def table(results: Path = ROOT) -> str:
             continue
         packing = f"{run['packing']:.1%} filled; {run['data_wait']:.1%} of the time waiting for data"
         rows.append(("its token budget", packing, run["device"], run["commit"][:7], "the same run"))
+    rows += [race_row(race) for race in newest(results, "race*")]
     rows += [step_row(step) for step in newest(results, "train_step*")]
     rows += [curves_row(run) for run in newest(results, "loss_curves")]
     for loader in newest(results, "dataloader"):
@@ -48,6 +50,12 @@ def newest(results: Path, pattern: str) -> list[dict]:
         if key not in found or result["date"] > found[key]["date"]:
             found[key] = result
     return [result for (name, on_gpu), result in sorted(found.items()) if on_gpu or (name, True) not in found]
+
+
+def race_row(race: dict) -> tuple[str, ...]:
+    """A result of bench.race."""
+    what = f"`{race['preset']}` from scratch to {race['target']:.0%} of easy-VQA's test split, ours against padded"
+    return what, outcome(race), race["device"], race["commit"][:7], f"`{race['command']}`"
 
 
 def step_row(step: dict) -> tuple[str, ...]:

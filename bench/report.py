@@ -17,9 +17,13 @@ from typing import Any
 
 import torch
 
+from bench.checks import check_rows
 from bench.dataloader import RATE, workers_for
+from bench.device_facts import facts_rows
 from bench.figures import THEMES, Figure, figures, source_of
 from bench.kernels import against_compile
+from bench.profile_step import profile_rows
+from bench.race import race_rows
 from bench.readme import Rows, markdown, reliability, scale, table
 from bench.registry import KERNELS, NOTHING
 from bench.results import ROOT, load, measurements
@@ -280,11 +284,15 @@ def timed_rows(result: dict) -> Rows:
 
 @dataclass(frozen=True)
 class Section:
-    """Result files by the beginning of their name, what they are, and the table they become."""
+    """Result files by the beginning of their name, what they are, and the table they become.
+
+    A section that is `promised` says so where there is no file yet.
+    """
 
     stem: str
     about: str
     rows: Callable[[dict[str, Any]], Rows] = timed_rows
+    promised: bool = False
 
 
 SCALING = """What communication costs: a model of an H100's step on 1 to 1,024 GPUs, not a measurement of more than one,
@@ -297,7 +305,11 @@ STEP = """One optimizer step on the same samples: padded nanoVLM against ours, a
 Rows are timed in pairs, each in turn with the base. "Of the base's time" is the ratio of the medians within the pair,
 with its interval where the file keeps the times of both; "speed", against the reference, goes through the base, and has
 an interval only where base and reference are that pair."""
+RACE = """From random weights to 95% of easy-VQA's test split, seconds of training: padded nanoVLM against ours.
+
+Both take the same batches with the same optimizer from the same weights, so what differs is the cost of a step."""
 SECTIONS = (
+    Section("race", RACE, race_rows, promised=True),
     Section("train_step", STEP, train_step_rows),
     Section("train_tiny", "Whole runs of `train.py`: the test split, seeing and blind.", training_rows),
     Section("loss_curves", "The same training four ways, against what a seed changes.", curves_rows),
@@ -309,6 +321,9 @@ SECTIONS = (
     Section("peer", "huggingface/nanoVLM's own code beside ours: the same weights and samples.", peer_rows),
     Section("roofline", "The least time of a step, by the machine's own rates.", roofline_rows),
     Section("scaling", SCALING, scaling_rows),
+    Section("profile", "One of our steps, kernel by kernel, as the device runs it.", profile_rows),
+    Section("facts", "What the device can do, before anything is measured on it.", facts_rows),
+    Section("tests", "`pytest -m gpu` on the device.", check_rows),
     Section("optimizers", "Muon against AdamW over seeds, to the same loss.", optimizers_rows),
 )
 
@@ -320,6 +335,7 @@ def suites_page(results: Path = ROOT) -> str:
     for section in SECTIONS:
         files = sorted(results.glob(f"*/{section.stem}*.json"))
         if not files:
+            parts += [f"### {section.stem}\n\n{section.about}\n\nNot measured yet."] if section.promised else []
             continue
         parts.append(f"### {section.stem}\n\n{section.about}")
         for file in files:

@@ -157,14 +157,14 @@ def _parameters(config: VLMConfig) -> Iterator[tuple[str, int]]:
         yield from ((name, p.numel()) for name, p in VisionLanguageModel(config).named_parameters())
 
 
-def measured_rates(device: torch.device) -> Rates:
+def measured_rates(device: torch.device, repeats: int = 10) -> Rates:
     """Of this machine: a large copy, and a large square product in the type that training computes in."""
     on_gpu = device.type == "cuda"
     dtype, size, megabytes = (torch.bfloat16, 8192, 1024) if on_gpu else (torch.float32, 2048, 256)
     source = torch.empty(megabytes * 2**20, dtype=torch.uint8, device=device)
     target, a, b = torch.empty_like(source), *(torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     calls = {"copy": lambda: target.copy_(source), "product": lambda: a @ b}
-    seconds = {name: summary(times)["median"] for name, times in interleave(calls, repeats=10, warmup=2).items()}
+    seconds = {name: summary(times)["median"] for name, times in interleave(calls, repeats, warmup=2).items()}
     name = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     bandwidth = 2 * source.numel() / seconds["copy"]
     return Rates(f"{name} (measured)", 2 * size**3 / seconds["product"], bandwidth, a.element_size())

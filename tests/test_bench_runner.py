@@ -145,8 +145,11 @@ def test_an_interrupt_stops_the_suite_and_keeps_the_results(tmp_path):
 def test_the_table_of_suites_is_true():
     assert len({suite.name for suite in SUITES}) == len(SUITES)
     for on_gpu in (False, True):
-        assert sum(suite.seconds for suite in SUITES if not runner.misfit(suite, False, on_gpu)) <= runner.TOTAL
-    assert sum(suite.quick_seconds for suite in SUITES if suite.in_quick) <= 90
+        together = [suite for suite in runner.chosen("") if not runner.misfit(suite, False, on_gpu)]
+        assert sum(suite.seconds for suite in together) <= runner.TOTAL
+    assert sum(suite.quick_seconds for suite in runner.chosen("") if suite.in_quick) <= 90
+    (race,) = runner.chosen("race")
+    assert race.alone and race not in runner.chosen("") and race.seconds <= runner.TOTAL
     kernels = next(suite for suite in SUITES if suite.name == "kernels")
     assert runner.misfit(kernels, False, on_gpu=False) == "needs a GPU"
     assert runner.misfit(kernels, True, on_gpu=False) is None
@@ -178,7 +181,7 @@ def test_the_quick_bench_runs_all_that_is_here(tmp_path):
     )  # fmt: skip
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stdout + done.stderr
-    here = [suite for suite in SUITES if runner.misfit(suite, True, on_gpu=False) is None]
+    here = [suite for suite in runner.chosen("") if runner.misfit(suite, True, on_gpu=False) is None]
     summary = done.stdout[done.stdout.rindex("suite  ") :]
     assert summary.count(" ran") == len(here) >= 4 and "failed" not in summary
     assert {f"{suite.name}.json" for suite in here} <= {file.name for file in tmp_path.glob("*/*.json")}

@@ -1,0 +1,110 @@
+"""The tests that need a GPU, as a result file: what passed, failed and was skipped, and which kernels are red.
+
+    python -m bench.checks                              pytest -m "gpu and not slow"
+    python -m bench.checks -- tests/test_attention.py   options and files after -- go to pytest
+
+A red kernel gets no time from bench.kernels on the same device and commit; every other piece is measured all the same.
+Exit code 1 if a test failed, or if pytest was stopped or died before its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from bench.registry import KERNELS
+from bench.results import ROOT, facts, place, read, write
+from nanovlm_fast.device import pick_device
+
+HERE = ROOT.parent.parent
+PATIENCE = 10.0  # seconds that pytest has to end once it is told to stop
+INTERRUPTED = 2  # pytest's exit code
+
+
+def run(options: list[str], limit: float) -> tuple[int, dict]:
+    """pytest's exit code, and what became of the tests; after `limit` seconds it is interrupted."""
+    call = [sys.executable, "-m", "pytest", "-v", "-p", "bench.pytest_log", "-m", "gpu and not slow"]
+    call += ["--continue-on-collection-errors"]
+    if importlib.util.find_spec("pytest_timeout"):
+        call += ["--timeout", "120"]
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log.jsonl"
+        paths = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+        env = {**os.environ, "PYTEST_LOG": str(log), "PYTHONPATH": paths}
+        process = subprocess.Popen([*call, *options], cwd=HERE, env=env)
+        try:
+            code = process.wait(limit)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(PATIENCE)
+            process.kill()
+            code = INTERRUPTED
+        return code, summary(log.read_text().splitlines() if log.exists() else [])
+
+
+def summary(lines: list[str]) -> dict:
+    """What bench/pytest_log.py wrote, as the result file's content. A test that was stopped is none of the counts."""
+    cases: dict[str, dict] = {}
+    for case in map(json.loads, lines):
+        if cases.get(case["test"], {}).get("outcome") != "failed":  # a teardown may fail after the test has passed
+            cases[case["test"]] = case
+    kinds = {kind: [c for c in cases.values() if c["outcome"] == kind] for kind in ("passed", "failed", "skipped")}
+    failures = [{"test": case["test"], "message": case["message"]} for case in kinds["failed"]]
+    files = {Path(failure["test"].split("::")[0]).stem for failure in failures}
+    red = [kernel.name for kernel in KERNELS if f"test_{kernel.name}" in files]
+    slowest = sorted(cases.values(), key=lambda case: -case["seconds"])[:10]
+    counts = {kind: len(some) for kind, some in kinds.items()}
+    rows = [[case["test"], round(case["seconds"], 2)] for case in slowest]
+    return {**counts, "failures": failures, "red": red, "slowest": rows}
+
+
+def red_kernels(device: torch.device, out: Path | None) -> set[str]:
+    """Kernels whose tests failed on this device at this commit, so far as a result file says so."""
+    file = place("tests", device, out)
+    if not file.exists():
+        return set()
+    result = read(file)
+    return set(result.get("red", ())) if result.get("commit") == facts(device)["commit"] else set()
+
+
+def check_rows(result: dict) -> list[tuple[str, ...]]:
+    """The table of bench/README.md."""
+    counts = tuple(f"{result[kind]:,}" for kind in ("passed", "failed", "skipped"))
+    rows = [("tests", "passed", "failed", "skipped"), ("all", *counts)]
+    return rows + [(failure["test"], "-", failure["message"] or "failed", "-") for failure in result["failures"]]
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    split = argv.index("--") if "--" in argv else len(argv)
+    parser = argparse.ArgumentParser(prog="python -m bench.checks", description=__doc__.splitlines()[0])
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds until pytest is stopped")
+    parser.add_argument("--device", default="auto", help="where the result file belongs; pytest finds its own")
+    parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
+    args = parser.parse_args(argv[:split])
+    try:
+        device = pick_device(args.device)
+        code, found = run(argv[split + 1 :], args.limit)
+        file = write("tests", device, {"exit_code": code, **found}, args.out)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"written: {file}")
+    print("{passed} passed, {failed} failed, {skipped} skipped".format(**found), end="")
+    print(f"; red kernels: {', '.join(found['red'])}" if found["red"] else "")
+    return int(code != 0 or (device.type == "cuda" and not found["passed"]))  # all of them skipped is no proof
+
+
+if __name__ == "__main__":
+    sys.exit(main())
