@@ -39,10 +39,11 @@ def make_sample(example: Example, image_size: int, text: TextProcessor) -> Sampl
     example = example.first() if text.mode == "first" else example
     try:
         images = [load_image(image, image_size) for image in example.images]
+        documents = text.documents(example.turns, len(images))
     except ValueError as error:
         raise ValueError(f"{example.name}: {error}") from error
     stacked = np.stack(images) if images else np.zeros((0, 3, image_size, image_size), np.uint8)
-    return Sample(example.name, stacked, text.documents(example.turns, len(images)))
+    return Sample(example.name, stacked, documents)
 
 
 class SampleLoader:
