@@ -231,7 +231,7 @@ def read_tensors(name: str, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     elif index.exists():
         try:
             names = sorted(set(read_json(index)["weight_map"].values()))
-            if outside := [file for file in names if Path(file).name != file]:
+            if outside := [file for file in names if Path(file).name != file or file == ".."]:
                 raise ValueError(f"{outside[0]!r} is not the name of a file beside it")
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{index} is damaged: {error!r}") from error

@@ -244,7 +244,7 @@ def stored_shapes(file: Path) -> dict[str, Tensor]:
 
 
 def _read(file: Path, wanted: Callable[[str], bool], get: Callable[[Any, str], Tensor]) -> dict[str, Tensor]:
-    if not file.exists():
+    if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: the checkpoint is not complete")
     try:
         with safe_open(file, "pt") as tensors:
