@@ -449,6 +449,15 @@ def test_a_true_bomb_is_not_decoded(tmp_path):
         load_image(tmp_path / "bomb.png", 16)
 
 
+def test_a_record_of_twenty_thousand_images_is_refused_before_one_is_decoded(pictures):
+    talk = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat"}]
+    (pictures / "train.jsonl").write_text(json.dumps({"image": ["good.png"] * 20_000, "conversations": talk}))
+    load = loader_of(JsonLines("train", pictures))
+    with at_most(30, "images"), pytest.raises(ValueError, match=r"train\.jsonl:1: 20000 images"):
+        load.load(0)
+    assert not load.cache
+
+
 # ---- pickles
 
 

@@ -14,6 +14,8 @@ Image.init()
 KNOWN = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 FORMATS = [name for name in KNOWN if name in Image.OPEN]
 MAX_PIXELS = 89_478_485  # 256 MiB of RGB, where Pillow begins to warn of a decompression bomb
+# once a process: catching it image by image would make Python forget which other warnings it has given already
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
 class BadImage(ValueError):
@@ -32,9 +34,7 @@ def load_image(source: Path | str | bytes | np.ndarray | Image.Image, size: int)
         return source
     name = printable(str(source)) if isinstance(source, (Path, str)) else type(source).__name__
     try:
-        with warnings.catch_warnings():  # of a picture inside a picture (ICO, MPO) only Pillow sees the size in time
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return square(source if isinstance(source, Image.Image) else opened(source), size)
+        return square(source if isinstance(source, Image.Image) else opened(source), size)
     except Exception as error:  # damaged files raise whatever the decoder trips over: struct.error, SyntaxError ...
         reason = str(error).split(" <_io.BytesIO")[0]  # the address of a buffer tells nobody anything
         raise BadImage(f"image {name}: {printable(reason)}") from error

@@ -154,7 +154,7 @@ class JsonLines:
             names = record.get("image") or []
             images = [self.folder / name for name in ([names] if isinstance(names, str) else [*names])]
             turns = [(turn["from"], text_of(turn["value"])) for turn in record["conversations"]]
-            outside = [path for path in images if not path.resolve().is_relative_to(self.folder)]
+            outside = [path for path in dict.fromkeys(images) if not path.resolve().is_relative_to(self.folder)]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
             reason = printable(repr(error))  # the last two: nested too deep, and a link to itself
             raise ValueError(f"{where}: not a record in LLaVA's conversation format ({reason})") from error

@@ -89,6 +89,9 @@ class SampleLoader:
         example = self.source[index]
         if example.documents is not None:  # prepared: nothing that a cache could save
             return Sample(example.name, example.images, example.documents)
+        room = self.model.lm_max_position_embeddings // self.model.image_tokens  # decoded, thousands would fill memory
+        if self.text.mode != "first" and len(example.images) > room:
+            raise ValueError(f"{example.name}: {len(example.images)} images, the model's longest document has {room}")
         sample = make_sample(example, self.model.vit_img_size, self.text)
         needed = sample.images.nbytes + 20 * sample.tokens  # ids, rows and labels of a token
         if needed <= self.cache_room:
