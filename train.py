@@ -89,7 +89,9 @@ class Trainer:
             "stream": initial_states(max(config.workers, 1) * self.world.size),
         }  # fmt: skip
         if checkpoint:
-            self.state = read_state(checkpoint)
+            begun, self.state = self.state, read_state(checkpoint)
+            if missing := begun.keys() - self.state.keys():
+                raise ValueError(f"{checkpoint / 'state.json'}: no {', '.join(sorted(missing))}: of another version?")
         self.state["stream"] = deal(self.state["stream"], self.world.rank, self.world.size)
         self.accumulate, uneven = divmod(self.state["micro_batches"], self.world.size)
         if uneven:

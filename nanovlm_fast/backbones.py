@@ -7,17 +7,17 @@ position embeddings are resized, and the vocabulary, which may have more rows.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovlm_fast.checkpoint import load_tensors, read_config, resolve
-from nanovlm_fast.config import TrainConfig, VLMConfig
+from nanovlm_fast.checkpoint import check_sizes, load_tensors, read_config, resolve
+from nanovlm_fast.config import TrainConfig, VLMConfig, check_types, read_json
 from nanovlm_fast.hub import WEIGHTS, fetch, reason
 from nanovlm_fast.model import VisionLanguageModel
 
@@ -89,6 +89,7 @@ def pretrained_fields(train: TrainConfig, defaults: dict[str, Any]) -> tuple[dic
     for source, read in (("start_from", checkpoint_fields), ("vision", vision_fields), ("language", language_fields)):
         if name := getattr(train, source):
             fields = read(name)
+            check_types(VLMConfig, fields)
             must |= fields
             own = defaults if name == defaults.get(source) else {}
             brought |= {key: own.get(key, value) for key, value in fields.items()}
@@ -110,6 +111,7 @@ def check_fields(model: VLMConfig, must: dict[str, Any]) -> None:
 def checkpoint_fields(name: str) -> dict[str, Any]:
     folder = resolve(name)
     config, _ = read_config(folder)
+    check_sizes(folder, config)
     fields = dict(vars(config))
     if (folder / "tokenizer.json").exists():
         fields["lm_tokenizer"] = str(folder)
@@ -146,8 +148,9 @@ def hub_config(name: str) -> Any:
     from transformers import AutoConfig
 
     try:
+        read_json(folder / "config.json")
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # transformers raises whatever a value that it did not expect leads to
         raise ValueError(f"{name}: config.json is not one that transformers reads: {reason(error)}") from error
 
 
@@ -227,9 +230,12 @@ def read_tensors(name: str, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
         files = [single]
     elif index.exists():
         try:
-            files = [folder / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            names = sorted(set(read_json(index)["weight_map"].values()))
+            if outside := [file for file in names if Path(file).name != file or file == ".."]:
+                raise ValueError(f"{outside[0]!r} is not the name of a file beside it")
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{index} is damaged: {error!r}") from error
+        files = [folder / file for file in names]
     else:
         pickles = [file.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(kind)]
         raise FileNotFoundError(

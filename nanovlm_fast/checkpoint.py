@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nanovlm_fast.config import VLMConfig, fields_of, latest_run
+from nanovlm_fast.config import VLMConfig, check_types, fields_of, latest_run, read_json
 from nanovlm_fast.data.text import Tokenizer
 from nanovlm_fast.distributed import as_shard_of, whole
 from nanovlm_fast.hub import WEIGHTS, fetch
@@ -70,6 +70,8 @@ def load_pretrained(
     model = load_model(folder)
     name = model.config.lm_tokenizer
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else Tokenizer.from_hub(name)
+    if len(tokenizer) > model.config.lm_vocab_size:
+        raise ValueError(f"{folder}: its tokenizer has {len(tokenizer)} ids, the model {model.config.lm_vocab_size}")
     return model.to(device), tokenizer
 
 
@@ -78,13 +80,31 @@ def load_model(folder: Path) -> VisionLanguageModel:
     config, extra = read_config(folder)
     if extra:
         warnings.warn(f"{folder / 'config.json'}: fields not used here: {', '.join(sorted(extra))}", stacklevel=3)
-    try:
-        model = VisionLanguageModel(config)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'} is not a model configuration: {error}") from error
+    check_sizes(folder, config)
+    model = VisionLanguageModel(config)
     model.extra_config = extra
     model.load_reference_state_dict(load_tensors(folder / "model.safetensors"))
     return model
+
+
+def check_sizes(folder: Path, config: VLMConfig) -> None:
+    """Raise ValueError unless the weights in `folder` are those of `config`, before memory is taken for the model.
+
+    A few bytes of config.json can ask for terabytes; the header of the weights cannot promise more than the file has.
+    """
+    file = folder / "model.safetensors"
+    stored, blocks = stored_shapes(file), config.vit_n_blocks + config.lm_n_blocks
+    if blocks > len(stored):
+        raise ValueError(f"{folder / 'config.json'} asks for {blocks} blocks, {file} holds {len(stored)} tensors")
+    try:
+        with torch.device("meta"):
+            model = VisionLanguageModel(config)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"{folder / 'config.json'} is not a model configuration: {error}") from error
+    try:
+        model.load_reference_state_dict(stored)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def read_config(folder: Path) -> tuple[VLMConfig, dict[str, Any]]:
@@ -93,11 +113,12 @@ def read_config(folder: Path) -> tuple[VLMConfig, dict[str, Any]]:
     Raises ValueError if the file is damaged, or asks for a model that differs from the one here.
     """
     file = folder / "config.json"
+    values = read_json(file)
     try:
-        values = json.loads(file.read_text())
+        check_types(VLMConfig, fields_of(VLMConfig, values))
         extra = {name: value for name, value in values.items() if name not in fields_of(VLMConfig, values)}
         config = VLMConfig(**fields_of(VLMConfig, values)).validate()
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, ArithmeticError) as error:
         raise ValueError(f"{file} is not a model configuration: {error}") from error
     for name, same in (("vit_cls_flag", False), ("lm_attn_scaling", 1.0)):  # nanoVLM's, at what the model here does
         if extra.get(name, same) != same:
@@ -126,7 +147,12 @@ def resolve(checkpoint: Path | str | None) -> Path:
 
 def newest_checkpoint(run: Path) -> Path | None:
     """The complete checkpoint of the highest step, or None."""
-    return max((run / "checkpoints").glob("step-*"), key=step_of, default=None)
+    return max(checkpoints_of(run), key=step_of, default=None)
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """All complete checkpoints, in no order."""
+    return [folder for folder in (run / "checkpoints").glob("step-*") if folder.name[5:].isdecimal()]
 
 
 def step_of(folder: Path) -> int:
@@ -285,7 +311,7 @@ def write_checkpoint(
         _link(run / "last", target)
         if best == target:
             _link(run / "best", target)
-        older = sorted(set(root.glob("step-*")) - {target, best}, key=step_of)
+        older = sorted(set(checkpoints_of(run)) - {target, best}, key=step_of)
         for folder in older[: max(len(older) - keep + 1, 0)]:
             gone = folder.with_name(f".tmp-{folder.name}")  # whatever is named step-* is complete, to its end
             os.replace(folder, gone)
@@ -318,44 +344,68 @@ def load_training_state(
     folder: Path, model: VisionLanguageModel, optimizers: list[torch.optim.Optimizer]
 ) -> dict[str, Any]:
     """The second half of `load_checkpoint`; of a sharded model's optimizer state each rank takes its part."""
-    tensors = load_tensors(folder / OPTIMIZER)
-    torch.set_rng_state(tensors.pop("rng.cpu"))
-    cuda_rng = tensors.pop("rng.cuda", None)
-    if cuda_rng is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda_rng)
-    parameters = dict(model.named_parameters())
-    slots: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        parameter, slot = name.rsplit(".", 1)
-        if parameter in parameters:
-            tensor = as_shard_of(tensor, parameters[parameter])
-        slots.setdefault(parameter, {})[slot] = tensor
-    names = {parameter: name for name, parameter in parameters.items()}
+    file = folder / OPTIMIZER
+    tensors = load_tensors(file)
+    try:
+        torch.set_rng_state(tensors.pop("rng.cpu"))
+        cuda_rng = tensors.pop("rng.cuda", None)
+        if cuda_rng is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(cuda_rng)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{file} is damaged: no random state in it ({error})") from error
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    slots = _slots(file, tensors, {name: parameter for parameter, name in names.items()})
     for optimizer in optimizers:  # by name: a part that was frozen or freed since keeps the others' in place
         held = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
         state = {i: slots[name] for i, name in enumerate(held) if name in slots}
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        try:
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{file} is damaged: not the state of {type(optimizer).__name__} ({error!r})") from error
     return read_state(folder)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The `state` that was saved with a checkpoint. Raises ValueError naming the file if it is damaged."""
-    file = folder / "state.json"
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
+    return read_json(folder / "state.json")
+
+
+def _slots(file: Path, tensors: dict[str, Tensor], parameters: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Optimizer state by parameter and slot. Raises ValueError naming the first that has not its parameter's shape."""
+    slots: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        parameter, _, slot = name.rpartition(".")
+        if parameter in parameters and tensor.dim():
+            if tensor.shape != parameters[parameter].shape:
+                shapes = f"{tuple(tensor.shape)}, its parameter {tuple(parameters[parameter].shape)}"
+                raise ValueError(f"{file}: {name} has shape {shapes}")
+            tensor = as_shard_of(tensor, parameters[parameter])
+        slots.setdefault(parameter, {})[slot] = tensor
+    return slots
 
 
 def load_tensors(file: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
     """The tensors of a safetensors file whose names are `wanted`. Raises an error naming the file if it is damaged."""
-    if not file.exists():
+    return _read(file, wanted, lambda tensors, name: tensors.get_tensor(name))
+
+
+def stored_shapes(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file without their values, on the meta device. Reads its header alone."""
+
+    def shape_of(tensors: Any, name: str) -> Tensor:
+        return torch.empty(tensors.get_slice(name).get_shape(), device="meta")
+
+    return _read(file, lambda name: True, shape_of)
+
+
+def _read(file: Path, wanted: Callable[[str], bool], get: Callable[[Any, str], Tensor]) -> dict[str, Tensor]:
+    if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: the checkpoint is not complete")
     try:
         with safe_open(file, "pt") as tensors:
-            return {name: tensors.get_tensor(name) for name in tensors.keys() if wanted(name)}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
+            return {name: get(tensors, name) for name in tensors.keys() if wanted(name)}  # noqa: SIM118
+    except (SafetensorError, ValueError, TypeError, RuntimeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error  # beside its own: of types that torch cannot hold
 
 
 def _link(link: Path, target: Path) -> None:

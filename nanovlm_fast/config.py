@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 RUNS = Path("runs")
+LARGEST = {"lm_max_position_embeddings": 2**21}  # sizes of tables that no weights hold to their length
 
 
 def option(default: Any, help: str) -> Any:
@@ -70,6 +72,13 @@ class VLMConfig:
 
     def validate(self) -> VLMConfig:
         """Raise ValueError naming the first field whose size does not fit the others; returns self."""
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), 0 if field.name.endswith("_n_blocks") else 1
+            if type(field.default) is int and not least <= value <= (most := LARGEST.get(field.name, 2**31 - 1)):
+                raise ValueError(f"{field.name} = {value:.9g} must be from {least} to {most}")
+        for name in ("lm_re_base", "image_std"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} = {getattr(self, name)} must be positive")
         checks = [
             ("vit_img_size", self.vit_img_size, "vit_patch_size", self.vit_patch_size),
             ("vit_hidden_dim", self.vit_hidden_dim, "vit_n_heads", self.vit_n_heads),
@@ -268,6 +277,31 @@ def fields_of(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in names}
 
 
+def check_types(config_class: type, values: dict[str, Any]) -> None:
+    """Raise ValueError naming the first entry of `values`, as a file had it, that its field cannot hold."""
+    kinds = get_type_hints(config_class)
+    for name, value in values.items():
+        kind, choices = kinds[name], get_args(kinds[name])
+        right = value in choices if choices else type(value) in ((int, float) if kind is float else (kind,))
+        if not right or (kind is float and not math.isfinite(value)):
+            wanted = f"one of {', '.join(choices)}" if choices else f"of type {kind.__name__}"
+            raise ValueError(f"{name} must be {wanted}, got {repr(value)[:80]}")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object of a file. Raises ValueError naming the file if it holds none, and OSError if it cannot be read.
+
+    The only reader of JSON files here: whatever bytes are in one, no other error comes out.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # the second: brackets nested deeper than the parser goes
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} is damaged: it holds no JSON object")
+    return values
+
+
 def preset(name: str) -> tuple[VLMConfig, TrainConfig]:
     """Model and run of a preset. Raises ValueError for an unknown name."""
     values = defaults_of(name)
@@ -276,11 +310,13 @@ def preset(name: str) -> tuple[VLMConfig, TrainConfig]:
 
 def load_run_config(run: Path) -> dict[str, Any]:
     """What `save_run_config` wrote, as one flat dict of option names and values. Raises ValueError if it is damaged."""
+    values = read_json(run / "config.json")
     try:
-        values = json.loads((run / "config.json").read_text())
-        return {**fields_of(VLMConfig, values), **fields_of(TrainConfig, values)}
-    except (ValueError, AttributeError) as error:
+        for config_class in (VLMConfig, TrainConfig):
+            check_types(config_class, fields_of(config_class, values))
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{run / 'config.json'} is damaged: {error}") from error
+    return {**fields_of(VLMConfig, values), **fields_of(TrainConfig, values)}
 
 
 def save_run_config(run: Path, model: VLMConfig, train: TrainConfig) -> None:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from nanovlm_fast.config import TrainConfig, fields_of
+from nanovlm_fast.config import TrainConfig, fields_of, read_json
 
 WEIGHTS = ("*.json", "*.safetensors")
 
@@ -63,9 +63,9 @@ def measured(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     run = checkpoint.resolve().parent.parent
     try:
-        result = json.loads((run / "result.json").read_text())
-        if json.loads((checkpoint / "state.json").read_text())["step"] == result["step"]:
-            return result, json.loads((run / "config.json").read_text())
+        result = read_json(run / "result.json")
+        if read_json(checkpoint / "state.json").get("step") == result.get("step"):
+            return result, read_json(run / "config.json")
     except FileNotFoundError:
         pass
     return {}, {}

@@ -222,11 +222,14 @@ class MetricsLog:
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; a last line that was cut off by a crash is left out."""
     lines = []
-    for line in (run / "metrics.jsonl").read_text().splitlines():
+    for line in (run / "metrics.jsonl").read_bytes().split(b"\n"):
         try:
-            lines.append(json.loads(line))
-        except ValueError:
+            values = json.loads(line.decode())
+            if not isinstance(values["step"], int):
+                break
+        except (ValueError, RecursionError, KeyError, TypeError):
             break
+        lines.append(values)
     return lines
 
 

@@ -138,12 +138,13 @@ class Budget:
     def misfit(self, sample: Sample) -> str | None:
         """Why the sample can never be packed, or None."""
         longest = max((len(document) for document in sample.documents), default=0)
+        documents = len(sample.documents) + self.pad_documents(max(self.tokens - sample.tokens, 0))
         over = [
             f"{needed} {what}, the budget is {limit}"
             for what, needed, limit in (
                 ("tokens in one document", longest, self.max_seqlen),
                 ("tokens", sample.tokens, self.tokens),
-                ("documents", len(sample.documents), self.documents),
+                ("documents, its padding's too", documents, self.documents),
                 ("images", len(sample.images), self.images),
                 ("labelled tokens", sample.labels, self.labels),
             )
@@ -174,12 +175,10 @@ class Budget:
         def share(count: int, least: int) -> int:
             return max(least, int(np.ceil(count * tokens / total * slack)))
 
+        alone = max(len(s.documents) - (s.tokens - tokens) // max_seqlen for s in samples)  # with its batch's padding
         return Budget(
             tokens=tokens,
-            documents=max(
-                share(sum(len(sample.documents) for sample in samples), max(len(s.documents) for s in samples)) + 4,
-                -(-tokens // max_seqlen),
-            ),
+            documents=max(share(sum(len(sample.documents) for sample in samples), 1) + 4, alone),
             images=share(sum(len(sample.images) for sample in samples), max(len(s.images) for s in samples)),
             labels=share(sum(sample.labels for sample in samples), max(s.labels for s in samples)),
             max_seqlen=max_seqlen,

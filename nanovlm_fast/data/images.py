@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+
+Image.init()
+# What is decoded at all. Others of Pillow's start programs (EPS: Ghostscript) or have no signature to know them by
+KNOWN = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+FORMATS = [name for name in KNOWN if name in Image.OPEN]
+MAX_PIXELS = 89_478_485  # 256 MiB of RGB, where Pillow begins to warn of a decompression bomb
+# once a process: catching it image by image would make Python forget which other warnings it has given already
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
 class BadImage(ValueError):
@@ -23,24 +32,40 @@ def load_image(source: Path | str | bytes | np.ndarray | Image.Image, size: int)
         if source.shape != (3, size, size):
             raise BadImage(f"image of prepared data: {source.shape} and not {(3, size, size)}")
         return source
-    name = source if isinstance(source, (Path, str)) else type(source).__name__
+    name = printable(str(source)) if isinstance(source, (Path, str)) else type(source).__name__
     try:
-        image = (
-            source
-            if isinstance(source, Image.Image)
-            else Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        )
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip at 255
-            grey = np.asarray(image)
-            image = Image.fromarray((grey >> 8 if grey.max() > 255 else grey).astype(np.uint8))
-        image = image.convert("RGB")
-        if image.size != (size, size):
-            image = image.resize((size, size), Image.Resampling.BILINEAR)
-        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+        return square(source if isinstance(source, Image.Image) else opened(source), size)
     except Exception as error:  # damaged files raise whatever the decoder trips over: struct.error, SyntaxError ...
         reason = str(error).split(" <_io.BytesIO")[0]  # the address of a buffer tells nobody anything
-        raise BadImage(f"image {name}: {reason}") from error
+        raise BadImage(f"image {name}: {printable(reason)}") from error
+
+
+def opened(source: Path | str | bytes) -> Image.Image:
+    """A file or its bytes as an image, not decoded yet. Raises an error for what is too large or no file at all."""
+    if not isinstance(source, bytes) and not Path(source).is_file():  # reading a pipe or a device may never end
+        raise ValueError("no such file")
+    image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are over {MAX_PIXELS}: a decompression bomb?")
+    return image
+
+
+def square(image: Image.Image, size: int) -> np.ndarray:
+    """(3, size, size) uint8 of an image, decoded."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip at 255
+        grey = np.asarray(image)
+        image = Image.fromarray((grey >> 8 if grey.max() > 255 else grey).astype(np.uint8))
+    image = image.convert("RGB")
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def printable(text: str, limit: int = 300) -> str:
+    """What data says, fit for a line of a message: nothing in it breaks the line, or commands the terminal."""
+    text = text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def plain_margins(image: np.ndarray) -> tuple[int, int, int, int]:

@@ -23,7 +23,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from nanovlm_fast.config import TrainConfig, VLMConfig, parse_config
+from nanovlm_fast.config import TrainConfig, VLMConfig, parse_config, read_json
 from nanovlm_fast.data import shards
 from nanovlm_fast.data.hub import read_streaming
 from nanovlm_fast.data.sources import Example, Source, load_source, make_tokenizer
@@ -73,15 +73,20 @@ def finished(folder: Path, plan: dict[str, Any]) -> dict[int, dict[str, Any]]:
             raise ValueError(f"{folder} holds other files: --out names another folder")
         shards.replace_file(folder / "plan.json", lambda file: file.write_text(json.dumps(plan, indent=2)))
         return {}
-    before = json.loads(noted.read_text())
+    before = read_json(noted)
     for name, value in {**plan, **plan["processing"]}.items():
         had = {**before, **before.get("processing", {})}.get(name)
         if name != "processing" and had != value:
             raise ValueError(f"{folder} was prepared with {name} {had!r} and not {value!r}: --out names another folder")
     for leftover in folder.glob(".shard-*"):
         leftover.unlink()
-    entries = before.get("shards") or [json.loads(note.read_text()) for note in folder.glob("shard-*.json")]
-    return {entry["number"]: entry for entry in entries if not shards.misfit(folder, entry)}
+    entries = before.get("shards") or [read_json(note) for note in folder.glob("shard-*.json")]
+    try:
+        for entry in entries:
+            shards.check_entry(folder, entry)
+        return {entry["number"]: entry for entry in entries if not shards.misfit(folder, entry)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{noted} is damaged: {error!r}; --out names another folder") from error
 
 
 def tasks(

@@ -23,9 +23,11 @@ from typing import Any
 
 import numpy as np
 
+from nanovlm_fast.config import read_json
+from nanovlm_fast.data.images import printable
 from nanovlm_fast.data.sources import Example
 from nanovlm_fast.data.text import TextProcessor
-from nanovlm_fast.packing import Document, Sample
+from nanovlm_fast.packing import IGNORE, Document, Sample
 
 FORMAT = 1  # of rows and manifest
 AGAIN = "run the command that prepared it again: it makes only what is missing"
@@ -90,6 +92,18 @@ def checksum(row: dict[str, Any]) -> int:
     return crc
 
 
+def check_row(row: dict[str, Any], image_size: int, image_tokens: int) -> None:
+    """Raise ValueError for a row that no `row_of` writes, whatever its checksum: training would index past its end."""
+    lengths, rows, n_images = row["lengths"], row["image_rows"], len(row["images"]) // (3 * image_size**2)
+    whole = {int(lengths.sum(dtype=np.int64)), *(len(row[name]) for name in ("input_ids", "image_rows", "labels"))}
+    if len(whole) > 1 or (lengths < 0).any():
+        raise ValueError("its lengths do not add up")
+    if len(rows) and not (rows.min() >= -1 and rows.max() < n_images * image_tokens):
+        raise ValueError("it points at images that it has not")
+    if (row["input_ids"] < 0).any() or ((row["labels"] < 0) & (row["labels"] != IGNORE)).any():
+        raise ValueError("a token is negative")
+
+
 def documents_of(row: dict[str, Any], turns: list[tuple[str, str]]) -> list[Document]:
     """A row's documents: one a turn, or one with all turns."""
     ends = np.cumsum(row["lengths"]).tolist()
@@ -101,15 +115,22 @@ def documents_of(row: dict[str, Any], turns: list[tuple[str, str]]) -> list[Docu
     return [Document(ids[a:b], rows[a:b], labels[a:b], question) for a, b, question in cuts]
 
 
+def columns_of_a_shard() -> Any:
+    """The Arrow schema."""
+    import pyarrow as pa
+
+    numbers = pa.list_(pa.int32())
+    return pa.schema(
+        [("name", pa.string()), ("images", pa.large_binary()), ("input_ids", numbers), ("image_rows", numbers)]
+        + [("labels", numbers), ("lengths", numbers), ("turns", pa.string()), ("crc32", pa.uint32())]
+    )
+
+
 def write_shard(file: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Write rows of `row_of`; returns the shard's entry in the manifest."""
     import pyarrow as pa
 
-    numbers = pa.list_(pa.int32())
-    schema = pa.schema(
-        [("name", pa.string()), ("images", pa.large_binary()), ("input_ids", numbers), ("image_rows", numbers)]
-        + [("labels", numbers), ("lengths", numbers), ("turns", pa.string()), ("crc32", pa.uint32())]
-    )
+    schema = columns_of_a_shard()
 
     def write(temporary: Path) -> None:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
@@ -127,13 +148,30 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / "manifest.json"
     if not file.exists():
         raise FileNotFoundError(f"{folder} holds no prepared data (manifest.json): it was not prepared to its end")
+    manifest = read_json(file)
     try:
-        manifest = json.loads(file.read_text())
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}: prepare the data again")
+        for entry in manifest["shards"]:
+            check_entry(folder, entry)
+        how = manifest["processing"]
+        kinds = dict(vit_img_size=int, image_tokens=int, prompt=str, turns=str, tokenizer=str)
+        if wrong := [name for name, kind in kinds.items() if type(how[name]) is not kind or how[name] == 0]:
+            raise ValueError(f"processing: {', '.join(wrong)}")
+        if not isinstance(manifest["lm_tokenizer"], str):
+            raise ValueError("lm_tokenizer")
         return manifest
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not a manifest of prepared data: {error!r}") from error
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{file} is not a manifest of prepared data: {printable(repr(error))}") from error
+
+
+def check_entry(folder: Path, entry: dict[str, Any]) -> None:
+    """Raise an error if a shard's entry in the manifest is no such entry, or its file lies outside the folder."""
+    name, counts = entry["file"], [entry["samples"], entry["bytes"]]
+    if Path(name).name != name or not (folder / name).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"the file {name!r} lies outside the folder")
+    if not all(type(count) is int and 0 <= count < 2**62 for count in counts) or not isinstance(entry["sha256"], str):
+        raise ValueError(f"the entry of {name}")
 
 
 def misfit(folder: Path, entry: dict[str, Any]) -> str | None:
@@ -180,15 +218,20 @@ class Prepared:
         shard = int(np.searchsorted(self.ends, index, side="right"))
         row = int(index - (self.ends[shard - 1] if shard else 0))
         columns = self.shards.get(shard) or self.open(shard)
-        values = {name: column(row) for name, column in columns.items()}
-        if not self.checked[index]:
-            if checksum(values) != values["crc32"]:
-                file = self.folder / self.entries[shard]["file"]
-                raise DamagedShard(f"{file} is damaged: row {row} is not what was written. Delete the file and {AGAIN}")
-            self.checked[index] = True
-        turns = [(question, answer) for question, answer in json.loads(values["turns"])]
-        images = values["images"].reshape(-1, 3, self.size, self.size)
-        return Example(values["name"], images, turns, documents=documents_of(values, turns))
+        try:
+            values = {name: column(row) for name, column in columns.items()}
+            if not self.checked[index]:
+                if checksum(values) != values["crc32"]:
+                    raise ValueError("its checksum differs")
+                check_row(values, self.size, self.manifest["processing"]["image_tokens"])
+                self.checked[index] = True
+            turns = [(question, answer) for question, answer in json.loads(values["turns"])]
+            images = values["images"].reshape(-1, 3, self.size, self.size)
+            return Example(values["name"], images, turns, documents=documents_of(values, turns))
+        except (ValueError, TypeError, IndexError, RecursionError) as error:
+            file = self.folder / self.entries[shard]["file"]
+            wrong = f"{file} is damaged: row {row} is not what was written"
+            raise DamagedShard(f"{wrong}. Delete the file and {AGAIN}") from error
 
     def open(self, shard: int) -> dict[str, Any]:
         """The columns of a shard as functions of the row, which return views of the file."""
@@ -199,8 +242,12 @@ class Prepared:
             with pa.memory_map(str(file)) as mapped:  # its buffers keep the map when the file is closed
                 batch = pa.ipc.open_file(mapped).get_batch(0)
             batch.validate(full=True)
-        except (pa.ArrowInvalid, OSError) as error:
-            reason = str(error).splitlines()[0]
+            if not batch.schema.equals(columns_of_a_shard()) or len(batch) != self.entries[shard]["samples"]:
+                raise ValueError("its columns or rows are not those that were written")
+            if any(column.null_count for column in batch.columns):
+                raise ValueError("a value is missing")
+        except (pa.ArrowException, ValueError, OSError) as error:
+            reason = printable(str(error).splitlines()[0])
             raise DamagedShard(f"{file} is damaged: {reason}. Delete the file and {AGAIN}") from error
         self.shards[shard] = {name: reader(batch.column(name)) for name in batch.schema.names}
         return self.shards[shard]

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from nanovlm_fast.config import VLMConfig
+from nanovlm_fast.data.images import printable
 from nanovlm_fast.data.text import Tokenizer, Turn
 from nanovlm_fast.packing import Document
 
@@ -116,6 +117,13 @@ class Synthetic:
         return Example(f"synthetic/{self.split}/{index}", [Image.fromarray(pixels)], turns[: int(rng.integers(1, 4))])
 
 
+def text_of(value: Any) -> str:
+    """What a turn says, which may be a number. Raises ValueError for what no tokenizer takes: half a surrogate pair."""
+    if not isinstance(value, (str, int, float)):
+        raise TypeError(f"value must be text, not {type(value).__name__}")
+    return str(value).encode().decode()
+
+
 class JsonLines:
     """A folder with `train.jsonl`, optionally `test.jsonl`, and images, in LLaVA's conversation format.
 
@@ -131,9 +139,9 @@ class JsonLines:
         self.folder, self.file = folder.resolve(), folder / f"{split}.jsonl"
         if not self.file.exists():
             raise FileNotFoundError(f"--data jsonl:{folder}: there is no {self.file}")
-        content = self.file.read_text()
-        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
-        self.lines = [(n, line) for n, line in enumerate(content.splitlines(), 1) if line.strip()]
+        content = self.file.read_bytes()  # decoded line by line: one that is no UTF-8 is a bad record, not the end
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.lines = [(n, line) for n, line in enumerate(content.split(b"\n"), 1) if line.strip()]
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -142,15 +150,16 @@ class JsonLines:
         number, line = self.lines[index]
         where = f"{self.file}:{number}"
         try:
-            record = json.loads(line)
+            record = json.loads(line.decode())
             names = record.get("image") or []
-            images = [self.folder / name for name in ([names] if isinstance(names, str) else names)]
-            turns = [(turn["from"], str(turn["value"])) for turn in record["conversations"]]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{where}: not a record in LLaVA's conversation format ({error!r})") from error
-        for path in images:
-            if not path.resolve().is_relative_to(self.folder):
-                raise ValueError(f"{where}: image {path} lies outside {self.folder}")
+            images = [self.folder / name for name in ([names] if isinstance(names, str) else [*names])]
+            turns = [(turn["from"], text_of(turn["value"])) for turn in record["conversations"]]
+            outside = [path for path in dict.fromkeys(images) if not path.resolve().is_relative_to(self.folder)]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
+            reason = printable(repr(error))  # the last two: nested too deep, and a link to itself
+            raise ValueError(f"{where}: not a record in LLaVA's conversation format ({reason})") from error
+        if outside:
+            raise ValueError(f"{where}: image {printable(str(outside[0]))} lies outside {self.folder}")
         marks = sum(value.count("<image>") for _, value in turns)
         if marks not in (0, len(images)):
             raise ValueError(f"{where}: {marks} times <image> for {len(images)} images")
@@ -158,7 +167,7 @@ class JsonLines:
             turns = turns[1:]
         roles = [self.ASKS, self.ANSWERS] * (len(turns) // 2)
         if not turns or len(turns) % 2 or any(who not in role for (who, _), role in zip(turns, roles, strict=True)):
-            found = ", ".join(who for who, _ in turns)
+            found = printable(", ".join(str(who) for who, _ in turns))
             raise ValueError(f"{where}: conversations must alternate human and gpt, found: {found or 'nothing'}")
         values = [value.replace("<image>", "").strip() for _, value in turns]
         return Example(where, images, list(zip(values[::2], values[1::2], strict=True)))

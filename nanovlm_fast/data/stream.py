@@ -40,10 +40,11 @@ def make_sample(example: Example, image_size: int, text: TextProcessor) -> Sampl
     example = example.first() if text.mode == "first" else example
     try:
         images = [load_image(image, image_size) for image in example.images]
+        documents = text.documents(example.turns, len(images))
     except ValueError as error:
         raise ValueError(f"{example.name}: {error}") from error
     stacked = np.stack(images) if images else np.zeros((0, 3, image_size, image_size), np.uint8)
-    return Sample(example.name, stacked, text.documents(example.turns, len(images)))
+    return Sample(example.name, stacked, documents)
 
 
 class SampleLoader:
@@ -89,6 +90,9 @@ class SampleLoader:
         example = self.source[index]
         if example.documents is not None:  # prepared: nothing that a cache could save
             return Sample(example.name, example.images, example.documents)
+        room = self.model.lm_max_position_embeddings // self.model.image_tokens  # decoded, thousands would fill memory
+        if self.text.mode != "first" and len(example.images) > room:
+            raise ValueError(f"{example.name}: {len(example.images)} images, the model's longest document has {room}")
         sample = make_sample(example, self.model.vit_img_size, self.text)
         needed = sample.images.nbytes + 20 * sample.tokens  # ids, rows and labels of a token
         if needed <= self.cache_room:

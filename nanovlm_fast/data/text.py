@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer as BaseTokenizer
 
+from nanovlm_fast.config import read_json
+from nanovlm_fast.data.images import printable
 from nanovlm_fast.packing import IGNORE, Document
 
 EOS = "<|endoftext|>"
@@ -28,7 +30,8 @@ class Tokenizer:
         base.no_truncation()
 
     def __len__(self) -> int:
-        return self.base.get_vocab_size()
+        """Rows that an embedding of its ids needs."""
+        return max(self.base.get_vocab().values(), default=-1) + 1
 
     @property
     def fingerprint(self) -> str:
@@ -55,17 +58,15 @@ class Tokenizer:
         """Read what `save` (or transformers) wrote. Raises FileNotFoundError without a tokenizer.json."""
         if not (folder / "tokenizer.json").exists():
             raise FileNotFoundError(f"{folder} has no tokenizer.json; --lm-tokenizer names another tokenizer")
-        config = folder / "tokenizer_config.json"
+        file, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+        eos = read_json(config).get("eos_token", EOS) if config.exists() else EOS
+        eos = eos.get("content") if isinstance(eos, dict) else eos
+        if not isinstance(eos, str):
+            raise ValueError(f"{config} is damaged: its eos_token is {printable(repr(eos))}")
         try:
-            eos = json.loads(config.read_text()).get("eos_token", EOS) if config.exists() else EOS
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{config} is damaged: {error}") from error
-        eos = eos["content"] if isinstance(eos, dict) else eos
-        try:
-            base = BaseTokenizer.from_file(str(folder / "tokenizer.json"))
+            return Tokenizer(BaseTokenizer.from_file(str(file)), eos)
         except Exception as error:  # tokenizers raises nothing narrower
-            raise ValueError(f"{folder / 'tokenizer.json'} is damaged: {error}") from error
-        return Tokenizer(base, eos)
+            raise ValueError(f"{file} is damaged: {printable(str(error))}") from error
 
     @staticmethod
     def from_hub(name: str) -> Tokenizer:
@@ -75,7 +76,7 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            loaded = AutoTokenizer.from_pretrained(name)
+            loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # left out, it asks
         except OSError as error:
             raise OSError(
                 f"tokenizer {name!r} could not be loaded from the Hugging Face hub. Give a local folder with its "
