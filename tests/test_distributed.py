@@ -6,7 +6,6 @@ import json
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import run_python
@@ -70,7 +69,7 @@ def alone(tmp_path_factory):
         (4, "--workers 1", 4),
         (2, "--workers 2 --accumulate 2", 4),
         (2, "--workers 1 --shard", 2),
-        (2, "--workers 2 --accumulate 2 --shard --clip 1e9", 4),
+        (2, "--workers 2 --accumulate 2 --shard", 4),
     ],
 )
 def test_ranks_train_the_same_parameters_as_one_process(tmp_path, alone, processes, options, micro_batches):
@@ -182,7 +181,3 @@ def test_compiled_ranks_learn_what_eager_ranks_learn(tmp_path, options):
 def test_sharding_and_muon_are_refused_together(tmp_path):
     result = run_python("train.py", *SMALL, "--out", str(tmp_path / "run"), "--shard", "--optimizer", "muon")
     assert result.returncode == 2 and "--shard splits the matrices" in result.stderr
-
-
-def test_whole_numbers_survive_the_agreement():
-    assert np.float64(2**53 - 1) == 2**53 - 1
