@@ -228,13 +228,15 @@ def batches_of(stream: PackedStream, pin_memory: bool = False, lives: int = 3) -
                 yield batch
                 stream.states = advance(stream.states, batch)
             return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, EOFError, ConnectionError) as error:  # the latter: a batch that it was handing over
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             lives -= 1
             if lives < 0:
                 raise OSError(f"loader workers die again and again, the last: {error}") from error
-            print(f"warning: {error}; new workers go on from the same batch")
+            print(
+                f"warning: {str(error) or 'a loader worker died over a batch'}; new workers go on from the same batch"
+            )
 
 
 def loader(stream: PackedStream, pin_memory: bool = False) -> DataLoader:
