@@ -98,6 +98,8 @@ class Trainer:
             raise ValueError(
                 f"{self.world.size} processes cannot share {self.state['micro_batches']} micro-batches a step"
             )
+        if config.compile == "reduce-overhead" and self.world.size > 1:
+            raise ValueError("--compile reduce-overhead is for one process; several take --compile default")
         self.watchdog.pause()  # weights may come from far away
         self.make_model(model_config, checkpoint)
         self.world.barrier()  # all have read the configuration of the run

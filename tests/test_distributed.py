@@ -67,7 +67,6 @@ def alone(tmp_path_factory):
     [
         (2, "--workers 1", 2),
         (4, "--workers 1", 4),
-        (2, "--workers 2 --accumulate 2", 4),
         (2, "--workers 1 --shard", 2),
         (2, "--workers 2 --accumulate 2 --shard", 4),
     ],
@@ -80,8 +79,7 @@ def test_ranks_train_the_same_parameters_as_one_process(tmp_path, alone, process
     assert losses(ours) == pytest.approx(losses(theirs), rel=1e-6)
     state, single = (json.loads((r / "last" / "state.json").read_text()) for r in (ours, theirs))
     assert state["stream"] == single["stream"] and state["examples"] == single["examples"]
-    start_weights = run(tmp_path / "start", 1, "--optimizer adamw --max-steps 1 --lr-vision 0 --lr-language 0")
-    assert distance(ours, start_weights) > 1e-3, "nothing was learnt, so nothing could differ"
+    assert losses(ours)[STEPS] < losses(ours)[1] - 1, "nothing was learnt, so nothing could differ"
 
 
 def test_muon_replicated_follows_one_process(tmp_path):
@@ -148,18 +146,16 @@ def test_ranks_that_run_out_of_data_wait_for_nobody(tmp_path, options):
     assert losses(out)[state["step"]] < losses(out)[1]
 
 
-@pytest.mark.parametrize("shard", ["", "--shard"])
-def test_a_checkpoint_loads_on_another_number_of_ranks(tmp_path, shard):
-    """Two ranks, then one, then four, then two, some of them sharded: as four micro-batches a step always were."""
-    options = f"--optimizer adamw --max-steps {STEPS} --workers 2 --accumulate 2"
-    plain = run(tmp_path / "plain", 2, options)
-    moved = run(tmp_path / "moved", 2, f"{options} --max-steps 5 --warmup 0 --min-lr 1 {shard}")
-    reference = run(tmp_path / "reference", 2, f"{options} --warmup 0 --min-lr 1")
-    for processes, end, more in ((1, 10, ""), (4, 15, shard), (2, STEPS, "")):
-        run(moved, processes, f"{options} --warmup 0 --min-lr 1 --max-steps {end} --resume {more}")
-    assert losses(moved) == pytest.approx(losses(reference), rel=1e-6)
-    assert distance(moved, reference) < 1e-6
-    assert distance(moved, plain) > 1e-4
+def test_a_checkpoint_loads_on_another_number_of_ranks(tmp_path):
+    """Two ranks, then one, then four that shard, then two: four micro-batches a step throughout."""
+    options = "--optimizer adamw --workers 2 --accumulate 2 --warmup 0 --min-lr 1"
+    still = run(tmp_path / "still", 2, f"{options} --max-steps {STEPS}")
+    moved = run(tmp_path / "moved", 2, f"{options} --max-steps 5")
+    for processes, end, more in ((1, 10, ""), (4, 15, "--shard"), (2, STEPS, "--no-shard")):
+        run(moved, processes, f"{options} --max-steps {end} --resume {more}")
+    assert losses(moved) == pytest.approx(losses(still), rel=1e-6)
+    assert distance(moved, still) < 1e-6
+    assert losses(moved)[STEPS] < losses(moved)[1] - 1
 
 
 def test_a_number_of_processes_that_does_not_fit_the_run_is_one_clear_error(tmp_path):
