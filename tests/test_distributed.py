@@ -151,7 +151,7 @@ def test_a_checkpoint_loads_on_another_number_of_ranks(tmp_path):
     options = "--optimizer adamw --workers 2 --accumulate 2 --warmup 0 --min-lr 1"
     still = run(tmp_path / "still", 2, f"{options} --max-steps {STEPS}")
     moved = run(tmp_path / "moved", 2, f"{options} --max-steps 5")
-    for processes, end, more in ((1, 10, ""), (4, 15, "--shard"), (2, STEPS, "--no-shard")):
+    for processes, end, more in ((1, 10, ""), (4, 15, "--shard"), (2, STEPS, "--shard False")):
         run(moved, processes, f"{options} --max-steps {end} --resume {more}")
     assert losses(moved) == pytest.approx(losses(still), rel=1e-6)
     assert distance(moved, still) < 1e-6

@@ -177,10 +177,11 @@ def test_ranks_that_wait_for_a_hung_rank_end_too(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("processes", [1, 2])
-def test_25_kills_leave_no_trace(tmp_path, processes):
-    result = reliability.kills(tmp_path, processes, count=25, steps=300)
-    assert result["kills"] == 25 and result["losses_equal"] and result["in_a_save"] >= 4
+@pytest.mark.parametrize(("processes", "count"), [(1, 13), (2, 12)])
+def test_25_kills_leave_no_trace(tmp_path, processes, count):
+    """`python -m bench.reliability` takes 25 each."""
+    result = reliability.kills(tmp_path, processes, count, steps=150)
+    assert result["kills"] == count and result["losses_equal"] and result["in_a_save"] >= 2
 
 
 @pytest.mark.slow
