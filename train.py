@@ -59,12 +59,14 @@ class Trainer:
         self.born, self.world = time.perf_counter(), world or World()
         self.run = Path(config.out)
         self.watchdog = Watchdog(config.hang_timeout, self.run, self.world.rank)
-        self.watchdog.beat("reading the data set")
+        self.watchdog.pause()  # data and weights may come from far away
         source = load_source(config.data, "train")
         self.train_source, self.val_source = split_off(source, config.val_samples, config.seed)
         check_run_folder(self.run, config)
         self.benchmark = load_source(config.eval, "test") if config.eval else None
         self.device = pick_device(self.world.device(config.device))
+        if self.device.index is not None:
+            torch.cuda.set_device(self.device)  # events are the current device's
         self.dtype = pick_dtype(config.dtype, self.device)
         self.autocast = autocast_to(self.dtype, self.device)
         if config.deterministic:
@@ -72,7 +74,9 @@ class Trainer:
         self.tokenizer = self.load_tokenizer(model_config, config)
         text = TextProcessor(self.tokenizer, model_config.prompt, model_config.image_tokens, config.turns)
         load = SampleLoader(self.train_source, model_config, config, text)
+        self.watchdog.beat("measuring the budgets on the data")
         budget = measure_budget(load, config)
+        self.watchdog.pause()
         # sizes measured now are the run's from here on: a resume must not measure again
         self.config = config = dataclasses.replace(
             config,
@@ -81,7 +85,9 @@ class Trainer:
             labels_per_batch=budget.labels,
             max_seqlen=budget.max_seqlen,
         )
-        checkpoint = newest_checkpoint(self.run) if config.resume else None
+        newest = newest_checkpoint(self.run) if config.resume else None
+        newest = self.world.gather(str(newest) if newest else None)[0]  # the first rank's view of a shared file system
+        checkpoint = Path(newest) if newest else None
         self.state = {
             "step": 0, "examples": 0, "bad": {}, "too_long": 0, "seconds": 0.0, "tokens": 0, "capacity": 0,
             "evaluated": 0, "best_step": None, "best_accuracy": -1.0, "interval": None, "spikes": None,
@@ -100,7 +106,6 @@ class Trainer:
             )
         if config.compile == "reduce-overhead" and self.world.size > 1:
             raise ValueError("--compile reduce-overhead is for one process; several take --compile default")
-        self.watchdog.pause()  # weights may come from far away
         self.make_model(model_config, checkpoint)
         self.world.barrier()  # all have read the configuration of the run
         # nothing was written or deleted until here: a command that cannot start leaves everything as it was
@@ -191,14 +196,19 @@ class Trainer:
                 elif config.save_every and state["step"] % config.save_every == 0:
                     self.save()
                 if self.stopping or (alone and self.interrupted):
-                    self.save()
-                    self.wait_for_checkpoint()
-                    self.journal.say(
-                        f"interrupted at step {state['step']}: saved; go on with --resume --out {self.run}"
-                    )
-                    raise SystemExit(SAVED)
+                    self.stop()
         self.validate()
+        if self.world.sum([self.interrupted])[0]:
+            self.stop()
         self.wait_for_checkpoint()
+
+    def stop(self) -> None:
+        """Save and leave, for a signal. The ranks leave together: torchrun ends all when it sees that one has."""
+        self.save()
+        self.checkpoints.wait()
+        self.world.barrier()
+        self.journal.say(f"interrupted at step {self.state['step']}: saved; go on with --resume --out {self.run}")
+        raise SystemExit(SAVED)
 
     def warm_up(self) -> None:
         """Compile, load kernels, try the memory, and the first reduction, on made-up data, before the clock starts."""
@@ -221,9 +231,15 @@ class Trainer:
         return {f"lr_{group['name']}": group["lr"] for o in self.optimizers for group in o.param_groups}
 
     def interrupt(self, signum: int, _frame: object) -> None:
-        """Signal handler: save after this step and stop; a second signal stops at once."""
-        self.interrupted = True
-        signal.signal(signum, signal.SIG_DFL)
+        """Signal handler: save after this step and stop; again, over five seconds later, stops at once.
+
+        Not sooner: a scheduler's signal reaches a rank twice, from it and from torchrun.
+        """
+        if self.interrupted and time.monotonic() - self.asked > 5:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+        elif not self.interrupted:
+            self.interrupted, self.asked = True, time.monotonic()
 
     def optimizer_step(self, micro_batches: list[PackedBatch], n_labels: int, lr: float) -> None:
         """Forward and backward of every micro-batch, then one update: the mean loss over the labelled tokens of all.
@@ -320,7 +336,8 @@ class Trainer:
             with self.autocast():
                 scores = score(model, self.tokenizer, self.val_source, self.benchmark, self.config, state)
             self.journal.write({"step": state["step"], **scores, "seconds": round(state["seconds"], 3)})
-        self.world.barrier()
+        scored = {name: state[name] for name in ("bad", "best_step", "best_accuracy", "eval") if name in state}
+        state |= self.world.gather(scored)[0]
         self.save()
 
     def save(self) -> None:

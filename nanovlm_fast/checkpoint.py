@@ -169,7 +169,8 @@ class Checkpointer:
 
     def __init__(self, run: Path, tokenizer: Tokenizer, keep: int = 1, first: bool = True, saved: int | None = None):
         self.run, self.tokenizer, self.keep, self.first, self.saved = run, tokenizer, keep, first, saved
-        self.host: dict[str, Tensor] = {}  # the copies
+        self.host: dict[str, Tensor] = {}  # the copies, by name
+        self.copied: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}  # of the step that was saved last
         self.writer: threading.Thread | None = None
         self.error: Exception | None = None
 
@@ -188,12 +189,9 @@ class Checkpointer:
         """
         self.wait()
         text, again, self.saved = json.dumps(state), self.saved == state["step"], state["step"]
-        if again:  # only the state may have changed
-            weights, others = {}, {}
-        else:
-            weights, others = (
-                {named[0]: self._copy(named) for named in tensors.items()} for tensors in tensors_of(model, optimizers)
-            )
+        if not again:  # or only the state may have changed
+            weights, others = tensors_of(model, optimizers)
+            self.copied = self._copies(weights), self._copies(others)
         if not self.first:
             return
         copied = torch.cuda.Event() if torch.cuda.is_available() else None
@@ -205,7 +203,7 @@ class Checkpointer:
                 if copied:
                     copied.synchronize()
                 write_checkpoint(
-                    self.run, model, self.tokenizer, weights, others, {**json.loads(text), **late()}, self.keep, advice
+                    self.run, model, self.tokenizer, *self.copied, {**json.loads(text), **late()}, self.keep, advice
                 )
             except Exception as error:  # the loop's to raise
                 self.error = error
@@ -222,14 +220,15 @@ class Checkpointer:
             self.error = None
             raise error
 
-    def _copy(self, named: tuple[str, Tensor]) -> Tensor:
-        name, tensor = named
-        tensor = whole(tensor.detach())
-        if not self.first:
-            return torch.empty(0)
-        if name not in self.host:
-            self.host[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        return self.host[name].copy_(tensor, non_blocking=True)
+    def _copies(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        copies = {}
+        for name, tensor in tensors.items():
+            tensor = whole(tensor.detach())  # all ranks
+            if self.first:
+                if name not in self.host:
+                    self.host[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+                copies[name] = self.host[name].copy_(tensor, non_blocking=True)
+        return copies
 
 
 def save_checkpoint(
@@ -308,6 +307,8 @@ def write_checkpoint(
         else:
             os.replace(temporary, target)
         best = step_folder(run, state["best_step"]) if state.get("best_step") is not None else None
+        if best and not best.exists():  # it could not be written: the one before it stays
+            best = (run / "best").resolve() if (run / "best").exists() else None
         _link(run / "last", target)
         if best == target:
             _link(run / "best", target)

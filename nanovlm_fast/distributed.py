@@ -8,11 +8,14 @@ still compute the step before; nothing waits for a device.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import inspect
 import json
 import os
+import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -45,13 +48,17 @@ class World:
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             return cls()
         rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        if size > 1 and device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"--device {device}: each of {size} processes has a GPU of its own: --device cuda")
+        _end_with_parent()
         on_gpu = device != "cpu" and torch.cuda.is_available()
         if on_gpu:
             if local >= torch.cuda.device_count():
                 raise ValueError(f"process {local} of this machine has no GPU: it has {torch.cuda.device_count()}")
             torch.cuda.set_device(local)
         if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+            dist.init_process_group(backend, timeout=HOST_TIMEOUT)  # what hangs is the watchdog's to report
         return cls(rank, size, local, dist.new_group(backend="gloo", timeout=HOST_TIMEOUT))
 
     @property
@@ -69,7 +76,8 @@ class World:
         if self.size == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total, group=self.host)
+        with _others_are_there():
+            dist.all_reduce(total, group=self.host)
         return total.tolist()
 
     def gather(self, value: Any) -> list[Any]:
@@ -78,11 +86,12 @@ class World:
             return [value]
         text = torch.from_numpy(np.frombuffer(json.dumps(value).encode(), np.uint8).copy())
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor([len(text)]), group=self.host)
-        padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
-        padded[: len(text)] = text
-        texts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(texts, padded, group=self.host)
+        with _others_are_there():
+            dist.all_gather(sizes, torch.tensor([len(text)]), group=self.host)
+            padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
+            padded[: len(text)] = text
+            texts = [torch.empty_like(padded) for _ in sizes]
+            dist.all_gather(texts, padded, group=self.host)
         return [json.loads(bytes(t[: int(n)].numpy())) for t, n in zip(texts, sizes, strict=True)]
 
     def barrier(self) -> None:
@@ -90,8 +99,22 @@ class World:
         self.sum([0])
 
     def leave(self) -> None:
-        if self.size > 1 and dist.is_initialized():
+        if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _others_are_there() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # gloo's, of a connection that closed
+        raise ConnectionError(f"another rank ended, see what it said last ({str(error).splitlines()[0]})") from error
+
+
+def _end_with_parent() -> None:
+    """A rank whose torchrun was killed is killed too (Linux): the next start would find it writing in its folder."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def shard_model(model: nn.Module, compile_blocks: bool) -> None:
@@ -100,6 +123,7 @@ def shard_model(model: nn.Module, compile_blocks: bool) -> None:
     A block's weights are whole only while it computes; they stay float32, and so does what travels. `compile_blocks`
     compiles block by block: FSDP's hooks, which fetch and free weights, run between them.
     """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     blocks = [*model.vision_encoder.blocks, *model.decoder.blocks]
@@ -108,9 +132,10 @@ def shard_model(model: nn.Module, compile_blocks: bool) -> None:
         for block in blocks:
             block.compile(fullgraph=True, dynamic=False)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing is changed in place
+    mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
     for block in blocks:
-        fully_shard(block)
-    fully_shard(model)
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def replicate(model: nn.Module, step_model: Any, recompute: bool) -> nn.parallel.DistributedDataParallel:

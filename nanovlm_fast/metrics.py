@@ -151,7 +151,7 @@ class StepStats:
         `skipped_in_a_row` (at most), `losses` (of each step, a labelled token), and `kept`, to go on from.
         """
         losses = torch.stack(self.losses) if self.losses else self.norm.new_zeros(0)
-        if self.world.size > 1:
+        if self.world.size > 1 and self.losses:
             dist.all_reduce(losses)
         values = torch.cat([self.norm[None], self.skipped, losses])
         host = torch.empty(len(values), dtype=values.dtype, pin_memory=values.is_cuda).copy_(values, non_blocking=True)

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from nanovlm_fast.config import VLMConfig
@@ -55,6 +56,8 @@ def warm_up(
         if not fits:
             torch._dynamo.reset()  # recorded graphs hold memory too
             gc.collect()
+            if dist.is_initialized():  # a smaller attempt would need all ranks
+                raise ValueError(f"out of memory: lower --tokens-per-batch {budget.tokens}, or take --recompute blocks")
             raise ValueError(_smaller(model, budget, autocast))
 
 

@@ -229,7 +229,8 @@ def batches_of(stream: PackedStream, pin_memory: bool = False, lives: int = 3) -
                 stream.states = advance(stream.states, batch)
             return
         except (RuntimeError, EOFError, ConnectionError) as error:  # the latter: a batch that it was handing over
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            died = any(what in str(error) for what in ("DataLoader worker", "Pin memory thread"))
+            if isinstance(error, RuntimeError) and not died:
                 raise
             lives -= 1
             if lives < 0:
