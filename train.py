@@ -9,18 +9,16 @@ from __future__ import annotations
 import dataclasses
 import gc
 import shutil
-import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nanovlm_fast.backbones import load_pretrained_weights
-from nanovlm_fast.checkpoint import Checkpointer, load_training_state, load_weights, newest_checkpoint, read_state
+from nanovlm_fast.build import build
+from nanovlm_fast.checkpoint import Checkpointer, newest_checkpoint, read_state
 from nanovlm_fast.config import TrainConfig, VLMConfig, check_run_folder, holds_run, parse_config, save_run_config
 from nanovlm_fast.data.sources import load_source, make_tokenizer, split_off
 from nanovlm_fast.data.stream import (
@@ -36,20 +34,16 @@ from nanovlm_fast.data.stream import (
 )
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
 from nanovlm_fast.device import autocast_to, be_deterministic, pick_device, pick_dtype
-from nanovlm_fast.distributed import World, reducing, replicate, shard_model, unsharded, whole
+from nanovlm_fast.distributed import World, reducing, unsharded, whole
 from nanovlm_fast.journal import Journal, Stopped
 from nanovlm_fast.metrics import Meter, StepStats, peak_flops, summary_table
-from nanovlm_fast.model import VisionLanguageModel
-from nanovlm_fast.ops import choose_ops
-from nanovlm_fast.optim import lr_factor, make_optimizers, set_lr, skip_if_not_finite
+from nanovlm_fast.optim import lr_factor, set_lr, skip_if_not_finite
 from nanovlm_fast.packing import PackedBatch, pack
 from nanovlm_fast.plan import plan
+from nanovlm_fast.signals import SAVED, Signals
 from nanovlm_fast.summary import score, summarise
 from nanovlm_fast.warmup import warm_up
 from nanovlm_fast.watchdog import Watchdog
-
-SAVED = 75  # exit code of a run that a signal ended: all is saved, --auto-resume goes on
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Trainer:
@@ -102,11 +96,10 @@ class Trainer:
         self.accumulate, uneven = divmod(self.state["micro_batches"], self.world.size)
         if uneven:
             raise ValueError(
-                f"{self.world.size} processes cannot share {self.state['micro_batches']} micro-batches a step"
+                f"{self.world.size} processes cannot share a step's {self.state['micro_batches']} micro-batches"
             )
-        if config.compile == "reduce-overhead" and self.world.size > 1:
-            raise ValueError("--compile reduce-overhead is for one process; several take --compile default")
-        self.make_model(model_config, checkpoint)
+        built = build(model_config, config, self.device, self.dtype, self.world, checkpoint)
+        self.model, self.optimizers, self.step_model = built
         self.world.barrier()  # all have read the configuration of the run
         # nothing was written or deleted until here: a command that cannot start leaves everything as it was
         if self.world.first:
@@ -117,41 +110,17 @@ class Trainer:
             self.tokenizer.save(self.run)
         self.world.barrier()
         self.journal = Journal(self.run, model_config, config, self.state, self.world)
-        processes = f" · {self.world.size} processes, {'sharded' if config.shard else 'replicated'}"
-        say, size = self.journal.say, self.world.size
-        say(f"device: {self.device}, {str(self.dtype)[6:]} · compile: {config.compile} · {self.model.ops}"
-            + processes * (size > 1))  # fmt: skip
+        how = f"{str(self.dtype)[6:]} · compile: {config.compile} · {self.model.ops}{self.world}"
+        self.journal.say(f"device: {self.device}, {how}")
         if checkpoint:
-            say(f"resuming {self.run} after step {self.state['step']}")
+            self.journal.say(f"resuming {self.run} after step {self.state['step']}")
         saved = self.state["step"] if checkpoint else None
         self.checkpoints = Checkpointer(self.run, self.tokenizer, config.keep_checkpoints, self.world.first, saved)
         self.stats = StepStats(self.device, self.world, self.state["interval"])
         self.stream = PackedStream(load, budget, self.state["stream"], self.state["micro_batches"])
         self.total = self.stream.total  # examples
         self.unlabelled = 0  # examples since the last label
-        self.interrupted = self.stopping = False
-
-    def make_model(self, model_config: VLMConfig, checkpoint: Path | None) -> None:
-        """`model`, `optimizers`, and `step_model`: the model as the step runs it, compiled, replicated, sharded."""
-        config, world = self.config, self.world
-        torch.manual_seed(config.seed)
-        ops = choose_ops(config.kernels, self.device, config.attention, self.dtype, config.recompute)
-        self.model = VisionLanguageModel(model_config, ops).to(self.device)
-        if checkpoint:
-            load_weights(checkpoint, self.model)
-        else:
-            load_pretrained_weights(self.model, config)
-        sharded = config.shard and world.size > 1
-        if sharded:
-            shard_model(self.model, config.compile != "none")
-        self.optimizers = make_optimizers(self.model, config)
-        if checkpoint:
-            load_training_state(checkpoint, self.model, self.optimizers)
-        self.step_model: Callable[[PackedBatch], Tensor] = self.model
-        if config.compile != "none" and not sharded:
-            self.step_model = torch.compile(self.model, fullgraph=True, dynamic=False, mode=config.compile)
-        if world.size > 1 and not sharded:
-            self.step_model = replicate(self.model, self.step_model, config.recompute != "none")
+        self.signals, self.stopping = Signals(), False
 
     def load_tokenizer(self, model: VLMConfig, config: TrainConfig) -> Tokenizer:
         """A resumed run's own, or a new one."""
@@ -188,17 +157,17 @@ class Trainer:
                 bar.update(state[done] - bar.n)
                 if state["step"] % config.log_every == 0:
                     self.journal.finish_line(bar)
-                    self.journal.begin_line(meter.read(feed.waited(), self.world), lr, self.rates(), self.stats)
+                    self.journal.begin_line(meter.read(feed.waited(), self.world), lr, self.optimizers, self.stats)
                 if config.eval_every and state["step"] % config.eval_every == 0:
                     self.validate()
                     started = time.perf_counter() - state["seconds"]  # that was not training time
                     meter.reset()
                 elif config.save_every and state["step"] % config.save_every == 0:
                     self.save()
-                if self.stopping or (alone and self.interrupted):
+                if self.stopping or (alone and self.signals.came):
                     self.stop()
         self.validate()
-        if self.world.sum([self.interrupted])[0]:
+        if self.world.sum([self.signals.came])[0]:
             self.stop()
         self.wait_for_checkpoint()
 
@@ -226,20 +195,6 @@ class Trainer:
     def make_meter(self) -> Meter:
         frozen = [name for name, part in self.model.named_children() if not next(part.parameters()).requires_grad]
         return Meter(self.model.config, peak_flops(self.device, self.dtype), frozen)
-
-    def rates(self) -> dict[str, float]:
-        return {f"lr_{group['name']}": group["lr"] for o in self.optimizers for group in o.param_groups}
-
-    def interrupt(self, signum: int, _frame: object) -> None:
-        """Signal handler: save after this step and stop; again, over five seconds later, stops at once.
-
-        Not sooner: a scheduler's signal reaches a rank twice, from it and from torchrun.
-        """
-        if self.interrupted and time.monotonic() - self.asked > 5:
-            signal.signal(signum, signal.SIG_DFL)
-            signal.raise_signal(signum)
-        elif not self.interrupted:
-            self.interrupted, self.asked = True, time.monotonic()
 
     def optimizer_step(self, micro_batches: list[PackedBatch], n_labels: int, lr: float) -> None:
         """Forward and backward of every micro-batch, then one update: the mean loss over the labelled tokens of all.
@@ -308,7 +263,7 @@ class Trainer:
         mine = [
             sum(batch.n_labels for batch in micro_batches),
             len(self.journal.unheard),
-            self.interrupted,
+            self.signals.came,
             *self.taken,
         ]
         n_labels, unheard, signals, *taken = (int(value) for value in self.world.sum(mine))
@@ -383,11 +338,9 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         world = World.join(config.device)
         trainer = Trainer(model_config, config, world)
-        for signum in SIGNALS:
-            signal.signal(signum, trainer.interrupt)
+        trainer.signals.listen()
         trainer.train()
-        for signum in SIGNALS:  # everything is saved: nothing is lost by stopping now
-            signal.signal(signum, lambda *_: sys.exit(0))
+        trainer.signals.leave_at_once()
         trainer.finish()
         world.leave()
     except (OSError, ValueError, Stopped) as error:

@@ -61,6 +61,9 @@ class World:
             dist.init_process_group(backend, timeout=HOST_TIMEOUT)  # what hangs is the watchdog's to report
         return cls(rank, size, local, dist.new_group(backend="gloo", timeout=HOST_TIMEOUT))
 
+    def __str__(self) -> str:
+        return f" · {self.size} processes" if self.size > 1 else ""
+
     @property
     def first(self) -> bool:
         """Whether this is the process that writes."""

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from nanovlm_fast.checkpoint import newest_checkpoint
@@ -59,9 +60,11 @@ class Journal:
         if self.wandb and "skipped" not in values and "spike" not in values:
             self.wandb.log(values, step=values["step"])
 
-    def begin_line(self, speed: dict[str, float], lr: float, rates: dict[str, float], stats: StepStats) -> None:
+    def begin_line(
+        self, speed: dict[str, float], lr: float, optimizers: list[torch.optim.Optimizer], stats: StepStats
+    ) -> None:
         """The interval that ends now becomes a line once its loss has arrived."""
-        state = self.state
+        state, rates = self.state, {f"lr_{g['name']}": g["lr"] for o in optimizers for g in o.param_groups}
         values = {"step": state["step"], "loss": None, "lr": lr, **rates}
         values |= {"seconds": round(state["seconds"], 3), "examples": state["examples"], **speed}
         self.pending = values, stats.take()
