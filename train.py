@@ -93,11 +93,10 @@ class Trainer:
             if missing := begun.keys() - self.state.keys():
                 raise ValueError(f"{checkpoint / 'state.json'}: no {', '.join(sorted(missing))}: of another version?")
         self.state["stream"] = deal(self.state["stream"], self.world.rank, self.world.size)
-        self.accumulate, uneven = divmod(self.state["micro_batches"], self.world.size)
+        micro_batches = self.state["micro_batches"]
+        self.accumulate, uneven = divmod(micro_batches, self.world.size)
         if uneven:
-            raise ValueError(
-                f"{self.world.size} processes cannot share a step's {self.state['micro_batches']} micro-batches"
-            )
+            raise ValueError(f"{self.world.size} processes cannot share {micro_batches} micro-batches a step")
         built = build(model_config, config, self.device, self.dtype, self.world, checkpoint)
         self.model, self.optimizers, self.step_model = built
         self.world.barrier()  # all have read the configuration of the run
@@ -303,9 +302,7 @@ class Trainer:
         state = {**self.state, "stream": undeal(self.world.gather(self.state["stream"]))}
         advice = self.journal.advice(state["step"], lr)
         self.wait_for_checkpoint()
-        self.checkpoints.save(
-            self.model, self.optimizers, state, late=lambda: {"interval": stats()["kept"]}, advice=advice
-        )
+        self.checkpoints.save(self.model, self.optimizers, state, lambda: {"interval": stats()["kept"]}, advice)
         gc.collect()
 
     def wait_for_checkpoint(self) -> None:
