@@ -118,7 +118,7 @@ class Trainer:
         self.stats = StepStats(self.device, self.world, self.state["interval"])
         self.stream = PackedStream(load, budget, self.state["stream"], self.state["micro_batches"])
         self.total = self.stream.total  # examples
-        self.unlabelled = 0  # examples since the last label
+        self.unlabelled, self.taken = 0, [0, 0, 0]  # examples since the last label; of a step, see `next_batches`
         self.signals, self.stopping = Signals(), False
 
     def load_tokenizer(self, model: VLMConfig, config: TrainConfig) -> Tokenizer:

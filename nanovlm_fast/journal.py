@@ -77,6 +77,7 @@ class Journal:
         arrived = read()
         del arrived["kept"]
         losses, row = arrived.pop("losses"), arrived.pop("skipped_in_a_row")
+        values["skipped_steps"] = arrived.pop("skipped")
         values |= arrived
         self.note_spikes(values["step"] - len(losses) + 1, losses)
         self.write(values)

@@ -318,7 +318,7 @@ def test_skipped_steps_are_counted_and_too_many_in_a_row_stop_the_run(tmp_path, 
     with pytest.raises(loop.Stopped, match=r"steps in a row up to step 45 .*not finite.*synthetic/train/\d+"):
         trainer.train()
     lines = {line["step"]: line for line in read_metrics(tmp_path / "run") if "loss" in line}
-    assert [lines[step]["skipped"] for step in (5, 10, 20, 40, 45)] == [0, 2, 3, 4, 9]
+    assert [lines[step]["skipped_steps"] for step in (5, 10, 20, 40, 45)] == [0, 2, 3, 4, 9]
     assert all(weight.isfinite().all() for weight in trainer.model.parameters())
 
 
