@@ -50,7 +50,7 @@ class Suite:
     quick_needs: tuple[str, ...] = ()
     anywhere: bool = False
     in_quick: bool = True
-    alone: bool = False  # too long to go with the others: only when --only names it
+    alone: bool = False  # only when --only names it: too long to go with the others, or of use to gpu_all.sh alone
     of: str = ""  # the suite whose module it is, where that is not its name
 
     @property
@@ -71,7 +71,8 @@ FEW = ("--small", "--repeats", "3", "--only", "rms_norm,rotary")
 TINIEST_STEP = ("--preset", "tiny", "--data", "synthetic", "--samples", "4", "--repeats", "3")
 RACE = ("--preset", "nanovlm-222m", "--budget-s", "200")
 SUITES = (
-    Suite("facts", "what the device can do", quick=(), seconds=10, quick_seconds=5, of="device_facts"),
+    Suite("facts", "what the device can do", quick=(), seconds=10, quick_seconds=5, of="device_facts",
+          alone=True),
     Suite("train_step", "a whole optimizer step against padded nanoVLM", ("--budget-s", "60"), SEED, TOY, seconds=90),
     Suite("train_step_slice", "the seed's width, two layers a tower", SLICE, quick=TOY, seconds=120,
           needs=("cpu",), of="train_step", in_quick=False),
@@ -81,9 +82,9 @@ SUITES = (
     Suite("dataloader", "images and text to packed batches", LOADED, LOADED, LOADED_LITTLE, seconds=80),
     Suite("generate", "prefill and decoding", quick=TINY),
     Suite("profile", "a step of ours, kernel by kernel", gpu=("--preset", "nanovlm-222m", "--trace"),
-          quick=TINIEST_STEP, seconds=40, quick_seconds=5, of="profile_step"),
+          quick=TINIEST_STEP, seconds=40, quick_seconds=5, of="profile_step", alone=True),
     Suite("roofline", "the floor of a step", MEASURED, ("--measure",), TINIEST, seconds=25, quick_seconds=5),
-    Suite("scaling", "communication on 1 to 1,024 GPUs, a model", quick=UNCOUNTED, seconds=40, quick_seconds=5),
+    Suite("scaling", "communication on 1 to 1,024 GPUs, a model", quick=UNCOUNTED, seconds=20, quick_seconds=5),
     Suite("codegen", "the kernels' machine code for sm_90", ("--write",), ("--write",), ("--write", "--only", "swiglu"),
           seconds=30, quick_seconds=5, needs=("triton",), quick_needs=("triton",), anywhere=True),
     Suite("race", "from scratch to 95% of the test split, padded against ours", ("--budget-s", "150"), RACE,
