@@ -172,7 +172,10 @@ def test_the_image_token_is_never_said(exported):
 
 @pytest.fixture
 def saved(tmp_path, tokenizer) -> Path:
-    save_pretrained(tmp_path / "model", random_model(CONFIGS["untied, normalised, full vocabulary"]), tokenizer)
+    config = dataclasses.replace(
+        CONFIGS["untied, normalised, full vocabulary"], lm_vocab_size=290
+    )  # room for an entry more
+    save_pretrained(tmp_path / "model", random_model(config), tokenizer)
     return tmp_path / "model"
 
 
