@@ -10,6 +10,7 @@ that was killed must be those of one that was not, to the bit; a row that is not
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
 import os
@@ -155,6 +156,7 @@ def soak(run: Path, steps: int, every: int, options: list[str]) -> dict[str, Any
         trainer.watchdog.stop()
         assert trainer.state["step"] == end
         del trainer
+        gc.collect()  # as the loop does whenever it saves: what it held is garbage in cycles until then
         samples.append(resources())
     quarter = max(len(samples) // 4, 1)
 

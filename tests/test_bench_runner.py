@@ -185,4 +185,4 @@ def test_the_quick_bench_runs_all_that_is_here(tmp_path):
     summary = done.stdout[done.stdout.rindex("suite  ") :]
     assert summary.count(" ran") == len(here) >= 4 and "failed" not in summary
     assert {f"{suite.name}.json" for suite in here} <= {file.name for file in tmp_path.glob("*/*.json")}
-    assert used.ru_utime - before.ru_utime < 120  # seconds of one core
+    assert used.ru_utime - before.ru_utime < 150  # seconds of one core
