@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import SMALL, random_sample
 
-from bench import figures, report, train_step
+from bench import figures, readme, report, train_step
 from bench.variants import Judge, Packed, Padded, Recipe, Workbench, ablation, packed_batch
 from bench.workload import Work, cauldron_like, draw_lengths, load_work
 from nanovlm_fast.config import VLMConfig
@@ -211,7 +211,7 @@ def test_it_compares_and_writes(tmp_path, capsys):
     assert {"graphs", "prefetch", "attention", "kernels"} <= result["not_applicable"].keys()
     assert [figure.stem.name for figure in figures.figures(file.parent)] == [file.stem]
     assert "times as many questions" in capsys.readouterr().out
-    assert "cut to 1 layer a tower" in report.step_row(result)[0]
+    assert "cut to 1 layer a tower" in readme.step_row(result)[0]
 
 
 @pytest.fixture
@@ -249,7 +249,7 @@ def test_a_row_that_cannot_run_says_why_and_ours_is_timed_all_the_same(tmp_path,
     rows = result["variants"]
     assert rows["reference_compiled"]["error"] == "RuntimeError: backend='inductor' raised: no C++ compiler"
     assert "error" in rows["reference"] and "median" in rows["ours"] and "speedup" not in result
-    assert "against -" in report.step_row(result)[1]
+    assert "against -" in readme.step_row(result)[1]
 
 
 def comparison_of(monkeypatch, **options) -> train_step.Comparison:
