@@ -52,7 +52,7 @@ class Trainer:
     def __init__(self, model_config: VLMConfig, config: TrainConfig, world: World | None = None):
         self.born, self.world = time.perf_counter(), world or World()
         self.run = Path(config.out)
-        self.watchdog = Watchdog(config.hang_timeout, self.run, self.world.rank)
+        self.watchdog = Watchdog(config.hang_timeout, self.run, self.world)
         self.watchdog.pause()  # data and weights may come from far away
         source = load_source(config.data, "train")
         self.train_source, self.val_source = split_off(source, config.val_samples, config.seed)
@@ -139,10 +139,8 @@ class Trainer:
         started, meter = time.perf_counter() - state["seconds"], self.make_meter()
         gc.collect()
         gc.disable()  # its pauses fall between kernels; `save` collects
-        first = self.world.first
-        with tqdm(
-            total=total, initial=state[done], unit=unit, dynamic_ncols=True, smoothing=0.05, disable=not first
-        ) as bar:
+        shown = dict(unit=unit, dynamic_ncols=True, smoothing=0.05, disable=not self.world.first)
+        with tqdm(total=total, initial=state[done], **shown) as bar:
             while not config.max_steps or state["step"] < config.max_steps:
                 self.watchdog.beat(f"waiting for the data of step {state['step'] + 1}")
                 micro_batches = self.next_batches(feed, meter)
@@ -288,15 +286,17 @@ class Trainer:
         model = unsharded(self.model)
         if self.world.first:
             with self.autocast():
-                scores = score(model, self.tokenizer, self.val_source, self.benchmark, self.config, state)
+                parts = self.tokenizer, self.val_source, self.benchmark, self.config, state
+                scores = score(model, *parts, self.watchdog.evaluating)
             self.journal.write({"step": state["step"], **scores, "seconds": round(state["seconds"], 3)})
+        self.watchdog.evaluated()
         scored = {name: state[name] for name in ("bad", "best_step", "best_accuracy", "eval") if name in state}
         state |= self.world.gather(scored)[0]
         self.save()
 
     def save(self) -> None:
         """Begin a checkpoint; raises Stopped or OSError for what the one before it met."""
-        self.watchdog.pause()
+        self.watchdog.beat(f"waiting for the other ranks to save step {self.state['step']}", waiting=True)
         self.journal.finish_line()
         stats, lr = self.stats.peek(), max(g["lr"] / g["peak_lr"] for o in self.optimizers for g in o.param_groups)
         state = {**self.state, "stream": undeal(self.world.gather(self.state["stream"]))}
@@ -307,6 +307,7 @@ class Trainer:
 
     def wait_for_checkpoint(self) -> None:
         """Until what was begun is written; what cannot be written stops the run, unless --on-save-error continue."""
+        self.watchdog.beat("waiting for a checkpoint to be written")
         try:
             self.checkpoints.wait()
         except OSError as error:
@@ -316,15 +317,12 @@ class Trainer:
 
     def finish(self) -> None:
         """Curves, the test split seeing and blind, a grid of answers, and the summary."""
-        self.watchdog.stop()
         model = unsharded(self.model)
         if self.world.first:
             parts = self.run, model, self.tokenizer, self.val_source, self.config, self.state, self.autocast
-            accuracies = summarise(*parts)
-            if self.journal.wandb:
-                self.journal.wandb.summary.update(accuracies)
-                self.journal.wandb.finish()
-        self.world.barrier()
+            self.journal.close(summarise(*parts, self.watchdog.evaluating))
+        self.watchdog.evaluated()
+        self.watchdog.stop()
 
 
 def main(argv: list[str] | None = None) -> int:

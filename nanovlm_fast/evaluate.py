@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +61,7 @@ def evaluate(
     progress: bool = False,
     style: str = "greedy",
     seed: int = 0,
+    alive: Callable[[], object] = lambda: None,
 ) -> Evaluation:
     """Ask the source's questions and count the right replies: those that match the stripped answer, or as it judges.
 
@@ -69,6 +70,7 @@ def evaluate(
     `mode` is the --turns that the model was trained with: 'independent' asks every question on its own, 'chat' after
     the turns before it with their right answers, 'first' only the first. With `blank_images` every pixel is one grey:
     what is left is what the questions give away. Unreadable examples and over-long prompts are left out and named.
+    `alive` is called before every batch.
     """
     from tqdm import tqdm
 
@@ -82,6 +84,7 @@ def evaluate(
     model.eval()
     starts = range(0, len(source), examples_per_batch)
     for start in tqdm(starts, desc="evaluate", disable=not progress, leave=False):
+        alive()
         indices = range(start, min(start + examples_per_batch, len(source)))
         evaluate_batch(model, text, source, indices, mode, blank_images, sampling, result)
     model.train(was_training)

@@ -60,6 +60,12 @@ class Journal:
         if self.wandb and "skipped" not in values and "spike" not in values:
             self.wandb.log(values, step=values["step"])
 
+    def close(self, accuracies: dict[str, float]) -> None:
+        """The run is done and scored."""
+        if self.wandb:
+            self.wandb.summary.update(accuracies)
+            self.wandb.finish()
+
     def begin_line(
         self, speed: dict[str, float], lr: float, optimizers: list[torch.optim.Optimizer], stats: StepStats
     ) -> None:

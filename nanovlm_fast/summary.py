@@ -33,14 +33,16 @@ def score(
     benchmark: Source | None,
     config: TrainConfig,
     state: dict[str, Any],
+    alive: Callable[[], object],
 ) -> dict[str, Any]:
     """What metrics.jsonl keeps: 'accuracy' on the held-out images and 'eval' on --eval, where there are such.
 
-    Notes in `state` the best step, unreadable held-out images, and the last score of --eval.
+    Notes in `state` the best step, unreadable held-out images, and the last score of --eval. `alive` is called before
+    every batch.
     """
     step, scores = state["step"], {}
     if len(held_out):
-        result = evaluate(model, tokenizer, held_out, config.turns)
+        result = evaluate(model, tokenizer, held_out, config.turns, alive=alive)
         scores["accuracy"] = result.accuracy
         if result.accuracy > state["best_accuracy"]:
             state["best_accuracy"], state["best_step"] = result.accuracy, step
@@ -51,7 +53,7 @@ def score(
                 tqdm.write(f"skipped, held out: {reason}")
     if benchmark:
         data, style = config.eval, config.eval_style
-        result = evaluate(model, tokenizer, benchmark, style=style, seed=config.seed)
+        result = evaluate(model, tokenizer, benchmark, style=style, seed=config.seed, alive=alive)
         scores["eval"] = state["eval"] = {"data": data, "style": style, **result.as_dict()}
         tqdm.write(f"step {step}: {result.accuracy:.1%} of {result.total} questions of {data} ({style})")
     return scores
@@ -65,8 +67,12 @@ def summarise(
     config: TrainConfig,
     state: dict[str, Any],
     autocast: Callable[[], AbstractContextManager],
+    alive: Callable[[], object],
 ) -> dict[str, float]:
-    """Write the files and print the table; returns the accuracies {'sees', 'blind'}, empty where none was measured."""
+    """Write the files and print the table; returns the accuracies {'sees', 'blind'}, empty where none was measured.
+
+    `alive` is called before every batch.
+    """
     plot_curves(run)
     device = next(model.parameters()).device
     filled = f"{state['tokens'] / state['capacity']:.1%} of the token budget" if state["capacity"] else "-"
@@ -81,7 +87,7 @@ def summarise(
     result = {"eval": state.get("eval"), **{k: state[k] for k in KEPT}}  # --eval's last
     if config.final_eval and len(source):
         with autocast():
-            ask = functools.partial(evaluate, model, tokenizer, source, config.turns, progress=True)
+            ask = functools.partial(evaluate, model, tokenizer, source, config.turns, progress=True, alive=alive)
             sees, blind = ask(), ask(blank_images=True)
             if samples := answer_samples(model, tokenizer, source):
                 plot_samples(run / "samples.png", samples)

@@ -10,6 +10,8 @@ import time
 import traceback
 from pathlib import Path
 
+from nanovlm_fast.distributed import World
+
 HUNG = 70  # exit code
 
 
@@ -18,11 +20,11 @@ class Watchdog:
 
     The report goes to stderr and to RUN/hang-rank<r>.txt. Ranks that wait for a hung one hang too; they grant it a
     tenth more time to report first. Where not even Python runs any more (a call that holds its lock), the interpreter's
-    own fault handler writes the stack after twice the time. 0 seconds: never.
+    own fault handler writes the stack to stderr after twice the time and exits with 1. 0 seconds: never.
     """
 
-    def __init__(self, seconds: float, run: Path, rank: int = 0):
-        self.seconds, self.file, self.rank = seconds, run / f"hang-rank{rank}.txt", rank
+    def __init__(self, seconds: float, run: Path, world: World):
+        self.seconds, self.file, self.world = seconds, run / f"hang-rank{world.rank}.txt", world
         self.main, self.stopped = threading.get_ident(), threading.Event()
         self.beat("starting")
         if seconds:
@@ -36,10 +38,22 @@ class Watchdog:
             faulthandler.dump_traceback_later(2 * self.limit, exit=True)
 
     def pause(self) -> None:
-        """What comes may take as long as it likes (an evaluation, compiling)."""
+        """What comes may take as long as it likes: data and weights from far away, compiling."""
         self.beat("paused")
         self.limit = float("inf")
         faulthandler.cancel_dump_traceback_later()
+
+    def evaluating(self) -> None:
+        """The first rank's beat while it evaluates, which the others hear in `evaluated`."""
+        self.beat("evaluating")
+        self.world.sum([1])
+
+    def evaluated(self) -> None:
+        """The first rank has evaluated; the others wait here until it has."""
+        going_on = 1.0
+        while going_on:
+            self.beat("waiting for the first rank's evaluation", waiting=True)
+            (going_on,) = self.world.sum([0])
 
     def stop(self) -> None:
         self.pause()
@@ -53,7 +67,8 @@ class Watchdog:
 
     def _report(self) -> None:
         stack = "".join(traceback.format_stack(sys._current_frames()[self.main]))
-        text = f"error: rank {self.rank} hangs: {self.doing}, for {time.monotonic() - self.since:.0f} s. It stands at\n"
+        seconds = time.monotonic() - self.since
+        text = f"error: rank {self.world.rank} hangs: {self.doing}, for {seconds:.0f} s. It stands at\n"
         text += stack
         print(text, file=sys.stderr, flush=True)
         try:

@@ -35,7 +35,9 @@ SAVED, HUNG = 75, 70
 def until(condition, process: subprocess.Popen, run: Path, seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, run.with_suffix(".log").read_text()[-3000:]
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"ended with {process.poll()}, or took too long: {log_of(run)[-3000:]}")
         time.sleep(0.005)
 
 
@@ -160,19 +162,30 @@ def test_a_hung_process_reports_its_stack_and_ends(tmp_path):
         assert "in next_batches" in report
 
 
-def test_ranks_that_wait_for_a_hung_rank_end_too(tmp_path):
+@pytest.mark.parametrize(
+    ("hangs", "options", "doing"),
+    [
+        (1, ["--save-every", "1"], "computing step|waiting for the other ranks"),  # mostly to save
+        (0, "--data synthetic:1000 --val-samples 900 --eval-every 1".split(), "waiting for the first rank's evalua"),
+    ],
+    ids=["save", "evaluation"],
+)
+def test_ranks_that_wait_for_a_hung_rank_end_too(tmp_path, hangs, options, doing):
     out = tmp_path / "run"
-    process = start(out, 2, [*SMALL, "--max-steps", "100000", "--hang-timeout", "5"])
-    until(lambda: len(losses(out)) >= 3, process, out)
-    frozen = ranks_of(process.pid)[1]
+    process = start(out, 2, [*SMALL, "--max-steps", "100000", "--hang-timeout", "5", *options])
+    until(lambda: newest_checkpoint(out), process, out)
+    time.sleep(1)  # the first evaluation has begun
+    frozen = ranks_of(process.pid)[hangs]
     os.kill(frozen, signal.SIGSTOP)
+    report = out / f"hang-rank{1 - hangs}.txt"
     try:
-        assert end(process) != 0
+        until(report.exists, process, out, seconds=60)
+        time.sleep(2)  # torchrun sees who ended first; the frozen one it would give 30 s to save
     finally:
-        if Path(f"/proc/{frozen}").exists():
-            os.kill(frozen, signal.SIGKILL)
+        os.kill(frozen, signal.SIGKILL)
+    assert end(process) != 0
     assert f"exitcode  : {HUNG}" in log_of(out)
-    assert "waiting for the other ranks" in (out / "hang-rank0.txt").read_text()
+    assert re.search(doing, report.read_text())
 
 
 @pytest.mark.slow
