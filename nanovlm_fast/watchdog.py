@@ -27,8 +27,9 @@ class Watchdog:
         self.seconds, self.file, self.world = seconds, run / f"hang-rank{world.rank}.txt", world
         self.main, self.stopped = threading.get_ident(), threading.Event()
         self.beat("starting")
+        self.thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
         if seconds:
-            threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+            self.thread.start()
 
     def beat(self, doing: str, waiting: bool = False) -> None:
         """This process lives and is now `doing` that; `waiting` for other ranks, if so."""
@@ -58,6 +59,8 @@ class Watchdog:
     def stop(self) -> None:
         self.pause()
         self.stopped.set()
+        if self.seconds:
+            self.thread.join()  # or it might be the last to hold the ranks' group, when Python is gone already
 
     def _watch(self) -> None:
         while not self.stopped.wait(min(self.seconds / 20, 1.0)):
