@@ -41,6 +41,7 @@ def run(options: list[str], limit: float) -> tuple[int, dict]:
         log = Path(folder) / "log.jsonl"
         paths = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
         env = {**os.environ, "PYTEST_LOG": str(log), "PYTHONPATH": paths}
+        env.pop("PYTEST_XDIST_WORKER", None)  # of a worker that tests this
         process = subprocess.Popen([*call, *options], cwd=HERE, env=env)
         try:
             code = process.wait(limit)

@@ -14,11 +14,19 @@ import torch
 
 if not torch.cuda.is_available():  # before any kernel is imported: on a CPU they run in Triton's interpreter
     os.environ["TRITON_INTERPRET"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: threads of theirs would wait for each other
+    torch.set_num_threads(1)
 
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.packing import IGNORE, Document, Sample
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Of `pytest -n auto`: workers that share a GPU share its memory too."""
+    return min(os.cpu_count() or 1, 6 if torch.cuda.is_available() else 16)
 
 
 def run_python(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
