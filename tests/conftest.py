@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -88,3 +90,28 @@ def random_sample(
     images = rng.integers(0, 256, (n_images, 3, size, size)).astype(np.uint8)
     documents = [random_document(rng, config, n_images, int(rng.integers(2, 20))) for _ in range(n_documents)]
     return Sample(name, images, documents)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """One run from start to end. Tests that change it take a copy."""
+    from runs import train
+
+    out = tmp_path_factory.mktemp("finished") / "run"
+    result = train(out, "--epochs 3 --eval-every 5")
+    assert result.returncode == 0, result.stderr
+    return out, result
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    return shutil.copytree(finished[0], tmp_path / "copy", symlinks=True)
+
+
+@pytest.fixture(scope="session")
+def loop():
+    """train.py as a module."""
+    spec = importlib.util.spec_from_file_location("train_py", ROOT / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

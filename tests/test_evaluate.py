@@ -7,8 +7,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, run_python
 from pictures import cauldron, encoded, mmstar, photograph, texts
+from runs import train
 
 from nanovlm_fast import evaluate as module
 from nanovlm_fast.config import VLMConfig
@@ -16,6 +17,7 @@ from nanovlm_fast.data.hub import MMStar
 from nanovlm_fast.data.sources import Example, load_source
 from nanovlm_fast.data.text import Tokenizer
 from nanovlm_fast.evaluate import evaluate
+from nanovlm_fast.metrics import read_metrics
 from nanovlm_fast.model import VisionLanguageModel
 
 LONG = "a rather long answer of many words which no short limit on new tokens would let through to its end"
@@ -190,8 +192,6 @@ def test_sampling_is_repeatable_and_leaves_the_training_alone(mmstar_source):
 
 def test_a_run_scores_mmstar_and_so_does_the_command(mmstar_source, tmp_path):
     """A whole run whose answers are known: trained on nothing but 'B', it says B."""
-    from test_train import read_metrics, run_python, train
-
     folder = tmp_path / "data"
     folder.mkdir()
     text = texts((f"{MMSTAR_ROWS[0][0]}", "B"))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from pictures import cauldron, encoded, texts
 from PIL import Image
-from test_train import lines, losses, train
+from runs import lines, losses, train
 
 from nanovlm_fast.config import TrainConfig, preset
 from nanovlm_fast.data import prepare

@@ -13,6 +13,7 @@ import pytest
 from conftest import run_python
 from pictures import cauldron, easy_vqa_rows, encoded, mmstar, photograph, pictures, texts
 from PIL import Image
+from runs import lines, train
 
 from nanovlm_fast.data.hub import ALL45, CAULDRON, MMStar, configurations, read_streaming
 from nanovlm_fast.data.images import BadImage, load_image
@@ -146,8 +147,6 @@ def test_offline_is_said_in_one_line_with_a_way_out(tmp_path):
 
 def test_training_reads_a_folder_of_the_cauldrons_schema(tmp_path):
     """Bad rows are named and counted, decoding happens in a worker, and a resumed run sees the same."""
-    from test_train import lines, train
-
     rows = easy_vqa_rows(40)
     rows[3] = ([b"no image"], rows[3][1])
     rows[7] = (rows[7][0], [])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -58,15 +57,6 @@ def plain(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("plain") / "run"
     assert end(start(out, 1, [*SMALL, "--max-steps", "40"])) == 0
     return out
-
-
-@pytest.fixture
-def loop():
-    """train.py as a module."""
-    spec = importlib.util.spec_from_file_location("train_py", ROOT / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # ---- signals and dead processes

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from pictures import cauldron, easy_vqa_rows, pictures, texts
-from test_train import error_of, losses, train
+from runs import error_of, losses, train
 
 from nanovlm_fast.config import parse_config
 from nanovlm_fast.data import prepare

@@ -1,13 +1,10 @@
-"""train.py as its users run it: whole runs, interrupted runs, wrong input. Processes are real, models are small."""
+"""train.py as its users run it: whole runs, interrupted runs, and what is inside the loop."""
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.util
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,95 +13,20 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_python
+from conftest import ROOT
 from PIL import Image
+from runs import arguments, contents, different_tensors, error_of, lines, losses, train, trainer, write_llava
 from safetensors.torch import load_file
 
-from nanovlm_fast.checkpoint import load_pretrained, newest_checkpoint
-from nanovlm_fast.config import TrainConfig, VLMConfig, parse_config
+from nanovlm_fast.checkpoint import load_pretrained
+from nanovlm_fast.config import TrainConfig
 from nanovlm_fast.data.sources import load_source
 from nanovlm_fast.data.stream import SampleLoader
 from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.metrics import read_metrics
 from nanovlm_fast.packing import Budget, pack
-
-TINY = (
-    "--device cpu --vit-img-size 32 --vit-hidden-dim 32 --vit-inter-dim 64 --vit-n-heads 2 --vit-n-blocks 1 "
-    "--lm-hidden-dim 32 --lm-inter-dim 64 --lm-n-heads 2 --lm-n-kv-heads 1 --lm-n-blocks 1 --mp-pixel-shuffle-factor 2 "
-    "--look-ahead 16 --tokens-per-batch 512 --val-samples 8 --log-every 1 --save-every 3 --data synthetic:32"
-).split()
-CONVERSATION = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
-
-
-def arguments(out: Path, options: str) -> list[str]:
-    return ["train.py", *TINY, "--out", str(out), *options.split()]
-
-
-def train(out: Path, options: str = "", **env: str) -> subprocess.CompletedProcess[str]:
-    return run_python(*arguments(out, options), **env)
-
-
-def error_of(result: subprocess.CompletedProcess[str]) -> str:
-    """The last line of a run that failed; progress bars may stand before it, a traceback may not."""
-    assert result.returncode not in (0, None), result.stdout
-    assert "Traceback" not in result.stderr, result.stderr
-    last = result.stderr.strip().splitlines()[-1]
-    assert re.match(r"(train\.py: )?error: ", last), f"the last line is not the error: {result.stderr[-500:]}"
-    return last
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below the folder, and what is in it."""
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-def lines(run: Path) -> list[dict]:
-    """metrics.jsonl without what depends on the clock."""
-    timed = re.compile(r"seconds|data_wait|.*_per_s")
-    return [{name: v for name, v in line.items() if not timed.fullmatch(name)} for line in read_metrics(run)]
-
-
-def losses(run: Path) -> dict[int, float]:
-    found = [(line["step"], line["loss"]) for line in read_metrics(run) if "loss" in line]
-    assert [step for step, _ in found] == list(range(1, len(found) + 1)), "each step exactly once, in order"
-    return dict(found)
-
-
-def different_tensors(run: Path, other: Path) -> list[str]:
-    """Names of weights, optimizer and random state in which the runs' last checkpoints are not the same bits."""
-    ours, theirs = (
-        {**load_file(folder / "last" / "model.safetensors"), **load_file(folder / "last" / "optimizer.safetensors")}
-        for folder in (run, other)
-    )
-    assert ours.keys() == theirs.keys()
-    return [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """One run from start to end. Tests that change it take a copy."""
-    out = tmp_path_factory.mktemp("finished") / "run"
-    result = train(out, "--epochs 3 --eval-every 5")
-    assert result.returncode == 0, result.stderr
-    return out, result
-
-
-@pytest.fixture
-def copy(finished, tmp_path) -> Path:
-    return shutil.copytree(finished[0], tmp_path / "copy", symlinks=True)
-
-
-@pytest.fixture(scope="module")
-def loop():
-    """train.py as a module."""
-    spec = importlib.util.spec_from_file_location("train_py", ROOT / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 # ---- a whole run
 
@@ -270,217 +192,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path, options):
     assert not list((broken / "checkpoints").glob(".tmp-*"))
 
 
-# ---- wrong input
-
-REFUSED = {  # options -> what the line must say
-    "--preset huge": "huge.*tiny",
-    "--nonsense 3": "--nonsense",
-    "--data nosuch": "nosuch.*easy_vqa",
-    "--data jsonl:FOLDER/nowhere": "nowhere",
-    "--data jsonl:FOLDER/empty": "empty",
-    "--wandb maybe": "--wandb.*maybe",
-    "--max-steps x": "--max.steps.*'x'",
-    "--turns never": "--turns.*'never'",
-    "--vit-n-heads 5": "vit_n_heads = 5",
-    "--device gpu0": "gpu0",
-    "--compile False": "none.*reduce-overhead",
-    "--recompute some": "norms_and_activations",
-    "--attention fast": "flash_attn.*sdpa",
-    "--attention flash_attn --device cpu": "CUDA device.*sdpa",
-    "--device cuda:99": "cuda",
-    "--tokens-per-batch 5": "--tokens-per-batch 5 .*synthetic/train/",
-    "--lm-vocab-size 100": "--lm-vocab-size",
-    "--lr-vision 0 --lr-language 0 --lr-projector 0": "learning rate",
-}
-
-
-@pytest.fixture(scope="module")
-def refusals(finished, tmp_path_factory) -> dict[str, tuple[subprocess.CompletedProcess[str], bool]]:
-    """Each of REFUSED, told to overwrite a copy of a run: (result, whether the copy is as it was)."""
-    folder = tmp_path_factory.mktemp("refused")
-    (folder / "empty").mkdir()
-    (folder / "empty" / "train.jsonl").write_text("\n")
-    before = contents(finished[0])
-
-    def attempt(numbered: tuple[int, str]) -> tuple[subprocess.CompletedProcess[str], bool]:
-        out = shutil.copytree(finished[0], folder / str(numbered[0]), symlinks=True)
-        return train(out, f"--overwrite {numbered[1].replace('FOLDER', str(folder))}"), contents(out) == before
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(REFUSED, pool.map(attempt, enumerate(REFUSED)), strict=True))
-
-
-@pytest.mark.parametrize("options", REFUSED)
-def test_wrong_input_gets_one_clear_line_and_loses_nothing(refusals, options):
-    result, untouched = refusals[options]
-    error = error_of(result)
-    assert re.search(REFUSED[options], error), error
-    assert result.stderr.strip() == error, "one line"
-    assert untouched, "the run that --out holds must outlive a command that could not start"
-
-
-def test_a_start_that_failed_leaves_nothing_for_the_next(tmp_path):
-    error_of(train(tmp_path / "run", "--tokens-per-batch 5"))
-    assert contents(tmp_path) == {}, "a tokenizer left here would be taken for the next run's own"
-
-
-@pytest.mark.parametrize(
-    ("options", "name", "value"),
-    [
-        ("--final-eval False", "final_eval", False),
-        ("--no-final-eval", "final_eval", False),
-        ("--final-eval", "final_eval", True),
-        ("", "final_eval", True),
-        ("--wandb False", "wandb", False),
-        ("--wandb", "wandb", True),
-        ("--wandb no", "wandb", False),
-        ("--resume False", "resume", False),
-        ("--overwrite=false", "overwrite", False),
-    ],
-)
-def test_booleans_mean_what_they_say(options, name, value):
-    _, config = parse_config(options.split())
-    assert getattr(config, name) is value
-
-
-@pytest.mark.parametrize("spelling", ["", "True", "yes", "y", "T", "1"])
-def test_resume_however_it_is_spelt_takes_the_runs_own_configuration(finished, spelling):
-    model, config = parse_config(["--out", str(finished[0]), "--resume", *spelling.split(), "--lr-vision", "0.5"])
-    assert (config.resume, config.epochs, config.tokens_per_batch, model.lm_hidden_dim) == (True, 3, 512, 32)
-    assert config.lr_vision == 0.5, "what the command line says comes first"
-
-
-def test_help_explains_every_field_with_its_default():
-    result = run_python("train.py", "--help")
-    assert result.returncode == 0, result.stderr
-    entries = [" ".join(entry.split()) for entry in re.split(r"\n  (?=--)", result.stdout)]
-    for field in (*dataclasses.fields(VLMConfig), *dataclasses.fields(TrainConfig)):
-        name = f"--{field.name.replace('_', '[-_]')}"
-        (entry,) = (entry for entry in entries if re.match(rf"{name}[ ,]", entry))
-        assert re.search(rf"{name.replace('[-_]', '-')}\b", entry), f"{entry}: the dashed spelling"
-        words = " ".join(field.metadata["help"].split())
-        assert words in entry and re.search(r"\(default: .*\)$", entry), entry
-
-
-# ---- a data set of one's own
-
-
-def write_llava(folder: Path, good: int) -> list[str]:
-    """A LLaVA-format data set with `good` examples and four bad ones; returns what must be said of the bad ones."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    records = []
-    for i in range(good + 1):
-        Image.fromarray(rng.integers(0, 256, (40, 60, 3), np.uint8)).save(folder / f"{i}.jpg")
-        records.append(json.dumps({"image": f"{i}.jpg", "conversations": CONVERSATION}))
-    whole = (folder / f"{good}.jpg").read_bytes()
-    (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
-    (folder / "corrupt.png").write_bytes(b"no image at all")
-    for name in ("truncated.jpg", "corrupt.png", "missing.png"):
-        records.insert(2, json.dumps({"image": name, "conversations": CONVERSATION}))
-    records[-1] = records[-1][:-9]
-    (folder / "train.jsonl").write_text("\n".join(records) + "\n")
-    return ["truncated.jpg", "corrupt.png", "missing.png", f"train.jsonl:{len(records)}"]
-
-
-def test_unreadable_samples_are_skipped_counted_and_named(tmp_path):
-    bad = write_llava(tmp_path / "data", good=8)
-    corrupt = json.dumps({"image": "corrupt.png", "conversations": CONVERSATION})
-    (tmp_path / "data" / "test.jsonl").write_text(
-        "\n".join((tmp_path / "data" / "train.jsonl").read_text().splitlines()[:2] + [corrupt])
-    )
-    result = train(tmp_path / "run", f"--data jsonl:{tmp_path}/data --val-samples 0 --epochs 1")
-    assert result.returncode == 0, result.stderr
-    skipped = [line for line in result.stdout.splitlines() if line.startswith("skipped")]
-    assert len(skipped) == 4
-    for name in bad:
-        assert len([line for line in skipped if name in line]) == 1, name
-        assert len([line for line in lines(tmp_path / "run") if name in line.get("skipped", "")]) == 1, name
-    outcome = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert (len(outcome["bad"]), outcome["examples"], outcome["seeing"]["questions"]) == (4, 12, 2)
-    assert "corrupt.png" in outcome["seeing"]["skipped"][0]
-    assert "4 unreadable, 0 too long" in result.stdout
-
-
-def test_data_without_a_single_image_trains(tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    turns = [{"from": "human", "value": "what follows one?"}, {"from": "gpt", "value": "two"}]
-    (folder / "train.jsonl").write_text("\n".join([json.dumps({"conversations": turns})] * 40))
-    result = train(tmp_path / "run", f"--data jsonl:{folder} --max-steps 60 --tokens-per-batch 128")
-    assert result.returncode == 0, result.stderr
-    assert "held-out images" in result.stdout and "sees: 100.0%" in result.stdout
-    assert losses(tmp_path / "run")[60] < 0.2 * losses(tmp_path / "run")[1]
-
-
-def test_too_many_unreadable_samples_stop_the_run(tmp_path):
-    write_llava(tmp_path / "data", good=8)
-    options = f"--data jsonl:{tmp_path}/data --val-samples 0 --no-final-eval --epochs 1 --max-bad-samples"
-    assert train(tmp_path / "enough", f"{options} 4").returncode == 0
-    error = error_of(train(tmp_path / "run", f"{options} 3"))
-    assert "4 unreadable" in error and "--max-bad-samples 3" in error
-
-
-def test_one_unreadable_sample_counts_once_however_often_it_is_met(tmp_path):
-    """25 epochs over a data set with five bad images are no reason to stop at epoch 21."""
-    write_llava(tmp_path / "data", good=8)
-    options = f"--data jsonl:{tmp_path}/data --val-samples 0 --no-final-eval --epochs 3 --max-bad-samples 4"
-    result = train(tmp_path / "run", options)
-    assert result.returncode == 0, result.stderr
-
-
-def test_a_sample_over_the_budget_is_skipped_and_named(tmp_path):
-    write_llava(tmp_path / "data", good=8)
-    file = tmp_path / "data" / "train.jsonl"
-    turns = [{**CONVERSATION[0], "value": "word " * 999}, CONVERSATION[1]]
-    records = file.read_text().splitlines()[:2] + [json.dumps({"conversations": turns})]
-    file.write_text("\n".join(records))
-    # neither a test split nor held-out images: there is nothing to evaluate, and that is no error
-    result = train(tmp_path / "run", f"--data jsonl:{tmp_path}/data --val-samples 0 --epochs 1")
-    (skipped,) = (line for line in result.stdout.splitlines() if line.startswith("skipped"))
-    assert "too long" in skipped and "train.jsonl:3" in skipped and "the budget is 512" in skipped
-    assert result.returncode == 0, result.stderr
-    assert "0 unreadable, 1 too long" in result.stdout
-
-
-def test_samples_over_the_budget_are_named_a_hundred_times_and_then_counted(loop, tmp_path):
-    """The recipe leaves out a part of the Cauldron: a line for each would be hundreds of thousands."""
-    subject = trainer(loop, tmp_path, "--max-steps 1 --no-final-eval")
-    batch = next(iter(subject.stream))
-    for start in (0, 60, 120):
-        names = [f"long {i}" for i in range(start, start + 60)]
-        subject.journal.hear(dataclasses.replace(batch, bad={}, too_long=names))
-        subject.journal.note_skipped()
-    named = [line["skipped"] for line in read_metrics(tmp_path)]
-    assert named == [f"long {i}" for i in range(100)] and subject.state["too_long"] == 180
-
-
-# ---- numbers that go wrong
-
-
-@pytest.mark.parametrize("rate", ["1e30", "1e39"])  # the second overflows the weights themselves, in one step
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_a_good_checkpoint(tmp_path, rate):
-    run = tmp_path / "run"
-    rates = f"--optimizer adamw --lr-projector {rate} --lr-vision {rate} --lr-language {rate} --clip 0"
-    result = train(run, f"{rates} --max-steps 20 --warmup 0.5 --save-every 1 --no-final-eval")
-    assert result.returncode == 1
-    error = error_of(result)
-    assert re.search(r"step \d+.*learning rate.*synthetic/train/\d+", error), error
-    kept = newest_checkpoint(run)
-    assert (str(kept) if kept else "No checkpoint had been written") in error
-    assert kept or rate == "1e39"  # where the first step already goes wrong
-    if kept is None:
-        return
-    model, _ = load_pretrained(kept)
-    for name, weight in model.state_dict().items():
-        assert weight.isfinite().all(), name
-
-
 # ---- inside the loop
-
-
-def trainer(loop, out: Path, options: str):
-    return loop.Trainer(*parse_config([*TINY, "--out", str(out), "--workers", "0", *options.split()]))
 
 
 def disturb(model: torch.nn.Module) -> None:
