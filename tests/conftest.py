@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ import torch
 
 if not torch.cuda.is_available():  # before any kernel is imported: on a CPU they run in Triton's interpreter
     os.environ["TRITON_INTERPRET"] = "1"
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job: processes started here would ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: threads of theirs would wait for each other
     torch.set_num_threads(1)
 
