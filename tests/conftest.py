@@ -17,7 +17,7 @@ import torch
 
 if not torch.cuda.is_available():  # before any kernel is imported: on a CPU they run in Triton's interpreter
     os.environ["TRITON_INTERPRET"] = "1"
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job: processes started here would ignore it
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job: what it starts ignores it too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: threads of theirs would wait for each other
     torch.set_num_threads(1)
