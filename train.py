@@ -136,6 +136,8 @@ class Trainer:
         batches = batches_of(self.stream, pin_memory=self.device.type == "cuda")
         feed = Feed(batches, self.device, trim=config.compile == "none" and alone)
         self.warm_up()
+        if state["evaluated"] != state["step"] and config.eval_every and state["step"] % config.eval_every == 0:
+            self.validate()  # the run had ended in the middle of it
         started, meter = time.perf_counter() - state["seconds"], self.make_meter()
         gc.collect()
         gc.disable()  # its pauses fall between kernels; `save` collects

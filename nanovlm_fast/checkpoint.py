@@ -308,10 +308,10 @@ def write_checkpoint(
             os.replace(temporary, target)
         best = step_folder(run, state["best_step"]) if state.get("best_step") is not None else None
         if best and not best.exists():  # it could not be written: the one before it stays
-            best = (run / "best").resolve() if (run / "best").exists() else None
+            best = root / (run / "best").resolve().name if (run / "best").exists() else None
         _link(run / "last", target)
-        if best == target:
-            _link(run / "best", target)
+        if best and (run / "best").resolve() != best.resolve():  # not only this step's: a crash may have come before
+            _link(run / "best", best)
         older = sorted(set(checkpoints_of(run)) - {target, best}, key=step_of)
         for folder in older[: max(len(older) - keep + 1, 0)]:
             gone = folder.with_name(f".tmp-{folder.name}")  # whatever is named step-* is complete, to its end

@@ -333,11 +333,14 @@ def holds_run(folder: Path) -> bool:
 
 
 def check_run_folder(run: Path, config: TrainConfig) -> None:
-    """Raise ValueError unless `run` is new or empty, or a run that may be resumed or overwritten. Changes nothing."""
+    """Raise ValueError unless `run` is new or empty, or a run that may be resumed or overwritten. Changes nothing.
+
+    What a start leaves that was killed or hung before it had a configuration is as good as nothing.
+    """
     if holds_run(run):
         if not (config.resume or config.overwrite):
             raise ValueError(f"{run} holds a run: --resume continues it, --overwrite deletes it, --out names another")
-    elif run.exists() and any(run.iterdir()):
+    elif run.exists() and not all(file.name in (".config.json", "hang-rank0.txt") for file in run.iterdir()):
         raise ValueError(f"{run} holds files that are no run: --out names another folder")
 
 

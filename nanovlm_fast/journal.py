@@ -35,7 +35,7 @@ class Journal:
 
     def __init__(self, run: Path, model: VLMConfig, config: TrainConfig, state: dict[str, Any], world: World):
         self.run, self.config, self.state, self.world = run, config, state, world
-        self.log = MetricsLog(run, state["step"]) if world.first else None
+        self.log = MetricsLog(run, state["step"], state["evaluated"]) if world.first else None
         self.wandb = start_wandb(run, model, config) if world.first else None
         self.spikes = Spikes(state["spikes"])
         self.pending: tuple[dict[str, Any], Callable[[], dict[str, Any]]] | None = None

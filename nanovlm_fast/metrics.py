@@ -204,14 +204,18 @@ class Spikes:
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object a line. Opening it at a step drops the lines after that step (a resume)."""
+    """metrics.jsonl: one JSON object a line.
 
-    def __init__(self, run: Path, step: int = 0):
+    Opening it at a step (a resume) drops the lines after that step, and the scores of evaluations after `evaluated`.
+    """
+
+    def __init__(self, run: Path, step: int = 0, evaluated: int = 0):
         self.path = run / "metrics.jsonl"
         if self.path.exists():
-            kept = [json.dumps(line) + "\n" for line in read_metrics(run) if line["step"] <= step]
+            lines = [line for line in read_metrics(run) if line["step"] <= step]
+            kept = [line for line in lines if line["step"] <= evaluated or not {"accuracy", "eval"} & line.keys()]
             temporary = run / ".metrics.jsonl"
-            temporary.write_text("".join(kept))
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             os.replace(temporary, self.path)
         self.file = self.path.open("a", buffering=1)
 

@@ -29,9 +29,11 @@ class Signals:
             signal.signal(signum, self._note)
 
     def leave_at_once(self) -> None:
-        """From here on everything is saved, and nothing is lost by stopping."""
+        """From here on all is saved but the last evaluation, which the same command with --auto-resume does again."""
         for signum in SIGNALS:
-            signal.signal(signum, lambda *_: sys.exit(0))
+            signal.signal(signum, lambda *_: sys.exit(SAVED))
+        if self.came:
+            sys.exit(SAVED)
 
     def _note(self, signum: int, _frame: object) -> None:
         if self.since is None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from nanovlm_fast.distributed import World
 
 HUNG = 70  # exit code
+REPORTING = 3.0
 
 
 class Watchdog:
@@ -65,16 +66,19 @@ class Watchdog:
     def _watch(self) -> None:
         while not self.stopped.wait(min(self.seconds / 20, 1.0)):
             if time.monotonic() - self.since > self.limit:
+                faulthandler.cancel_dump_traceback_later()
                 self._report()
                 os._exit(HUNG)
 
     def _report(self) -> None:
+        """Each place has a thread and `REPORTING` seconds: it may be what hangs."""
         stack = "".join(traceback.format_stack(sys._current_frames()[self.main]))
         seconds = time.monotonic() - self.since
         text = f"error: rank {self.world.rank} hangs: {self.doing}, for {seconds:.0f} s. It stands at\n"
         text += stack
-        print(text, file=sys.stderr, flush=True)
-        try:
-            self.file.write_text(text)
-        except OSError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        places = (lambda: print(text, file=sys.stderr, flush=True), lambda: self.file.write_text(text))
+        threads = [threading.Thread(target=write, daemon=True) for write in places]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(REPORTING)

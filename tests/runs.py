@@ -87,4 +87,5 @@ def write_llava(folder: Path, good: int) -> list[str]:
 
 
 def trainer(loop, out: Path, options: str):
-    return loop.Trainer(*parse_config([*TINY, "--out", str(out), "--workers", "0", *options.split()]))
+    alone = ["--workers", "0", "--hang-timeout", "0"]  # a watchdog would end the tests once nobody trains any more
+    return loop.Trainer(*parse_config([*TINY, "--out", str(out), *alone, *options.split()]))

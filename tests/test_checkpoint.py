@@ -258,6 +258,17 @@ def test_only_the_last_and_the_best_checkpoint_are_kept(tmp_path, tokenizer):
     assert (tmp_path / "last").resolve().name == "step-000012"
 
 
+def test_the_best_is_kept_and_linked_whatever_came_between(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = Path("run")  # relative, as --out mostly is
+    first = save_step(run, 3, tokenizer, 3)
+    save_step(run, 9, tokenizer, 6)  # step 6 was the best, and could not be written
+    assert first.exists() and (run / "best").resolve() == first.resolve()
+    save_step(run, 12, tokenizer, 9)  # step 9 was, and the run ended before it was linked
+    assert (run / "best").resolve().name == "step-000009" and load_pretrained(run / "best")
+    assert sorted(folder.name for folder in (run / "checkpoints").iterdir()) == ["step-000009", "step-000012"]
+
+
 class Crash(BaseException):
     """The machine goes down: nothing is cleaned up."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_python
 from safetensors.torch import load_file
 
 from bench import reliability
@@ -29,6 +30,8 @@ from nanovlm_fast.model import VisionLanguageModel
 from nanovlm_fast.optim import make_optimizers, skip_if_not_finite
 
 SAVED, HUNG = 75, 70
+ALONE = [*SMALL, "--workers", "0", "--hang-timeout", "0"]  # in the tests' own process
+STEPS = "120"  # enough for a signal to come before the end
 
 
 def until(condition, process: subprocess.Popen, run: Path, seconds: float = 200) -> None:
@@ -53,9 +56,9 @@ def log_of(run: Path) -> str:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory) -> Path:
-    """40 steps that nobody disturbed."""
+    """A run that nobody disturbed."""
     out = tmp_path_factory.mktemp("plain") / "run"
-    assert end(start(out, 1, [*SMALL, "--max-steps", "40"])) == 0
+    assert end(start(out, 1, [*SMALL, "--max-steps", STEPS])) == 0
     return out
 
 
@@ -67,12 +70,12 @@ def test_a_preempted_run_saves_says_so_by_its_code_and_goes_on(tmp_path, plain, 
     """--auto-resume is the same command twice."""
     out = tmp_path / "run"
     for life in range(2):
-        process = start(out, 1, [*SMALL, "--max-steps", "40", "--auto-resume"])
+        process = start(out, 1, [*SMALL, "--max-steps", STEPS, "--auto-resume"])
         if life == 0:
             until(lambda: len(losses(out)) >= 5, process, out)
             process.send_signal(signum)
             assert end(process) == SAVED
-            assert 5 <= len(losses(out)) < 40
+            assert 5 <= len(losses(out)) < int(STEPS)
             assert newest_checkpoint(out).name == f"step-{len(losses(out)):06d}"
     assert end(process) == 0
     assert losses(out) == losses(plain)
@@ -91,7 +94,7 @@ def test_one_ranks_signal_stops_all_ranks_after_the_same_step(tmp_path):
 
 def test_torchrun_restarts_a_run_whose_worker_died(tmp_path):
     """Elastic: --max-restarts and --auto-resume, and the losses are those of an undisturbed run."""
-    options = [*SMALL, "--max-steps", "40", "--auto-resume"]
+    options = [*SMALL, "--max-steps", STEPS, "--auto-resume"]
     assert end(start(tmp_path / "plain", 2, options)) == 0
     out = tmp_path / "run"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
@@ -109,12 +112,17 @@ def test_torchrun_restarts_a_run_whose_worker_died(tmp_path):
 def loader_workers(pid: int) -> list[int]:
     """Its children that load data: forks of itself."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in children if b"train.py" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    found = []
+    for child in children:
+        with contextlib.suppress(OSError):  # it is gone already
+            if b"train.py" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(int(child))
+    return found
 
 
 def test_a_loader_worker_that_dies_is_replaced_and_nothing_is_lost(tmp_path, plain):
     out = tmp_path / "run"
-    process = start(out, 1, [*SMALL, "--max-steps", "40"])
+    process = start(out, 1, [*SMALL, "--max-steps", STEPS])
     for step in (3, 12):
         until(lambda step=step: len(losses(out)) >= step and loader_workers(process.pid), process, out)
         os.kill(loader_workers(process.pid)[0], signal.SIGKILL)
@@ -176,6 +184,44 @@ def test_ranks_that_wait_for_a_hung_rank_end_too(tmp_path, hangs, options, doing
     assert end(process) != 0
     assert f"exitcode  : {HUNG}" in log_of(out)
     assert re.search(doing, report.read_text())
+
+
+def test_the_watchdog_ends_the_process_where_even_its_report_hangs(tmp_path):
+    os.mkfifo(tmp_path / "hang-rank0.txt")  # as a file on a disk that does not answer: opening it never returns
+    hang = "import time; Watchdog(1.0, Path(sys.argv[1]), World()); time.sleep(100)"
+    imports = "import sys; from pathlib import Path; from nanovlm_fast.watchdog import Watchdog, World; "
+    result = run_python("-c", imports + hang, str(tmp_path))
+    assert result.returncode == HUNG and "rank 0 hangs: starting" in result.stderr
+
+
+def test_a_signal_in_the_last_evaluation_says_that_something_is_left_to_do(tmp_path):
+    out, options = tmp_path / "run", [*SMALL, "--max-steps", "5", "--data", "synthetic:1000", "--final-eval"]
+    process = start(out, 1, [*options, "--auto-resume"])
+    until((out / "curves.png").exists, process, out)
+    process.send_signal(signal.SIGTERM)
+    assert end(process) == SAVED and not (out / "result.json").exists()
+    assert end(start(out, 1, [*options, "--auto-resume"])) == 0 and (out / "result.json").exists()
+
+
+def test_an_evaluation_that_was_cut_short_is_done_again(tmp_path):
+    """The checkpoint of its step is there, its score is not; or it is in metrics.jsonl alone."""
+    out, options = tmp_path / "run", [*SMALL, "--val-samples", "8", "--eval-every", "4"]
+    assert end(start(out, 1, [*options, "--max-steps", "4"])) == 0
+    file = out / "last" / "state.json"
+    state = json.loads(file.read_text())
+    assert (state["evaluated"], state["best_step"]) == (4, 4)
+    file.write_text(json.dumps({**state, "evaluated": 0, "best_step": None, "best_accuracy": -1.0}))
+    (out / "best").unlink()
+    assert end(start(out, 1, [*options, "--max-steps", "6", "--resume"])) == 0, log_of(out)[-3000:]
+    assert [line["step"] for line in read_metrics(out) if "accuracy" in line] == [4, 6]
+    assert (out / "best").resolve().name in ("step-000004", "step-000006")
+
+
+def test_a_start_that_was_killed_before_it_was_a_run_can_be_repeated(tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".config.json").write_text('{"preset"')
+    assert end(start(out, 1, [*SMALL, "--max-steps", "2", "--auto-resume"])) == 0, log_of(out)[-3000:]
 
 
 @pytest.mark.slow
@@ -261,7 +307,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_the_old_checkpoint(tmp_path, 
     assert end(start(out, 1, [*SMALL, "--max-steps", "6"])) == 0
     before = {file.name: file.read_bytes() for file in (out / "last").iterdir()}
     size = (out / "last" / "model.safetensors").stat().st_size // 2
-    result = limited(out, ["--max-steps", "40", "--resume", "--workers", "1"], size)
+    result = limited(out, ["--max-steps", STEPS, "--resume", "--workers", "1"], size)
     last = result.stderr.strip().splitlines()[-1]
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert re.search(r"error: the checkpoint of step \d+ could not be written to .*too large.*step-000006", last), last
@@ -269,9 +315,9 @@ def test_a_full_disk_is_one_clear_error_and_leaves_the_old_checkpoint(tmp_path, 
     assert {file.name: file.read_bytes() for file in (out / "last").iterdir()} == before
     assert not list((out / "checkpoints").glob(".tmp-*"))
 
-    result = limited(out, ["--max-steps", "40", "--resume", "--on-save-error", "continue"], size)
+    result = limited(out, ["--max-steps", STEPS, "--resume", "--on-save-error", "continue"], size)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert "training goes on" in result.stdout + result.stderr and len(losses(out)) == 40
+    assert "training goes on" in result.stdout + result.stderr and len(losses(out)) == int(STEPS)
     assert newest_checkpoint(out).name == "step-000006"
 
 
@@ -310,7 +356,7 @@ def test_gradients_that_are_not_finite_change_nothing(optimizer, value):
 
 
 def test_skipped_steps_are_counted_and_too_many_in_a_row_stop_the_run(tmp_path, loop):
-    options = [*SMALL, "--out", str(tmp_path / "run"), "--workers", "0", "--max-steps", "60", "--optimizer", "adamw"]
+    options = [*ALONE, "--out", str(tmp_path / "run"), "--max-steps", "60", "--optimizer", "adamw"]
     trainer = loop.Trainer(*parse_config([*options, "--max-skipped-steps", "4", "--log-every", "5"]))
     bad = {7, 8, 20, *range(40, 60)}
 
@@ -326,7 +372,7 @@ def test_skipped_steps_are_counted_and_too_many_in_a_row_stop_the_run(tmp_path, 
 
 
 def test_a_spike_names_its_samples(tmp_path, loop):
-    options = [*SMALL, "--out", str(tmp_path / "run"), "--workers", "0", "--max-steps", "80", "--log-every", "4"]
+    options = [*ALONE, "--out", str(tmp_path / "run"), "--max-steps", "80", "--log-every", "4"]
     trainer = loop.Trainer(*parse_config(options))
     forward = trainer.forward
     trainer.forward = lambda batch: forward(batch) * (40 if trainer.state["step"] + 1 == 70 else 1)

@@ -197,7 +197,7 @@ def trainer_of(tmp_path, monkeypatch):
     def make(options: str) -> train.Trainer:
         small = "--data synthetic --turns independent --tokens-per-batch 1024 --val-samples 4 --lm-vocab-size 320"
         out = f"--out {tmp_path / str(next(numbers))} --workers 0 --no-final-eval --device cuda --log-every 5"
-        return train.Trainer(*parse_config([*small.split(), *out.split(), *options.split()]))
+        return train.Trainer(*parse_config([*small.split(), *out.split(), "--hang-timeout", "0", *options.split()]))
 
     yield make
     sys.modules.pop("train", None)

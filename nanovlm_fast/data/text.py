@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -49,7 +50,9 @@ class Tokenizer:
         return self.base.decode(ids, skip_special_tokens=True)
 
     def save(self, folder: Path) -> None:
-        self.base.save(str(folder / "tokenizer.json"))
+        temporary = folder / ".tokenizer.json"  # a start that is killed here must not cost the run its tokenizer
+        temporary.write_text(self.base.to_str(pretty=True), encoding="utf-8")
+        os.replace(temporary, folder / "tokenizer.json")
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos, "pad_token": self.eos}
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
