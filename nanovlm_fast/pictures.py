@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,17 @@ def pyplot() -> ModuleType:
     return plt
 
 
+def save(figure: Any, file: Path, **options: Any) -> None:
+    """Raises OSError naming the file, of which nothing is left then, if it cannot be written."""
+    try:
+        figure.savefig(file, **options)
+    except OSError as error:
+        file.unlink(missing_ok=True)
+        raise OSError(f"{file} could not be written: {error}") from error
+    finally:
+        pyplot().close(figure)
+
+
 @contextlib.contextmanager
 def panels(file: Path, titles: Sequence[str]) -> Iterator[Sequence]:
     """Axes side by side, a step on every x axis; saved as `file` in the end."""
@@ -33,8 +45,7 @@ def panels(file: Path, titles: Sequence[str]) -> Iterator[Sequence]:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     yield axes
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    save(figure, file, dpi=110)
 
 
 def plot_curves(run: Path) -> None:
@@ -65,5 +76,4 @@ def plot_samples(file: Path, samples: Sequence[tuple[np.ndarray, str, str, str]]
         said, colour = (answer, "#1a7f37") if answer == right else (f"{answer} (it is: {right})", "#cf222e")
         wrapped = "\n".join(textwrap.wrap(question, 30)[:2])
         axis.set_title(f"{wrapped}\n{said}", fontsize=9, color=colour)
-    figure.savefig(file, dpi=90, bbox_inches="tight")  # the titles of the first row reach out of the layout
-    plt.close(figure)
+    save(figure, file, dpi=90, bbox_inches="tight")  # the titles of the first row reach out of the layout

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,8 @@ def summarise(
 
     `alive` is called before every batch.
     """
-    plot_curves(run)
+    with saving(config):
+        plot_curves(run)
     device = next(model.parameters()).device
     filled = f"{state['tokens'] / state['capacity']:.1%} of the token budget" if state["capacity"] else "-"
     rows = {
@@ -90,7 +91,8 @@ def summarise(
             ask = functools.partial(evaluate, model, tokenizer, source, config.turns, progress=True, alive=alive)
             sees, blind = ask(), ask(blank_images=True)
             if samples := answer_samples(model, tokenizer, source):
-                plot_samples(run / "samples.png", samples)
+                with saving(config):
+                    plot_samples(run / "samples.png", samples)
         result |= {"split": name, "seeing": sees.as_dict(), "blind": blind.as_dict()}
         for kind, (correct, total) in sorted(sees.by_kind.items()):
             rows[f"  {kind}"] = f"{correct / total:.1%} of {total:,} questions"
@@ -99,9 +101,21 @@ def summarise(
     if result["eval"]:
         rows[config.eval] = f"{result['eval']['accuracy']:.1%} ({result['eval']['style']})"
     if accuracies or result["eval"]:
-        (run / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        with saving(config):
+            (run / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(summary_table(rows))
     return accuracies
+
+
+@contextlib.contextmanager
+def saving(config: TrainConfig) -> Iterator[None]:
+    """What cannot be written is an error, or with --on-save-error continue a warning: the scores are printed."""
+    try:
+        yield
+    except OSError as error:
+        if config.on_save_error == "stop":
+            raise
+        tqdm.write(f"warning: {error}")
 
 
 def test_split(data: str) -> Source | None:

@@ -318,6 +318,8 @@ def test_a_full_disk_is_one_clear_error_and_leaves_the_old_checkpoint(tmp_path, 
     result = limited(out, ["--max-steps", STEPS, "--resume", "--on-save-error", "continue"], size)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "training goes on" in result.stdout + result.stderr and len(losses(out)) == int(STEPS)
+    assert re.search("warning: .*curves.png could not be written", result.stdout + result.stderr)
+    assert not (out / "curves.png").exists()
     assert newest_checkpoint(out).name == "step-000006"
 
 
