@@ -16,6 +16,8 @@ import json
 import os
 import signal
 import sys
+import time
+import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -25,9 +27,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 # rank 0 evaluates while the others wait: only the watchdog knows what is too long
 HOST_TIMEOUT = datetime.timedelta(days=1)
+JOIN_TIMEOUT = datetime.timedelta(minutes=10)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +62,8 @@ class World:
             torch.cuda.set_device(local)
         if not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-            dist.init_process_group(backend, timeout=HOST_TIMEOUT)  # what hangs is the watchdog's to report
+            store = _store_of_this_start(rank, size)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=HOST_TIMEOUT)
         return cls(rank, size, local, dist.new_group(backend="gloo", timeout=HOST_TIMEOUT))
 
     def __str__(self) -> str:
@@ -112,6 +117,33 @@ def _others_are_there() -> Iterator[None]:
         yield
     except RuntimeError as error:  # gloo's, of a connection that closed
         raise ConnectionError(f"another rank ended, see what it said last ({str(error).splitlines()[0]})") from error
+
+
+def _store_of_this_start(rank: int, size: int) -> dist.Store:
+    """torchrun's store under a prefix of its own: the store outlives a restart, and with it addresses of dead ranks.
+
+    The first rank makes up the prefix and tells it each other one, under a name that one has just made up: nothing of
+    this can be left from before. (The count of restarts would not do: machines may count differently.) Raises
+    ConnectionError if a rank does not come.
+    """
+    store, *_ = next(rendezvous("env://", rank, size, timeout=JOIN_TIMEOUT))
+    mine, deadline = uuid.uuid4().hex, time.monotonic() + JOIN_TIMEOUT.total_seconds()
+    if rank:
+        store.set(f"rank {rank}", mine)
+        prefix = store.get(mine).decode()  # waits for it
+        store.set(f"{prefix} {rank}", "heard")
+        return dist.PrefixStore(prefix, store)
+    missing = set(range(1, size))
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"rank {other}"]):
+                store.set(store.get(f"rank {other}").decode(), mine)
+            if store.check([f"{mine} {other}"]):
+                missing.remove(other)
+        if time.monotonic() > deadline:
+            raise ConnectionError(f"of {size} processes, number {min(missing)} did not come in {JOIN_TIMEOUT}")
+        time.sleep(0.02)
+    return dist.PrefixStore(mine, store)
 
 
 def _end_with_parent() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import run_python
 from safetensors.torch import load_file
 
@@ -16,6 +18,7 @@ from nanovlm_fast.config import parse_config
 from nanovlm_fast.data.sources import load_source
 from nanovlm_fast.data.stream import PackedStream, SampleLoader, deal, initial_states, loader, measure_budget, undeal
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
+from nanovlm_fast.distributed import _store_of_this_start
 
 STEPS = 20
 
@@ -177,3 +180,17 @@ def test_compiled_ranks_learn_what_eager_ranks_learn(tmp_path, options):
 def test_sharding_and_muon_are_refused_together(tmp_path):
     result = run_python("train.py", *SMALL, "--out", str(tmp_path / "run"), "--shard", "--optimizer", "muon")
     assert result.returncode == 2 and "--shard splits the matrices" in result.stderr
+
+
+def test_a_restart_does_not_meet_what_dead_ranks_left(monkeypatch):
+    """torchrun's store outlives its restarts."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for name, value in (("ADDR", "127.0.0.1"), ("PORT", str(server.port))):
+        monkeypatch.setenv(f"MASTER_{name}", value)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    for life in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            stores = list(pool.map(lambda rank: _store_of_this_start(rank, 3), range(3)))
+        assert not any(store.check(["address"]) for store in stores)
+        stores[life].set("address", str(life))
+        assert {store.get("address") for store in stores} == {str(life).encode()}
