@@ -32,7 +32,10 @@ def facts(device: torch.device) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         # a copy of the tree without its history says by the environment what it is a copy of
         "commit": os.environ.get("NANOVLM_FAST_COMMIT") or _output("git", "rev-parse", "HEAD"),
-        "clean": not _output("git", "status", "--porcelain", "--untracked-files=no"),
+        # results are no code: those of the stage before do not make the next one's tree another
+        "clean": not _output(
+            "git", "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)bench/results"
+        ),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "python": platform.python_version(),
         "torch": torch.__version__,
