@@ -242,8 +242,8 @@ def test_a_long_run_grows_neither_memory_nor_files_nor_processes(tmp_path):
     result = reliability.soak(tmp_path / "run", steps=800, every=50, options=["--device", "cpu", "--log-every", "50"])
     torch.set_num_threads(threads)
     growth = result["growth"]
-    assert abs(growth["host_bytes"]) < 0.02, growth
-    assert abs(growth["device_bytes"]) < 0.02, growth
+    assert growth["host_bytes"] < 0.02, growth  # what is given back is no leak
+    assert growth["device_bytes"] < 0.02, growth
     assert growth["files"] == growth["children"] == growth["threads"] == 0, result["samples"]
 
 
