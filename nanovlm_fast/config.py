@@ -288,6 +288,13 @@ def check_types(config_class: type, values: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be {wanted}, got {repr(value)[:80]}")
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Write the file so that whoever is killed on the way leaves the old one, or none."""
+    temporary = file.with_name(f".{file.name}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """The JSON object of a file. Raises ValueError naming the file if it holds none, and OSError if it cannot be read.
 
@@ -322,9 +329,7 @@ def load_run_config(run: Path) -> dict[str, Any]:
 def save_run_config(run: Path, model: VLMConfig, train: TrainConfig) -> None:
     values = {**dataclasses.asdict(model), **dataclasses.asdict(train)}
     values |= {"resume": False, "auto_resume": False, "overwrite": False, "dry_run": False}
-    temporary = run / ".config.json"
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(temporary, run / "config.json")
+    write_whole(run / "config.json", json.dumps(values, indent=2) + "\n")
 
 
 def holds_run(folder: Path) -> bool:

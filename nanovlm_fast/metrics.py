@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanovlm_fast.config import VLMConfig
+from nanovlm_fast.config import VLMConfig, write_whole
 from nanovlm_fast.distributed import World
 
 ALONE = World()
@@ -214,9 +213,7 @@ class MetricsLog:
         if self.path.exists():
             lines = [line for line in read_metrics(run) if line["step"] <= step]
             kept = [line for line in lines if line["step"] <= evaluated or not {"accuracy", "eval"} & line.keys()]
-            temporary = run / ".metrics.jsonl"
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            os.replace(temporary, self.path)
+            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = self.path.open("a", buffering=1)
 
     def write(self, values: dict[str, Any]) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer as BaseTokenizer
 
-from nanovlm_fast.config import read_json
+from nanovlm_fast.config import read_json, write_whole
 from nanovlm_fast.data.images import printable
 from nanovlm_fast.packing import IGNORE, Document
 
@@ -50,9 +49,7 @@ class Tokenizer:
         return self.base.decode(ids, skip_special_tokens=True)
 
     def save(self, folder: Path) -> None:
-        temporary = folder / ".tokenizer.json"  # a start that is killed here must not cost the run its tokenizer
-        temporary.write_text(self.base.to_str(pretty=True), encoding="utf-8")
-        os.replace(temporary, folder / "tokenizer.json")
+        write_whole(folder / "tokenizer.json", self.base.to_str(pretty=True))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos, "pad_token": self.eos}
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
