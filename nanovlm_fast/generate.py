@@ -6,6 +6,7 @@ python -m nanovlm_fast.generate --checkpoint RUN --image FILE --prompt TEXT
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Sequence
 
@@ -24,10 +25,16 @@ from nanovlm_fast.packing import Budget, Document, PackedBatch, Sample, pack
 
 
 class KVCache:
-    """Keys and values of every layer, one row a prompt: (n_prompts, n_kv_heads, length, head_dim) each."""
+    """Keys and values of every layer, one row per prompt: (n_prompts, n_kv_heads, room, head_dim).
 
-    def __init__(self, prompts: PackedBatch, n_prompts: int, new_tokens: int, attend: Attention):
-        self.prompts, self.n_prompts, self.new_tokens, self.attend = prompts, n_prompts, new_tokens, attend
+    `room` is the most positions that a prompt takes together with its reply.
+    """
+
+    def __init__(self, prompts: PackedBatch, n_prompts: int, room: int, attend: Attention):
+        self.prompts = prompts
+        self.n_prompts = n_prompts
+        self.room = room
+        self.attend = attend
         self.lengths = prompts.cu_seqlens.diff()[:n_prompts].long()  # tokens already in the cache
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -39,7 +46,7 @@ class KVCache:
         for cache, new in ((self.keys, k), (self.values, v)):
             rows = new.new_zeros(self.n_prompts * max_seqlen, *new.shape[1:]).index_copy(0, slots, new)
             rows = rows.view(self.n_prompts, max_seqlen, *new.shape[1:]).transpose(1, 2)
-            cache.append(F.pad(rows, (0, 0, 0, self.new_tokens)))
+            cache.append(F.pad(rows, (0, 0, 0, self.room - max_seqlen)))
         return self.attend(q, k, v, cu_seqlens, max_seqlen, True)
 
     def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -54,58 +61,90 @@ class KVCache:
         return out[:, :, 0]
 
 
+def prefill(
+    model: VisionLanguageModel, images: Tensor, prompts: Sequence[Document], room: int
+) -> tuple[KVCache, Tensor]:
+    """The cache of the prompts, and the hidden states (n_prompts, C) that choose their next tokens."""
+    longest = max(len(prompt) for prompt in prompts)
+    sample = Sample("prompts", np.zeros((0, 3, *images.shape[2:]), np.uint8), list(prompts))
+    budget = Budget(sample.tokens, len(prompts), 0, sample.labels, longest)
+    config = model.config
+    batch = pack([sample], budget, config.image_tokens, config.vit_img_size).to(images.device)
+    cache = KVCache(batch, len(prompts), room, model.ops.attention)
+    x = model.embed(batch.input_ids, batch.image_rows, images)
+    last = batch.cu_seqlens[1 : len(prompts) + 1].long() - 1
+    return cache, model.decoder(model.ops, x, batch.position_ids, cache.prefill, last)
+
+
+def decode(model: VisionLanguageModel, cache: KVCache, tokens: Tensor, counts: Tensor) -> Tensor:
+    """The hidden states (n_prompts, C) after one more token per prompt.
+
+    `counts` is 1 where the token is part of the reply. Where it is 0 the reply has ended and nobody
+    reads what comes out; its row stays where it is, or it would run past the model's positions.
+    """
+    x = model.decoder.token_embedding(tokens)
+    hidden = model.decoder(model.ops, x, cache.lengths.int(), cache.decode)
+    cache.lengths = cache.lengths + counts
+    return hidden
+
+
 @torch.inference_mode()
 def generate(
     model: VisionLanguageModel,
     images: Tensor,
     prompts: Sequence[Document],
     eos_id: int,
-    max_new_tokens: int = 20,
+    max_new_tokens: int | Sequence[int] = 20,
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt until end of sequence; returns the new tokens without it.
 
     images (N, 3, H, W) uint8 are encoded once; a prompt's `image_rows` index their image tokens, all N together.
-    temperature 0 is greedy; otherwise sampling, from the `top_k` likeliest tokens (0: all) and of them the fewest that
-    hold `top_p` of the probability.
+    `max_new_tokens` is one limit for all prompts or one for each. temperature 0 is greedy; otherwise
+    sampling, from the `top_k` likeliest tokens (0: all) and of them the fewest that hold `top_p` of the
+    probability. `generator` is one for all, or one per prompt (`generator_of`).
+
+    With greedy decoding or a generator per prompt, a reply does not depend on the prompts that share
+    its batch, but for the last bits of the logits: matrix products of other sizes round differently.
+    Raises ValueError for a prompt whose reply may pass the model's positions.
     """
-    if not prompts or max_new_tokens < 1:
-        return [[] for _ in prompts]
-    longest = max(len(prompt) for prompt in prompts)
-    if longest + max_new_tokens > model.config.lm_max_position_embeddings:
-        raise ValueError(
-            f"prompt of {longest} tokens and {max_new_tokens} new ones are over the model's "
-            f"{model.config.lm_max_position_embeddings} positions"
-        )
-    sample = Sample("prompts", np.zeros((0, 3, *images.shape[2:]), np.uint8), list(prompts))
-    budget = Budget(sample.tokens, len(prompts), 0, sample.labels, longest)
-    batch = pack([sample], budget, model.config.image_tokens, model.config.vit_img_size).to(images.device)
-    cache = KVCache(batch, len(prompts), max_new_tokens, model.ops.attention)
-
-    x = model.embed(batch.input_ids, batch.image_rows, images)
-    last = batch.cu_seqlens[1 : len(prompts) + 1].long() - 1
-    hidden = model.decoder(model.ops, x, batch.position_ids, cache.prefill, last)
+    if isinstance(max_new_tokens, int):
+        max_new_tokens = [max_new_tokens] * len(prompts)
+    asked = [i for i, limit in enumerate(max_new_tokens) if limit > 0]
     replies: list[list[int]] = [[] for _ in prompts]
-    running = torch.ones(len(prompts), dtype=torch.bool)
-    for step in range(max_new_tokens):
+    if not asked:
+        return replies
+    ends = [len(prompts[i]) + max_new_tokens[i] for i in asked]
+    positions = model.config.lm_max_position_embeddings
+    for i, end in zip(asked, ends, strict=True):
+        if end > positions:
+            what = f"prompt {i + 1} of {len(prompts[i])} tokens and {max_new_tokens[i]} new ones are"
+            raise ValueError(f"{what} over the model's {positions} positions")
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        generator = [generator[i] for i in asked]
+    cache, hidden = prefill(model, images, [prompts[i] for i in asked], max(ends))
+    running = torch.ones(len(asked), dtype=torch.bool)
+    while True:
         token = choose(model.decoder.head(hidden), temperature, top_k, top_p, generator)
-        values = token.tolist()
-        for i, value in enumerate(values):
-            running[i] &= value != eos_id
-            if running[i]:
+        for row, (i, value) in enumerate(zip(asked, token.tolist(), strict=True)):
+            if running[row] and value != eos_id:
                 replies[i].append(value)
-        if step == max_new_tokens - 1 or not running.any():
-            break
-        x = model.decoder.token_embedding(token)
-        hidden = model.decoder(model.ops, x, cache.lengths.int(), cache.decode)
-        cache.lengths = cache.lengths + 1
-    return replies
+            running[row] &= value != eos_id and len(replies[i]) < max_new_tokens[i]
+        if not running.any():
+            return replies
+        hidden = decode(model, cache, token, running.long().to(token.device))
 
 
-def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
+def choose(
+    logits: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+) -> Tensor:
     """(B, V) logits -> (B,) tokens."""
     if temperature <= 0:
         return logits.argmax(-1)
@@ -117,7 +156,17 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability ahead of each token
         ordered = ordered.masked_fill((before >= top_p) & (before > 0), float("-inf"))
         logits = torch.full_like(logits, float("-inf")).scatter(-1, order, ordered)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    probabilities = logits.softmax(-1)
+    if generator is None or isinstance(generator, torch.Generator):
+        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    drawn = zip(probabilities, generator, strict=True)
+    return torch.cat([torch.multinomial(row, 1, generator=own) for row, own in drawn])
+
+
+def generator_of(device: torch.device, *numbers: int) -> torch.Generator:
+    """Random numbers of their own for these numbers: a seed, and which prompt it is."""
+    digest = hashlib.sha256(repr(numbers).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -151,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
             args.temperature,
             args.top_k,
             args.top_p,
-            torch.Generator(device).manual_seed(args.seed),
+            [generator_of(device, args.seed, i) for i in range(len(prompts))],
         )
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

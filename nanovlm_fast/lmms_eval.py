@@ -8,6 +8,7 @@ too many packages to be installed for them. With 0.7.3's registry, base class an
 
 from __future__ import annotations
 
+import sys
 from itertools import groupby
 from typing import Any
 
@@ -19,7 +20,7 @@ from nanovlm_fast.checkpoint import load_pretrained
 from nanovlm_fast.data.images import load_image
 from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.device import autocast_to, pick_device, pick_dtype
-from nanovlm_fast.generate import generate
+from nanovlm_fast.generate import generate, generator_of
 from nanovlm_fast.packing import Document
 
 
@@ -47,37 +48,42 @@ class NanoVLMFast(lmms):
     def generate_until(self, requests: list[Any]) -> list[str]:
         """Replies, cut at the end of sequence and before the first of a request's `until`; greedy unless it samples.
 
-        Raises ValueError for a visual that is no image, and for a prompt that leaves no position for a reply.
+        A prompt that leaves no position for a reply is named and gets none: the harness, which cannot leave a request
+        out, counts that as an empty one. Raises ValueError for a visual that is no image.
         """
         replies: list[str] = []
-        for settings, same in groupby((request.args for request in requests), key=lambda args: args[1]):
+        numbered = enumerate(request.args for request in requests)
+        for settings, same in groupby(numbered, key=lambda item: item[1][1]):
             group = list(same)
             for start in range(0, len(group), self.batch_size):
                 replies += self.answer(group[start : start + self.batch_size], settings)
         return replies
 
-    def answer(self, batch: list[tuple], settings: dict[str, Any]) -> list[str]:
-        """One batch of (context, settings, doc_to_visual, doc_id, task, split), whose `settings` are the same."""
+    def answer(self, batch: list[tuple[int, tuple]], settings: dict[str, Any]) -> list[str]:
+        """One batch of (number, (context, settings, doc_to_visual, doc_id, task, split)) of the same `settings`."""
         config = self.model.config
         images: list[np.ndarray] = []
         prompts: list[Document] = []
-        for context, _, doc_to_visual, doc_id, task, split in batch:
+        limits: list[int] = []
+        for _, (context, _, doc_to_visual, doc_id, task, split) in batch:
             visuals = doc_to_visual(self.task_dict[task][split][doc_id]) or []
             prompt = self.text.document([(context.replace("<image>", "").strip(), "")], len(visuals))
-            if len(prompt) >= config.lm_max_position_embeddings:
-                raise ValueError(f"{task} {doc_id}: a prompt of {len(prompt)} tokens is too long for the model")
+            room = config.lm_max_position_embeddings - len(prompt)
+            if room < 1:
+                what = f"{task} {doc_id}: a prompt of {len(prompt)} tokens is too long for the model"
+                print(f"warning: no reply to {what}", file=sys.stderr)
             prompt.image_rows[prompt.image_rows >= 0] += len(images) * config.image_tokens
             prompts.append(prompt)
+            limits.append(min(settings.get("max_new_tokens") or 64, max(room, 0)))
             images += [load_image(visual, config.vit_img_size) for visual in visuals]
         size = config.vit_img_size
         pixels = torch.from_numpy(np.stack(images) if images else np.zeros((0, 3, size, size), np.uint8))
-        room = config.lm_max_position_embeddings - max(map(len, prompts))
-        new_tokens = min(settings.get("max_new_tokens") or 64, room)
         sampling = {}
         if settings.get("do_sample", bool(settings.get("temperature"))):
             sampling = dict(temperature=settings.get("temperature") or 1.0, top_p=settings.get("top_p") or 1.0)
+            sampling["generator"] = [generator_of(self.device, number) for number, _ in batch]
         with autocast_to(pick_dtype("auto", self.device), self.device)():
-            ids = generate(self.model, pixels.to(self.device), prompts, self.tokenizer.eos_id, new_tokens, **sampling)
+            ids = generate(self.model, pixels.to(self.device), prompts, self.tokenizer.eos_id, limits, **sampling)
         return [cut(self.tokenizer.decode(reply), settings.get("until") or []).strip() for reply in ids]
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:

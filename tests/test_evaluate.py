@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from pictures import cauldron, encoded, mmstar, photograph, texts
 from runs import train
 
 from nanovlm_fast import evaluate as module
+from nanovlm_fast.checkpoint import save_pretrained
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.data.hub import MMStar
 from nanovlm_fast.data.sources import Example, load_source
@@ -45,7 +47,7 @@ def setup(monkeypatch):
         said = [
             next(reply for question, reply in replies.items() if text.endswith(f"{question} Answer:")) for text in texts
         ]
-        return [tokenizer.encode(f" {reply}")[:max_new_tokens] for reply in said]
+        return [tokenizer.encode(f" {reply}")[:limit] for reply, limit in zip(said, max_new_tokens, strict=True)]
 
     monkeypatch.setattr(module, "generate", answer)
     return model, tokenizer, replies, asked
@@ -83,6 +85,57 @@ def test_too_long_a_prompt_is_left_out_and_named(setup):
     replies["who?"] = "yes"
     result = evaluate(model, tokenizer, source([(LONG * 20, "no")], [("who?", "yes")]))
     assert (result.correct, result.total) == (1, 1) and "talk 0" in result.skipped[0]
+
+
+def test_one_long_question_costs_the_others_nothing(monkeypatch):
+    """The real `generate`: a question that leaves room for its answer alone, beside others and in any batch."""
+    tokenizer = Tokenizer.train(["who? what? where? yes no blue " + LONG], 300)
+    torch.manual_seed(0)
+    model = VisionLanguageModel(VLMConfig(**{**SMALL, "lm_vocab_size": 300, "lm_max_position_embeddings": 128}))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    said = {}
+
+    def judge(self, reply, answer):
+        said.setdefault(answer, []).append(reply)
+        return False
+
+    monkeypatch.setattr(Talks, "right", judge, raising=False)
+    text = module.TextProcessor(tokenizer, model.config.prompt, model.config.image_tokens)
+    reply = len(tokenizer.encode(" no")) + 2
+    tokens = len(text.document([("!", "")], 0)) - 1
+    asked = [("!" * (128 - tokens - reply), "no"), ("who?", LONG), ("what?", "blue"), ("!" * 128, "never")]
+    for style in ("greedy", "v0.1"):
+        for size in (1, 2, 4):
+            result = evaluate(
+                model, tokenizer, source(*([turn] for turn in asked)), examples_per_batch=size, style=style
+            )
+            assert result.total == 3 and result.too_long == result.skipped and "talk 3" in result.skipped[0]
+            assert result.say("questions").startswith("0.0% of 3 questions; left out: 1 too long for the model, the f")
+        assert set(said) == {"no", LONG, "blue"} and all(len({*replies}) == 1 for replies in said.values()), said
+        assert len(tokenizer.encode(said[LONG][0])) > 20, "not cut to what the long question leaves"
+        said.clear()
+
+
+def test_where_nothing_could_be_asked_there_is_no_score(setup, tmp_path, capsys):
+    model, tokenizer, _, _ = setup
+    result = evaluate(model, tokenizer, source([(LONG * 20, "no")]))
+    assert (result.accuracy, result.total) == (None, 0) and result.as_dict()["accuracy"] is None
+    assert result.say("questions").startswith("none of the questions could be asked; left out: 1 too long")
+
+    save_pretrained(tmp_path / "model", model, tokenizer)
+    talk = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
+    lines = [json.dumps({"image": f"{i}.png", "conversations": talk}) for i in range(3)]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    for options in ([], ["--json"]):
+        command = ["--checkpoint", str(tmp_path / "model"), "--data", f"jsonl:{tmp_path}", "--device", "cpu", *options]
+        capsys.readouterr()
+        assert module.main(command) == 1
+        printed = capsys.readouterr()
+        last = printed.err.strip().splitlines()[-1]
+        assert re.match(r"error: none of the questions of jsonl:.* could be asked; .* 3 unreadable, .*0\.png", last)
+        assert printed.out == ""
 
 
 def test_blank_images_are_blank_and_unreadable_ones_named(monkeypatch):
@@ -139,11 +192,12 @@ def test_a_reply_that_names_the_letter_is_right(reply, right):
 
 
 def scripted(tokenizer, replies: list[str], seen: list):
-    """A stand-in for `generate` that gives the replies in turn, as tokens."""
+    """A stand-in for `generate` that gives the replies in turn, as tokens; <eos> is the end of sequence."""
 
     def answer(model, images, prompts, eos_id, max_new_tokens, **options):
         seen.append((images, prompts, eos_id, max_new_tokens, options))
-        return [tokenizer.encode(reply) for reply in replies[: len(prompts)]]
+        said = [[tokenizer.encode(part) for part in reply.split("<eos>")] for reply in replies[: len(prompts)]]
+        return [[token for ids in parts for token in [tokenizer.eos_id, *ids]][1:] for parts in said]
 
     return answer
 
@@ -157,7 +211,7 @@ def test_mmstar_is_asked_and_judged_as_v01_does(mmstar_source, monkeypatch):
     ((images, prompts, eos_id, new_tokens, options),) = seen
     asked = tokenizer.base.decode(prompts[0].input_ids[model.config.image_tokens :].tolist())
     assert asked == "Question: Which? A: red, B: blue \nAnswer only with the letter! \nAnswer:"
-    assert (len(images), eos_id, new_tokens, options) == (3, tokenizer.eos_id, 5, {})
+    assert (len(images), eos_id, new_tokens, options) == (3, tokenizer.eos_id, [5] * 3, {})
     assert result.as_dict()["by_kind"] == {
         "coarse perception": {"accuracy": 1.0, "questions": 1},
         "math": {"accuracy": 0.5, "questions": 2},
@@ -168,13 +222,14 @@ def test_style_v01_samples_and_does_not_stop_at_the_end_of_sequence(mmstar_sourc
     """'A<eos>The' becomes 'AThe' and is wrong, as it was where the published number comes from."""
     tokenizer = Tokenizer.train(["A B The Question Answer only with the letter"], 300)
     model = VisionLanguageModel(VLMConfig(**{**SMALL, "lm_vocab_size": 300}))
-    replies, seen = [" B<|endoftext|>The", " A<|endoftext|>", " B<|endoftext|> The"], []
+    replies, seen = [" B<eos>The", " A<eos>", " B<eos> The"], []
     monkeypatch.setattr(module, "generate", scripted(tokenizer, replies, seen))
     assert evaluate(model, tokenizer, mmstar_source).correct == 3
     assert evaluate(model, tokenizer, mmstar_source, style="v0.1").correct == 2
     _, _, eos_id, _, options = seen[1]
     assert eos_id not in range(len(tokenizer)) and options["temperature"] == 1.0
-    assert options["generator"] is not torch.default_generator, "training's random numbers stay what they were"
+    assert len(options["generator"]) == 3, "each question has random numbers of its own"
+    assert torch.default_generator not in options["generator"], "training's stay what they were"
 
 
 def test_sampling_is_repeatable_and_leaves_the_training_alone(mmstar_source):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import random_document
+from conftest import SMALL, random_document
 from kernel_checks import DEVICE
 
 from nanovlm_fast import reference
-from nanovlm_fast.generate import choose, generate
+from nanovlm_fast.config import VLMConfig
+from nanovlm_fast.generate import choose, decode, generate, generator_of, prefill
 from nanovlm_fast.model import VisionLanguageModel
 from nanovlm_fast.ops import choose_ops
 from nanovlm_fast.packing import Document
@@ -79,6 +80,89 @@ def test_a_prompt_is_answered_alike_alone_and_in_a_batch(model):
     assert [generate(model, images, [prompt], EOS, max_new_tokens=6)[0] for prompt in prompts] == together
 
 
+def replies_in_groups(model, images, prompts, limits, groups, **options) -> list[list[int]]:
+    """Every prompt's reply, of which those of a group were asked in one batch."""
+    replies: list[list[int]] = [[] for _ in prompts]
+    for group in groups:
+        own = {name: [value[i] for i in group] for name, value in options.items() if name == "generator"}
+        asked = [prompts[i] for i in group]
+        said = generate(model, images, asked, EOS, [limits[i] for i in group], **{**options, **own})
+        for i, reply in zip(group, said, strict=True):
+            replies[i] = reply
+    return replies
+
+
+def closest_call(model, prompt: Document, images, reply: list[int]) -> float:
+    """By how much the reply's tokens lead in the logits of one whole forward, at least."""
+    config = model.config
+    whole = reference.VisionLanguageModel(config)
+    whole.load_state_dict(model.reference_state_dict())
+    rows = prompt.image_rows[prompt.image_rows >= 0]
+    pixels = (images[np.unique(rows // config.image_tokens)].float() / 255 - config.image_mean) / config.image_std
+    text = torch.tensor([[*prompt.input_ids[prompt.image_rows < 0].tolist(), *reply[:-1]]])
+    with torch.no_grad():
+        logits = whole(text, pixels[None] if len(rows) else None)[0][0, -len(reply) :]
+    assert logits.argmax(-1).tolist() == reply
+    first, second = logits.topk(2).values.unbind(-1)
+    return (first - second).min().item()
+
+
+def test_a_reply_does_not_depend_on_what_shares_its_batch(model):
+    """Any grouping gives the same replies, also beside a prompt that leaves room for a few tokens only."""
+    positions = model.config.lm_max_position_embeddings
+    lengths = (3, 9, 1, 20, 5, positions - 4 - 8, 2, 12)
+    prompts, images = prompts_and_images(model.config, lengths)
+    limits = [min(12 + 3 * i, positions - len(prompt)) for i, prompt in enumerate(prompts)]
+    everybody = range(len(prompts))
+    alone = replies_in_groups(model, images, prompts, limits, [[i] for i in everybody])
+    ended = [len(reply) < limit for reply, limit in zip(alone, limits, strict=True)]
+    assert limits[5] == len(alone[5]) == 8 and 0 < sum(ended) < 4, "both kinds of end"
+    leads = [closest_call(model, *parts) for parts in zip(prompts, [images] * 8, alone, strict=True)]
+    assert min(leads) > 0.001, "no close call: rounding, which a batch does change, cannot turn a token"
+    sampling = dict(temperature=2.0, generator=None)
+    drawn = None
+    rng = np.random.default_rng(0)
+    for _ in range(6):
+        cuts = np.sort(rng.choice(np.arange(1, 8), int(rng.integers(0, 5)), replace=False))
+        groups = [group.tolist() for group in np.split(rng.permutation(8), cuts)]
+        assert replies_in_groups(model, images, prompts, limits, groups) == alone, groups
+        sampling["generator"] = [generator_of(images.device, 3, i) for i in everybody]
+        said = replies_in_groups(model, images, prompts, limits, groups, **sampling)
+        drawn = drawn or said
+        assert said == drawn and said != alone, groups
+
+
+def test_the_cache_gives_the_logits_of_one_whole_forward():
+    """16 rows over 1,000 positions: each begins with a prompt of another length, and takes the rest token by token."""
+    rows, positions = 16, 1000
+    config = VLMConfig(**{**SMALL, "lm_max_position_embeddings": positions, "lm_n_blocks": 2})
+    model = VisionLanguageModel(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    plain = reference.VisionLanguageModel(config)
+    plain.load_state_dict(model.reference_state_dict())
+    ids = torch.randint(0, config.lm_vocab_size, (rows, positions))
+    lengths = torch.linspace(1, 60, rows).long()
+    prompts = []
+    for row, length in zip(ids, lengths, strict=True):
+        prompt = random_document(np.random.default_rng(0), config, 0, int(length))
+        prompt.input_ids[:] = row[:length]
+        prompts.append(prompt)
+    every = torch.arange(rows)
+    logits = torch.full((rows, positions, config.lm_vocab_size), float("nan"))
+    with torch.inference_mode():
+        whole, _ = plain(ids, None)
+        cache, hidden = prefill(model, torch.zeros(0, 3, 32, 32, dtype=torch.uint8), prompts, positions)
+        logits[every, cache.lengths - 1] = model.decoder.head(hidden)
+        for _ in range(positions - 1):
+            at = cache.lengths  # a row that has arrived stays at its last position
+            hidden = decode(model, cache, ids[every, at], (at < positions - 1).long())
+            logits[every, at] = model.decoder.head(hidden)
+    chosen_by = torch.arange(positions) >= lengths[:, None] - 1
+    apart = (logits - whole)[chosen_by].abs().max() / whole.abs().max()
+    assert apart < 1e-5 and chosen_by.sum() > 15_000
+
+
 def test_it_runs_under_autocast(model):
     """As the training loop evaluates on a GPU: bfloat16 products, float32 weights."""
     prompts, images = prompts_and_images(model.config)
@@ -103,6 +187,10 @@ def test_no_prompts_no_tokens_and_too_long(model):
     assert generate(model, images, prompts, EOS, max_new_tokens=0) == [[]] * len(prompts)
     with pytest.raises(ValueError, match="512 positions"):
         generate(model, images, prompts, EOS, max_new_tokens=600)
+    with pytest.raises(ValueError, match="prompt 2 of 9 tokens and 504 new ones are over"):
+        generate(model, images, prompts, EOS, [1, 504, 1, 1, 1])
+    full, _ = prompts_and_images(model.config, (3, 512))
+    assert generate(model, images, full, -1, [2, 0]) == [generate(model, images, full[:1], -1, 2)[0], []]
 
 
 def test_sampling_is_reproducible_and_filtered():

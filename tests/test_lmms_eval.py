@@ -76,14 +76,33 @@ def test_replies_are_what_generate_says_in_the_order_asked(adapter, checkpoint, 
     assert len(set(replies)) > 1 and all(replies), "answers that show something"
 
 
-def test_more_tokens_than_the_model_has_positions_are_cut_and_too_long_a_prompt_is_named(adapter, checkpoint):
+def test_more_tokens_than_the_model_has_positions_are_cut(adapter, checkpoint):
     model = adapter.NanoVLMFast(checkpoint=str(checkpoint), device="cpu")
     model.task_dict = {"task": {"test": DOCS}}
     assert len(model.generate_until(requests([dict(max_new_tokens=10**6)] * 4))) == 4
-    request = requests([{}] * 4)[0]
-    request.args = ("what is it? " * 5000, *request.args[1:])
-    with pytest.raises(ValueError, match=r"task 0: a prompt of \d+ tokens is too long"):
-        model.generate_until([request])
+
+
+def test_too_long_a_prompt_is_named_and_costs_the_others_nothing(adapter, checkpoint, capsys):
+    """One that leaves no room gets no reply; one that leaves room for two tokens gets two; the rest as alone."""
+    sampled = dict(max_new_tokens=12, do_sample=True, temperature=1.5)
+    model = adapter.NanoVLMFast(checkpoint=str(checkpoint), device="cpu")
+    model.task_dict = {"task": {"test": DOCS}}
+    positions = model.model.config.lm_max_position_embeddings
+    for settings in (dict(max_new_tokens=12), sampled):
+        asked = requests([settings] * 4)
+        alone = adapter.NanoVLMFast(checkpoint=str(checkpoint), device="cpu", batch_size=1)
+        alone.task_dict = model.task_dict
+        expected = alone.generate_until(asked)
+        no_room, little = requests([settings] * 4)[2:4]
+        no_room.args = ("what is it? " * positions, *no_room.args[1:])
+        marks = positions - 1 - len(model.text.document([("!", "")], 1))  # no entry has two of them
+        little.args = ("!" * marks, *little.args[1:])
+        assert len(model.text.document([("!" * marks, "")], 1)) == positions - 2
+        asked[2:4] = no_room, little
+        replies = model.generate_until(asked)
+        assert replies[:2] == expected[:2] and replies[2] == ""
+        assert 0 < len(replies[3]) < len(replies[0])
+        assert "no reply to task 2: a prompt of" in capsys.readouterr().err
 
 
 def test_replies_end_before_a_stop(adapter):
