@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +16,33 @@ from nanovlm_fast.config import read_json, write_whole
 from nanovlm_fast.data.images import printable
 from nanovlm_fast.packing import IGNORE, Document
 
-EOS = "<|endoftext|>"
+EOS = "<|endoftext|>"  # where no file names one: SmolLM2's, cosmo2's, and that of tokenizers made here
+TOKENS_MAP = "special_tokens_map.json"
 Turn = tuple[str, str]  # question, answer
 
 
 class Tokenizer:
-    """A `tokenizers` tokenizer and its end-of-sequence token, stored in the layout that `transformers` reads."""
+    """A `tokenizers` tokenizer and its end-of-sequence token, stored in the layout that `transformers` reads.
+
+    A special token that a text spells out (`<|endoftext|>` in a question) is text like any other, so no text can end
+    a document. Added tokens that are not special are vocabulary: they are found in a text and come back from it.
+    """
 
     def __init__(self, base: BaseTokenizer, eos: str = EOS):
-        self.base, self.eos = base, eos
+        self.base = base
+        self.eos = eos
         self.eos_id = base.token_to_id(eos)
         if self.eos_id is None:
             raise ValueError(f"the tokenizer has no end-of-sequence token {eos!r}")
         base.no_padding()
         base.no_truncation()
+        base.encode_special_tokens = True  # a setting, not in tokenizer.json: the fingerprint stays
+        if self.eos_id in base.encode(eos, add_special_tokens=False).ids:
+            base.add_special_tokens([eos])  # it was an added token that is not marked as special
+
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[BaseTokenizer, str]]:
+        """Pickle by constructing anew: `base` alone comes out of a pickle without its settings."""
+        return Tokenizer, (self.base, self.eos)
 
     def __len__(self) -> int:
         """Rows that an embedding of its ids needs."""
@@ -39,7 +54,20 @@ class Tokenizer:
         return hashlib.sha256(f"{self.base.to_str()}{self.eos}".encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        return self.base.encode(text, add_special_tokens=False).ids
+        """Ids of the text, none of them the end of sequence.
+
+        Raises ValueError if the model of the tokenizer knows no other way to write it (a Unigram may not).
+        """
+        ids = self.base.encode(text, add_special_tokens=False).ids
+        if self.eos_id in ids:
+            raise ValueError(f"the tokenizer cannot tell {self.eos!r} in a text from the end of sequence")
+        return ids
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of the tokens that `encode` takes for text."""
+        added = self.base.get_added_tokens_decoder().items()
+        return {token.content: number for number, token in added if token.special}
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text up to the first end-of-sequence token."""
@@ -52,21 +80,24 @@ class Tokenizer:
         write_whole(folder / "tokenizer.json", self.base.to_str(pretty=True))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos, "pad_token": self.eos}
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (folder / TOKENS_MAP).unlink(missing_ok=True)  # another tokenizer's would be believed instead
 
     @staticmethod
     def load(folder: Path) -> Tokenizer:
         """Read what `save` (or transformers) wrote. Raises FileNotFoundError without a tokenizer.json."""
         if not (folder / "tokenizer.json").exists():
             raise FileNotFoundError(f"{folder} has no tokenizer.json; --lm-tokenizer names another tokenizer")
-        file, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
-        eos = read_json(config).get("eos_token", EOS) if config.exists() else EOS
-        eos = eos.get("content") if isinstance(eos, dict) else eos
-        if not isinstance(eos, str):
-            raise ValueError(f"{config} is damaged: its eos_token is {printable(repr(eos))}")
+        file = folder / "tokenizer.json"
+        eos, source = named_eos(folder)
         try:
-            return Tokenizer(BaseTokenizer.from_file(str(file)), eos)
+            base = BaseTokenizer.from_file(str(file))
+            if base.token_to_id(eos) is not None:
+                return Tokenizer(base, eos)
         except Exception as error:  # tokenizers raises nothing narrower
             raise ValueError(f"{file} is damaged: {printable(str(error))}") from error
+        if source is None:
+            raise ValueError(f"{folder}: no end of sequence: name it as eos_token in tokenizer_config.json")
+        raise ValueError(f"{source}: its eos_token {printable(eos)!r} is no entry of {file}")
 
     @staticmethod
     def from_hub(name: str) -> Tokenizer:
@@ -82,7 +113,7 @@ class Tokenizer:
                 f"tokenizer {name!r} could not be loaded from the Hugging Face hub. Give a local folder with its "
                 f"tokenizer.json: --lm-tokenizer FOLDER ({str(error).splitlines()[0]})"
             ) from error
-        return Tokenizer(loaded.backend_tokenizer, loaded.eos_token)
+        return Tokenizer(loaded.backend_tokenizer, loaded.eos_token or EOS)
 
     @staticmethod
     def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -102,15 +133,40 @@ class Tokenizer:
         return Tokenizer(base)
 
 
+def named_eos(folder: Path) -> tuple[str, Path | None]:
+    """The end-of-sequence token of a tokenizer's folder and the file that names it; without one, `EOS` and None.
+
+    It is what `transformers` says: special_tokens_map.json goes before tokenizer_config.json, unless that has
+    `added_tokens_decoder`, with which the other went out of use. Raises ValueError for a file that names no token.
+    """
+    config = folder / "tokenizer_config.json"
+    other = folder / TOKENS_MAP
+    values = {file: read_json(file) if file.exists() else {} for file in (config, other)}
+    order = [config, other] if "added_tokens_decoder" in values[config] else [other, config]
+    for file in order:
+        named = values[file].get("eos_token")
+        if named is None:
+            continue
+        eos = named.get("content") if isinstance(named, dict) else named  # a dict has flags too
+        if not isinstance(eos, str):
+            raise ValueError(f"{file} is damaged: its eos_token is {printable(repr(named))}")
+        return eos, file
+    return EOS, None
+
+
 class TextProcessor:
     """Turns -> documents of `[image tokens][prompt answer eos ...]`, each position labelled with its next token.
 
-    Only answers and their end-of-sequence token carry loss. `mode`: 'first' takes the first turn, 'independent' makes
+    Only answers and their end-of-sequence token carry loss. Special tokens in the prompt around the question are
+    meant; those in a question or an answer are text. `mode`: 'first' takes the first turn, 'independent' makes
     every turn a document, 'chat' puts all turns in one. A text seen before is not tokenised again.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: str, image_tokens: int, mode: str = "independent"):
         self.tokenizer, self.prompt, self.image_tokens, self.mode = tokenizer, prompt, image_tokens, mode
+        longest_first = sorted(tokenizer.special_tokens, key=len, reverse=True)
+        special = "|".join(map(re.escape, longest_first))
+        self.prompt_parts = re.split(f"({special})", prompt) if special else [prompt]
         self.seen: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
@@ -121,12 +177,21 @@ class TextProcessor:
                 self.seen[text] = ids
         return ids
 
+    def ask(self, question: str, before: str = "") -> list[int]:
+        """The prompt around the question, after the text `before`."""
+        special = self.tokenizer.special_tokens
+        if len(self.prompt_parts) == 1:
+            return self.encode(before + self.prompt.format(question=question))
+        parts = [before, *self.prompt_parts]
+        ids = [[special[part]] if part in special else self.encode(part.format(question=question)) for part in parts]
+        return [token for part in ids for token in part]
+
     def document(self, turns: Sequence[Turn], n_images: int) -> Document:
         """One document with all turns; the last answer may be '' to make a prompt without labels."""
         ids = [0] * (n_images * self.image_tokens)
         targets = [IGNORE] * len(ids)
         for i, (question, answer) in enumerate(turns):
-            prompt = self.encode(("\n" if i else "") + self.prompt.format(question=question))
+            prompt = self.ask(question, "\n" if i else "")
             reply = [*self.encode(" " + answer), self.tokenizer.eos_id] if answer else []
             ids += prompt + reply
             targets += [IGNORE] * len(prompt) + reply
