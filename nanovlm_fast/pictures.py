@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import textwrap
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from nanovlm_fast.data.images import printable
 from nanovlm_fast.metrics import read_metrics
 
 
@@ -25,14 +27,25 @@ def pyplot() -> ModuleType:
 
 
 def save(figure: Any, file: Path, **options: Any) -> None:
-    """Raises OSError naming the file, of which nothing is left then, if it cannot be written."""
+    """Raises OSError naming the file if it cannot be written; of what fails nothing is left."""
     try:
-        figure.savefig(file, **options)
-    except OSError as error:
-        file.unlink(missing_ok=True)
-        raise OSError(f"{file} could not be written: {error}") from error
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for it
+            figure.savefig(file, **options)
+    except Exception as error:
+        with contextlib.suppress(OSError):  # a folder stands there, or the disk takes nothing any more
+            file.unlink()
+        if isinstance(error, OSError):
+            raise OSError(f"{file} could not be written: {error}") from error
+        raise
     finally:
         pyplot().close(figure)
+
+
+def legible(text: str, lines: int, width: int = 30) -> str:
+    """Any text, as a few short lines that every font and terminal takes."""
+    text = printable(" ".join(text.split()))
+    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" ..."))
 
 
 @contextlib.contextmanager
@@ -73,7 +86,9 @@ def plot_samples(file: Path, samples: Sequence[tuple[np.ndarray, str, str, str]]
         axis.axis("off")
     for axis, (image, question, right, answer) in zip(axes.flat, samples, strict=False):
         axis.imshow(image.transpose(1, 2, 0))
-        said, colour = (answer, "#1a7f37") if answer == right else (f"{answer} (it is: {right})", "#cf222e")
-        wrapped = "\n".join(textwrap.wrap(question, 30)[:2])
-        axis.set_title(f"{wrapped}\n{said}", fontsize=9, color=colour)
+        said, colour = answer, "#1a7f37"
+        if answer != right.strip():
+            said, colour = f"{answer} (it is: {right})", "#cf222e"
+        title = f"{legible(question, 2)}\n{legible(said, 3)}"
+        axis.set_title(title, fontsize=9, color=colour, parse_math=False)  # a dollar is a dollar
     save(figure, file, dpi=90, bbox_inches="tight")  # the titles of the first row reach out of the layout

@@ -1,6 +1,6 @@
 """What a run scores on its way, and what it leaves when it is done.
 
-That is curves.png, the test split scored seeing and blind, samples.png, result.json and a table.
+That is curves.png, the test split scored seeing and blind, result.json, samples.png and a table.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nanovlm_fast.config import TrainConfig
+from nanovlm_fast.config import TrainConfig, write_whole
+from nanovlm_fast.data.images import printable
 from nanovlm_fast.data.sources import Source, load_source
 from nanovlm_fast.data.text import Tokenizer
 from nanovlm_fast.evaluate import answer_samples, evaluate
@@ -43,11 +44,12 @@ def score(
     step, scores = state["step"], {}
     if len(held_out):
         result = evaluate(model, tokenizer, held_out, config.turns, alive=alive)
-        scores["accuracy"] = result.accuracy
-        if result.accuracy > state["best_accuracy"]:
-            state["best_accuracy"], state["best_step"] = result.accuracy, step
-        tqdm.write(f"step {step}: {result.accuracy:.1%} of {result.total} held-out questions")
-        for reason in result.skipped:
+        if result.accuracy is not None:
+            scores["accuracy"] = result.accuracy
+            if result.accuracy > state["best_accuracy"]:
+                state["best_accuracy"], state["best_step"] = result.accuracy, step
+        tqdm.write(f"step {step}: {result.say('held-out questions')}")
+        for reason in result.unreadable:
             if reason not in state["bad"]:
                 state["bad"][reason] = reason
                 tqdm.write(f"skipped, held out: {reason}")
@@ -55,7 +57,7 @@ def score(
         data, style = config.eval, config.eval_style
         result = evaluate(model, tokenizer, benchmark, style=style, seed=config.seed, alive=alive)
         scores["eval"] = state["eval"] = {"data": data, "style": style, **result.as_dict()}
-        tqdm.write(f"step {step}: {result.accuracy:.1%} of {result.total} questions of {data} ({style})")
+        tqdm.write(f"step {step}: {result.say(f'questions of {data} ({style})')}")
     return scores
 
 
@@ -71,9 +73,11 @@ def summarise(
 ) -> dict[str, float]:
     """Write the files and print the table; returns the accuracies {'sees', 'blind'}, empty where none was measured.
 
-    `alive` is called before every batch.
+    The training is done: what fails here is named in a line, and the rest goes on. Raises OSError in the end for a
+    file that could not be written, unless --on-save-error says continue. `alive` is called before every batch.
     """
-    with saving(config):
+    unwritten: list[OSError] = []
+    with convenience("no curves.png", unwritten):
         plot_curves(run)
     device = next(model.parameters()).device
     filled = f"{state['tokens'] / state['capacity']:.1%} of the token budget" if state["capacity"] else "-"
@@ -83,39 +87,55 @@ def summarise(
         "packing": f"{filled} (curriculum aside)" if config.curriculum else filled,
         "skipped": f"{len(state['bad'])} unreadable, {state['too_long']} too long",
     }
-    test, accuracies = test_split(config.data), {}
-    name, source = ("test split", test) if test else ("held-out images", held_out)
     result = {"eval": state.get("eval"), **{k: state[k] for k in KEPT}}  # --eval's last
-    if config.final_eval and len(source):
-        with autocast():
-            ask = functools.partial(evaluate, model, tokenizer, source, config.turns, progress=True, alive=alive)
-            sees, blind = ask(), ask(blank_images=True)
-            if samples := answer_samples(model, tokenizer, source):
-                with saving(config):
-                    plot_samples(run / "samples.png", samples)
+    sees = None
+    if config.final_eval:
+        with convenience("the run is not scored at its end"), autocast():
+            test = test_split(config.data)
+            name, source = ("test split", test) if test else ("held-out images", held_out)
+            if len(source):
+                ask = functools.partial(evaluate, model, tokenizer, source, config.turns, progress=True, alive=alive)
+                sees, blind = ask(), ask(blank_images=True)
+    accuracies = {}
+    if sees:
         result |= {"split": name, "seeing": sees.as_dict(), "blind": blind.as_dict()}
         for kind, (correct, total) in sorted(sees.by_kind.items()):
             rows[f"  {kind}"] = f"{correct / total:.1%} of {total:,} questions"
-        rows[name] = f"sees: {sees.accuracy:.1%} · blind: {blind.accuracy:.1%}"
-        accuracies = {"sees": sees.accuracy, "blind": blind.accuracy}
-    if result["eval"]:
-        rows[config.eval] = f"{result['eval']['accuracy']:.1%} ({result['eval']['style']})"
-    if accuracies or result["eval"]:
-        with saving(config):
-            (run / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        if sees.skipped:
+            rows["  left out"] = sees.left_out
+        rows[name] = "none of its questions could be asked"
+        if sees.total:
+            rows[name] = f"sees: {sees.accuracy:.1%} · blind: {blind.accuracy:.1%}"
+            accuracies = {"sees": sees.accuracy, "blind": blind.accuracy}
+    if scored := result["eval"]:
+        accuracy = "none could be asked" if scored["accuracy"] is None else f"{scored['accuracy']:.1%}"
+        rows[config.eval] = f"{accuracy} ({scored['style']})"
+    if sees or scored:  # before the pictures: nothing may cost the scores
+        with convenience("no result.json", unwritten):
+            write_whole(run / "result.json", json.dumps(result, indent=2) + "\n")
+    if sees:
+        with convenience("no samples.png", unwritten), autocast():
+            if samples := answer_samples(model, tokenizer, source, mode=config.turns):
+                plot_samples(run / "samples.png", samples)
     print(summary_table(rows))
+    if unwritten and config.on_save_error == "stop":
+        raise unwritten[0]
     return accuracies
 
 
 @contextlib.contextmanager
-def saving(config: TrainConfig) -> Iterator[None]:
-    """What cannot be written is an error, or with --on-save-error continue a warning: the scores are printed."""
+def convenience(what: str, unwritten: list[OSError] | None = None) -> Iterator[None]:
+    """What comes after the last step may fail, for whatever reason: a warning says `what` and why, in one line.
+
+    `unwritten` takes the error of a file that could not be written (a full disk), which --on-save-error judges.
+    """
     try:
         yield
-    except OSError as error:
-        if config.on_save_error == "stop":
-            raise
-        tqdm.write(f"warning: {error}")
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        tqdm.write(f"warning: {what}: {printable(reason)}")
+        if isinstance(error, OSError) and unwritten is not None:
+            unwritten.append(error)
 
 
 def test_split(data: str) -> Source | None:
