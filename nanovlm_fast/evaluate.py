@@ -29,12 +29,12 @@ BLANK = 127  # every pixel of a blanked image
 
 @dataclass
 class Evaluation:
-    """Counts of a split. What could not be asked is no part of the score: it is named and counted beside it."""
+    """Counts of a split. What could not be asked is no part of the score, but named and counted."""
 
     correct: int = 0
     total: int = 0
     unreadable: list[str] = field(default_factory=list)  # why examples were left out
-    too_long: list[str] = field(default_factory=list)  # questions that leave no room for their answer
+    too_long: list[str] = field(default_factory=list)  # questions without room for their answer
     by_kind: dict[str, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))  # [correct, total]
 
     @property
@@ -96,8 +96,9 @@ def make_prompt(
 ) -> tuple[Document, int]:
     """The prompt of one question as `mode` asks it, and how many tokens its reply may take.
 
-    Those are `reply_tokens`, or 0: what the right answer, a blank and the end of sequence take, as a
-    longer reply is wrong in any case. Raises TooLong where the model has no positions for both.
+    Those are `reply_tokens`, or, if 0, what the right answer, a blank and the end of sequence
+    take: a longer reply is wrong in any case. Raises TooLong where the model has no positions for
+    both.
     """
     question, answer = example.turns[turn]
     before = example.turns[:turn] if mode == "chat" else []
@@ -126,8 +127,8 @@ def evaluate(
     comparison: sampled at temperature 1 (from `seed`) and not cut at the end of sequence.
     `mode` is the --turns that the model was trained with: 'independent' asks every question on its own, 'chat' after
     the turns before it with their right answers, 'first' only the first. With `blank_images` every pixel is one grey:
-    what is left is what the questions give away. Unreadable examples and over-long prompts are left out of the score,
-    counted and named. A reply depends on its question alone, not on the batch that it is asked in.
+    what is left is what the questions give away. Unreadable examples and over-long prompts are left
+    out of the score, counted and named. A reply depends on its question alone, not on its batch.
     `alive` is called before every batch.
     """
     from tqdm import tqdm
@@ -154,7 +155,10 @@ def read_questions(
     mode: str,
     result: Evaluation,
 ) -> tuple[list[np.ndarray], list[Question]]:
-    """The examples' images, and their questions, which index all of them; notes what is left out in `result`."""
+    """The examples' images, and their questions, which index all of them.
+
+    What is left out is noted in `result`.
+    """
     images: list[np.ndarray] = []
     questions: list[Question] = []
     reply_tokens = getattr(source, "reply_tokens", 0)
@@ -191,9 +195,10 @@ def evaluate_batch(
     seed: int | None,
     result: Evaluation,
 ) -> None:
-    """Add the examples at `indices` to `result`: their images encoded once, all their questions in one batch.
+    """Add the examples at `indices` to `result`: images encoded once, all questions in one batch.
 
-    With a `seed` replies are sampled, each from random numbers of its own, and not cut at the end of sequence.
+    With a `seed` replies are sampled, each from random numbers of its own, and not cut at the end
+    of sequence.
     """
     size, tokenizer = model.config.vit_img_size, text.tokenizer
     device = next(model.parameters()).device
@@ -220,9 +225,13 @@ def evaluate_batch(
 
 
 def answer_samples(
-    model: VisionLanguageModel, tokenizer: Tokenizer, source: Source, count: int = 18, mode: str = "independent"
+    model: VisionLanguageModel,
+    tokenizer: Tokenizer,
+    source: Source,
+    count: int = 18,
+    mode: str = "independent",
 ) -> list[tuple[np.ndarray, str, str, str]]:
-    """(image (3, H, W) uint8, question, right answer, the model's) for examples spread over the source.
+    """(image (3, H, W) uint8, question, right answer, the model's), spread over the source.
 
     Without those that `evaluate` leaves out and names, and those that show no image.
     """

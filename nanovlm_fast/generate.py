@@ -64,7 +64,7 @@ class KVCache:
 def prefill(
     model: VisionLanguageModel, images: Tensor, prompts: Sequence[Document], room: int
 ) -> tuple[KVCache, Tensor]:
-    """The cache of the prompts, and the hidden states (n_prompts, C) that choose their next tokens."""
+    """The prompts' cache, and the hidden states (n_prompts, C) that choose their next tokens."""
     longest = max(len(prompt) for prompt in prompts)
     sample = Sample("prompts", np.zeros((0, 3, *images.shape[2:]), np.uint8), list(prompts))
     budget = Budget(sample.tokens, len(prompts), 0, sample.labels, longest)
@@ -102,14 +102,15 @@ def generate(
 ) -> list[list[int]]:
     """Continue each prompt until end of sequence; returns the new tokens without it.
 
-    images (N, 3, H, W) uint8 are encoded once; a prompt's `image_rows` index their image tokens, all N together.
-    `max_new_tokens` is one limit for all prompts or one for each. temperature 0 is greedy; otherwise
-    sampling, from the `top_k` likeliest tokens (0: all) and of them the fewest that hold `top_p` of the
-    probability. `generator` is one for all, or one per prompt (`generator_of`).
+    images (N, 3, H, W) uint8 are encoded once; a prompt's `image_rows` index their image tokens,
+    all N together. `max_new_tokens` is one limit for all prompts or one for each. temperature 0 is
+    greedy; otherwise sampling, from the `top_k` likeliest tokens (0: all) and of them the fewest
+    that hold `top_p` of the probability. `generator` is one for all, or one per prompt
+    (`generator_of`).
 
-    With greedy decoding or a generator per prompt, a reply does not depend on the prompts that share
-    its batch, but for the last bits of the logits: matrix products of other sizes round differently.
-    Raises ValueError for a prompt whose reply may pass the model's positions.
+    With greedy decoding or a generator per prompt, a reply does not depend on the prompts that
+    share its batch, but for the last bits of the logits: products of other sizes round
+    differently. Raises ValueError for a prompt whose reply may pass the model's positions.
     """
     if isinstance(max_new_tokens, int):
         max_new_tokens = [max_new_tokens] * len(prompts)
@@ -121,8 +122,9 @@ def generate(
     positions = model.config.lm_max_position_embeddings
     for i, end in zip(asked, ends, strict=True):
         if end > positions:
-            what = f"prompt {i + 1} of {len(prompts[i])} tokens and {max_new_tokens[i]} new ones are"
-            raise ValueError(f"{what} over the model's {positions} positions")
+            long, new = len(prompts[i]), max_new_tokens[i]
+            what = f"prompt {i + 1} of {long} tokens and {new} new ones are over"
+            raise ValueError(f"{what} the model's {positions} positions")
     if not (generator is None or isinstance(generator, torch.Generator)):
         generator = [generator[i] for i in asked]
     cache, hidden = prefill(model, images, [prompts[i] for i in asked], max(ends))

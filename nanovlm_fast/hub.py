@@ -103,7 +103,7 @@ def model_card(checkpoint: Path, target: str, model: Any, name: str) -> str:
     lines = [f"# {Path(name).name}", "", f"A vision-language model of nanoVLM's architecture, {size}, trained with"]
     lines += ["nanovlm_fast.", "", usage, ""]
     evals = []
-    if result.get("seeing", {}).get("questions"):  # not of a run without a test split, or one that none could read
+    if result.get("seeing", {}).get("questions"):  # or nothing was asked, or could be
         kind, _, place = run["data"].partition(":")
         data = f"{kind}:{Path(place).name}" if place else kind  # no path of the machine it was trained on
         split = f"{result['split']} of {data}"

@@ -48,8 +48,8 @@ class NanoVLMFast(lmms):
     def generate_until(self, requests: list[Any]) -> list[str]:
         """Replies, cut at the end of sequence and before the first of a request's `until`; greedy unless it samples.
 
-        A prompt that leaves no position for a reply is named and gets none: the harness, which cannot leave a request
-        out, counts that as an empty one. Raises ValueError for a visual that is no image.
+        A prompt that leaves no position for a reply is named and gets an empty one: the harness
+        cannot leave a request out. Raises ValueError for a visual that is no image.
         """
         replies: list[str] = []
         numbered = enumerate(request.args for request in requests)
@@ -60,7 +60,10 @@ class NanoVLMFast(lmms):
         return replies
 
     def answer(self, batch: list[tuple[int, tuple]], settings: dict[str, Any]) -> list[str]:
-        """One batch of (number, (context, settings, doc_to_visual, doc_id, task, split)) of the same `settings`."""
+        """One batch of requests with the same `settings`.
+
+        Each is (number, (context, settings, doc_to_visual, doc_id, task, split)).
+        """
         config = self.model.config
         images: list[np.ndarray] = []
         prompts: list[Document] = []
@@ -70,8 +73,8 @@ class NanoVLMFast(lmms):
             prompt = self.text.document([(context.replace("<image>", "").strip(), "")], len(visuals))
             room = config.lm_max_position_embeddings - len(prompt)
             if room < 1:
-                what = f"{task} {doc_id}: a prompt of {len(prompt)} tokens is too long for the model"
-                print(f"warning: no reply to {what}", file=sys.stderr)
+                what = f"a prompt of {len(prompt)} tokens is too long for the model"
+                print(f"warning: no reply to {task} {doc_id}: {what}", file=sys.stderr)
             prompt.image_rows[prompt.image_rows >= 0] += len(images) * config.image_tokens
             prompts.append(prompt)
             limits.append(min(settings.get("max_new_tokens") or 64, max(room, 0)))
@@ -83,7 +86,8 @@ class NanoVLMFast(lmms):
             sampling = dict(temperature=settings.get("temperature") or 1.0, top_p=settings.get("top_p") or 1.0)
             sampling["generator"] = [generator_of(self.device, number) for number, _ in batch]
         with autocast_to(pick_dtype("auto", self.device), self.device)():
-            ids = generate(self.model, pixels.to(self.device), prompts, self.tokenizer.eos_id, limits, **sampling)
+            pixels, eos_id = pixels.to(self.device), self.tokenizer.eos_id
+            ids = generate(self.model, pixels, prompts, eos_id, limits, **sampling)
         return [cut(self.tokenizer.decode(reply), settings.get("until") or []).strip() for reply in ids]
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:

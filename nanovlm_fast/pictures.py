@@ -33,7 +33,7 @@ def save(figure: Any, file: Path, **options: Any) -> None:
             warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for it
             figure.savefig(file, **options)
     except Exception as error:
-        with contextlib.suppress(OSError):  # a folder stands there, or the disk takes nothing any more
+        with contextlib.suppress(OSError):  # a folder stands there, or the disk is gone
             file.unlink()
         if isinstance(error, OSError):
             raise OSError(f"{file} could not be written: {error}") from error

@@ -73,8 +73,9 @@ def summarise(
 ) -> dict[str, float]:
     """Write the files and print the table; returns the accuracies {'sees', 'blind'}, empty where none was measured.
 
-    The training is done: what fails here is named in a line, and the rest goes on. Raises OSError in the end for a
-    file that could not be written, unless --on-save-error says continue. `alive` is called before every batch.
+    The training is done: what fails here is named in a line, and the rest goes on. Raises OSError
+    in the end for a file that could not be written, unless --on-save-error says continue. `alive`
+    is called before every batch.
     """
     unwritten: list[OSError] = []
     with convenience("no curves.png", unwritten):
@@ -94,7 +95,8 @@ def summarise(
             test = test_split(config.data)
             name, source = ("test split", test) if test else ("held-out images", held_out)
             if len(source):
-                ask = functools.partial(evaluate, model, tokenizer, source, config.turns, progress=True, alive=alive)
+                asked = model, tokenizer, source, config.turns
+                ask = functools.partial(evaluate, *asked, progress=True, alive=alive)
                 sees, blind = ask(), ask(blank_images=True)
     accuracies = {}
     if sees:
@@ -108,8 +110,9 @@ def summarise(
             rows[name] = f"sees: {sees.accuracy:.1%} · blind: {blind.accuracy:.1%}"
             accuracies = {"sees": sees.accuracy, "blind": blind.accuracy}
     if scored := result["eval"]:
-        accuracy = "none could be asked" if scored["accuracy"] is None else f"{scored['accuracy']:.1%}"
-        rows[config.eval] = f"{accuracy} ({scored['style']})"
+        accuracy = scored["accuracy"]
+        said = "none could be asked" if accuracy is None else f"{accuracy:.1%}"
+        rows[config.eval] = f"{said} ({scored['style']})"
     if sees or scored:  # before the pictures: nothing may cost the scores
         with convenience("no result.json", unwritten):
             write_whole(run / "result.json", json.dumps(result, indent=2) + "\n")
@@ -125,9 +128,10 @@ def summarise(
 
 @contextlib.contextmanager
 def convenience(what: str, unwritten: list[OSError] | None = None) -> Iterator[None]:
-    """What comes after the last step may fail, for whatever reason: a warning says `what` and why, in one line.
+    """What comes after the last step may fail: a warning says `what` and why, in one line.
 
-    `unwritten` takes the error of a file that could not be written (a full disk), which --on-save-error judges.
+    `unwritten` takes the error of a file that could not be written (a full disk), which
+    --on-save-error judges.
     """
     try:
         yield

@@ -83,10 +83,12 @@ def test_a_prompt_is_answered_alike_alone_and_in_a_batch(model):
 def replies_in_groups(model, images, prompts, limits, groups, **options) -> list[list[int]]:
     """Every prompt's reply, of which those of a group were asked in one batch."""
     replies: list[list[int]] = [[] for _ in prompts]
+    generators = options.pop("generators", None)
     for group in groups:
-        own = {name: [value[i] for i in group] for name, value in options.items() if name == "generator"}
         asked = [prompts[i] for i in group]
-        said = generate(model, images, asked, EOS, [limits[i] for i in group], **{**options, **own})
+        if generators:
+            options["generator"] = [generators[i] for i in group]
+        said = generate(model, images, asked, EOS, [limits[i] for i in group], **options)
         for i, reply in zip(group, said, strict=True):
             replies[i] = reply
     return replies
@@ -98,7 +100,8 @@ def closest_call(model, prompt: Document, images, reply: list[int]) -> float:
     whole = reference.VisionLanguageModel(config)
     whole.load_state_dict(model.reference_state_dict())
     rows = prompt.image_rows[prompt.image_rows >= 0]
-    pixels = (images[np.unique(rows // config.image_tokens)].float() / 255 - config.image_mean) / config.image_std
+    shown = images[np.unique(rows // config.image_tokens)].float() / 255
+    pixels = (shown - config.image_mean) / config.image_std
     text = torch.tensor([[*prompt.input_ids[prompt.image_rows < 0].tolist(), *reply[:-1]]])
     with torch.no_grad():
         logits = whole(text, pixels[None] if len(rows) else None)[0][0, -len(reply) :]
@@ -108,7 +111,7 @@ def closest_call(model, prompt: Document, images, reply: list[int]) -> float:
 
 
 def test_a_reply_does_not_depend_on_what_shares_its_batch(model):
-    """Any grouping gives the same replies, also beside a prompt that leaves room for a few tokens only."""
+    """Any grouping gives the same replies, also beside a prompt with room for a few tokens only."""
     positions = model.config.lm_max_position_embeddings
     lengths = (3, 9, 1, 20, 5, positions - 4 - 8, 2, 12)
     prompts, images = prompts_and_images(model.config, lengths)
@@ -117,23 +120,23 @@ def test_a_reply_does_not_depend_on_what_shares_its_batch(model):
     alone = replies_in_groups(model, images, prompts, limits, [[i] for i in everybody])
     ended = [len(reply) < limit for reply, limit in zip(alone, limits, strict=True)]
     assert limits[5] == len(alone[5]) == 8 and 0 < sum(ended) < 4, "both kinds of end"
-    leads = [closest_call(model, *parts) for parts in zip(prompts, [images] * 8, alone, strict=True)]
-    assert min(leads) > 0.001, "no close call: rounding, which a batch does change, cannot turn a token"
-    sampling = dict(temperature=2.0, generator=None)
+    leads = [closest_call(model, prompts[i], images, alone[i]) for i in everybody]
+    assert min(leads) > 0.001, "no close call: rounding, which a batch changes, cannot turn a token"
     drawn = None
     rng = np.random.default_rng(0)
     for _ in range(6):
         cuts = np.sort(rng.choice(np.arange(1, 8), int(rng.integers(0, 5)), replace=False))
         groups = [group.tolist() for group in np.split(rng.permutation(8), cuts)]
         assert replies_in_groups(model, images, prompts, limits, groups) == alone, groups
-        sampling["generator"] = [generator_of(images.device, 3, i) for i in everybody]
+        own = [generator_of(images.device, 3, i) for i in everybody]
+        sampling = dict(temperature=2.0, generators=own)
         said = replies_in_groups(model, images, prompts, limits, groups, **sampling)
         drawn = drawn or said
         assert said == drawn and said != alone, groups
 
 
 def test_the_cache_gives_the_logits_of_one_whole_forward():
-    """16 rows over 1,000 positions: each begins with a prompt of another length, and takes the rest token by token."""
+    """16 rows over 1,000 positions: prompts of mixed lengths, and the rest token by token."""
     rows, positions = 16, 1000
     config = VLMConfig(**{**SMALL, "lm_max_position_embeddings": positions, "lm_n_blocks": 2})
     model = VisionLanguageModel(config).eval()
@@ -152,7 +155,8 @@ def test_the_cache_gives_the_logits_of_one_whole_forward():
     logits = torch.full((rows, positions, config.lm_vocab_size), float("nan"))
     with torch.inference_mode():
         whole, _ = plain(ids, None)
-        cache, hidden = prefill(model, torch.zeros(0, 3, 32, 32, dtype=torch.uint8), prompts, positions)
+        no_images = torch.zeros(0, 3, 32, 32, dtype=torch.uint8)
+        cache, hidden = prefill(model, no_images, prompts, positions)
         logits[every, cache.lengths - 1] = model.decoder.head(hidden)
         for _ in range(positions - 1):
             at = cache.lengths  # a row that has arrived stays at its last position
@@ -190,7 +194,8 @@ def test_no_prompts_no_tokens_and_too_long(model):
     with pytest.raises(ValueError, match="prompt 2 of 9 tokens and 504 new ones are over"):
         generate(model, images, prompts, EOS, [1, 504, 1, 1, 1])
     full, _ = prompts_and_images(model.config, (3, 512))
-    assert generate(model, images, full, -1, [2, 0]) == [generate(model, images, full[:1], -1, 2)[0], []]
+    alone = generate(model, images, full[:1], -1, 2)
+    assert generate(model, images, full, -1, [2, 0]) == [*alone, []]
 
 
 def test_sampling_is_reproducible_and_filtered():

@@ -1,4 +1,4 @@
-"""What comes after the last step: scores and pictures. Nothing in it ends a run or loses what another part gave."""
+"""After the last step come scores and pictures: no part of it ends a run or costs another part."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def talk(question: str, answer: str) -> list[dict[str, str]]:
 
 
 def write_data(folder: Path, **splits: list[list[dict[str, str]] | None]) -> Path:
-    """A LLaVA data set with a picture per conversation; None is a record whose picture is missing."""
+    """A LLaVA data set, a picture per conversation; None is a record whose picture is missing."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for split, talks in splits.items():
@@ -66,22 +66,25 @@ def test_pictures_are_drawn_whatever_the_texts_say(tmp_path):
 
 @pytest.fixture
 def finish(tmp_path):
-    """Score and draw for a run of no steps on the data set in `data`; the table and RUN/result.json."""
+    """RUN/result.json and the accuracies that `summarise` gives for a small model."""
     run = tmp_path / "run"
     run.mkdir()
-    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5, "accuracy": 0.5, "tokens_per_s": 9.0}\n')
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5, "accuracy": 0.5}\n')
 
     def ask(data: Path, **options: Any) -> tuple[dict, dict[str, float]]:
         held_out = JsonLines("train", data)
         model_config = VLMConfig(**{**SMALL, "lm_vocab_size": 300})
         tokenizer = Tokenizer.train(texts(held_out, model_config.prompt), 300)
-        state = {"step": 1, "seconds": 1.0, "examples": 1, "tokens": 1, "capacity": 2, "too_long": 0, "bad": {}}
+        state = {"step": 1, "seconds": 1.0, "examples": 1, "tokens": 1, "capacity": 2}
+        state |= {"too_long": 0, "bad": {}}
         config = TrainConfig(data=f"jsonl:{data}", **options)
         model = VisionLanguageModel(model_config)
         try:
-            found = summarise(run, model, tokenizer, held_out, config, state, contextlib.nullcontext, lambda: None)
+            parts = run, model, tokenizer, held_out, config, state
+            found = summarise(*parts, contextlib.nullcontext, lambda: None)
         finally:
-            result = json.loads((run / "result.json").read_text()) if (run / "result.json").exists() else {}
+            file = run / "result.json"
+            result = json.loads(file.read_text()) if file.exists() else {}
         return result, found
 
     return ask
@@ -93,15 +96,17 @@ GOOD = talk("what is it?", "a cat")
 def test_a_test_split_without_one_readable_picture_has_no_score(tmp_path, finish, capsys):
     data = write_data(tmp_path / "data", train=[GOOD], test=[None] * 3)
     result, found = finish(data)
-    assert found == {} and result["seeing"]["accuracy"] is None and len(result["seeing"]["skipped"]) == 3
+    assert found == {} and result["seeing"]["accuracy"] is None
+    assert len(result["seeing"]["skipped"]) == 3
     shown = capsys.readouterr().out
-    assert "none of its questions could be asked" in shown and "3 unreadable" in shown and "test0.png" in shown
-    assert "sees: " not in shown
+    assert "none of its questions could be asked" in shown and "sees: " not in shown
+    assert "3 unreadable" in shown and "test0.png" in shown
     (tmp_path / "run" / "config.json").write_text(json.dumps({"data": "jsonl:x"}))
     folder = tmp_path / "run" / "checkpoints" / "step-000001"
     folder.mkdir(parents=True)
     (folder / "state.json").write_text('{"step": 1}')
-    assert "Measured" not in model_card(folder, "nanovlm", VisionLanguageModel(VLMConfig(**SMALL)), "name")
+    card = model_card(folder, "nanovlm", VisionLanguageModel(VLMConfig(**SMALL)), "name")
+    assert "Measured" not in card
 
 
 def test_held_out_pictures_that_cannot_be_read_are_no_score_either(tmp_path, capsys):
@@ -111,10 +116,11 @@ def test_held_out_pictures_that_cannot_be_read_are_no_score_either(tmp_path, cap
     state = {"step": 4, "bad": {}, "best_accuracy": -1.0, "best_step": None}
     assert score(model, tokenizer, held_out, None, TrainConfig(), state, lambda: None) == {}
     assert state["best_step"] is None and len(state["bad"]) == 2
-    assert "step 4: none of the held-out questions could be asked; left out: 2 unreadable" in capsys.readouterr().out
+    said = "step 4: none of the held-out questions could be asked; left out: 2 unreadable"
+    assert said in capsys.readouterr().out
 
 
-def test_a_question_over_the_context_is_left_out_and_does_not_count_as_unreadable(tmp_path, finish, capsys):
+def test_a_question_over_the_context_is_left_out_and_not_unreadable(tmp_path, finish, capsys):
     talks = [GOOD, talk("what? " * 500, "a cat"), GOOD]
     data = write_data(tmp_path / "data", train=talks, test=talks)
     result, found = finish(data)
@@ -131,7 +137,7 @@ def test_a_question_over_the_context_is_left_out_and_does_not_count_as_unreadabl
 
 
 @pytest.mark.parametrize("part", ["plot_curves", "plot_samples", "answer_samples"])
-def test_a_picture_that_fails_for_any_reason_is_named_and_costs_no_score(tmp_path, finish, capsys, monkeypatch, part):
+def test_a_picture_that_fails_costs_no_score(tmp_path, finish, capsys, monkeypatch, part):
     def fail(*args, **options):
         raise RuntimeError("something\nwent wrong")
 
@@ -153,7 +159,7 @@ def test_an_evaluation_that_fails_costs_no_other_score(tmp_path, finish, capsys,
 
 
 @pytest.mark.parametrize("policy", ["stop", "continue"])
-def test_a_file_that_cannot_be_written_is_judged_when_the_scores_are_safe(tmp_path, finish, capsys, policy):
+def test_an_unwritten_file_is_judged_when_the_scores_are_safe(tmp_path, finish, capsys, policy):
     for name in ("curves.png", "samples.png"):
         (tmp_path / "run" / name).mkdir()  # as good as a full disk
     data = write_data(tmp_path / "data", train=[GOOD], test=[GOOD])

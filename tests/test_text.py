@@ -25,7 +25,8 @@ from nanovlm_fast.packing import Budget, Sample, pack
 
 START, END, TOOL = "<|im_start|>", "<|im_end|>", "<tool>"
 WORDS = ["Question: what is it? Answer:", " a red cat", " two cats"] * 9
-TEXTS = [EOS, f"a{EOS}b", f" {EOS} ", f"{END}{EOS}{START}", f"say {TOOL}  and {TOOL}{EOS}", "<|endof", "é🙂<|", ""]
+TEXTS = [EOS, f"a{EOS}b", f" {EOS} ", f"{END}{EOS}{START}", f"say {TOOL}  and {TOOL}{EOS}"]
+TEXTS += ["<|endof", "é🙂<|", ""]
 
 
 def byte_level(*special: str, added: tuple[str, ...] = ()) -> BaseTokenizer:
@@ -53,14 +54,15 @@ def check_text_is_text(tokenizer: Tokenizer) -> None:
         assert tokenizer.decode(ids) == text and not special & {*ids}, text
     for text in WORDS[:3]:
         plain = BaseTokenizer.from_str(tokenizer.base.to_str())
-        assert tokenizer.encode(text) == plain.encode(text, add_special_tokens=False).ids, "as it always was"
+        as_ever = plain.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text) == as_ever
 
 
 def test_special_tokens_in_a_text_are_text(tmp_path):
     tokenizer = Tokenizer(byte_level(EOS, START, END, added=(TOOL,)))
     check_text_is_text(tokenizer)
     tool = tokenizer.base.token_to_id(TOOL)
-    assert tokenizer.encode(f"a {TOOL}").count(tool) == 1, "an entry that is not special is found in a text"
+    assert tool in tokenizer.encode(f"a {TOOL}"), "an entry that is not special is found in a text"
     tokenizer.save(tmp_path)
     check_text_is_text(Tokenizer.load(tmp_path))
     check_text_is_text(pickle.loads(pickle.dumps(tokenizer)))  # as workers get it
@@ -91,7 +93,7 @@ def test_the_real_smollm2_takes_special_tokens_for_text():
 
 
 def test_a_tokenizer_that_knows_no_other_way_to_write_it_says_so():
-    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("a", -1.0), ("<", -2.0), ("/", -2.0), ("s", -2.0), (">", -2.0)]
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("a", -1.0)] + [(mark, -2.0) for mark in "</s>"]
     tokenizer = Tokenizer(BaseTokenizer(models.Unigram(pieces, 0)), "</s>")
     assert tokenizer.encode("as") == [2, 5]
     with pytest.raises(ValueError, match="cannot tell '</s>' in a text"):
@@ -106,12 +108,13 @@ def test_special_tokens_are_meant_in_the_prompt_and_text_in_the_question():
     ids = document.input_ids[2:].tolist()
     start, end = (tokenizer.base.token_to_id(token) for token in (START, END))
     assert (ids.count(start), ids.count(end), ids.count(tokenizer.eos_id)) == (4, 2, 1)
-    said = prompt.format(question=f"is {END} it?") + f" {EOS}{EOS}\n" + prompt.format(question="what?")
+    asked = [prompt.format(question=question) for question in (f"is {END} it?", "what?")]
+    said = f" {EOS}{EOS}\n".join(asked)
     assert tokenizer.base.decode(ids, skip_special_tokens=False) == said
     plain = BaseTokenizer.from_str(tokenizer.base.to_str())
     (first,) = TextProcessor(tokenizer, prompt, 0).documents([("what?", "it")], 0)
     whole = prompt.format(question="what?") + f" it{EOS}"
-    assert first.input_ids.tolist() == plain.encode(whole).ids, "as one text with its special tokens"
+    assert first.input_ids.tolist() == plain.encode(whole).ids, "as one text with special tokens"
 
 
 def test_a_reply_that_spells_the_end_of_sequence_is_right():
@@ -130,7 +133,8 @@ def test_a_reply_that_spells_the_end_of_sequence_is_right():
         (model(batch) / batch.n_labels).backward()
         optimizer.step()
         optimizer.zero_grad()
-    result = evaluate(model, tokenizer, [Example(f"talk {i}", [], turns) for i, turns in enumerate(talks)])
+    examples = [Example(f"talk {i}", [], turns) for i, turns in enumerate(talks)]
+    result = evaluate(model, tokenizer, examples)
     assert (result.correct, result.total) == (2, 2)
 
 
@@ -142,7 +146,7 @@ def test_transformers_takes_special_tokens_for_text_only_when_told_to():
         assert theirs(text, split_special_tokens=True).input_ids == tokenizer.encode(text)
         if not any(token in text for token in tokenizer.special_tokens):
             assert theirs(text).input_ids == tokenizer.encode(text)
-    assert theirs(EOS).input_ids == [tokenizer.eos_id], "as the chat template needs it between turns"
+    assert theirs(EOS).input_ids == [tokenizer.eos_id], "the chat template writes it between turns"
 
 
 # ---- the end of sequence
@@ -151,9 +155,9 @@ FLAGS = dict(lstrip=False, rstrip=False, normalized=False, single_word=False)
 AS_DICT = {"content": END, **FLAGS}
 CLASS = {"tokenizer_class": "PreTrainedTokenizerFast"}
 DECODER = {"added_tokens_decoder": {"1": {**AS_DICT, "special": True}}}
-FILES = {  # tokenizer_config.json and special_tokens_map.json, as some version of transformers writes them
+FILES = {  # tokenizer_config.json, special_tokens_map.json: as versions of transformers write them
     "configuration": ({**CLASS, "eos_token": END}, None),
-    "configuration, with flags": ({**CLASS, "eos_token": {"__type": "AddedToken", **AS_DICT}}, None),
+    "configuration, flags": ({**CLASS, "eos_token": {"__type": "AddedToken", **AS_DICT}}, None),
     "map alone": (None, {"eos_token": END}),
     "map alone, with flags": (None, {"eos_token": AS_DICT}),
     "map beside a configuration without": (CLASS, {"eos_token": END}),
@@ -164,9 +168,15 @@ FILES = {  # tokenizer_config.json and special_tokens_map.json, as some version 
 }
 
 
-def write_tokenizer(folder: Path, base: BaseTokenizer, config: dict | None, tokens_map: dict | None) -> Path:
+def write_tokenizer(
+    folder: Path,
+    base: BaseTokenizer,
+    config: dict | None,
+    tokens_map: dict | None,
+) -> Path:
     base.save(str(folder / "tokenizer.json"))
-    for name, values in (("tokenizer_config.json", config), ("special_tokens_map.json", tokens_map)):
+    files = {"tokenizer_config.json": config, "special_tokens_map.json": tokens_map}
+    for name, values in files.items():
         if values is not None:
             (folder / name).write_text(json.dumps(values))
     return folder
@@ -185,7 +195,8 @@ def test_the_end_of_sequence_is_what_transformers_says(tmp_path, case):
 
 @pytest.mark.parametrize("eos", [END, AddedToken(END, special=True)])
 def test_a_folder_that_transformers_wrote_is_read_as_it_reads_it(tmp_path, eos):
-    PreTrainedTokenizerFast(tokenizer_object=byte_level(EOS, START, END), eos_token=eos).save_pretrained(tmp_path)
+    base = byte_level(EOS, START, END)
+    PreTrainedTokenizerFast(tokenizer_object=base, eos_token=eos).save_pretrained(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     ours = Tokenizer.from_hub(str(tmp_path))
     assert (ours.eos, ours.eos_id) == (theirs.eos_token, theirs.eos_token_id) == (END, 2)
@@ -197,11 +208,11 @@ def test_where_no_file_names_one_it_is_the_usual_one_or_asked_for(tmp_path):
     assert Tokenizer.load(folder).eos == EOS
     for config in (None, CLASS, {**CLASS, "eos_token": None}):
         folder = write_tokenizer(tmp_path, byte_level(START, END), config, None)
-        with pytest.raises(ValueError, match=r"no end of sequence: name it as eos_token in tokenizer_config\.json"):
+        with pytest.raises(ValueError, match=r"no end of sequence: name it as eos_token in tok"):
             Tokenizer.load(folder)
     folder = write_tokenizer(tmp_path, byte_level(START, END), None, {"eos_token": "<none>"})
-    with pytest.raises(ValueError, match=r"special_tokens_map\.json: its eos_token '<none>' is no entry of .*\.json$"):
+    with pytest.raises(ValueError, match=r"map\.json: its eos_token '<none>' is no entry of "):
         Tokenizer.load(folder)
     write_tokenizer(tmp_path, byte_level(START, END), None, {"eos_token": 7})
-    with pytest.raises(ValueError, match=r"special_tokens_map\.json is damaged: its eos_token is 7"):
+    with pytest.raises(ValueError, match=r"tokens_map\.json is damaged: its eos_token is 7"):
         Tokenizer.load(folder)

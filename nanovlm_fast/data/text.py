@@ -16,16 +16,17 @@ from nanovlm_fast.config import read_json, write_whole
 from nanovlm_fast.data.images import printable
 from nanovlm_fast.packing import IGNORE, Document
 
-EOS = "<|endoftext|>"  # where no file names one: SmolLM2's, cosmo2's, and that of tokenizers made here
+EOS = "<|endoftext|>"  # where no file names one: SmolLM2's, and that of tokenizers made here
 TOKENS_MAP = "special_tokens_map.json"
 Turn = tuple[str, str]  # question, answer
 
 
 class Tokenizer:
-    """A `tokenizers` tokenizer and its end-of-sequence token, stored in the layout that `transformers` reads.
+    """A `tokenizers` tokenizer and its end of sequence, stored in the layout of `transformers`.
 
-    A special token that a text spells out (`<|endoftext|>` in a question) is text like any other, so no text can end
-    a document. Added tokens that are not special are vocabulary: they are found in a text and come back from it.
+    A special token that a text spells out (`<|endoftext|>` in a question) is text like any other,
+    so no text can end a document. Added tokens that are not special are vocabulary: they are found
+    in a text and come back from it.
     """
 
     def __init__(self, base: BaseTokenizer, eos: str = EOS):
@@ -56,11 +57,11 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of the text, none of them the end of sequence.
 
-        Raises ValueError if the model of the tokenizer knows no other way to write it (a Unigram may not).
+        Raises ValueError if the tokenizer's model has no other way to write it (a Unigram may not).
         """
         ids = self.base.encode(text, add_special_tokens=False).ids
         if self.eos_id in ids:
-            raise ValueError(f"the tokenizer cannot tell {self.eos!r} in a text from the end of sequence")
+            raise ValueError(f"the tokenizer cannot tell {self.eos!r} in a text from its own")
         return ids
 
     @cached_property
@@ -80,7 +81,7 @@ class Tokenizer:
         write_whole(folder / "tokenizer.json", self.base.to_str(pretty=True))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos, "pad_token": self.eos}
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (folder / TOKENS_MAP).unlink(missing_ok=True)  # another tokenizer's would be believed instead
+        (folder / TOKENS_MAP).unlink(missing_ok=True)  # another tokenizer's would be believed
 
     @staticmethod
     def load(folder: Path) -> Tokenizer:
@@ -96,7 +97,8 @@ class Tokenizer:
         except Exception as error:  # tokenizers raises nothing narrower
             raise ValueError(f"{file} is damaged: {printable(str(error))}") from error
         if source is None:
-            raise ValueError(f"{folder}: no end of sequence: name it as eos_token in tokenizer_config.json")
+            where = "eos_token in tokenizer_config.json"
+            raise ValueError(f"{folder}: no end of sequence: name it as {where}")
         raise ValueError(f"{source}: its eos_token {printable(eos)!r} is no entry of {file}")
 
     @staticmethod
@@ -134,10 +136,11 @@ class Tokenizer:
 
 
 def named_eos(folder: Path) -> tuple[str, Path | None]:
-    """The end-of-sequence token of a tokenizer's folder and the file that names it; without one, `EOS` and None.
+    """The end-of-sequence token of a folder and the file that names it; else `EOS` and None.
 
-    It is what `transformers` says: special_tokens_map.json goes before tokenizer_config.json, unless that has
-    `added_tokens_decoder`, with which the other went out of use. Raises ValueError for a file that names no token.
+    It is what `transformers` says: special_tokens_map.json goes before tokenizer_config.json,
+    unless that has `added_tokens_decoder`, with which the other went out of use. Raises ValueError
+    for a file that names no token.
     """
     config = folder / "tokenizer_config.json"
     other = folder / TOKENS_MAP
@@ -157,9 +160,10 @@ def named_eos(folder: Path) -> tuple[str, Path | None]:
 class TextProcessor:
     """Turns -> documents of `[image tokens][prompt answer eos ...]`, each position labelled with its next token.
 
-    Only answers and their end-of-sequence token carry loss. Special tokens in the prompt around the question are
-    meant; those in a question or an answer are text. `mode`: 'first' takes the first turn, 'independent' makes
-    every turn a document, 'chat' puts all turns in one. A text seen before is not tokenised again.
+    Only answers and their end-of-sequence token carry loss. Special tokens in the prompt around
+    the question are meant; those in a question or an answer are text. `mode`: 'first' takes the
+    first turn, 'independent' makes every turn a document, 'chat' puts all turns in one. A text
+    seen before is not tokenised again.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: str, image_tokens: int, mode: str = "independent"):
@@ -182,9 +186,11 @@ class TextProcessor:
         special = self.tokenizer.special_tokens
         if len(self.prompt_parts) == 1:
             return self.encode(before + self.prompt.format(question=question))
-        parts = [before, *self.prompt_parts]
-        ids = [[special[part]] if part in special else self.encode(part.format(question=question)) for part in parts]
-        return [token for part in ids for token in part]
+        ids = self.encode(before)
+        for part in self.prompt_parts:
+            meant = part in special
+            ids = ids + ([special[part]] if meant else self.encode(part.format(question=question)))
+        return ids
 
     def document(self, turns: Sequence[Turn], n_images: int) -> Document:
         """One document with all turns; the last answer may be '' to make a prompt without labels."""
