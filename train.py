@@ -41,7 +41,7 @@ from nanovlm_fast.optim import lr_factor, set_lr, skip_if_not_finite
 from nanovlm_fast.packing import PackedBatch, pack
 from nanovlm_fast.plan import plan
 from nanovlm_fast.signals import SAVED, Signals
-from nanovlm_fast.summary import convenience, score, summarise
+from nanovlm_fast.summary import score, summarise
 from nanovlm_fast.warmup import warm_up
 from nanovlm_fast.watchdog import Watchdog
 
@@ -322,9 +322,7 @@ class Trainer:
         model = unsharded(self.model)
         if self.world.first:
             parts = self.run, model, self.tokenizer, self.val_source, self.config, self.state, self.autocast
-            accuracies = summarise(*parts, self.watchdog.evaluating)
-            with convenience("Weights & Biases did not finish"):
-                self.journal.close(accuracies)
+            self.journal.close(summarise(*parts, self.watchdog.evaluating))
         self.watchdog.evaluated()
         self.watchdog.stop()
 

@@ -22,6 +22,7 @@ from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.data.stream import StreamBatch
 from nanovlm_fast.distributed import World
 from nanovlm_fast.metrics import MetricsLog, Spikes, StepStats
+from nanovlm_fast.summary import convenience
 
 NAMED = 100  # samples over the budget that are named before they are only counted
 
@@ -63,8 +64,9 @@ class Journal:
     def close(self, accuracies: dict[str, float]) -> None:
         """The run is done and scored."""
         if self.wandb:
-            self.wandb.summary.update(accuracies)
-            self.wandb.finish()
+            with convenience("Weights & Biases did not finish"):
+                self.wandb.summary.update(accuracies)
+                self.wandb.finish()
 
     def begin_line(
         self, speed: dict[str, float], lr: float, optimizers: list[torch.optim.Optimizer], stats: StepStats

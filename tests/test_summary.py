@@ -6,7 +6,8 @@ import contextlib
 import json
 import warnings
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.data.sources import JsonLines, texts
 from nanovlm_fast.data.text import Tokenizer
 from nanovlm_fast.hub import model_card
+from nanovlm_fast.journal import Journal
 from nanovlm_fast.model import VisionLanguageModel
 from nanovlm_fast.pictures import plot_samples
 from nanovlm_fast.summary import score, summarise
@@ -184,3 +186,14 @@ def test_a_run_ends_well_whatever_its_test_split_holds(tmp_path):
     assert outcome["questions"] == 4 and len(outcome["skipped"]) == 2
     assert "1 unreadable and 1 too long for the model" in result.stdout
     assert Image.open(tmp_path / "run" / "samples.png").size[0] > 500
+
+
+def test_weights_and_biases_that_fail_at_the_end_are_named(capsys):
+    class Broken:
+        summary: ClassVar[dict[str, float]] = {}
+
+        def finish(self):
+            raise ConnectionError("no route to host")
+
+    Journal.close(SimpleNamespace(wandb=Broken()), {"sees": 0.5})
+    assert "warning: Weights & Biases did not finish: no route to host" in capsys.readouterr().out
