@@ -135,15 +135,17 @@ def evaluate(
 
     result = Evaluation()
     text = TextProcessor(tokenizer, getattr(source, "prompt", model.config.prompt), model.config.image_tokens)
+    sampled_from = seed if style == "v0.1" else None
     was_training = model.training
     model.eval()
     starts = range(0, len(source), examples_per_batch)
-    for start in tqdm(starts, desc="evaluate", disable=not progress, leave=False):
-        alive()
-        indices = range(start, min(start + examples_per_batch, len(source)))
-        sampled_from = seed if style == "v0.1" else None
-        evaluate_batch(model, text, source, indices, mode, blank_images, sampled_from, result)
-    model.train(was_training)
+    try:
+        for start in tqdm(starts, desc="evaluate", disable=not progress, leave=False):
+            alive()
+            indices = range(start, min(start + examples_per_batch, len(source)))
+            evaluate_batch(model, text, source, indices, mode, blank_images, sampled_from, result)
+    finally:
+        model.train(was_training)
     return result
 
 

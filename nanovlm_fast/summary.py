@@ -38,26 +38,29 @@ def score(
 ) -> dict[str, Any]:
     """What metrics.jsonl keeps: 'accuracy' on the held-out images and 'eval' on --eval, where there are such.
 
-    Notes in `state` the best step, unreadable held-out images, and the last score of --eval. `alive` is called before
-    every batch.
+    Notes in `state` the best step, unreadable held-out images, and the last score of --eval. What
+    fails is named and costs that score, not the run. `alive` is called before every batch.
     """
     step, scores = state["step"], {}
-    if len(held_out):
-        result = evaluate(model, tokenizer, held_out, config.turns, alive=alive)
-        if result.accuracy is not None:
-            scores["accuracy"] = result.accuracy
-            if result.accuracy > state["best_accuracy"]:
-                state["best_accuracy"], state["best_step"] = result.accuracy, step
-        tqdm.write(f"step {step}: {result.say('held-out questions')}")
-        for reason in result.unreadable:
-            if reason not in state["bad"]:
-                state["bad"][reason] = reason
-                tqdm.write(f"skipped, held out: {reason}")
-    if benchmark:
-        data, style = config.eval, config.eval_style
-        result = evaluate(model, tokenizer, benchmark, style=style, seed=config.seed, alive=alive)
-        scores["eval"] = state["eval"] = {"data": data, "style": style, **result.as_dict()}
-        tqdm.write(f"step {step}: {result.say(f'questions of {data} ({style})')}")
+    with convenience(f"step {step}: the held-out images are not scored"):
+        if len(held_out):
+            result = evaluate(model, tokenizer, held_out, config.turns, alive=alive)
+            if result.accuracy is not None:
+                scores["accuracy"] = result.accuracy
+                if result.accuracy > state["best_accuracy"]:
+                    state["best_accuracy"], state["best_step"] = result.accuracy, step
+            tqdm.write(f"step {step}: {result.say('held-out questions')}")
+            for reason in result.unreadable:
+                if reason not in state["bad"]:
+                    state["bad"][reason] = reason
+                    tqdm.write(f"skipped, held out: {reason}")
+    with convenience(f"step {step}: {config.eval} is not scored"):
+        if benchmark:
+            data, style = config.eval, config.eval_style
+            options = dict(style=style, seed=config.seed, alive=alive)
+            result = evaluate(model, tokenizer, benchmark, **options)
+            scores["eval"] = state["eval"] = {"data": data, "style": style, **result.as_dict()}
+            tqdm.write(f"step {step}: {result.say(f'questions of {data} ({style})')}")
     return scores
 
 
@@ -128,7 +131,7 @@ def summarise(
 
 @contextlib.contextmanager
 def convenience(what: str, unwritten: list[OSError] | None = None) -> Iterator[None]:
-    """What comes after the last step may fail: a warning says `what` and why, in one line.
+    """What is no part of the training may fail: a warning says `what` and why, in one line.
 
     `unwritten` takes the error of a file that could not be written (a full disk), which
     --on-save-error judges.

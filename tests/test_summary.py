@@ -25,6 +25,7 @@ from nanovlm_fast.model import VisionLanguageModel
 from nanovlm_fast.pictures import plot_samples
 from nanovlm_fast.summary import score, summarise
 
+WORDS = ["what is it? a cat"] * 9
 AWKWARD = [
     "$5 or $x^{$",
     "\\frac{1",
@@ -151,12 +152,27 @@ def test_a_picture_that_fails_costs_no_score(tmp_path, finish, capsys, monkeypat
     assert f"warning: no {name}: something went wrong\n" in shown and "sees: " in shown
 
 
-def test_an_evaluation_that_fails_costs_no_other_score(tmp_path, finish, capsys, monkeypatch):
-    def fail(*args, **options):
+class Broken(list):
+    """A data set with an example that fails in a way that nobody has foreseen."""
+
+    def __getitem__(self, index):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(summary, "evaluate", fail)
-    assert finish(write_data(tmp_path / "data", train=[GOOD])) == ({}, {})
+
+def test_an_evaluation_that_fails_costs_no_other_score(tmp_path, finish, capsys, monkeypatch):
+    data = write_data(tmp_path / "data", train=[GOOD])
+    model = VisionLanguageModel(VLMConfig(**{**SMALL, "lm_vocab_size": 300}))
+    tokenizer = Tokenizer.train(WORDS, 300)
+    state = {"step": 4, "bad": {}, "best_accuracy": -1.0, "best_step": None}
+    config = TrainConfig(eval="synthetic")
+    sources = Broken([1]), JsonLines("train", data)
+    scores = score(model, tokenizer, *sources, config, state, lambda: None)
+    assert scores.keys() == {"eval"} and scores["eval"]["questions"] == 1 and model.training
+    shown = capsys.readouterr().out
+    assert "warning: step 4: the held-out images are not scored: out of memory\n" in shown
+
+    monkeypatch.setattr(summary, "test_split", lambda name: Broken([1]))
+    assert finish(data) == ({}, {})
     assert "warning: the run is not scored at its end: out of memory" in capsys.readouterr().out
 
 
