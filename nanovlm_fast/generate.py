@@ -128,16 +128,16 @@ def generate(
     if not (generator is None or isinstance(generator, torch.Generator)):
         generator = [generator[i] for i in asked]
     cache, hidden = prefill(model, images, [prompts[i] for i in asked], max(ends))
-    running = torch.ones(len(asked), dtype=torch.bool)
+    running = [True] * len(asked)
     while True:
         token = choose(model.decoder.head(hidden), temperature, top_k, top_p, generator)
         for row, (i, value) in enumerate(zip(asked, token.tolist(), strict=True)):
             if running[row] and value != eos_id:
                 replies[i].append(value)
             running[row] &= value != eos_id and len(replies[i]) < max_new_tokens[i]
-        if not running.any():
+        if not any(running):
             return replies
-        hidden = decode(model, cache, token, running.long().to(token.device))
+        hidden = decode(model, cache, token, torch.tensor(running, device=token.device).long())
 
 
 def choose(

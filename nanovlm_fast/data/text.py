@@ -61,7 +61,8 @@ class Tokenizer:
         """
         ids = self.base.encode(text, add_special_tokens=False).ids
         if self.eos_id in ids:
-            raise ValueError(f"the tokenizer cannot tell {self.eos!r} in a text from its own")
+            what = f"{self.eos!r} in a text from the end of sequence"
+            raise ValueError(f"the tokenizer cannot tell {what}")
         return ids
 
     @cached_property
