@@ -114,22 +114,52 @@ def checkpoint_fields(name: str) -> dict[str, Any]:
     check_sizes(folder, config)
     fields = dict(vars(config))
     if (folder / "tokenizer.json").exists():
-        fields["lm_tokenizer"] = str(folder)
+        fields["lm_tokenizer"] = str(folder.resolve())
     return fields
 
 
 def vision_fields(name: str) -> dict[str, Any]:
     config = hub_config(name)
+    check_plain_weights(f"--vision {name}", config)
     config = getattr(config, "vision_config", config)
     wanted = {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh", "num_channels": 3}
+    wanted |= {"attention_dropout": 0.0}
     check_architecture(f"--vision {name}", "a SigLIP tower of one resolution", config, wanted)
     fields = {ours: getattr(config, theirs) for ours, theirs in VISION_FIELDS.items()}
-    return {**fields, "image_mean": 0.5, "image_std": 0.5}  # what all SigLIP checkpoints were trained with
+    return {**fields, **normalisation(name)}
+
+
+def normalisation(name: str) -> dict[str, float]:
+    """image_mean and image_std of a tower, from its preprocessor_config.json if it has one.
+
+    Raises ValueError for what one mean and one deviation of all colours cannot express.
+    """
+    file = fetch(name, "config.json", "preprocessor_config.json") / "preprocessor_config.json"
+    values = read_json(file) if file.exists() else {}
+    found = {"image_mean": [0.5], "image_std": [0.5]}  # as all of Google's SigLIP
+    if values.get("do_normalize") is False:
+        found = {"image_mean": [0.0], "image_std": [1.0]}
+    else:
+        found |= {key: values[key] for key in found if values.get(key) is not None}
+    found = {key: each if isinstance(each, list) else [each] for key, each in found.items()}
+    scale = values.get("rescale_factor", 1 / 255)
+    numbers = [*found["image_mean"], *found["image_std"], scale]
+    if not all(type(number) in (int, float) for number in numbers):
+        raise ValueError(f"--vision {name}: {file.name} is damaged: {found}, rescale_factor {scale!r}")
+    alike = all(len(set(each)) == 1 for each in found.values())
+    if not alike or values.get("do_rescale") is False or abs(scale * 255 - 1) > 1e-3:
+        raise ValueError(
+            f"--vision {name}: {file.name} normalises in a way that the model here does not: it takes "
+            "pixels in [0, 1], with one image_mean and image_std for all colours"
+        )
+    return {key: float(each[0]) for key, each in found.items()}
 
 
 def language_fields(name: str) -> dict[str, Any]:
     config = hub_config(name)
+    check_plain_weights(f"--language {name}", config)
     wanted = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    wanted |= {"attention_dropout": 0.0}
     check_architecture(f"--language {name}", "a Llama-architecture model", config, wanted)
     rope = config.rope_parameters
     plain = {"rope_type": "default", "head_dim": config.hidden_size // config.num_attention_heads}
@@ -137,7 +167,8 @@ def language_fields(name: str) -> dict[str, Any]:
     if found != plain:
         raise ValueError(f"--language {name}: {found}, the model here has {plain}")
     fields = {ours: getattr(config, theirs) for ours, theirs in LANGUAGE_FIELDS.items()}
-    return {**fields, "lm_re_base": float(rope["rope_theta"]), "lm_tokenizer": name}
+    place = str(Path(name).resolve()) if Path(name).is_dir() else name
+    return {**fields, "lm_re_base": float(rope["rope_theta"]), "lm_tokenizer": place}
 
 
 def hub_config(name: str) -> Any:
@@ -152,6 +183,11 @@ def hub_config(name: str) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever a value that it did not expect leads to
         raise ValueError(f"{name}: config.json is not one that transformers reads: {reason(error)}") from error
+
+
+def check_plain_weights(option: str, config: Any) -> None:
+    if getattr(config, "quantization_config", None):  # values that mean nothing without their scales
+        raise ValueError(f"{option} is quantised (quantization_config): only plain weights are read")
 
 
 def check_architecture(option: str, what: str, config: Any, wanted: dict[str, Any]) -> None:

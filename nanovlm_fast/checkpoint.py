@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nanovlm_fast.config import VLMConfig, check_types, fields_of, latest_run, read_json
-from nanovlm_fast.data.text import Tokenizer
+from nanovlm_fast.data.images import printable
+from nanovlm_fast.data.text import Tokenizer, is_hub_name
 from nanovlm_fast.distributed import as_shard_of, whole
 from nanovlm_fast.hub import WEIGHTS, fetch
 from nanovlm_fast.model import VisionLanguageModel
@@ -35,9 +36,36 @@ from nanovlm_fast.model import VisionLanguageModel
 OPTIMIZER = "optimizer.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
+# Fields of nanoVLM v0.1's VLMConfig that ours has not. Those that decide what a model computes have
+# one value that is supported here; the others say where it came from
+SUPPORTED = {
+    "vit_dropout": 0.0,
+    "vit_cls_flag": False,
+    "lm_dropout": 0.0,
+    "lm_attn_scaling": 1.0,
+    "lm_use_tokens": False,
+}
+ORIGIN = (
+    "vit_model_type",
+    "lm_model_type",
+    "lm_eos_token_id",
+    "vlm_load_backbone_weights",
+    "vlm_checkpoint_path",
+)
+V01_FIELDS = {*SUPPORTED, *ORIGIN}
+# Fields that came after v0.1, with image tokens among the text: same keys, another function
+LATER = tuple(
+    "mp_image_token_length vlm_extra_tokens lm_chat_template lm_base_vocab_size extra_token_amount max_img_size "
+    "resize_to_max_side_len".split()
+)
+KNOWN = {*V01_FIELDS, "hf_repo_name"}  # the latter came a week after v0.1 and changes nothing
+
 
 def save_pretrained(folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer | None = None) -> None:
-    """Write config.json, model.safetensors (nanoVLM's keys; tied weights once) and the tokenizer into `folder`."""
+    """Write config.json, model.safetensors (nanoVLM's keys; tied weights once) and the tokenizer into `folder`.
+
+    Without a tokenizer the folder loads with one that is named then (`load_pretrained`).
+    """
     write_pretrained(folder, model, model.state_dict(), tokenizer)
 
 
@@ -53,33 +81,48 @@ def write_pretrained(
         {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, folder / "model.safetensors"
     )
     values = {**model.extra_config, **dataclasses.asdict(model.config)}
+    if not is_hub_name(model.config.lm_tokenizer):  # a path means nothing once a folder has moved
+        own = tokenizer is not None or model.config.lm_tokenizer == "train"
+        values["lm_tokenizer"] = "train" if own else str(Path(model.config.lm_tokenizer).resolve())
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(folder)
 
 
 def load_pretrained(
-    checkpoint: Path | str | None = None, device: str | torch.device = "cpu"
+    checkpoint: Path | str | None = None, device: str | torch.device = "cpu", lm_tokenizer: str = ""
 ) -> tuple[VisionLanguageModel, Tokenizer]:
     """Model and tokenizer of a checkpoint folder, a run folder (its last checkpoint), or the latest run.
 
+    The tokenizer is `lm_tokenizer` (hub name or folder), or the folder's own, or the one that its config.json names.
     Raises FileNotFoundError if there is nothing there and ValueError, naming the file or the weights, if it is damaged
     or does not fit its configuration.
     """
     folder = resolve(checkpoint)
     model = load_model(folder)
-    name = model.config.lm_tokenizer
-    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else Tokenizer.from_hub(name)
+    tokenizer = load_tokenizer(folder, lm_tokenizer or model.config.lm_tokenizer, own=not lm_tokenizer)
+    if lm_tokenizer:
+        model.config = dataclasses.replace(model.config, lm_tokenizer=lm_tokenizer)
     if len(tokenizer) > model.config.lm_vocab_size:
         raise ValueError(f"{folder}: its tokenizer has {len(tokenizer)} ids, the model {model.config.lm_vocab_size}")
     return model.to(device), tokenizer
 
 
+def load_tokenizer(folder: Path, name: str, own: bool = True) -> Tokenizer:
+    """The tokenizer `name`, or before it one in `folder` that is its `own`. Raises what `load_pretrained` raises."""
+    if own and (folder / "tokenizer.json").exists():
+        return Tokenizer.load(folder)
+    if own and not is_hub_name(name) and not Path(name).expanduser().is_dir():
+        raise FileNotFoundError(
+            f"{folder} was saved without its tokenizer (no tokenizer.json; lm_tokenizer in config.json is {name!r}): "
+            "--lm-tokenizer names a hub name or a folder that has it"
+        )
+    return Tokenizer.from_hub(name)
+
+
 def load_model(folder: Path) -> VisionLanguageModel:
     """The model of a folder that `resolve` gave, on the CPU. Raises what `load_pretrained` raises."""
     config, extra = read_config(folder)
-    if extra:
-        warnings.warn(f"{folder / 'config.json'}: fields not used here: {', '.join(sorted(extra))}", stacklevel=3)
     check_sizes(folder, config)
     model = VisionLanguageModel(config)
     model.extra_config = extra
@@ -110,19 +153,32 @@ def check_sizes(folder: Path, config: VLMConfig) -> None:
 def read_config(folder: Path) -> tuple[VLMConfig, dict[str, Any]]:
     """Model configuration of a checkpoint folder, and the entries of its config.json that are no fields of it.
 
-    Raises ValueError if the file is damaged, or asks for a model that differs from the one here.
+    Raises ValueError if the file is damaged, or asks for a model that differs from the one here. Warns of entries that
+    nanoVLM has not either.
     """
     file = folder / "config.json"
     values = read_json(file)
+    if later := [name for name in LATER if name in values]:
+        raise ValueError(
+            f"{file}: a checkpoint of a nanoVLM newer than v0.1 (it has {', '.join(later)}), with another text format "
+            "and other image tokens: only v0.1's are supported"
+        )
+    if "model_type" in values and "vit_hidden_dim" not in values:
+        raise ValueError(
+            f"{file}: a configuration of transformers (model_type {printable(repr(values['model_type']))}): only "
+            "nanoVLM's layout is read, which the checkpoint that it was exported from has"
+        )
     try:
         check_types(VLMConfig, fields_of(VLMConfig, values))
         extra = {name: value for name, value in values.items() if name not in fields_of(VLMConfig, values)}
         config = VLMConfig(**fields_of(VLMConfig, values)).validate()
     except (ValueError, ArithmeticError) as error:
         raise ValueError(f"{file} is not a model configuration: {error}") from error
-    for name, same in (("vit_cls_flag", False), ("lm_attn_scaling", 1.0)):  # nanoVLM's, at what the model here does
+    for name, same in SUPPORTED.items():
         if extra.get(name, same) != same:
-            raise ValueError(f"{file}: {name} = {extra[name]}, only {same} is supported")
+            raise ValueError(f"{file}: {name} = {printable(repr(extra[name]))}, only {same} is supported")
+    if unknown := sorted(extra.keys() - KNOWN):
+        warnings.warn(f"{file}: fields not used here: {printable(', '.join(unknown))}", stacklevel=3)
     return config, extra
 
 

@@ -271,10 +271,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of style v0.1")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--lm-tokenizer", default="", help="tokenizer instead of the checkpoint's: hub name or folder")
     args = parser.parse_args(argv)
     try:
         device = pick_device(args.device)
-        model, tokenizer = load_pretrained(args.checkpoint, device)
+        model, tokenizer = load_pretrained(args.checkpoint, device, args.lm_tokenizer)
         source = load_source(args.data, args.split)
         with autocast_to(pick_dtype("auto", device), device)():
             options = dict(progress=not args.json, style=args.style, seed=args.seed)

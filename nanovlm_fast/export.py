@@ -18,7 +18,6 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nanovlm_fast.backbones import LANGUAGE_FIELDS, VISION_FIELDS, language_names, vision_names
-from nanovlm_fast.checkpoint import load_pretrained, resolve
-from nanovlm_fast.config import VLMConfig
-from nanovlm_fast.data.text import Tokenizer
+from nanovlm_fast.checkpoint import V01_FIELDS, load_pretrained, resolve
+from nanovlm_fast.config import VLMConfig, read_json
+from nanovlm_fast.data.text import Tokenizer, is_hub_name
 from nanovlm_fast.hub import model_card, push_to_hub
 from nanovlm_fast.model import VisionLanguageModel
 
@@ -40,15 +39,24 @@ NOT_NANOVLMS = ("image_mean", "image_std", "init", "prompt")  # fields of our VL
 # ---- nanoVLM
 
 
-def to_nanovlm(folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer | None = None) -> None:
+def to_nanovlm(folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer | None = None, name: str = "") -> None:
     """Write config.json, model.safetensors and the tokenizer so that nanoVLM v0.1's `from_pretrained` takes them.
 
     v0.1 accepts only the fields of its own VLMConfig and feeds plain [0, 1] pixels: the normalisation is folded into
-    the patch embedding. Entries of the config.json that the model came with are written as they were.
+    the patch embedding. Entries of v0.1 in the config.json that the model came with are written as they were. v0.1
+    loads the tokenizer by its name in config.json: one of the model's own is called `name` (default: `folder`).
+    Raises ValueError if such a one is not given.
     """
     config = model.config
-    folder.mkdir(parents=True, exist_ok=True)
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_NANOVLMS}
+    if not is_hub_name(config.lm_tokenizer):
+        if tokenizer is None:
+            raise ValueError(
+                f"{folder}: nanoVLM loads a tokenizer by its name, and the model's is its own "
+                f"(lm_tokenizer = {config.lm_tokenizer!r}): give it (tokenizer=), and it is written beside the model"
+            )
+        values["lm_tokenizer"] = name or str(folder.resolve())
+    folder.mkdir(parents=True, exist_ok=True)
     if config.prompt != VLMConfig.prompt:
         warnings.warn(f"nanoVLM's prompt is {VLMConfig.prompt!r}, this model's {config.prompt!r}", stacklevel=2)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.reference_state_dict().items()}
@@ -59,7 +67,8 @@ def to_nanovlm(folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer | 
     if config.lm_tie_weights:
         del state["decoder.head.weight"]
     save_file(state, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({**model.extra_config, **values}, indent=2) + "\n")
+    extra = {name: value for name, value in model.extra_config.items() if name in V01_FIELDS}
+    (folder / "config.json").write_text(json.dumps({**extra, **values}, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(folder)
 
@@ -193,30 +202,33 @@ def chat_template(prompt: str, eos: str) -> str:
 
 # ---- the command
 
-TARGETS: dict[str, Callable[[Path, VisionLanguageModel, Tokenizer], None]] = {
-    "transformers": to_transformers,
-    "nanovlm": to_nanovlm,
-}
+TARGETS = ("transformers", "nanovlm")
 
 
-def export(checkpoint: Path | str | None, target: str, out: Path, name: str = "") -> Path:
+def export(checkpoint: Path | str | None, target: str, out: Path, name: str = "", lm_tokenizer: str = "") -> Path:
     """Write the checkpoint in the layout of `target` with a model card; returns `out`, which appears whole or not.
 
     `name` is what it will be loaded by (default: `out`): nanoVLM loads a tokenizer of the model's own by it.
+    `lm_tokenizer` is taken instead of the checkpoint's tokenizer.
     Raises ValueError if `out` holds files or the target cannot express the model, and what `load_pretrained` raises.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty: --out names another folder")
     folder = resolve(checkpoint)
-    model, tokenizer = load_pretrained(folder)
-    if model.config.lm_tokenizer == "train" or Path(model.config.lm_tokenizer).is_dir():
-        model.config = dataclasses.replace(model.config, lm_tokenizer=name or str(out))
+    model, tokenizer = load_pretrained(folder, lm_tokenizer=lm_tokenizer)
+    model.eval()
+    loaded_by = name or str(out.resolve())
+    if not is_hub_name(model.config.lm_tokenizer):
+        model.config = dataclasses.replace(model.config, lm_tokenizer=loaded_by)
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        TARGETS[target](temporary, model.eval(), tokenizer)
-        (temporary / "README.md").write_text(model_card(folder, target, model, name or str(out)))
+        if target == "transformers":
+            to_transformers(temporary, model, tokenizer)
+        else:
+            to_nanovlm(temporary, model, tokenizer, loaded_by)
+        (temporary / "README.md").write_text(model_card(folder, target, model, name or out.resolve().name))
         os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -230,9 +242,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
     parser.add_argument("--push", default="", metavar="OWNER/NAME", help="upload it to the Hugging Face hub too")
     parser.add_argument("--private", action="store_true", help="the repository that --push makes is private")
+    parser.add_argument("--lm-tokenizer", default="", help="tokenizer instead of the checkpoint's: hub name or folder")
     args = parser.parse_args(argv)
     try:
-        print(f"written: {export(args.checkpoint, args.to, args.out, args.push)}")
+        print(f"written: {export(args.checkpoint, args.to, args.out, args.push, args.lm_tokenizer)}")
+        if args.to == "nanovlm" and Path(read_json(args.out / "config.json")["lm_tokenizer"]).is_absolute():
+            print(
+                "nanoVLM will look for the tokenizer in this folder, by lm_tokenizer in its config.json: moved, write "
+                "the new place there; --push writes the hub's name"
+            )
         if args.push:
             print(f"uploaded: {push_to_hub(args.out, args.push, args.private)}")
     except (OSError, ValueError) as error:

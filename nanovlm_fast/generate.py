@@ -184,10 +184,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--lm-tokenizer", default="", help="tokenizer instead of the checkpoint's: hub name or folder")
     args = parser.parse_args(argv)
     try:
         device = pick_device(args.device)
-        model, tokenizer = load_pretrained(args.checkpoint, device)
+        model, tokenizer = load_pretrained(args.checkpoint, device, args.lm_tokenizer)
         size = model.config.vit_img_size
         images = [load_image(file, size) for file in args.image]
         text = TextProcessor(tokenizer, model.config.prompt, model.config.image_tokens)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 from nanovlm_fast.config import TrainConfig, fields_of, read_json
+from nanovlm_fast.data.images import to_rgb
+from nanovlm_fast.data.text import is_hub_name
 
 WEIGHTS = ("*.json", "*.safetensors")
 
@@ -73,23 +76,75 @@ def measured(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 NOT_FOR_CARDS = frozenset("out resume overwrite device wandb wandb_project vision language start_from".split())
 
-USAGE = {
-    "transformers": """```python
-from PIL import Image
+# Between the marks stands code: the test of the cards runs it
+TRANSFORMERS = """```python
+import numpy as np
+from PIL import Image, ImageOps
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+
+TO_RGB
+
+
 model, processor = (auto.from_pretrained("FOLDER") for auto in (AutoModelForImageTextToText, AutoProcessor))
-inputs = processor(text="<image>PROMPT", images=Image.open("picture.png"), return_tensors="pt")
+image = to_rgb(Image.open("picture.png"))
+inputs = processor(text="PROMPT", images=image, return_tensors="pt")
 print(processor.decode(model.generate(**inputs)[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-```""",
-    "nanovlm": """```python
+```
+
+`to_rgb` is how the pictures were read in training. The processor alone, given a picture that is turned by an EXIF tag
+or holds 16 or 32 bits a pixel, sees another one."""
+
+NANOVLM = """```python
 from models.vision_language_model import VisionLanguageModel  # github.com/huggingface/nanoVLM, v0.1
 
 model = VisionLanguageModel.from_pretrained("FOLDER")
 ```
 
-nanovlm_fast takes it as `--checkpoint FOLDER`, or as `train.py --start-from FOLDER`.""",
-}
+TOKENIZER
+
+nanovlm_fast takes it as `--checkpoint FOLDER`, or as `train.py --start-from FOLDER`.
+
+nanoVLM reads pictures with `convert("RGB")`. In training transparency was composited onto white, pictures were turned
+upright by their EXIF tag, and 16 bits of grey were scaled: `to_rgb(Image.open(file))` in its place does that.
+
+```python
+import numpy as np
+from PIL import Image, ImageOps
+
+
+TO_RGB
+```"""
+
+
+def usage(target: str, config: Any, name: str) -> str:
+    """How a model that is loaded by `name` is used from the library that it was exported for."""
+    text = {"transformers": TRANSFORMERS, "nanovlm": NANOVLM}[target]
+    if Path(config.lm_tokenizer).is_absolute():
+        tokenizer = (
+            "nanoVLM loads the tokenizer by the name in `config.json`, which is the folder that this was written to. "
+            "Moved elsewhere, take `get_tokenizer(FOLDER)`, or write the new place there: `lm_tokenizer`."
+        )
+    else:
+        tokenizer = f"nanoVLM loads the tokenizer by the name in `config.json`: `{config.lm_tokenizer}`."
+    prompt = "<image>" + config.prompt.format(question="What is it?")
+    for mark, said in (
+        ("TO_RGB", inspect.getsource(to_rgb).strip()),
+        ("TOKENIZER", tokenizer),
+        ("FOLDER", name),
+        ('"PROMPT"', json.dumps(prompt, ensure_ascii=False)),
+    ):
+        text = text.replace(mark, said)
+    return text
+
+
+def without_path(data: str) -> str:
+    """A data set as in --data, of a folder its name alone: a card names no path of the machine."""
+    kind, colon, rest = data.partition(":")
+    if kind in ("jsonl", "prepared", "mmstar"):
+        return kind + colon + Path(rest).name
+    is_path = kind.startswith(("/", ".", "~")) or Path(kind).is_dir()
+    return (Path(kind).name if is_path else kind) + colon + rest
 
 
 def model_card(checkpoint: Path, target: str, model: Any, name: str) -> str:
@@ -98,14 +153,12 @@ def model_card(checkpoint: Path, target: str, model: Any, name: str) -> str:
 
     result, run = measured(checkpoint)
     config = model.config
-    usage = USAGE[target].replace("FOLDER", name).replace("PROMPT", config.prompt.format(question="What is it?"))
     size = f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters"
     lines = [f"# {Path(name).name}", "", f"A vision-language model of nanoVLM's architecture, {size}, trained with"]
-    lines += ["nanovlm_fast.", "", usage, ""]
+    lines += ["nanovlm_fast.", "", usage(target, config, name), ""]
     evals = []
     if result.get("seeing", {}).get("questions"):  # or nothing was asked, or could be
-        kind, _, place = run["data"].partition(":")
-        data = f"{kind}:{Path(place).name}" if place else kind  # no path of the machine it was trained on
+        data = without_path(run["data"])
         split = f"{result['split']} of {data}"
         lines += [f"## Measured at the end of the run, {split}", "", "| | exact match by generation |", "| --- | --- |"]
         for sight, what in (("seeing", "with the images"), ("blind", "every image painted grey")):
@@ -113,10 +166,15 @@ def model_card(checkpoint: Path, target: str, model: Any, name: str) -> str:
             lines.append(f"| {what} | {score['accuracy']:.1%} of {score['questions']:,} questions |")
         lines += ["", f"{result['step']:,} optimizer steps, {result['seconds'] / 60:.1f} minutes of training.", ""]
         options = {name: value for name, value in fields_of(TrainConfig, run).items() if name not in NOT_FOR_CARDS}
-        lines += ["## Options of the run", "", "```json", json.dumps({**options, "data": data}, indent=2), "```", ""]
+        lines += ["## Options of the run", "", "```json"]
+        options |= {"data": data, "eval": without_path(options.get("eval", ""))}
+        lines += [json.dumps(options, indent=2), "```", ""]
         score = dict(metric_type="accuracy", metric_name="exact match", metric_value=result["seeing"]["accuracy"])
         evals.append(EvalResult("visual-question-answering", dataset_type=data, dataset_name=split, **score))
-    lines += ["## Sizes", "", "```json", json.dumps(vars(config), indent=2), "```", ""]
+    sizes = dict(vars(config))
+    if not is_hub_name(config.lm_tokenizer):
+        del sizes["lm_tokenizer"]
+    lines += ["## Sizes", "", "```json", json.dumps(sizes, indent=2), "```", ""]
     head = dict(library_name=target, pipeline_tag="image-text-to-text", tags=["vision-language", "nanovlm_fast"])
     data_of_card = ModelCardData(**head, model_name=Path(name).name, eval_results=evals or None)
     return f"---\n{data_of_card.to_yaml()}\n---\n\n" + "\n".join(lines)

@@ -34,13 +34,20 @@ def manifest() -> Any:
 class NanoVLMFast(lmms):
     """`checkpoint` is a run, a folder or a hub name (default: the latest run). Raises what `load_pretrained` raises."""
 
-    def __init__(self, checkpoint: str | None = None, device: str = "auto", batch_size: int | str = 16, **more: Any):
+    def __init__(
+        self,
+        checkpoint: str | None = None,
+        device: str = "auto",
+        batch_size: int | str = 16,
+        lm_tokenizer: str = "",
+        **more: Any,
+    ):
         super().__init__()
         if more := {name: value for name, value in more.items() if value is not None and name != "max_batch_size"}:
-            raise ValueError(f"--model_args {', '.join(more)}: there are checkpoint, device, batch_size")
+            raise ValueError(f"--model_args {', '.join(more)}: there are checkpoint, device, batch_size, lm_tokenizer")
         self.device = pick_device(device)
         self.batch_size = int(batch_size)
-        self.model, self.tokenizer = load_pretrained(checkpoint, self.device)
+        self.model, self.tokenizer = load_pretrained(checkpoint, self.device, lm_tokenizer)
         self.model.eval()
         config = self.model.config
         self.text = TextProcessor(self.tokenizer, config.prompt, config.image_tokens)

@@ -185,6 +185,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: VLMConfig):
         super().__init__()
+        self.positions = config.lm_max_position_embeddings
         self.token_embedding = nn.Embedding(config.lm_vocab_size, config.lm_hidden_dim)
         self.rotary_embd = RotaryEmbedding(config)
         self.blocks = nn.ModuleList(LanguageBlock(config) for _ in range(config.lm_n_blocks))
@@ -195,6 +196,8 @@ class LanguageModel(nn.Module):
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
         length = x.shape[1]
+        if length > self.positions and (most := int(valid.sum(1).max())) > self.positions:
+            raise ValueError(f"a row of {most} tokens: lm_max_position_embeddings is {self.positions}")
         cos, sin = self.rotary_embd(valid.cumsum(1) - 1)
         causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
         itself = torch.eye(length, dtype=torch.bool, device=x.device)  # a padded row sees itself: no empty softmax

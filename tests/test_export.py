@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import threading
+import warnings
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from unittest.mock import create_autospec
@@ -224,7 +225,8 @@ V01 = (
     "vit_hidden_dim vit_inter_dim vit_patch_size vit_img_size vit_n_heads vit_dropout vit_n_blocks vit_ln_eps "
     "vit_cls_flag vit_model_type lm_hidden_dim lm_inter_dim lm_rms_eps lm_re_base lm_max_position_embeddings "
     "lm_vocab_size lm_n_heads lm_n_kv_heads lm_dropout lm_n_blocks lm_attn_scaling lm_max_length lm_use_tokens "
-    "lm_tie_weights lm_model_type lm_tokenizer mp_pixel_shuffle_factor vlm_load_backbone_weights vlm_checkpoint_path"
+    "lm_tie_weights lm_model_type lm_tokenizer lm_eos_token_id mp_pixel_shuffle_factor vlm_load_backbone_weights "
+    "vlm_checkpoint_path"
 ).split()
 NanoVLMConfig = dataclasses.make_dataclass("VLMConfig", [(name, object, None) for name in V01])
 V01_EXTRA = dict(  # what v0.1 itself writes beyond the fields that are ours too
@@ -233,6 +235,7 @@ V01_EXTRA = dict(  # what v0.1 itself writes beyond the fields that are ours too
     vit_model_type="google/siglip-base-patch16-224",
     lm_dropout=0.0,
     lm_attn_scaling=1.0,
+    lm_eos_token_id=0,
     lm_use_tokens=False,
     lm_model_type="HuggingFaceTB/SmolLM2-135M",
     vlm_load_backbone_weights=True,
@@ -296,7 +299,8 @@ def nanovlm(tmp_path) -> tuple[Path, reference.VisionLanguageModel]:
 def test_a_nanovlm_checkpoint_loads_and_goes_back_as_it_was(tmp_path, tokenizer, nanovlm):
     folder, plain = nanovlm
     tokenizer.save(folder)
-    with pytest.warns(UserWarning, match="vit_cls_flag.*vlm_load_backbone_weights"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # all its fields are known
         model, _ = load_pretrained(folder)
     for name, tensor in plain.state_dict().items():
         assert torch.equal(model.reference_state_dict()[name], tensor), name
@@ -312,8 +316,7 @@ def test_a_nanovlm_checkpoint_loads_and_goes_back_as_it_was(tmp_path, tokenizer,
     assert before.keys() - embedding == after.keys() - embedding
     assert all(torch.equal(before[name], after[name]) for name in before.keys() - embedding)
     save_pretrained(tmp_path / "ours", model, tokenizer)
-    with pytest.warns(UserWarning, match="vlm_load_backbone_weights"):
-        assert load_pretrained(tmp_path / "ours")[0].extra_config == V01_EXTRA, "kept in our own layout too"
+    assert load_pretrained(tmp_path / "ours")[0].extra_config == V01_EXTRA, "kept in our own layout too"
 
 
 def test_a_nanovlm_checkpoint_generates_and_trains_on_by_its_hub_name(tmp_path, tokenizer, nanovlm):
@@ -332,16 +335,7 @@ def test_a_nanovlm_checkpoint_generates_and_trains_on_by_its_hub_name(tmp_path, 
     command = f"train.py --start-from lusxvr/nanoVLM-222M {options} --out {out}"
     result = run_python(*command.split(), **env)
     assert result.returncode == 0, result.stderr
-    with pytest.warns(UserWarning, match="vlm_load_backbone_weights"):
-        assert load_pretrained(out)[0].config.vit_hidden_dim == 48
-
-
-@pytest.mark.parametrize("field", [dict(vit_cls_flag=True), dict(lm_attn_scaling=2.0)])
-def test_a_nanovlm_model_that_is_another_function_is_refused(nanovlm, field):
-    file = nanovlm[0] / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **field}))
-    with pytest.raises(ValueError, match=f"{next(iter(field))} = .*supported"):
-        load_pretrained(nanovlm[0])
+    assert "UserWarning" not in result.stderr and load_pretrained(out)[0].config.vit_hidden_dim == 48
 
 
 # ---- the model card

@@ -1,4 +1,19 @@
-"""Images: decode and resize to the model's square, and augmentation that keeps the answers true."""
+"""Images: decode and resize to the model's square, and augmentation that keeps the answers true.
+
+How a picture becomes RGB (`to_rgb`) depends on its mode and file, not on what it shows. First it is
+turned upright by its EXIF tag. Animations give their first frame.
+
+| Pillow's mode | becomes |
+| --- | --- |
+| RGB, L, 1, P, CMYK, YCbCr, HSV, LAB | what Pillow's `convert("RGB")` gives |
+| RGBA, LA, PA, RGBa, La; tRNS of a PNG or GIF in P, L, 1, RGB, I;16 | composited onto white |
+| I;16, I;16B, I;16L, I;16N; I of a PNG or PPM file: 16 bits of grey | the upper 8 bits |
+| I otherwise: 32 bits of grey | clipped to 0..255, as Pillow does |
+| F, all values in [0, 1] | times 255, rounded |
+| F otherwise | clipped to 0..255; what is no number is 0 |
+
+PNG files of 16 bits a colour are read by their upper 8 bits (Pillow does it), their tRNS colour too.
+"""
 
 from __future__ import annotations
 
@@ -52,14 +67,41 @@ def opened(source: Path | str | bytes) -> Image.Image:
 
 def square(image: Image.Image, size: int) -> np.ndarray:
     """(3, size, size) uint8 of an image, decoded."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip at 255
-        grey = np.asarray(image)
-        image = Image.fromarray((grey >> 8 if grey.max() > 255 else grey).astype(np.uint8))
-    image = image.convert("RGB")
+    image = to_rgb(image)
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+# Needs NumPy and Pillow alone, under the names that they have here: model cards carry this function
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as upright RGB, transparency composited onto white."""
+    stored = (getattr(image, "tile", None) or [("", None, 0, "")])[0][3]  # known until it is decoded
+    stored = str(stored[0] if isinstance(stored, tuple) and stored else stored)
+    is_16_bit = image.mode.startswith("I;16") or stored.startswith("I;16")
+    is_16_bit |= image.mode == "I" and image.format == "PPM"
+    image = ImageOps.exif_transpose(image)
+    key = image.info.get("transparency")
+    if stored in ("L;2", "L;4") and key is not None:  # Pillow scales these pixels, but not the key
+        image.info["transparency"] = key * (85 if stored == "L;2" else 17)
+    elif image.mode == "RGB" and key is not None and (stored == "RGB;16B" or max(key) > 255):
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+    elif image.mode.startswith("I") or image.mode == "F":  # convert() would clip these
+        values = np.asarray(image)
+        opaque = None if key is None else Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
+        if image.mode == "F":
+            values = np.nan_to_num(values, nan=0.0)
+            values = (values * 255).round() if values.min() >= 0 and values.max() <= 1 else values
+        elif is_16_bit:
+            values = values.clip(0, 65535) >> (4 if stored == "I;12" else 8)
+        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+        if opaque:
+            image.putalpha(opaque)
+    if image.has_transparency_data:
+        image = image.convert("LA") if image.mode == "La" else image  # not in one step
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def printable(text: str, limit: int = 300) -> str:

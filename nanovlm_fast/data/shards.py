@@ -30,6 +30,7 @@ from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.packing import IGNORE, Document, Sample
 
 FORMAT = 1  # of rows and manifest
+PIXELS = "rule 2"  # how images.to_rgb reads pictures; before it had a name transparency showed what lay under it
 AGAIN = "run the command that prepared it again: it makes only what is missing"
 
 
@@ -44,6 +45,7 @@ def processing(image_size: int, text: TextProcessor) -> dict[str, Any]:
     """Everything that decides what a prepared sample holds, besides its data."""
     return {
         "vit_img_size": image_size,
+        "pixels": PIXELS,
         "image_tokens": text.image_tokens,
         "prompt": text.prompt,
         "turns": text.mode,
@@ -208,7 +210,7 @@ class Prepared:
     def check(self, image_size: int, text: TextProcessor) -> None:
         """Raise ValueError naming the first option that these samples were not processed with."""
         for name, wanted in processing(image_size, text).items():
-            if (had := self.manifest["processing"][name]) != wanted:
+            if (had := self.manifest["processing"].get(name)) != wanted:
                 what = "another tokenizer" if name == "tokenizer" else f"{name} {had!r} and not {wanted!r}"
                 raise ValueError(f"{self.folder} was prepared with {what}: prepare the data again, or train with that")
 

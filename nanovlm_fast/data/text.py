@@ -21,6 +21,12 @@ TOKENS_MAP = "special_tokens_map.json"
 Turn = tuple[str, str]  # question, answer
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether a tokenizer's name can only be one of the hub's: no folder that is here, no other path, not 'train'."""
+    shaped = re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name)
+    return bool(shaped) and name != "train" and not Path(name).is_dir()
+
+
 class Tokenizer:
     """A `tokenizers` tokenizer and its end of sequence, stored in the layout of `transformers`.
 
@@ -105,8 +111,10 @@ class Tokenizer:
     @staticmethod
     def from_hub(name: str) -> Tokenizer:
         """A Hugging Face tokenizer, by hub name or local folder."""
-        if Path(name).is_dir():
-            return Tokenizer.load(Path(name))
+        if (folder := Path(name).expanduser()).is_dir():
+            return Tokenizer.load(folder)
+        if not is_hub_name(name):
+            raise FileNotFoundError(f"tokenizer {name!r}: no such folder, and not a hub name; --lm-tokenizer FOLDER")
         from transformers import AutoTokenizer
 
         try:
