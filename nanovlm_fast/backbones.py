@@ -145,12 +145,13 @@ def normalisation(name: str) -> dict[str, float]:
     scale = values.get("rescale_factor", 1 / 255)
     numbers = [*found["image_mean"], *found["image_std"], scale]
     if not all(type(number) in (int, float) for number in numbers):
-        raise ValueError(f"--vision {name}: {file.name} is damaged: {found}, rescale_factor {scale!r}")
+        said = f"{found}, rescale_factor {scale!r}"
+        raise ValueError(f"--vision {name}: {file.name} is damaged: {said}")
     alike = all(len(set(each)) == 1 for each in found.values())
     if not alike or values.get("do_rescale") is False or abs(scale * 255 - 1) > 1e-3:
         raise ValueError(
-            f"--vision {name}: {file.name} normalises in a way that the model here does not: it takes "
-            "pixels in [0, 1], with one image_mean and image_std for all colours"
+            f"--vision {name}: {file.name} normalises in a way that the model here does not: it "
+            "takes pixels in [0, 1], with one image_mean and image_std for all colours"
         )
     return {key: float(each[0]) for key, each in found.items()}
 
@@ -186,8 +187,8 @@ def hub_config(name: str) -> Any:
 
 
 def check_plain_weights(option: str, config: Any) -> None:
-    if getattr(config, "quantization_config", None):  # values that mean nothing without their scales
-        raise ValueError(f"{option} is quantised (quantization_config): only plain weights are read")
+    if getattr(config, "quantization_config", None):  # weights mean nothing without their scales
+        raise ValueError(f"{option} is quantised (quantization_config): weights are read plain")
 
 
 def check_architecture(option: str, what: str, config: Any, wanted: dict[str, Any]) -> None:

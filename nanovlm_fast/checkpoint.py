@@ -55,14 +55,14 @@ ORIGIN = (
 V01_FIELDS = {*SUPPORTED, *ORIGIN}
 # Fields that came after v0.1, with image tokens among the text: same keys, another function
 LATER = tuple(
-    "mp_image_token_length vlm_extra_tokens lm_chat_template lm_base_vocab_size extra_token_amount max_img_size "
-    "resize_to_max_side_len".split()
+    "mp_image_token_length vlm_extra_tokens lm_chat_template lm_base_vocab_size "
+    "extra_token_amount max_img_size resize_to_max_side_len".split()
 )
 KNOWN = {*V01_FIELDS, "hf_repo_name"}  # the latter came a week after v0.1 and changes nothing
 
 
 def save_pretrained(folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer | None = None) -> None:
-    """Write config.json, model.safetensors (nanoVLM's keys; tied weights once) and the tokenizer into `folder`.
+    """Write config.json, model.safetensors (nanoVLM's keys; tied weights once), the tokenizer.
 
     Without a tokenizer the folder loads with one that is named then (`load_pretrained`).
     """
@@ -94,28 +94,31 @@ def load_pretrained(
 ) -> tuple[VisionLanguageModel, Tokenizer]:
     """Model and tokenizer of a checkpoint folder, a run folder (its last checkpoint), or the latest run.
 
-    The tokenizer is `lm_tokenizer` (hub name or folder), or the folder's own, or the one that its config.json names.
+    The tokenizer is `lm_tokenizer` (hub name or folder), or else the folder's own, or else the one
+    that its config.json names.
     Raises FileNotFoundError if there is nothing there and ValueError, naming the file or the weights, if it is damaged
     or does not fit its configuration.
     """
     folder = resolve(checkpoint)
     model = load_model(folder)
-    tokenizer = load_tokenizer(folder, lm_tokenizer or model.config.lm_tokenizer, own=not lm_tokenizer)
     if lm_tokenizer:
+        tokenizer = Tokenizer.from_hub(lm_tokenizer)
         model.config = dataclasses.replace(model.config, lm_tokenizer=lm_tokenizer)
+    else:
+        tokenizer = tokenizer_of(folder, model.config.lm_tokenizer)
     if len(tokenizer) > model.config.lm_vocab_size:
         raise ValueError(f"{folder}: its tokenizer has {len(tokenizer)} ids, the model {model.config.lm_vocab_size}")
     return model.to(device), tokenizer
 
 
-def load_tokenizer(folder: Path, name: str, own: bool = True) -> Tokenizer:
-    """The tokenizer `name`, or before it one in `folder` that is its `own`. Raises what `load_pretrained` raises."""
-    if own and (folder / "tokenizer.json").exists():
+def tokenizer_of(folder: Path, name: str) -> Tokenizer:
+    """The tokenizer in `folder`, or the one that its config.json calls `name`."""
+    if (folder / "tokenizer.json").exists():
         return Tokenizer.load(folder)
-    if own and not is_hub_name(name) and not Path(name).expanduser().is_dir():
+    if not is_hub_name(name) and not Path(name).expanduser().is_dir():
         raise FileNotFoundError(
-            f"{folder} was saved without its tokenizer (no tokenizer.json; lm_tokenizer in config.json is {name!r}): "
-            "--lm-tokenizer names a hub name or a folder that has it"
+            f"{folder} was saved without its tokenizer (no tokenizer.json; lm_tokenizer in "
+            f"config.json is {name!r}): --lm-tokenizer takes a hub name or a folder that has it"
         )
     return Tokenizer.from_hub(name)
 
@@ -153,20 +156,21 @@ def check_sizes(folder: Path, config: VLMConfig) -> None:
 def read_config(folder: Path) -> tuple[VLMConfig, dict[str, Any]]:
     """Model configuration of a checkpoint folder, and the entries of its config.json that are no fields of it.
 
-    Raises ValueError if the file is damaged, or asks for a model that differs from the one here. Warns of entries that
-    nanoVLM has not either.
+    Raises ValueError if the file is damaged, or asks for a model that differs from the one here.
+    Warns of entries that nanoVLM v0.1 has not either.
     """
     file = folder / "config.json"
     values = read_json(file)
     if later := [name for name in LATER if name in values]:
         raise ValueError(
-            f"{file}: a checkpoint of a nanoVLM newer than v0.1 (it has {', '.join(later)}), with another text format "
-            "and other image tokens: only v0.1's are supported"
+            f"{file}: a checkpoint of a nanoVLM newer than v0.1 (it has {', '.join(later)}), with "
+            "another text format and other image tokens: only v0.1's are supported"
         )
     if "model_type" in values and "vit_hidden_dim" not in values:
+        kind = printable(repr(values["model_type"]))
         raise ValueError(
-            f"{file}: a configuration of transformers (model_type {printable(repr(values['model_type']))}): only "
-            "nanoVLM's layout is read, which the checkpoint that it was exported from has"
+            f"{file}: a configuration of transformers (model_type {kind}): only nanoVLM's layout "
+            "is read, which the checkpoint that it was exported from has"
         )
     try:
         check_types(VLMConfig, fields_of(VLMConfig, values))
@@ -176,9 +180,11 @@ def read_config(folder: Path) -> tuple[VLMConfig, dict[str, Any]]:
         raise ValueError(f"{file} is not a model configuration: {error}") from error
     for name, same in SUPPORTED.items():
         if extra.get(name, same) != same:
-            raise ValueError(f"{file}: {name} = {printable(repr(extra[name]))}, only {same} is supported")
+            value = printable(repr(extra[name]))
+            raise ValueError(f"{file}: {name} = {value}, only {same} is supported")
     if unknown := sorted(extra.keys() - KNOWN):
-        warnings.warn(f"{file}: fields not used here: {printable(', '.join(unknown))}", stacklevel=3)
+        names = printable(", ".join(unknown))
+        warnings.warn(f"{file}: fields not used here: {names}", stacklevel=3)
     return config, extra
 
 

@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of style v0.1")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--lm-tokenizer", default="", help="tokenizer instead of the checkpoint's: hub name or folder")
+    parser.add_argument("--lm-tokenizer", default="", help="hub name or folder; default: its own")
     args = parser.parse_args(argv)
     try:
         device = pick_device(args.device)

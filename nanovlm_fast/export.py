@@ -39,12 +39,17 @@ NOT_NANOVLMS = ("image_mean", "image_std", "init", "prompt")  # fields of our VL
 # ---- nanoVLM
 
 
-def to_nanovlm(folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer | None = None, name: str = "") -> None:
+def to_nanovlm(
+    folder: Path,
+    model: VisionLanguageModel,
+    tokenizer: Tokenizer | None = None,
+    name: str = "",
+) -> None:
     """Write config.json, model.safetensors and the tokenizer so that nanoVLM v0.1's `from_pretrained` takes them.
 
     v0.1 accepts only the fields of its own VLMConfig and feeds plain [0, 1] pixels: the normalisation is folded into
-    the patch embedding. Entries of v0.1 in the config.json that the model came with are written as they were. v0.1
-    loads the tokenizer by its name in config.json: one of the model's own is called `name` (default: `folder`).
+    the patch embedding. Fields of v0.1 in the config.json that the model came with are kept. v0.1
+    loads the tokenizer by its name in config.json: the model's own gets `name` (default: `folder`).
     Raises ValueError if such a one is not given.
     """
     config = model.config
@@ -53,7 +58,7 @@ def to_nanovlm(folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer | 
         if tokenizer is None:
             raise ValueError(
                 f"{folder}: nanoVLM loads a tokenizer by its name, and the model's is its own "
-                f"(lm_tokenizer = {config.lm_tokenizer!r}): give it (tokenizer=), and it is written beside the model"
+                f"(lm_tokenizer is {config.lm_tokenizer!r}): give it (tokenizer=) to be written too"
             )
         values["lm_tokenizer"] = name or str(folder.resolve())
     folder.mkdir(parents=True, exist_ok=True)
@@ -205,7 +210,13 @@ def chat_template(prompt: str, eos: str) -> str:
 TARGETS = ("transformers", "nanovlm")
 
 
-def export(checkpoint: Path | str | None, target: str, out: Path, name: str = "", lm_tokenizer: str = "") -> Path:
+def export(
+    checkpoint: Path | str | None,
+    target: str,
+    out: Path,
+    name: str = "",
+    lm_tokenizer: str = "",
+) -> Path:
     """Write the checkpoint in the layout of `target` with a model card; returns `out`, which appears whole or not.
 
     `name` is what it will be loaded by (default: `out`): nanoVLM loads a tokenizer of the model's own by it.
@@ -228,11 +239,17 @@ def export(checkpoint: Path | str | None, target: str, out: Path, name: str = ""
             to_transformers(temporary, model, tokenizer)
         else:
             to_nanovlm(temporary, model, tokenizer, loaded_by)
-        (temporary / "README.md").write_text(model_card(folder, target, model, name or out.resolve().name))
+        card = model_card(folder, target, model, name or out.resolve().name)
+        (temporary / "README.md").write_text(card)
         os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return out
+
+
+def names_a_place(folder: Path) -> bool:
+    """Whether a folder in nanoVLM's layout names a place on this machine for its tokenizer."""
+    return Path(read_json(folder / "config.json")["lm_tokenizer"]).is_absolute()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -242,14 +259,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
     parser.add_argument("--push", default="", metavar="OWNER/NAME", help="upload it to the Hugging Face hub too")
     parser.add_argument("--private", action="store_true", help="the repository that --push makes is private")
-    parser.add_argument("--lm-tokenizer", default="", help="tokenizer instead of the checkpoint's: hub name or folder")
+    parser.add_argument("--lm-tokenizer", default="", help="hub name or folder; default: its own")
     args = parser.parse_args(argv)
     try:
-        print(f"written: {export(args.checkpoint, args.to, args.out, args.push, args.lm_tokenizer)}")
-        if args.to == "nanovlm" and Path(read_json(args.out / "config.json")["lm_tokenizer"]).is_absolute():
+        out = export(args.checkpoint, args.to, args.out, args.push, args.lm_tokenizer)
+        print(f"written: {out}")
+        if args.to == "nanovlm" and names_a_place(out):
             print(
-                "nanoVLM will look for the tokenizer in this folder, by lm_tokenizer in its config.json: moved, write "
-                "the new place there; --push writes the hub's name"
+                "nanoVLM looks for the tokenizer here, by lm_tokenizer in config.json: once it has "
+                "moved, write the new place there; --push writes the hub's name"
             )
         if args.push:
             print(f"uploaded: {push_to_hub(args.out, args.push, args.private)}")

@@ -92,8 +92,8 @@ inputs = processor(text="PROMPT", images=image, return_tensors="pt")
 print(processor.decode(model.generate(**inputs)[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 
-`to_rgb` is how the pictures were read in training. The processor alone, given a picture that is turned by an EXIF tag
-or holds 16 or 32 bits a pixel, sees another one."""
+`to_rgb` is how pictures were read in training. The processor alone, given a picture that is turned
+by an EXIF tag or holds 16 or 32 bits a pixel, sees another one."""
 
 NANOVLM = """```python
 from models.vision_language_model import VisionLanguageModel  # github.com/huggingface/nanoVLM, v0.1
@@ -105,8 +105,9 @@ TOKENIZER
 
 nanovlm_fast takes it as `--checkpoint FOLDER`, or as `train.py --start-from FOLDER`.
 
-nanoVLM reads pictures with `convert("RGB")`. In training transparency was composited onto white, pictures were turned
-upright by their EXIF tag, and 16 bits of grey were scaled: `to_rgb(Image.open(file))` in its place does that.
+nanoVLM reads pictures with `convert("RGB")`. In training transparency was composited onto white,
+pictures were turned upright by their EXIF tag, and 16 bits of grey were scaled:
+`to_rgb(Image.open(file))` in its place does that.
 
 ```python
 import numpy as np
@@ -122,11 +123,12 @@ def usage(target: str, config: Any, name: str) -> str:
     text = {"transformers": TRANSFORMERS, "nanovlm": NANOVLM}[target]
     if Path(config.lm_tokenizer).is_absolute():
         tokenizer = (
-            "nanoVLM loads the tokenizer by the name in `config.json`, which is the folder that this was written to. "
-            "Moved elsewhere, take `get_tokenizer(FOLDER)`, or write the new place there: `lm_tokenizer`."
+            "nanoVLM loads the tokenizer by `lm_tokenizer` in `config.json`, which is the folder "
+            "that this was written to. Moved elsewhere, write the new place there."
         )
     else:
-        tokenizer = f"nanoVLM loads the tokenizer by the name in `config.json`: `{config.lm_tokenizer}`."
+        name_there = f"`{config.lm_tokenizer}`"
+        tokenizer = f"nanoVLM loads the tokenizer by its name in `config.json`, {name_there}."
     prompt = "<image>" + config.prompt.format(question="What is it?")
     for mark, said in (
         ("TO_RGB", inspect.getsource(to_rgb).strip()),
@@ -136,15 +138,6 @@ def usage(target: str, config: Any, name: str) -> str:
     ):
         text = text.replace(mark, said)
     return text
-
-
-def without_path(data: str) -> str:
-    """A data set as in --data, of a folder its name alone: a card names no path of the machine."""
-    kind, colon, rest = data.partition(":")
-    if kind in ("jsonl", "prepared", "mmstar"):
-        return kind + colon + Path(rest).name
-    is_path = kind.startswith(("/", ".", "~")) or Path(kind).is_dir()
-    return (Path(kind).name if is_path else kind) + colon + rest
 
 
 def model_card(checkpoint: Path, target: str, model: Any, name: str) -> str:
@@ -158,7 +151,8 @@ def model_card(checkpoint: Path, target: str, model: Any, name: str) -> str:
     lines += ["nanovlm_fast.", "", usage(target, config, name), ""]
     evals = []
     if result.get("seeing", {}).get("questions"):  # or nothing was asked, or could be
-        data = without_path(run["data"])
+        kind, _, place = run["data"].partition(":")
+        data = f"{kind}:{Path(place).name}" if place else kind  # no path of the machine it was trained on
         split = f"{result['split']} of {data}"
         lines += [f"## Measured at the end of the run, {split}", "", "| | exact match by generation |", "| --- | --- |"]
         for sight, what in (("seeing", "with the images"), ("blind", "every image painted grey")):
@@ -166,9 +160,7 @@ def model_card(checkpoint: Path, target: str, model: Any, name: str) -> str:
             lines.append(f"| {what} | {score['accuracy']:.1%} of {score['questions']:,} questions |")
         lines += ["", f"{result['step']:,} optimizer steps, {result['seconds'] / 60:.1f} minutes of training.", ""]
         options = {name: value for name, value in fields_of(TrainConfig, run).items() if name not in NOT_FOR_CARDS}
-        lines += ["## Options of the run", "", "```json"]
-        options |= {"data": data, "eval": without_path(options.get("eval", ""))}
-        lines += [json.dumps(options, indent=2), "```", ""]
+        lines += ["## Options of the run", "", "```json", json.dumps({**options, "data": data}, indent=2), "```", ""]
         score = dict(metric_type="accuracy", metric_name="exact match", metric_value=result["seeing"]["accuracy"])
         evals.append(EvalResult("visual-question-answering", dataset_type=data, dataset_name=split, **score))
     sizes = dict(vars(config))

@@ -44,7 +44,8 @@ class NanoVLMFast(lmms):
     ):
         super().__init__()
         if more := {name: value for name, value in more.items() if value is not None and name != "max_batch_size"}:
-            raise ValueError(f"--model_args {', '.join(more)}: there are checkpoint, device, batch_size, lm_tokenizer")
+            known = "checkpoint, device, batch_size, lm_tokenizer"
+            raise ValueError(f"--model_args {', '.join(more)}: there are {known}")
         self.device = pick_device(device)
         self.batch_size = int(batch_size)
         self.model, self.tokenizer = load_pretrained(checkpoint, self.device, lm_tokenizer)

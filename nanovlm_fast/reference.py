@@ -197,7 +197,8 @@ class LanguageModel(nn.Module):
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
         length = x.shape[1]
         if length > self.positions and (most := int(valid.sum(1).max())) > self.positions:
-            raise ValueError(f"a row of {most} tokens: lm_max_position_embeddings is {self.positions}")
+            limit = self.positions
+            raise ValueError(f"a row of {most} tokens: lm_max_position_embeddings is {limit}")
         cos, sin = self.rotary_embd(valid.cumsum(1) - 1)
         causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
         itself = torch.eye(length, dtype=torch.bool, device=x.device)  # a padded row sees itself: no empty softmax

@@ -1,8 +1,9 @@
-"""Every mode of picture has one meaning: when files are read, when open images are, and in what is exported."""
+"""Every mode of picture has one meaning: in files, in open images, and in what is exported."""
 
 from __future__ import annotations
 
 import io
+import json
 import re
 import struct
 import zlib
@@ -14,15 +15,18 @@ from conftest import SMALL
 from PIL import Image
 
 from nanovlm_fast.checkpoint import save_pretrained
-from nanovlm_fast.config import VLMConfig
-from nanovlm_fast.data import shards
+from nanovlm_fast.config import VLMConfig, parse_config
+from nanovlm_fast.data import prepare
 from nanovlm_fast.data.images import load_image
+from nanovlm_fast.data.sources import load_source
+from nanovlm_fast.data.stream import SampleLoader
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
 from nanovlm_fast.export import export
 from nanovlm_fast.model import VisionLanguageModel
 
 Row = list[tuple[int, int, int]]
 WHITE, BLACK, RED = (255, 255, 255), (0, 0, 0), (255, 0, 0)
+CLEAR, INK, HALF = (0, 0, 0, 0), (0, 0, 0, 255), (255, 0, 0, 128)
 
 
 def grey(*levels: int) -> Row:
@@ -34,7 +38,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(bits: int, colour: int, row: bytes, key: bytes = b"", palette: bytes = b"") -> bytes:
-    """A PNG of four equal rows of four pixels, written by hand: Pillow does not write all that it reads."""
+    """A PNG of four equal rows of four pixels. Pillow does not write all that it reads."""
     header = struct.pack(">IIBBBBB", 4, 4, bits, colour, 0, 0, 0)
     parts = [chunk(b"IHDR", header)]
     parts += [chunk(b"PLTE", palette)] if palette else []
@@ -65,15 +69,15 @@ def made(mode: str, *colours: object) -> Image.Image:
 def premultiplied(mode: str) -> Image.Image:
     if mode == "La":
         return made("LA", (0, 0), (0, 255), (0, 128), (0, 255)).convert(mode)
-    return made("RGBA", (0, 0, 0, 0), (0, 0, 0, 255), (255, 0, 0, 128), (0, 0, 0, 255)).convert(mode)
+    return made("RGBA", CLEAR, INK, HALF, INK).convert(mode)
 
 
 def palette_and_alpha() -> Image.Image:
-    return made("RGBA", (0, 0, 0, 0), (0, 0, 0, 255), (255, 0, 0, 0), (255, 0, 0, 255)).convert("PA")
+    return made("RGBA", CLEAR, INK, (255, 0, 0, 0), (255, 0, 0, 255)).convert("PA")
 
 
 def turned() -> bytes:
-    """Stored lying on its side, its first row to come to the right; transparent where nothing is drawn."""
+    """Lying on its side, its first row to come to the right, transparent else."""
     image, exif = Image.new("RGBA", (4, 4), (0, 0, 0, 0)), Image.Exif()
     image.paste((0, 0, 0, 255), (0, 0, 4, 1))
     exif[0x0112] = 6
@@ -87,18 +91,22 @@ def animation() -> bytes:
 
 DEEP = [20000, 255, 256, 65535]
 RGB_PALETTE = bytes([*BLACK, *RED, *WHITE, 0, 0, 255])
+DEFAULT_PALETTE = [Image.new("P", (1, 1), i).convert("RGB").getpixel((0, 0)) for i in (1, 2)]
 HALF_RED = (255, 127, 127)  # alpha 128 of 255 on white
 CASES: dict[str, tuple[bytes | Image.Image, Row]] = {
     # transparency
     "RGBA": (
-        saved(made("RGBA", (0, 0, 0, 0), (0, 0, 0, 255), (255, 0, 0, 128), (9, 9, 9, 0)), "PNG"),
+        saved(made("RGBA", CLEAR, INK, HALF, (9, 9, 9, 0)), "PNG"),
         [WHITE, BLACK, HALF_RED, WHITE],
     ),
     "RGBA, WebP": (
-        saved(made("RGBA", (0, 0, 0, 0), (0, 0, 0, 255), (255, 0, 0, 128), (9, 9, 9, 0)), "WEBP", lossless=True),
+        saved(made("RGBA", CLEAR, INK, HALF, (9, 9, 9, 0)), "WEBP", lossless=True),
         [WHITE, BLACK, HALF_RED, WHITE],
     ),
-    "LA": (saved(made("LA", (0, 0), (0, 255), (0, 128), (200, 255)), "PNG"), grey(255, 0, 127, 200)),
+    "LA": (
+        saved(made("LA", (0, 0), (0, 255), (0, 128), (200, 255)), "PNG"),
+        grey(255, 0, 127, 200),
+    ),
     "RGBa": (premultiplied("RGBa"), [WHITE, BLACK, HALF_RED, BLACK]),
     "La": (premultiplied("La"), grey(255, 0, 127, 0)),
     "PA": (palette_and_alpha(), [WHITE, BLACK, WHITE, RED]),
@@ -106,11 +114,14 @@ CASES: dict[str, tuple[bytes | Image.Image, Row]] = {
         png(2, 3, b"\x1b", key=bytes([0, 128, 255]), palette=RGB_PALETTE),
         [WHITE, HALF_RED, WHITE, (0, 0, 255)],
     ),
-    "P, one colour clear": (png(2, 3, b"\x1b", key=b"\xff\0", palette=RGB_PALETTE), [BLACK, WHITE, WHITE, (0, 0, 255)]),
+    "P, one colour clear": (
+        png(2, 3, b"\x1b", key=b"\xff\0", palette=RGB_PALETTE),
+        [BLACK, WHITE, WHITE, (0, 0, 255)],
+    ),
     "P, opaque": (png(2, 3, b"\x1b", palette=RGB_PALETTE), [BLACK, RED, WHITE, (0, 0, 255)]),
     "GIF, one colour clear": (
         saved(made("P", 0, 1, 2, 0), "GIF", transparency=0),
-        [WHITE, *[tuple(Image.new("P", (1, 1), i).convert("RGB").getpixel((0, 0))) for i in (1, 2)], WHITE],
+        [WHITE, *DEFAULT_PALETTE, WHITE],
     ),
     "1, white clear": (png(1, 0, b"\x50", key=b"\0\1"), grey(0, 255, 0, 255)),
     "1, black clear": (png(1, 0, b"\x50", key=b"\0\0"), grey(255, 255, 255, 255)),
@@ -129,40 +140,70 @@ CASES: dict[str, tuple[bytes | Image.Image, Row]] = {
         png(16, 0, b"\x12\x34\x12\x35\0\0\xff\xff", key=b"\x12\x34"),
         grey(255, 18, 0, 255),
     ),
-    "16 bits of grey and alpha": (png(16, 4, bytes([10, 1, 0, 0, 20, 1, 255, 255] * 2)), grey(255, 20, 255, 20)),
+    "16 bits of grey and alpha": (
+        png(16, 4, bytes([10, 1, 0, 0, 20, 1, 255, 255] * 2)),
+        grey(255, 20, 255, 20),
+    ),
     "RGBA of 16 bits": (
         png(16, 6, bytes([10, 1, 9, 9, 8, 8, 0, 0, 10, 1, 9, 9, 8, 8, 255, 255] * 2)),
         [WHITE, (10, 9, 8)] * 2,
     ),
     # depth
-    "RGB of 16 bits": (png(16, 2, bytes([1, 9, 2, 9, 3, 9, 255, 255, 5, 5, 6, 6] * 2)), [(1, 2, 3), (255, 5, 6)] * 2),
+    "RGB of 16 bits": (
+        png(16, 2, bytes([1, 9, 2, 9, 3, 9, 255, 255, 5, 5, 6, 6] * 2)),
+        [(1, 2, 3), (255, 5, 6)] * 2,
+    ),
     "16 bits of grey, PNG": (png(16, 0, b"\x4e\x20\0\xff\1\0\xff\xff"), grey(78, 0, 1, 255)),
     "16 bits of grey, all dark": (png(16, 0, b"\0\x05\0\x06\0\x07\0\xff"), grey(0, 0, 0, 0)),
-    "16 bits of grey, PGM": (b"P5 4 4 65535\n" + b"\x4e\x20\0\xff\1\0\xff\xff" * 4, grey(78, 0, 1, 255)),
-    "16 bits of grey, TIFF": (saved(Image.fromarray(rows(DEEP, "<u2")), "TIFF"), grey(78, 0, 1, 255)),
+    "16 bits of grey, PGM": (
+        b"P5 4 4 65535\n" + b"\x4e\x20\0\xff\1\0\xff\xff" * 4,
+        grey(78, 0, 1, 255),
+    ),
+    "16 bits of grey, TIFF": (
+        saved(Image.fromarray(rows(DEEP, "<u2")), "TIFF"),
+        grey(78, 0, 1, 255),
+    ),
     "16 bits of grey, other byte order": (Image.fromarray(rows(DEEP, ">u2")), grey(78, 0, 1, 255)),
     "I;16L": (Image.frombytes("I;16L", (4, 4), rows(DEEP, "<u2").tobytes()), grey(78, 0, 1, 255)),
     "I;16N": (Image.frombytes("I;16N", (4, 4), rows(DEEP, "<u2").tobytes()), grey(78, 0, 1, 255)),
-    "I, TIFF": (saved(Image.fromarray(rows([2**20, -5, 100, 2**31 - 1], np.int32)), "TIFF"), grey(255, 0, 100, 255)),
+    "I, TIFF": (
+        saved(Image.fromarray(rows([2**20, -5, 100, 2**31 - 1], np.int32)), "TIFF"),
+        grey(255, 0, 100, 255),
+    ),
     "I": (Image.fromarray(rows([2**20, -5, 100, 255], np.int32)), grey(255, 0, 100, 255)),
-    "F in [0, 1], TIFF": (saved(Image.fromarray(rows([0, 0.2, 0.5, 1], np.float32)), "TIFF"), grey(0, 51, 128, 255)),
+    "F in [0, 1], TIFF": (
+        saved(Image.fromarray(rows([0, 0.2, 0.5, 1], np.float32)), "TIFF"),
+        grey(0, 51, 128, 255),
+    ),
     "F in [0, 255]": (Image.fromarray(rows([0, 2, 128, 255], np.float32)), grey(0, 2, 128, 255)),
-    "F of any values": (Image.fromarray(rows([-3, np.nan, np.inf, 300], np.float32)), grey(0, 0, 255, 255)),
+    "F of any values": (
+        Image.fromarray(rows([-3, np.nan, np.inf, 300], np.float32)),
+        grey(0, 0, 255, 255),
+    ),
     "F, PFM": (b"Pf\n4 4\n-1.0\n" + struct.pack("<4f", 0, 0.2, 0.5, 1) * 4, grey(0, 51, 128, 255)),
     # colour
     "L": (saved(made("L", 0, 7, 200, 255), "PNG"), grey(0, 7, 200, 255)),
     "1": (saved(made("1", 0, 255, 0, 255), "PNG"), grey(0, 255, 0, 255)),
-    "RGB": (saved(made("RGB", RED, BLACK, WHITE, (1, 2, 3)), "PNG"), [RED, BLACK, WHITE, (1, 2, 3)]),
+    "RGB": (
+        saved(made("RGB", RED, BLACK, WHITE, (1, 2, 3)), "PNG"),
+        [RED, BLACK, WHITE, (1, 2, 3)],
+    ),
     "RGBX": (made("RGBX", RED, BLACK, WHITE, (1, 2, 3)), [RED, BLACK, WHITE, (1, 2, 3)]),
     "CMYK": (
-        saved(made("CMYK", (0, 0, 0, 0), (0, 255, 255, 0), (0, 0, 0, 255), (255, 255, 255, 255)), "TIFF"),
+        saved(
+            made("CMYK", (0, 0, 0, 0), (0, 255, 255, 0), (0, 0, 0, 255), (255, 255, 255, 255)),
+            "TIFF",
+        ),
         [WHITE, RED, BLACK, BLACK],
     ),
     "YCbCr": (
         made("YCbCr", (255, 128, 128), (0, 128, 128), (76, 85, 255), (99, 128, 128)),
         [WHITE, BLACK, (254, 0, 0), *grey(99)],
     ),
-    "HSV": (made("HSV", (0, 255, 255), (9, 0, 255), (9, 9, 0), (0, 0, 50)), [RED, WHITE, BLACK, *grey(50)]),
+    "HSV": (
+        made("HSV", (0, 255, 255), (9, 0, 255), (9, 9, 0), (0, 0, 50)),
+        [RED, WHITE, BLACK, *grey(50)],
+    ),
     # order and frames
     "turned, then composited": (turned(), [WHITE, WHITE, WHITE, BLACK]),
     "the first frame": (animation(), [RED, BLACK, RED, WHITE]),
@@ -195,10 +236,10 @@ def test_a_transparent_picture_is_composited_before_it_is_made_smaller():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    config = VLMConfig(**{**SMALL, "prompt": 'Say "{question}"\nA:', "image_mean": 0.0, "image_std": 1.0})
-    config.lm_vocab_size = 300
+    changes = dict(prompt='Say "{question}"\nA:', image_mean=0.0, image_std=1.0, lm_vocab_size=300)
+    model = VisionLanguageModel(VLMConfig(**{**SMALL, **changes}))
     folder = tmp_path_factory.mktemp("pictures")
-    save_pretrained(folder / "model", VisionLanguageModel(config), Tokenizer.train(["a red cat"] * 9, 281))
+    save_pretrained(folder / "model", model, Tokenizer.train(["a red cat"] * 9, 281))
     return folder
 
 
@@ -217,10 +258,11 @@ def test_the_card_for_transformers_gives_our_pixels_of_every_mode(folder, monkey
     assert capsys.readouterr().out, "it says something"
     for case, (source, _) in CASES.items():
         image = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(source))
-        pixels = names["processor"](text="<image>", images=names["to_rgb"](image), return_tensors="pt").pixel_values
-        ours = load_image(source, SMALL["vit_img_size"]) / np.float32(255)
-        assert np.abs(pixels[0, 0].numpy() - ours).max() < 1.01 / 255, case  # torchvision may round otherwise
-        assert np.abs(pixels[0, 0].numpy() - ours).mean() < 0.01 / 255, case
+        read = names["to_rgb"](image)
+        inputs = names["processor"](text="<image>", images=read, return_tensors="pt")
+        ours = load_image(source, SMALL["vit_img_size"])
+        off = np.abs(255 * inputs["pixel_values"][0, 0].numpy() - ours)
+        assert off.max() < 1.01 and off.mean() < 0.01, case  # torchvision may round otherwise
 
 
 @pytest.mark.filterwarnings("ignore:nanoVLM's prompt")
@@ -237,6 +279,20 @@ def test_the_card_for_nanovlm_gives_our_pixels_of_every_mode(folder):
 # ---- what was prepared
 
 
-def test_shards_name_the_rule_of_their_pixels():
-    text = TextProcessor(Tokenizer.train(["a"] * 9, 281), "{question}", 4)
-    assert shards.processing(32, text)["pixels"] == shards.PIXELS
+def test_shards_of_another_rule_are_refused(tmp_path, capsys):
+    """As those are that were prepared before the rule had a name."""
+    sizes = "--vit-img-size 32 --mp-pixel-shuffle-factor 2 --lm-vocab-size 300"
+    command = f"--data synthetic:8 --out {tmp_path / 'out'} --workers 0 {sizes}".split()
+    assert prepare.main(command) == 0
+    file = tmp_path / "out" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    del manifest["processing"]["pixels"]
+    file.write_text(json.dumps(manifest))
+    model, config = parse_config(["--data", f"prepared:{tmp_path / 'out'}", *sizes.split()])
+    source = load_source(config.data, "train")
+    text = TextProcessor(Tokenizer.load(tmp_path / "out"), model.prompt, model.image_tokens)
+    with pytest.raises(ValueError, match="prepared with pixels None and not 'rule 2'"):
+        SampleLoader(source, model, config, text)
+    capsys.readouterr()
+    assert prepare.main(command) == 1
+    assert "pixels None and not 'rule 2'" in capsys.readouterr().err

@@ -115,6 +115,9 @@ def test_what_is_not_there_is_said(adapter, checkpoint):
     with pytest.raises(ValueError, match="--model_args colour: there are checkpoint"):
         adapter.NanoVLMFast(checkpoint=str(checkpoint), colour="red")
     model = adapter.NanoVLMFast(checkpoint=str(checkpoint), device="cpu")
+    assert adapter.NanoVLMFast(str(checkpoint), "cpu", lm_tokenizer=str(checkpoint)).tokenizer.eos
+    with pytest.raises(FileNotFoundError, match="--lm-tokenizer /gone: no such folder"):
+        adapter.NanoVLMFast(checkpoint=str(checkpoint), lm_tokenizer="/gone")
     for missing in (model.loglikelihood, model.generate_until_multi_round):
         with pytest.raises(NotImplementedError, match="generate_until"):
             missing([])

@@ -12,7 +12,7 @@ turned upright by its EXIF tag. Animations give their first frame.
 | F, all values in [0, 1] | times 255, rounded |
 | F otherwise | clipped to 0..255; what is no number is 0 |
 
-PNG files of 16 bits a colour are read by their upper 8 bits (Pillow does it), their tRNS colour too.
+Of 16 bits a colour in a PNG the upper 8 are read (Pillow does it), of its tRNS colour too.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def square(image: Image.Image, size: int) -> np.ndarray:
 # Needs NumPy and Pillow alone, under the names that they have here: model cards carry this function
 def to_rgb(image: Image.Image) -> Image.Image:
     """A picture of any mode as upright RGB, transparency composited onto white."""
-    stored = (getattr(image, "tile", None) or [("", None, 0, "")])[0][3]  # known until it is decoded
+    tiles = getattr(image, "tile", None)  # how the file stores pixels: known until they are decoded
+    stored = tiles[0][3] if tiles else ""
     stored = str(stored[0] if isinstance(stored, tuple) and stored else stored)
     is_16_bit = image.mode.startswith("I;16") or stored.startswith("I;16")
     is_16_bit |= image.mode == "I" and image.format == "PPM"
@@ -88,15 +89,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image.info["transparency"] = tuple(value >> 8 for value in key)
     elif image.mode.startswith("I") or image.mode == "F":  # convert() would clip these
         values = np.asarray(image)
-        opaque = None if key is None else Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
+        alpha = None if key is None else np.where(values == key, 0, 255).astype(np.uint8)
         if image.mode == "F":
             values = np.nan_to_num(values, nan=0.0)
             values = (values * 255).round() if values.min() >= 0 and values.max() <= 1 else values
         elif is_16_bit:
             values = values.clip(0, 65535) >> (4 if stored == "I;12" else 8)
         image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-        if opaque:
-            image.putalpha(opaque)
+        if alpha is not None:
+            image.putalpha(Image.fromarray(alpha))
     if image.has_transparency_data:
         image = image.convert("LA") if image.mode == "La" else image  # not in one step
         white = Image.new("RGBA", image.size, "white")

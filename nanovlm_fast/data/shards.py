@@ -30,7 +30,7 @@ from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.packing import IGNORE, Document, Sample
 
 FORMAT = 1  # of rows and manifest
-PIXELS = "rule 2"  # how images.to_rgb reads pictures; before it had a name transparency showed what lay under it
+PIXELS = "rule 2"  # of images.to_rgb; the first, without a name, showed colours under transparency
 AGAIN = "run the command that prepared it again: it makes only what is missing"
 
 

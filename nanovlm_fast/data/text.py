@@ -22,7 +22,7 @@ Turn = tuple[str, str]  # question, answer
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a tokenizer's name can only be one of the hub's: no folder that is here, no other path, not 'train'."""
+    """Whether a tokenizer's name can only be the hub's: no folder, no other path, not 'train'."""
     shaped = re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name)
     return bool(shaped) and name != "train" and not Path(name).is_dir()
 
@@ -114,7 +114,7 @@ class Tokenizer:
         if (folder := Path(name).expanduser()).is_dir():
             return Tokenizer.load(folder)
         if not is_hub_name(name):
-            raise FileNotFoundError(f"tokenizer {name!r}: no such folder, and not a hub name; --lm-tokenizer FOLDER")
+            raise FileNotFoundError(f"--lm-tokenizer {name}: no such folder, and not a hub name")
         from transformers import AutoTokenizer
 
         try:
