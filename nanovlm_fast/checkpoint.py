@@ -115,7 +115,7 @@ def tokenizer_of(folder: Path, name: str) -> Tokenizer:
     """The tokenizer in `folder`, or the one that its config.json calls `name`."""
     if (folder / "tokenizer.json").exists():
         return Tokenizer.load(folder)
-    if not is_hub_name(name) and not Path(name).expanduser().is_dir():
+    if not is_hub_name(name) and not os.path.isdir(os.path.expanduser(name)):
         raise FileNotFoundError(
             f"{folder} was saved without its tokenizer (no tokenizer.json; lm_tokenizer in "
             f"config.json is {name!r}): --lm-tokenizer takes a hub name or a folder that has it"

@@ -253,13 +253,13 @@ def test_a_folder_without_its_tokenizer_says_so_at_once(tmp_path, capsys, tokeni
     model.save_pretrained(tmp_path / "bare")
     assert VisionLanguageModel.from_pretrained(tmp_path / "bare").config == model.config
     prompt = ["--checkpoint", str(tmp_path / "bare"), "--prompt", "what?", "--max-new-tokens", "2"]
-    for name in ("train", "/gone/run", "../gone", "a/b/c"):
+    for name in ("train", "/gone/run", "../gone", "a/b/c", "~nobody-here/run"):
         change(tmp_path / "bare", lm_tokenizer=name)
         started = time.monotonic()
         said = error_of(generating.main, prompt, capsys)
         assert "without its tokenizer" in said and name in said and "--lm-tokenizer" in said
         assert time.monotonic() - started < 5
-    for wrong in ("train", "/gone/tokenizer", str(tmp_path)):
+    for wrong in ("train", "/gone/tokenizer", "~nobody-here/run", str(tmp_path)):
         assert wrong in error_of(generating.main, [*prompt, "--lm-tokenizer", wrong], capsys)
     tokenizer.save(tmp_path)
     assert generating.main([*prompt, "--lm-tokenizer", str(tmp_path)]) == 0

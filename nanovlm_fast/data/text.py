@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -111,7 +112,8 @@ class Tokenizer:
     @staticmethod
     def from_hub(name: str) -> Tokenizer:
         """A Hugging Face tokenizer, by hub name or local folder."""
-        if (folder := Path(name).expanduser()).is_dir():
+        folder = Path(os.path.expanduser(name))  # Path's own raises for a user that is not there
+        if folder.is_dir():
             return Tokenizer.load(folder)
         if not is_hub_name(name):
             raise FileNotFoundError(f"--lm-tokenizer {name}: no such folder, and not a hub name")
