@@ -6,14 +6,16 @@ Of the checkout it needs
 | --- | --- |
 | `models/config.py` | `VLMConfig`, a dataclass; it gets those of our fields that it has |
 | `models/vision_language_model.py` | `VisionLanguageModel(cfg)`, or `(cfg, load_backbone=False)`, with nanoVLM's keys |
+| `data/collators.py`, of v0.1 | `VQACollator(tokenizer, max_length)`, which lays out the rows |
 
 and of its `forward` one of two interfaces, both returning (logits, mean loss over the targets that are not -100):
 
     forward(input_ids, image, attention_mask=, targets=)     v0.1: image tokens go before the text
     forward(input_ids, images, attention_mask=, targets=)    main: they replace the tokenizer's image tokens
 
-The tokenizer that main downloads in its constructor is replaced: the token ids are made already, and it is asked for
-the image token's id alone. That is an id no text of the batch has.
+v0.2 has v0.1's interface and main's rows; it is refused. No tokenizer is asked for from the hub: the token ids are made
+already. v0.1's collator gets a stand-in that reads ids from text, and the one that main downloads in its constructor is
+replaced: it is asked for the image token's id alone. That is an id no text of the batch has.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import dataclasses
 import importlib
 import inspect
 import sys
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -35,6 +38,8 @@ from bench.memory import peak_of
 from nanovlm_fast.device import autocast_to
 
 NEEDED = ("models/config.py", "models/vision_language_model.py")
+V01 = ("input_ids", "image", "attention_mask", "targets")  # what v0.1's forward takes
+ONLY = "only v0.1 and main are compared (git checkout v0.1, or main, in that folder)"
 
 
 def serve(connection: Connection, options: dict[str, Any]) -> None:
@@ -74,12 +79,16 @@ class NanoVLM:
     ):
         torch.set_num_threads(threads)
         sys.path.insert(0, checkout)
-        configs, models = (load(f"models.{name}") for name in ("config", "vision_language_model"))
+        configs = load("models.config")
+        known = {field.name for field in dataclasses.fields(configs.VLMConfig)}
+        # image tokens among the text's, but one fixed square image: between the two releases that are compared
+        if "mp_image_token_length" in known and "max_img_size" not in known:
+            raise ValueError(f"{checkout} is v0.2, or near it: {ONLY}")
+        models = load("models.vision_language_model")
         self.device, self.image_tokens = torch.device(device), image_tokens
         self.autocast, self.tokenizer = autocast_to(dtype, self.device), SimpleNamespace(image_token_id=0)
         if hasattr(models, "get_tokenizer"):
             models.get_tokenizer = lambda *args, **options: self.tokenizer
-        known = {field.name for field in dataclasses.fields(configs.VLMConfig)}
         values = {**config, "mp_image_token_length": image_tokens, "lm_base_vocab_size": config["lm_vocab_size"]}
         cfg = configs.VLMConfig(**{name: value for name, value in values.items() if name in known})
         options = inspect.signature(models.VisionLanguageModel).parameters
@@ -89,18 +98,18 @@ class NanoVLM:
         self.model.to(self.device).train()
         arguments = list(inspect.signature(self.model.forward).parameters)
         if arguments[:1] != ["input_ids"] or not {"image", "images"} & set(arguments):
-            raise ValueError(f"forward takes ({', '.join(arguments)}), neither v0.1's nor main's arguments")
+            raise ValueError(f"forward takes ({', '.join(arguments)}): {ONLY}")
         self.interface = ", ".join(arguments)
-        self.inside = "images" in arguments  # image tokens among the text's
+        self.collator = None if "images" in arguments else load("data.collators").VQACollator
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0)
         self.rows: dict[str, Tensor] = {}
 
     def lay_out(self, rows: dict[str, np.ndarray]) -> dict[str, Tensor]:
         """What forward takes, on the host, and for main `image_token`."""
         tensors = {name: torch.from_numpy(array) for name, array in rows.items()}
+        if self.collator:
+            return collated(self.collator, **tensors)
         pixels = tensors.pop("pixels")
-        if not self.inside:
-            return {**tensors, "image": pixels}
         ids = tensors["input_ids"]
         token = unused(ids, self.model.decoder.token_embedding.num_embeddings)
         fill = {"input_ids": token, "attention_mask": 1, "targets": -100}
@@ -153,6 +162,44 @@ class NanoVLM:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.item()
+
+
+class DecimalTokenizer:
+    """In the place of v0.1's tokenizer, with what its collator calls: a text is token ids, a space after each."""
+
+    @staticmethod
+    def text(ids: list[int]) -> str:
+        return "".join(f"{token} " for token in ids)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def batch_encode_plus(self, texts: list[str], max_length: int, **options: object) -> dict[str, Tensor]:
+        """Rows of `max_length`, padded left and cut right; `options` ask for that."""
+        input_ids = torch.zeros(len(texts), max_length, dtype=torch.int64)
+        mask = torch.zeros_like(input_ids)
+        for row, text in enumerate(texts):
+            ids = self.encode(text)[:max_length]
+            input_ids[row, max_length - len(ids) :] = torch.tensor(ids)
+            mask[row, max_length - len(ids) :] = 1
+        return {"input_ids": input_ids, "attention_mask": mask}
+
+
+def collated(
+    collator: Callable[..., Callable[[list[dict]], dict[str, Tensor]]],
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    targets: Tensor,
+    pixels: Tensor,
+) -> dict[str, Tensor]:
+    """What v0.1's collator makes of the samples that these left-padded rows hold, under forward's names."""
+    items = []
+    for ids, real, labels, image in zip(input_ids, attention_mask, targets, pixels, strict=True):
+        text, answer = ids[real == 1].tolist(), int((labels != -100).sum())
+        question = DecimalTokenizer.text(text[:-answer])
+        items.append({"image": image, "text_data": question, "answer": DecimalTokenizer.text(text[-answer:])})
+    batch = collator(DecimalTokenizer(), input_ids.shape[1])(items)
+    return {name: batch["labels" if name == "targets" else name] for name in V01}
 
 
 def load(name: str) -> ModuleType:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bench.race import outcome
 from bench.results import ROOT, load
+from bench.timing import difference
 
 Rows = list[tuple[str, ...]]  # of a table, the first is its head
 
@@ -30,6 +31,7 @@ def table(results: Path = ROOT) -> str:
         rows.append(("its token budget", packing, run["device"], run["commit"][:7], "the same run"))
     rows += [race_row(race) for race in newest(results, "race*")]
     rows += [step_row(step) for step in newest(results, "train_step*")]
+    rows += [peer_row(peer) for peer in newest(results, "peer*")]
     rows += [curves_row(run) for run in newest(results, "loss_curves")]
     for loader in newest(results, "dataloader"):
         (few, slow), (best, fast) = (
@@ -77,6 +79,21 @@ def step_row(step: dict) -> tuple[str, ...]:
     gain += f", MFU {both('mfu', '{:.1%}'.format)}" if "mfu" in ours else ""
     gain += f", {both('peak_mib', '{:,.0f}'.format)} MiB; gradients agree to {step['parity']['gradient']:.0e}"
     return what, gain, step["device"], step["commit"][:7], f"`{step['command']}`"
+
+
+def peer_row(peer: dict) -> tuple[str, ...]:
+    """A result of bench.peer: the plain case beside the others."""
+    depth = peer["layers"]
+    layers = f" cut to {depth} layer{'s' * (depth > 1)} per tower" if depth else ""
+    what = f"optimizer step of `{peer['preset']}`{layers}, huggingface/nanoVLM's own code ({peer['nanovlm']['commit']})"
+    what += " beside ours in turn: questions/s of ours over theirs"
+    cases = []
+    for name, case in peer["cases"].items():
+        gain = difference(*(case["variants"][who]["seconds"] for who in ("ours", "nanovlm")))
+        waste = case["work"]["padded_waste"]
+        rows = f" ({waste:.0%} of their rows is padding)" if waste >= 0.005 else ""
+        cases.append(f"{name}{rows} **{gain.ratio:.2f}x** ({gain.low:.2f}-{gain.high:.2f})")
+    return what, "; ".join(cases), peer["device"], peer["commit"][:7], f"`{peer['command']}`"
 
 
 def curves_row(run: dict) -> tuple[str, ...]:

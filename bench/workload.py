@@ -3,7 +3,8 @@
 `cauldron_like` makes one image and one question a sample: 49 image tokens first, then a prompt and an answer. Lengths
 are log-normal, prompts with a median of 16 tokens and a sigma of 0.4, answers (their end-of-sequence token among them)
 with a median of 7.5 and a sigma of 1.0; what would not fit nanoVLM's 79 text tokens is cut. So a sample has 78 tokens
-on average, 12 of them labelled, and 39% of rows of 128 are padding. Pixels and token ids are noise.
+on average, 12 of them labelled, and 39% of rows of 128 are padding. Pixels and token ids are noise. On request an image
+has several questions, or every text has the median lengths, so that no row needs padding.
 """
 
 from __future__ import annotations
@@ -104,25 +105,42 @@ def load_work(
     return Work(config, [load(position) for position in range(min(samples or 32, len(source)))])
 
 
-def draw_lengths(rng: np.random.Generator, count: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
-    """(count,) prompt and answer lengths in tokens, together at most `longest`."""
-    prompt, answer = (np.rint(rng.lognormal(np.log(median), sigma, count)) for median, sigma in (PROMPT, ANSWER))
+def draw_lengths(
+    rng: np.random.Generator, count: int, longest: int, even: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """(count,) prompt and answer lengths in tokens, together at most `longest`; `even`: all are the medians."""
+    prompt, answer = (
+        np.rint(rng.lognormal(np.log(median), 0.0 if even else sigma, count)) for median, sigma in (PROMPT, ANSWER)
+    )
     prompt = prompt.clip(SHORTEST_PROMPT, longest - SHORTEST_ANSWER).astype(int)
     return prompt, np.minimum(answer.clip(SHORTEST_ANSWER), longest - prompt).astype(int)
 
 
-def cauldron_like(config: VLMConfig, count: int, seed: int = 0) -> list[Sample]:
-    """`count` samples of one image and one question; deterministic. Text is at most config.lm_max_length tokens."""
-    rng, shown, size = np.random.default_rng(seed), config.image_tokens, config.vit_img_size
+def cauldron_like(config: VLMConfig, count: int, seed: int = 0, questions: int = 1, even: bool = False) -> list[Sample]:
+    """`count` samples of one image and `questions` about it; deterministic.
+
+    The text of a question is at most config.lm_max_length tokens. `even`: all texts are equally long.
+    """
+    rng, size = np.random.default_rng(seed), config.vit_img_size
+    lengths = draw_lengths(rng, count * questions, config.lm_max_length, even)
+    pairs = list(zip(*lengths, strict=True))
     samples = []
-    for i, (prompt, answer) in enumerate(zip(*draw_lengths(rng, count, config.lm_max_length), strict=True)):
-        length = shown + prompt + answer
-        ids = rng.integers(0, config.lm_vocab_size, length)
-        ids[:shown] = 0
-        rows = np.arange(length, dtype=np.int32)
-        rows[shown:] = -1
-        labels = np.full(length, IGNORE, np.int64)
-        labels[-answer - 1 : -1] = ids[-answer:]
+    for i in range(count):
+        about_it = pairs[i * questions : (i + 1) * questions]
+        documents = [noise(rng, config, prompt, answer) for prompt, answer in about_it]
         images = rng.integers(0, 256, (1, 3, size, size), dtype=np.uint8)
-        samples.append(Sample(f"cauldron_like/{i}", images, [Document(ids, rows, labels)]))
+        samples.append(Sample(f"cauldron_like/{i}", images, documents))
     return samples
+
+
+def noise(rng: np.random.Generator, config: VLMConfig, prompt: int, answer: int) -> Document:
+    """One image's tokens, then random text of which the `answer` last tokens are labelled."""
+    shown = config.image_tokens
+    length = shown + prompt + answer
+    ids = rng.integers(0, config.lm_vocab_size, length)
+    ids[:shown] = 0
+    rows = np.arange(length, dtype=np.int32)
+    rows[shown:] = -1
+    labels = np.full(length, IGNORE, np.int64)
+    labels[-answer - 1 : -1] = ids[-answer:]
+    return Document(ids, rows, labels)

@@ -69,7 +69,10 @@ def all_suites(folder: Path) -> None:
         )}}}),
         "dataloader": dict(stages={"decode": 50.0}, speedup={"1": 2.0},
                            samples_per_s={"on the fly": {"1": 10.0}, "prepared": {"1": 20.0}}),
-        "peer": dict(variants={"nanovlm": timed(1.0, **rates), "ours": timed(0.5, **rates)}),
+        "peer_tiny": dict(preset="tiny", layers=2, nanovlm={"commit": "v0.1"}, cases={
+            name: dict(work={"padded_waste": waste}, variants={"nanovlm": timed(1.0, **rates), "ours": ours})
+            for name, waste, ours in (("plain", 0.0, timed(1.0, **rates)), ("ten", 0.4, timed(0.5, **rates)))
+        }),
         "roofline": roofline.summarised(preset("tiny")[0], roofline.Counts(4, 144, 48, 2664), roofline.H100),
     }  # fmt: skip
     folder.mkdir()
@@ -88,11 +91,13 @@ def test_the_page_of_all_suites(tmp_path):
         and "| 1 workers | 10 | 20 | 2.00x |" in page
     )
     assert all(f"### {name}\n" in page for name in ("train_step", "kernels", "attention", "memory", "generate"))
-    assert "| ours | 520 (510-530) | 2.00x (1.8" in page and "### peer" in page
+    assert "| ten | ours | 520 (510-530) | 2.00x (1.8" in page and "| plain | ours |" in page and "### peer" in page
+    assert "plain **1.00x** (0.9" in report.table(tmp_path)
+    assert "ten (40% of their rows is padding) **2.00x** (1.8" in report.table(tmp_path)
     assert report.timed_rows({"a": {"b": timed(0.1)}})[1] == ("a · b", "104 (102-106)")
     assert "GPU timings: NVIDIA X" in page and page.count("<picture>") == 3 and "not drawn" not in page
     (tmp_path / "y").mkdir()
-    assert report.table(tmp_path).count("\n") == 3 and report.suites_page(tmp_path / "y").count("###") == 1  # the race
+    assert report.table(tmp_path).count("\n") == 4 and report.suites_page(tmp_path / "y").count("###") == 1  # the race
 
 
 def test_a_picture_is_drawn_twice_and_known_when_stale(tmp_path):
