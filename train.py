@@ -146,10 +146,11 @@ class Trainer:
             while not config.max_steps or state["step"] < config.max_steps:
                 self.watchdog.beat(f"waiting for the data of step {state['step'] + 1}")
                 micro_batches = self.next_batches(feed, meter)
-                n_labels = self.agree(micro_batches)
+                before = self.progress()
+                n_labels = self.agree(micro_batches)  # counts the step's examples
                 if not n_labels:
                     break
-                lr = lr_factor(self.progress(), config.warmup, config.min_lr)
+                lr = lr_factor(before, self.progress(steps=1), config.warmup, config.min_lr)
                 self.watchdog.beat(f"computing step {state['step'] + 1}")
                 self.optimizer_step(micro_batches, n_labels, lr)
                 state["seconds"] = time.perf_counter() - started
@@ -226,10 +227,10 @@ class Trainer:
             torch.compiler.cudagraph_mark_step_begin()
         return self.step_model(batch)
 
-    def progress(self) -> float:
-        """How far the run will be after the coming step, in [0, 1]: what the learning rate follows."""
+    def progress(self, steps: int = 0) -> float:
+        """How far the run is, in [0, 1], by the examples taken or, with --max-steps, after so many `steps` more."""
         if self.config.max_steps:
-            return min((self.state["step"] + 1) / self.config.max_steps, 1.0)
+            return min((self.state["step"] + steps) / self.config.max_steps, 1.0)
         return min(self.state["examples"] / self.total, 1.0)
 
     def next_batches(self, feed: Feed, meter: Meter) -> list[PackedBatch]:

@@ -100,9 +100,10 @@ class Training:
         ids, mask, targets = (t.to(self.device) for t in (rows.input_ids, rows.attention_mask, rows.targets))
         return self.model(ids, pixels, mask, targets)[1]
 
-    def step(self, samples: list[Sample], progress: float) -> float:
-        """One optimizer step at `progress` of the schedule; returns the loss before it. ValueError if not finite."""
-        set_lr([self.optimizer], lr_factor(progress, self.train.warmup, self.train.min_lr))
+    def step(self, samples: list[Sample], step: int, steps: int) -> float:
+        """Optimizer step number `step` of `steps`, from 0; returns the loss before it. ValueError if not finite."""
+        lr = lr_factor(step / steps, (step + 1) / steps, self.train.warmup, self.train.min_lr)
+        set_lr([self.optimizer], lr)
         with self.autocast():
             loss = self.loss(samples)
         loss.backward()
@@ -111,7 +112,7 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if not math.isfinite(loss.item()):
-            raise ValueError(f"{self.name}: the loss is {loss.item()} at {progress:.0%} of the run")
+            raise ValueError(f"{self.name}: the loss is {loss.item()} in step {step + 1} of {steps}")
         return loss.item()
 
 
@@ -126,7 +127,7 @@ def train_all(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], Data]:
             trainings = [Training(variant, start, data, args) for variant in VARIANTS]
             for step, samples in enumerate(data.batches(seed, args.steps)):
                 for training in trainings:
-                    curves[training.name][seed, step] = training.step(samples, (step + 1) / args.steps)
+                    curves[training.name][seed, step] = training.step(samples, step, args.steps)
                 bar.update()
                 bar.set_postfix_str(f"seed {seed} loss {curves[TRUTH][seed, step]:.4f}")
     return curves, data

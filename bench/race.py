@@ -242,7 +242,8 @@ class Runner:
 
     def optimizer_step(self, batch: PackedBatch) -> Tensor:
         train = self.race.train
-        set_lr(self.optimizers, lr_factor((self.step + 1) / train.max_steps, train.warmup, train.min_lr))
+        before, after = self.step / train.max_steps, (self.step + 1) / train.max_steps
+        set_lr(self.optimizers, lr_factor(before, after, train.warmup, train.min_lr))
         loss = self.side.backward(batch)
         if train.clip:
             nn.utils.clip_grad_norm_(self.side.model.parameters(), train.clip)

@@ -112,12 +112,18 @@ def skip_if_not_finite(optimizers: list[torch.optim.Optimizer], norm: Tensor) ->
     return found_inf
 
 
-def lr_factor(progress: float, warmup: float, floor: float) -> float:
-    """Learning rate as a share of its peak at `progress` in [0, 1]: linear warm-up, then cosine down to `floor`."""
-    if progress < warmup:
-        return progress / warmup
-    done = min((progress - warmup) / (1 - warmup), 1.0)
+def lr_factor(before: float, after: float, warmup: float, floor: float) -> float:
+    """Learning rate as a share of its peak: linear warm-up, then cosine down to `floor`.
+
+    `before` and `after` say how far the run is, in [0, 1], around the step. The warm-up goes by the end of the step, so
+    that the first has a rate, the cosine by its beginning: nanoVLM v0.1's schedule step by step, but for the warm-up's
+    last step, which overshoots the peak there where the warm-up is no whole number of steps.
+    """
+    if before < warmup:
+        return min(after / warmup, 1.0)
+    done = min((before - warmup) / (1 - warmup), 1.0)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
 
 
 def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> None:

@@ -121,7 +121,7 @@ batches = iter(loader(PackedStream(load, measure_budget(load, config), initial_s
 torch.manual_seed(0)
 model = VisionLanguageModel(model_config)
 optimizers = make_optimizers(model, config)
-set_lr(optimizers, lr_factor(0.5, 0, 0.1))
+set_lr(optimizers, lr_factor(0.5, 0.5, 0, 0.1))
 batch = next(batches).packed
 losses = []
 for _ in range(3):

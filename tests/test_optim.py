@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 
 import pytest
 import torch
+from runs import trainer
 
 from nanovlm_fast.config import TrainConfig
 from nanovlm_fast.model import VisionLanguageModel
@@ -80,9 +83,43 @@ def test_a_rate_of_zero_freezes_and_all_zeros_are_refused(small_config):
 
 
 def test_schedule():
-    assert lr_factor(0.0, 0.1, 0.1) == 0
-    assert lr_factor(0.05, 0.1, 0.1) == pytest.approx(0.5)
-    assert lr_factor(0.1, 0.1, 0.1) == pytest.approx(1)
-    assert lr_factor(0.55, 0.1, 0.1) == pytest.approx(0.55)
-    assert lr_factor(1.0, 0.1, 0.1) == lr_factor(1.5, 0.1, 0.1) == pytest.approx(0.1)
-    assert lr_factor(0.0, 0.0, 0.1) == 1
+    assert lr_factor(0.0, 0.05, 0.1, 0.1) == pytest.approx(0.5)
+    assert lr_factor(0.05, 0.1, 0.1, 0.1) == lr_factor(0.05, 0.2, 0.1, 0.1) == lr_factor(0.1, 0.2, 0.1, 0.1) == 1
+    assert lr_factor(0.55, 0.6, 0.1, 0.1) == pytest.approx(0.55)
+    assert lr_factor(1.0, 1.0, 0.1, 0.1) == lr_factor(1.5, 1.6, 0.1, 0.1) == pytest.approx(0.1)
+    assert lr_factor(0.0, 0.1, 0.0, 0.1) == 1
+
+
+def rate_of_v01(step: int, steps: int) -> float:
+    """nanoVLM v0.1's learning rate at a step, counted from 0, as a share of its peak."""
+    warmup = steps * 0.03
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+@pytest.mark.parametrize("steps", [7, 100, 1000, 1234])
+def test_the_learning_rate_is_v01s_at_every_step(steps):
+    ours = [lr_factor(step / steps, (step + 1) / steps, 0.03, 0.1) for step in range(steps)]
+    theirs = [rate_of_v01(step, steps) for step in range(steps)]
+    assert ours == pytest.approx([min(rate, 1.0) for rate in theirs], rel=1e-12)
+    over = [step for step, rate in enumerate(theirs) if rate > 1]
+    assert over == ([] if steps % 100 == 0 else [int(0.03 * steps)]), "the one step that is not v0.1's"
+
+
+@pytest.mark.parametrize("length", ["--max-steps 20", "--epochs 1 --accumulate 2"])
+def test_the_loop_gives_each_step_its_rate(loop, tmp_path, length):
+    """By steps, and by examples as they are taken."""
+    subject = trainer(loop, tmp_path, f"{length} --optimizer adamw --warmup 0.2 --no-final-eval --save-every 0")
+    steps: list[tuple[int, float]] = []
+    group = subject.optimizers[0].param_groups[0]
+    note = lambda *_: steps.append((subject.state["examples"], group["lr"] / group["peak_lr"]))  # noqa: E731
+    subject.optimizers[0].register_step_pre_hook(note)
+    subject.train()
+    done = [number / len(steps) for number in range(len(steps) + 1)]
+    if "epochs" in length:
+        done = [0.0, *(examples / subject.total for examples, _ in steps)]
+    assert len(steps) > 4 and done[-1] == 1
+    floor = subject.config.min_lr
+    expected = [lr_factor(before, after, 0.2, floor) for before, after in itertools.pairwise(done)]
+    assert [rate for _, rate in steps] == pytest.approx(expected)
