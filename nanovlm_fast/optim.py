@@ -125,7 +125,6 @@ def lr_factor(before: float, after: float, warmup: float, floor: float) -> float
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-
 def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -97,11 +97,11 @@ def random_sample(
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """One run from start to end. Tests that change it take a copy."""
-    from runs import train
+    """One run from start to end, started as users do. Tests that change it take a copy."""
+    from runs import arguments
 
     out = tmp_path_factory.mktemp("finished") / "run"
-    result = train(out, "--epochs 3 --eval-every 5")
+    result = run_python(*arguments(out, "--epochs 3 --eval-every 5"))
     assert result.returncode == 0, result.stderr
     return out, result
 

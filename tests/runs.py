@@ -7,9 +7,9 @@ import re
 import subprocess
 from pathlib import Path
 
+import forks
 import numpy as np
 import torch
-from conftest import run_python
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -29,7 +29,7 @@ def arguments(out: Path, options: str) -> list[str]:
 
 
 def train(out: Path, options: str = "", **env: str) -> subprocess.CompletedProcess[str]:
-    return run_python(*arguments(out, options), **env)
+    return forks.run(*arguments(out, options), **env)
 
 
 def error_of(result: subprocess.CompletedProcess[str]) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 import torch.distributed as dist
@@ -23,14 +23,16 @@ from nanovlm_fast.distributed import _store_of_this_start
 STEPS = 20
 
 
-def run(out: Path, processes: int, options: str, code: int = 0) -> Path:
+def run(out: Path, processes: int, options: str, code: int = 0, torchrun: bool = False) -> Path:
     """A run of SMALL with so many processes, until it ends with that code."""
-    process = start(out, processes, [*SMALL, *options.split()])
-    try:
-        found = process.wait(280)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        found = "a hang"
+    arguments = [*SMALL, *options.split()]
+    with out.with_suffix(".log").open("ab") as log:
+        if torchrun:
+            found = start(out, processes, arguments).wait(280)
+        elif processes == 1:
+            found = forks.start(["train.py", "--out", str(out), *arguments], log, log).wait(280)
+        else:
+            found = forks.run_ranks(["train.py", "--out", str(out), *arguments], processes, log)
     assert found == code, f"{found}\n{out.with_suffix('.log').read_text()[-3000:]}"
     return out
 
@@ -87,7 +89,7 @@ def test_ranks_train_the_same_parameters_as_one_process(tmp_path, alone, process
 
 def test_muon_replicated_follows_one_process(tmp_path):
     """Its iteration raises rounding of the gradients' sum, which has another order here, a few times."""
-    ours = run(tmp_path / "two", 2, f"--max-steps {STEPS} --workers 1")
+    ours = run(tmp_path / "two", 2, f"--max-steps {STEPS} --workers 1", torchrun=True)
     theirs = run(tmp_path / "one", 1, f"--max-steps {STEPS} --workers 2 --accumulate 2")
     assert distance(ours, theirs) < 5e-6
 

@@ -6,16 +6,14 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import forks
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 from runs import arguments, contents, different_tensors, error_of, lines, losses, train, trainer, write_llava
 from safetensors.torch import load_file
@@ -132,15 +130,7 @@ def saving(run: Path) -> bool:
 def interrupt(out: Path, options: str, when: Callable[[Path], bool], signum: int) -> int:
     """Start or continue a run, send it the signal at that moment, and return its exit code."""
     with (out.parent / "output.txt").open("a") as output:
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            [sys.executable, *arguments(out, options)],
-            cwd=ROOT,
-            env=env,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
+        process = forks.start(arguments(out, options), output, output)
     try:
         deadline = time.monotonic() + 200
         while not when(out):
