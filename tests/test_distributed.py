@@ -171,6 +171,7 @@ def test_a_number_of_processes_that_does_not_fit_the_run_is_one_clear_error(tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("options", ["", "--shard --optimizer adamw", "--recompute blocks"])
 def test_compiled_ranks_learn_what_eager_ranks_learn(tmp_path, options):
     common = f"--max-steps 6 --workers 1 --accumulate 2 {options}"

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from unittest.mock import create_autospec
 
+import forks
 import numpy as np
 import pytest
 import safetensors.torch
@@ -209,7 +210,7 @@ def test_a_grid_whose_positions_transformers_mixes_up_is_refused(tmp_path, token
 
 def test_the_command_says_what_it_did_or_one_clear_line(saved, tmp_path, capsys):
     arguments = ["--checkpoint", str(saved), "--to", "nanovlm", "--out", str(tmp_path / "out")]
-    done = run_python("-m", "nanovlm_fast.export", *arguments)
+    done = forks.run("-m", "nanovlm_fast.export", *arguments)
     assert (done.returncode, done.stdout) == (0, f"written: {tmp_path / 'out'}\n"), done.stderr
     before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     assert main(arguments) == 1

@@ -236,11 +236,11 @@ def test_a_start_that_was_killed_before_it_was_a_run_can_be_repeated(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize(("processes", "count"), [(1, 19), (2, 6)])
-def test_25_kills_leave_no_trace(tmp_path, monkeypatch, processes, count):
+@pytest.mark.parametrize(("processes", "count", "steps"), [(1, 19, 1000), (2, 6, 150)])
+def test_25_kills_leave_no_trace(tmp_path, monkeypatch, processes, count, steps):
     """`python -m bench.reliability` takes 25 each, and starts each life anew."""
     monkeypatch.setattr(reliability, "start", start)
-    result = reliability.kills(tmp_path, processes, count, steps=150)
+    result = reliability.kills(tmp_path, processes, count, steps)
     assert result["kills"] == count and result["losses_equal"] and result["in_a_save"] >= 2
 
 

@@ -91,6 +91,7 @@ def test_the_machine_is_read_before_and_after(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_others_that_compute_are_told_apart_from_our_own_work(monkeypatch):
     """A process of our group (a worker) is our own work, one of another group is not."""
     found = {}
