@@ -115,6 +115,7 @@ class Trainer:
             self.journal.say(f"resuming {self.run} after step {self.state['step']}")
         saved = self.state["step"] if checkpoint else None
         self.checkpoints = Checkpointer(self.run, self.tokenizer, config.keep_checkpoints, self.world.first, saved)
+        self.journal.settle = self.wait_for_checkpoint  # before an error says which is the last
         self.stats = StepStats(self.device, self.world, self.state["interval"])
         self.stream = PackedStream(load, budget, self.state["stream"], self.state["micro_batches"])
         self.total = self.stream.total  # examples
@@ -303,8 +304,8 @@ class Trainer:
         self.journal.finish_line()
         stats, lr = self.stats.peek(), max(g["lr"] / g["peak_lr"] for o in self.optimizers for g in o.param_groups)
         state = {**self.state, "stream": undeal(self.world.gather(self.state["stream"]))}
-        advice = self.journal.advice(state["step"], lr)
         self.wait_for_checkpoint()
+        advice = self.journal.advice(state["step"], lr)
         self.checkpoints.save(self.model, self.optimizers, state, lambda: {"interval": stats()["kept"]}, advice)
         gc.collect()
 

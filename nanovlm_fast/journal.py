@@ -39,6 +39,7 @@ class Journal:
         self.log = MetricsLog(run, state["step"], state["evaluated"]) if world.first else None
         self.wandb = start_wandb(run, model, config) if world.first else None
         self.spikes = Spikes(state["spikes"])
+        self.settle: Callable[[], object] = lambda: None  # waits until checkpoints that were begun are written
         self.pending: tuple[dict[str, Any], Callable[[], dict[str, Any]]] | None = None
         # samples of the last steps
         self.recent: deque[tuple[int, list[str]]] = deque(maxlen=2 * config.log_every + 1)
@@ -112,6 +113,7 @@ class Journal:
 
     def advice(self, step: int, lr: float) -> str:
         """How an error about numbers ends: where the rate stood, what was in the batch, what is left."""
+        self.settle()
         kept = newest_checkpoint(self.run)
         there = f"The last good checkpoint is {kept}." if kept else "No checkpoint had been written yet."
         names = ", ".join(self.samples(step)) or "unknown"

@@ -214,7 +214,7 @@ def test_pickles_are_refused_and_not_read(saved, name):
         with pytest.raises(ValueError, match=f"{name}: pickles are not read, only safetensors"):
             load_pretrained(place)
     for command in (["train.py", "--start-from"], ["-m", "nanovlm_fast.generate", "--prompt", "what?", "--checkpoint"]):
-        result = run_python(*command, str(saved))
+        result = forks.run(*command, str(saved))
         assert result.returncode != 0 and re.fullmatch(
             r"(train.py: )?error: .*pickles are not read.*\n", result.stderr
         ), result.stderr

@@ -10,7 +10,6 @@ import forks
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import run_python
 from safetensors.torch import load_file
 
 from bench.reliability import SMALL, losses, start
@@ -181,7 +180,7 @@ def test_compiled_ranks_learn_what_eager_ranks_learn(tmp_path, options):
 
 
 def test_sharding_and_muon_are_refused_together(tmp_path):
-    result = run_python("train.py", *SMALL, "--out", str(tmp_path / "run"), "--shard", "--optimizer", "muon")
+    result = forks.run("train.py", *SMALL, "--out", str(tmp_path / "run"), "--shard", "--optimizer", "muon")
     assert result.returncode == 2 and "--shard splits the matrices" in result.stderr
 
 

@@ -384,6 +384,20 @@ def test_skipped_steps_are_counted_and_too_many_in_a_row_stop_the_run(tmp_path, 
     assert all(weight.isfinite().all() for weight in trainer.model.parameters())
 
 
+def test_the_checkpoint_that_an_error_names_is_there(tmp_path, loop, monkeypatch):
+    """The next one is being written when the error comes, and takes the place of the one before."""
+    real = checkpoints.save_file
+    monkeypatch.setattr(checkpoints, "save_file", lambda *args: (time.sleep(0.2), real(*args)))
+    out = tmp_path / "run"
+    options = [*ALONE, "--out", str(out), "--max-steps", "9", "--save-every", "1", "--max-skipped-steps", "2"]
+    trainer = loop.Trainer(*parse_config([*options, "--optimizer", "adamw"]))
+    trainer.model.MP.proj.weight.register_hook(lambda grad: grad * float("nan" if trainer.state["step"] > 2 else 1))
+    with pytest.raises(loop.Stopped) as error:
+        trainer.train()
+    trainer.checkpoints.wait()
+    assert f"The last good checkpoint is {newest_checkpoint(out)}." in str(error.value)
+
+
 def test_a_spike_names_its_samples(tmp_path, loop):
     options = [*ALONE, "--out", str(tmp_path / "run"), "--max-steps", "80", "--log-every", "4"]
     trainer = loop.Trainer(*parse_config(options))
