@@ -250,7 +250,7 @@ def test_a_long_run_grows_neither_memory_nor_files_nor_processes(tmp_path):
     """As many resumes as in the 2,000 steps of `python -m bench.reliability`, closer together."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    result = reliability.soak(tmp_path / "run", steps=800, every=50, options=["--device", "cpu", "--log-every", "50"])
+    result = reliability.soak(tmp_path / "run", steps=400, every=25, options=["--device", "cpu", "--log-every", "25"])
     torch.set_num_threads(threads)
     growth = result["growth"]
     assert growth["host_bytes"] < 0.02, growth  # what is given back is no leak
