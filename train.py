@@ -148,8 +148,7 @@ class Trainer:
                 self.watchdog.beat(f"waiting for the data of step {state['step'] + 1}")
                 micro_batches = self.next_batches(feed, meter)
                 before = self.progress()
-                n_labels = self.agree(micro_batches)  # counts the step's examples
-                if not n_labels:
+                if not (n_labels := self.agree(micro_batches)):  # which counts the step's examples
                     break
                 lr = lr_factor(before, self.progress(steps=1), config.warmup, config.min_lr)
                 self.watchdog.beat(f"computing step {state['step'] + 1}")
@@ -230,9 +229,8 @@ class Trainer:
 
     def progress(self, steps: int = 0) -> float:
         """How far the run is, in [0, 1], by the examples taken or, with --max-steps, after so many `steps` more."""
-        if self.config.max_steps:
-            return min((self.state["step"] + steps) / self.config.max_steps, 1.0)
-        return min(self.state["examples"] / self.total, 1.0)
+        state, limit = self.state, self.config.max_steps
+        return min((state["step"] + steps) / limit if limit else state["examples"] / self.total, 1.0)
 
     def next_batches(self, feed: Feed, meter: Meter) -> list[PackedBatch]:
         """This rank's micro-batches of one optimizer step, each with labels, on the device; fewer at the data's end."""
