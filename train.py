@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from nanovlm_fast.build import build
 from nanovlm_fast.checkpoint import Checkpointer, newest_checkpoint, read_state
-from nanovlm_fast.config import TrainConfig, VLMConfig, check_run_folder, holds_run, parse_config, save_run_config
+from nanovlm_fast.config import TrainConfig, VLMConfig, check_run_folder, parse_config, save_run_config
 from nanovlm_fast.data.sources import load_source, make_tokenizer, split_off
 from nanovlm_fast.data.stream import (
     Feed,
@@ -40,6 +39,7 @@ from nanovlm_fast.metrics import Meter, StepStats, peak_flops, summary_table
 from nanovlm_fast.optim import lr_factor, set_lr, skip_if_not_finite
 from nanovlm_fast.packing import PackedBatch, pack
 from nanovlm_fast.plan import plan
+from nanovlm_fast.runs import beginning, hold
 from nanovlm_fast.signals import SAVED, Signals
 from nanovlm_fast.summary import score, summarise
 from nanovlm_fast.warmup import warm_up
@@ -99,20 +99,6 @@ class Trainer:
             raise ValueError(f"{self.world.size} processes cannot share {micro_batches} micro-batches a step")
         built = build(model_config, config, self.device, self.dtype, self.world, checkpoint)
         self.model, self.optimizers, self.step_model = built
-        self.world.barrier()  # all have read the configuration of the run
-        # nothing was written or deleted until here: a command that cannot start leaves everything as it was
-        if self.world.first:
-            if config.overwrite and holds_run(self.run):
-                shutil.rmtree(self.run)
-            self.run.mkdir(parents=True, exist_ok=True)
-            save_run_config(self.run, model_config, config)
-            self.tokenizer.save(self.run)
-        self.world.barrier()
-        self.journal = Journal(self.run, model_config, config, self.state, self.world)
-        how = f"{str(self.dtype)[6:]} · compile: {config.compile} · {self.model.ops}{self.world}"
-        self.journal.say(f"device: {self.device}, {how}")
-        if checkpoint:
-            self.journal.say(f"resuming {self.run} after step {self.state['step']}")
         saved = self.state["step"] if checkpoint else None
         self.checkpoints = Checkpointer(self.run, self.tokenizer, config.keep_checkpoints, self.world.first, saved)
         self.journal.settle = self.wait_for_checkpoint  # before an error says which is the last
@@ -121,6 +107,18 @@ class Trainer:
         self.total = self.stream.total  # examples
         self.unlabelled, self.taken = 0, [0, 0, 0]  # examples since the last label; of a step, see `next_batches`
         self.signals, self.stopping = Signals(), False
+        self.world.barrier()  # all have read what the run's folder holds
+        # nothing was written or moved until here, and what fails in here (a full disk, Weights & Biases) is undone:
+        # a command that cannot start leaves everything as it was
+        with beginning(self.run, config.resume, self.world):
+            if self.world.first:
+                save_run_config(self.run, model_config, config)
+                self.tokenizer.save(self.run)
+            self.journal = Journal(self.run, model_config, config, self.state, self.world)
+        how = f"{str(self.dtype)[6:]} · compile: {config.compile} · {self.model.ops}{self.world}"
+        self.journal.say(f"device: {self.device}, {how}")
+        if checkpoint:
+            self.journal.say(f"resuming {self.run} after step {self.state['step']}")
 
     def load_tokenizer(self, model: VLMConfig, config: TrainConfig) -> Tokenizer:
         """A resumed run's own, or a new one."""
@@ -319,12 +317,13 @@ class Trainer:
 
     def finish(self) -> None:
         """Curves, the test split seeing and blind, a grid of answers, and the summary."""
-        model = unsharded(self.model)
+        model, accuracies = unsharded(self.model), {}
         if self.world.first:
             parts = self.run, model, self.tokenizer, self.val_source, self.config, self.state, self.autocast
-            self.journal.close(summarise(*parts, self.watchdog.evaluating))
+            accuracies = summarise(*parts, self.watchdog.evaluating)
         self.watchdog.evaluated()
         self.watchdog.stop()
+        self.journal.close(accuracies)  # may wait for a network: nobody waits for it
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -334,11 +333,12 @@ def main(argv: list[str] | None = None) -> int:
             print(summary_table(plan(model_config, config)))
             return 0
         world = World.join(config.device)
-        trainer = Trainer(model_config, config, world)
-        trainer.signals.listen()
-        trainer.train()
-        trainer.signals.leave_at_once()
-        trainer.finish()
+        with hold(Path(config.out), world):
+            trainer = Trainer(model_config, config, world)
+            trainer.signals.listen()
+            trainer.train()
+            trainer.signals.leave_at_once()
+            trainer.finish()
         world.leave()
     except (OSError, ValueError, Stopped) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -32,6 +32,7 @@ from nanovlm_fast.data.text import Tokenizer, is_hub_name
 from nanovlm_fast.distributed import as_shard_of, whole
 from nanovlm_fast.hub import WEIGHTS, fetch
 from nanovlm_fast.model import VisionLanguageModel
+from nanovlm_fast.runs import REPLACED, replaced
 
 OPTIMIZER = "optimizer.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -379,10 +380,13 @@ def write_checkpoint(
             gone = folder.with_name(f".tmp-{folder.name}")  # whatever is named step-* is complete, to its end
             os.replace(folder, gone)
             shutil.rmtree(gone)
+        replaced(run)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         there = newest_checkpoint(run)
         kept = f"the newest checkpoint is {there}" if there else "there is no checkpoint yet"
+        if (run / REPLACED).exists():
+            kept += f", and until then {run / REPLACED} keeps the run that it replaces"
         raise OSError(
             f"the checkpoint of step {state['step']} could not be written to {root}: {error}; {kept}"
         ) from error

@@ -7,6 +7,7 @@ Every field is an option of `train.py`; its help text is the field's own.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -14,6 +15,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
+
+from nanovlm_fast.paths import absolute_paths, inside
+from nanovlm_fast.runs import is_empty, is_stub, standing
 
 RUNS = Path("runs")
 LARGEST = {"lm_max_position_embeddings": 2**21}  # sizes of tables that no weights hold to their length
@@ -133,7 +137,9 @@ class TrainConfig:
     auto_resume: bool = option(
         False, "--resume if --out holds a run already, else start it: the same command before and after a crash"
     )
-    overwrite: bool = option(False, "delete the run that --out holds and start again")
+    overwrite: bool = option(
+        False, "start again in place of the run that --out holds, which is deleted at the first checkpoint"
+    )
     dry_run: bool = option(False, "only print what the run would be: model, data, steps, tokens, FLOPs, hours")
     seed: int = option(0, "seed of weights, data order and augmentation")
     device: str = option("auto", "auto | cpu | cuda | cuda:1 ...")
@@ -291,8 +297,18 @@ def check_types(config_class: type, values: dict[str, Any]) -> None:
 def write_whole(file: Path, text: str) -> None:
     """Write the file so that whoever is killed on the way leaves the old one, or none."""
     temporary = file.with_name(f".{file.name}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise naming(error, file) from error
+
+
+def naming(error: OSError, file: Path) -> OSError:
+    """The same error with the file in its message: one of writing, unlike one of opening, does not say where."""
+    return OSError(error.errno, error.strerror or str(error), str(file))
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -340,18 +356,18 @@ def holds_run(folder: Path) -> bool:
 def check_run_folder(run: Path, config: TrainConfig) -> None:
     """Raise ValueError unless `run` is new or empty, or a run that may be resumed or overwritten. Changes nothing.
 
-    What a start leaves that was killed or hung before it had a configuration is as good as nothing.
+    What a start leaves that ended before its first logged step is as good as nothing.
     """
     if holds_run(run):
-        if not (config.resume or config.overwrite):
+        if not (config.resume or config.overwrite or is_stub(run)):
             raise ValueError(f"{run} holds a run: --resume continues it, --overwrite deletes it, --out names another")
-    elif run.exists() and not all(file.name in (".config.json", "hang-rank0.txt") for file in run.iterdir()):
+    elif not is_empty(run):
         raise ValueError(f"{run} holds files that are no run: --out names another folder")
 
 
 def latest_run(runs: Path = RUNS) -> Path:
     """The run folder under `runs` that was written to last. Raises FileNotFoundError if there is none."""
-    found = [config.parent for config in runs.glob("*/config.json")]
+    found = [run for run in runs.glob("*") if (standing(run) / "config.json").exists()]
     if not found:
         raise FileNotFoundError(f"no run under {runs}/; train one with: python train.py")
     return max(
@@ -393,15 +409,16 @@ def parse_config(argv: list[str] | None = None) -> tuple[VLMConfig, TrainConfig]
         wanted, automatic = (
             said.lower() in ("true", "t", "yes", "y", "1") for said in (known.resume, known.auto_resume)
         )
-        started = Path(known.out or RUNS / known.preset)
-        resume = wanted or (automatic and (started / "config.json").exists())
+        started = Path(known.out or RUNS / known.preset).expanduser()
+        resume = wanted or (automatic and (standing(started) / "config.json").exists())
         if resume:
-            run = Path(known.out) if known.out else latest_run() if wanted else started
-            if not (run / "config.json").exists():
+            run = started if known.out or not wanted else latest_run()
+            if not (standing(run) / "config.json").exists():
                 raise FileNotFoundError(f"--resume: {run} holds no run (no config.json)")
-            defaults = {**load_run_config(run), "out": str(run)}
+            defaults = {**load_run_config(standing(run)), "out": str(run)}
+        defaults |= absolute_paths(defaults)
         parser.set_defaults(**defaults)
-        model, train = parser.parse_args_into_dataclasses(argv)
+        model, train = parse(parser, argv)
         sources = {name: getattr(train, name) for name in ("vision", "language", "start_from")}
         own = all(value == defaults.get(name, "") for name, value in sources.items())
         if not resume and any(sources.values()) and not (train.dry_run and own):  # a preset has its own's sizes
@@ -414,9 +431,20 @@ def parse_config(argv: list[str] | None = None) -> tuple[VLMConfig, TrainConfig]
                 raise ValueError(
                     f"{flag} {value}: the run to resume has {defaults[name]}, and its checkpoint rests on it"
                 )
+        if train.overwrite and (lost := inside({**vars(model), **vars(train)}, Path(train.out))):
+            raise ValueError(f"{lost} lies in {train.out}, which --overwrite deletes: --out names another folder")
         return model.validate(), train.validate()
     except (OSError, ValueError) as error:
         parser.error(str(error))
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[VLMConfig, TrainConfig]:
+    """Model and run as the command line has them, folders from the root of the file system."""
+    model, train = parser.parse_args_into_dataclasses(argv)
+    for config in (model, train):
+        for name, path in absolute_paths(vars(config)).items():
+            setattr(config, name, path)
+    return model, train
 
 
 def parse_again_for_pretrained(
@@ -427,9 +455,9 @@ def parse_again_for_pretrained(
 
     if train.start_from:  # instead of a preset's towers
         parser.set_defaults(vision="", language="")
-        train = parser.parse_args_into_dataclasses(argv)[1].validate()
+        train = parse(parser, argv)[1].validate()
     brought, must = pretrained_fields(train, defaults)
     parser.set_defaults(**brought)
-    model, train = parser.parse_args_into_dataclasses(argv)
+    model, train = parse(parser, argv)
     check_fields(model, must)
     return model, train

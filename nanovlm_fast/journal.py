@@ -18,12 +18,12 @@ import torch
 from tqdm import tqdm
 
 from nanovlm_fast.checkpoint import newest_checkpoint
-from nanovlm_fast.config import TrainConfig, VLMConfig
+from nanovlm_fast.config import TrainConfig, VLMConfig, naming
 from nanovlm_fast.data.stream import StreamBatch
 from nanovlm_fast.distributed import World
 from nanovlm_fast.metrics import MetricsLog, Spikes, StepStats
-from nanovlm_fast.summary import convenience
 
+UPLOAD = 600.0  # seconds that Weights & Biases may take at the end for what it has not sent yet
 NAMED = 100  # samples over the budget that are named before they are only counted
 
 
@@ -36,8 +36,8 @@ class Journal:
 
     def __init__(self, run: Path, model: VLMConfig, config: TrainConfig, state: dict[str, Any], world: World):
         self.run, self.config, self.state, self.world = run, config, state, world
+        self.wandb = start_wandb(run, model, config) if world.first else None  # it may refuse: nothing is written yet
         self.log = MetricsLog(run, state["step"], state["evaluated"]) if world.first else None
-        self.wandb = start_wandb(run, model, config) if world.first else None
         self.spikes = Spikes(state["spikes"])
         self.settle: Callable[[], object] = lambda: None  # waits until checkpoints that were begun are written
         self.pending: tuple[dict[str, Any], Callable[[], dict[str, Any]]] | None = None
@@ -57,17 +57,24 @@ class Journal:
                 self.log.write(values)
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or self.config.on_save_error == "stop":
-                    raise
+                    raise naming(error, self.log.path) from error
                 self.say(f"warning: a line of {self.log.path} is lost: {error}")
-        if self.wandb and "skipped" not in values and "spike" not in values:
-            self.wandb.log(values, step=values["step"])
+        if "skipped" not in values and "spike" not in values:
+            self.tell_wandb(lambda run: run.log(values, step=values["step"]))
 
     def close(self, accuracies: dict[str, float]) -> None:
-        """The run is done and scored."""
-        if self.wandb:
-            with convenience("Weights & Biases did not finish"):
-                self.wandb.summary.update(accuracies)
-                self.wandb.finish()
+        """The run is done and scored, and all of it is written."""
+        self.tell_wandb(lambda run: run.summary.update(accuracies))
+        self.tell_wandb(lambda run: run.finish())
+
+    def tell_wandb(self, say: Callable[[Any], object]) -> None:
+        """Whatever goes wrong there, a run that trains goes on, without Weights & Biases from then on."""
+        try:
+            if self.wandb:
+                say(self.wandb)
+        except Exception as error:  # of its service, of a connection, of the disk
+            self.wandb = None
+            self.say(f"warning: no more is logged to Weights & Biases: {one_line(error)}")
 
     def begin_line(
         self, speed: dict[str, float], lr: float, optimizers: list[torch.optim.Optimizer], stats: StepStats
@@ -143,9 +150,23 @@ class Journal:
 
 
 def start_wandb(run: Path, model: VLMConfig, config: TrainConfig) -> Any:
+    """The run there, or None without --wandb. Raises OSError, in one line, if it cannot be begun."""
     if not config.wandb:
         return None
-    import wandb
+    try:
+        import wandb
 
-    values = {**dataclasses.asdict(model), **dataclasses.asdict(config)}
-    return wandb.init(project=config.wandb_project, name=run.name, dir=run, config=values)
+        values = {**dataclasses.asdict(model), **dataclasses.asdict(config)}
+        # at the end it waits for the network, else for as long as that is away
+        patience = {"finish_timeout": UPLOAD} if hasattr(wandb.Settings(), "finish_timeout") else {}
+        place = dict(project=config.wandb_project, name=run.resolve().name, dir=run)
+        return wandb.init(**place, config=values, settings=wandb.Settings(**patience))
+    except Exception as error:  # of its package, its options, a key, a connection
+        raise OSError(
+            f"--wandb: {one_line(error)} (WANDB_MODE=offline logs without a key or network, WANDB_MODE=disabled not)"
+        ) from error
+
+
+def one_line(error: Exception) -> str:
+    """What a foreign error says, shortened."""
+    return " ".join((str(error) or type(error).__name__).split())[:300]

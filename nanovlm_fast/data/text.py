@@ -88,7 +88,7 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         write_whole(folder / "tokenizer.json", self.base.to_str(pretty=True))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos, "pad_token": self.eos}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_whole(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
         (folder / TOKENS_MAP).unlink(missing_ok=True)  # another tokenizer's would be believed
 
     @staticmethod

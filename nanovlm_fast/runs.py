@@ -1,0 +1,207 @@
+"""A run's folder: one command writes there at a time, and what --overwrite replaces stays until it is replaced.
+
+    RUN/.lock        held by the command that writes there; its process, host and start, for others to read
+    RUN/.replaced    the run that --overwrite replaces, until the new one has its first checkpoint
+    RUN/.replacing   the same run on its way there or back: what lies in RUN beside this folder belongs to it too
+
+Whatever is killed at whatever moment, one of these two folders says what is whose, and the next command on RUN puts the
+old run back (`restore`). They lie inside RUN, which may be a mount or a link: a rename cannot leave the file system.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nanovlm_fast.distributed import World
+
+LOCK, REPLACED, REPLACING = ".lock", ".replaced", ".replacing"
+OURS = (LOCK, REPLACED, REPLACING)
+# what a start writes before the first step, under the names of files that are still being written too
+BY_A_START = ("config.json", "tokenizer*.json", "special_tokens_map.json", "metrics.jsonl", "wandb", "checkpoints")
+LEFTOVERS = (".config.json", "hang-rank*.txt")  # of a start that was not even a run yet
+
+
+# ---- one command at a time
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Nobody else is in here with the same folder, which is made, and unmade if nothing was written into it.
+
+    Raises OSError naming the process that is. The lock is POSIX's: the kernel takes it from a process that ends,
+    however it does, so none is ever stale; children do not inherit it, so loader workers that outlive a killed parent
+    do not hold it; and over NFS it holds between machines. A file system without locks gets a warning instead.
+    """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file: --out names a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = _take(folder / LOCK)
+        try:
+            yield
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)
+            os.close(handle)
+    finally:
+        with contextlib.suppress(OSError):  # something is in it
+            for place in made:
+                place.rmdir()
+
+
+def _take(file: Path) -> int:
+    """Lock the file for this process; returns its descriptor, whose closing gives the lock back."""
+    while True:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            owner = os.pread(handle, 500, 0).decode(errors="replace").strip() or "another command"
+            os.close(handle)
+            raise BlockingIOError(
+                f"{file.parent} is in use by {owner}: wait until it has ended, or let --out name another folder"
+            ) from error
+        except OSError as error:
+            print(f"warning: {file.parent} cannot be locked ({error.strerror}): no other command may write there")
+            return handle
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(file)):
+                break
+        os.close(handle)  # its holder removed it between the two calls: this is the lock of nothing
+    now = datetime.datetime.now().isoformat(" ", "seconds")
+    os.truncate(handle, 0)
+    with contextlib.suppress(OSError):  # on a full disk the lock holds as well without it
+        os.pwrite(handle, f"process {os.getpid()} on host {socket.gethostname()} since {now}\n".encode(), 0)
+    return handle
+
+
+@contextlib.contextmanager
+def hold(run: Path, world: World) -> Iterator[None]:
+    """`locked`, by the first rank for all, and an interrupted replacement taken back; all ranks must call it."""
+    with contextlib.ExitStack() as stack:
+        refusal = None
+        if world.first:
+            try:
+                stack.enter_context(locked(run))
+                restore(run)
+            except OSError as error:
+                refusal = str(error)
+        refusal = world.gather(refusal)[0]
+        if refusal:
+            raise OSError(refusal)
+        yield
+
+
+# ---- what a folder holds
+
+
+def has_checkpoint(run: Path) -> bool:
+    return any((run / "checkpoints").glob("step-*"))
+
+
+def is_stub(run: Path) -> bool:
+    """Whether the run in the folder ended before its first logged step: there is nothing to keep or to go on from."""
+    log, known = run / "metrics.jsonl", (*BY_A_START, *LEFTOVERS, *(f".{name}" for name in BY_A_START))
+    if has_checkpoint(run) or (log.exists() and log.stat().st_size):
+        return False
+    return all(any(fnmatch(entry.name, name) for name in known) for entry in entries(run))
+
+
+def is_empty(run: Path) -> bool:
+    """Whether there is no folder, or nothing in it but what a start leaves that was killed before it was a run."""
+    return not run.exists() or all(any(fnmatch(entry.name, name) for name in LEFTOVERS) for entry in entries(run))
+
+
+def entries(run: Path) -> list[Path]:
+    return [entry for entry in run.iterdir() if entry.name not in OURS]
+
+
+def standing(run: Path) -> Path:
+    """The folder of the run that RUN stands for: itself, or aside what a new one without a checkpoint was to replace."""
+    if (run / REPLACING / "config.json").exists():
+        return run / REPLACING
+    if (run / REPLACED / "config.json").exists() and not has_checkpoint(run):
+        return run / REPLACED
+    return run
+
+
+# ---- from one run to the next
+
+
+@contextlib.contextmanager
+def beginning(run: Path, resume: bool, world: World) -> Iterator[None]:
+    """What is written in here begins or resumes a run; if it fails, the folder is again as it was before.
+
+    The first rank moves the run aside that a new one replaces; `replaced` ends that.
+    """
+    if not world.first:
+        yield
+        return
+    config = run / "config.json"
+    before = config.read_bytes() if resume else None
+    run.mkdir(parents=True, exist_ok=True)
+    try:
+        if not (resume or is_empty(run) or is_stub(run)):
+            _move_aside(run)
+            print(f"{run}: the run in it is kept in {run / REPLACED} until the new one has a checkpoint")
+        elif not resume:
+            _clear(run)
+        yield
+    except BaseException:  # Ctrl-C too
+        if before is None:
+            _put_back(run)
+        else:
+            config.write_bytes(before)
+        raise
+
+
+def replaced(run: Path) -> None:
+    """The new run has a checkpoint: what it replaces goes."""
+    shutil.rmtree(run / REPLACED, ignore_errors=True)
+
+
+def restore(run: Path) -> None:
+    """Put back what a command moved aside that ended before its first checkpoint. The lock must be held."""
+    if (run / REPLACED).exists() and has_checkpoint(run):
+        replaced(run)
+    elif (run / REPLACED).exists() or (run / REPLACING).exists():
+        _put_back(run)
+        print(f"{run}: the run that was to be replaced is back: the new one had no checkpoint yet")
+
+
+def _move_aside(run: Path) -> None:
+    aside = run / REPLACING
+    aside.mkdir()
+    for entry in entries(run):
+        os.replace(entry, aside / entry.name)
+    os.replace(aside, run / REPLACED)
+
+
+def _put_back(run: Path) -> None:
+    aside = run / REPLACING
+    if not aside.exists():  # or what lies beside it is not the new run's
+        _clear(run)
+        if (run / REPLACED).exists():
+            os.replace(run / REPLACED, aside)
+    if aside.exists():
+        for entry in aside.iterdir():
+            os.replace(entry, run / entry.name)
+        aside.rmdir()
+
+
+def _clear(run: Path) -> None:
+    for entry in entries(run):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
