@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nanovlm_fast.checkpoint import check_sizes, load_tensors, read_config, resolve
 from nanovlm_fast.config import TrainConfig, VLMConfig, check_types, read_json
+from nanovlm_fast.data.text import Tokenizer
 from nanovlm_fast.hub import WEIGHTS, fetch, reason
 from nanovlm_fast.model import VisionLanguageModel
 
@@ -104,8 +105,38 @@ def check_fields(model: VLMConfig, must: dict[str, Any]) -> None:
             raise ValueError(f"{flag} {chosen}: the pretrained weights have {value}")
         if name == "lm_vocab_size" and chosen < value:
             raise ValueError(f"{flag} {chosen}: the pretrained weights have {value} rows, and none may be dropped")
-    if "lm_tokenizer" in must and model.lm_tokenizer == "train" != must["lm_tokenizer"]:
-        raise ValueError("--lm-tokenizer train: pretrained embeddings mean nothing under a new tokenizer")
+    if "lm_tokenizer" in must and model.lm_tokenizer == "train":
+        raise ValueError(
+            "--lm-tokenizer train: pretrained embeddings mean nothing under a new tokenizer; name the folder of theirs"
+        )
+
+
+def check_tokenizer(chosen: str, trained: str) -> None:
+    """Raise ValueError where an id means another text in the tokenizer `chosen` than in the one of the embeddings.
+
+    Either may have more ids, and ids of its own for added tokens: reserved ones are renamed, new ones get new rows.
+    Nothing is said where `trained` cannot be had: weights often come without, or offline.
+    """
+    if trained == "train":  # it was made from data, and lies nowhere
+        return
+    try:
+        theirs = meanings(Tokenizer.from_hub(trained))
+    except (OSError, ValueError):
+        return
+    ours = meanings(Tokenizer.from_hub(chosen))
+    common = sorted(theirs.keys() & ours.keys())
+    if differ := [i for i in common if theirs[i] != ours[i]]:
+        what = f"{len(differ)} of {len(common)} ids mean something else, the first, {differ[0]}, {ours[differ[0]]!r}"
+        raise ValueError(
+            f"--lm-tokenizer {chosen}: {what} and not {theirs[differ[0]]!r} as the pretrained embeddings have it; "
+            f"theirs is {trained}"
+        )
+
+
+def meanings(tokenizer: Tokenizer) -> dict[int, str]:
+    """The tokens of a vocabulary by id, without those that were added to it."""
+    added = tokenizer.base.get_added_tokens_decoder()
+    return {i: token for token, i in tokenizer.base.get_vocab().items() if i not in added}
 
 
 def checkpoint_fields(name: str) -> dict[str, Any]:

@@ -41,6 +41,8 @@ def build(
         raise ValueError("--compile reduce-overhead is for one process; several take --compile default")
     torch.manual_seed(config.seed)
     ops = choose_ops(config.kernels, device, config.attention, dtype, config.recompute)
+    if ops.asleep and world.first:
+        print(f"warning: --kernels {config.kernels}: Triton kernels need a GPU; plain PyTorch takes their place")
     model = VisionLanguageModel(model_config, ops).to(device)
     if checkpoint:
         load_weights(checkpoint, model)

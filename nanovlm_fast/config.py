@@ -451,7 +451,7 @@ def parse_again_for_pretrained(
     parser: argparse.ArgumentParser, argv: list[str] | None, train: TrainConfig, defaults: dict[str, Any]
 ) -> tuple[VLMConfig, TrainConfig]:
     """Let the weights that `train` starts from change the defaults, and hold the command line to their sizes."""
-    from nanovlm_fast.backbones import check_fields, pretrained_fields
+    from nanovlm_fast.backbones import check_fields, check_tokenizer, pretrained_fields
 
     if train.start_from:  # instead of a preset's towers
         parser.set_defaults(vision="", language="")
@@ -460,4 +460,8 @@ def parse_again_for_pretrained(
     parser.set_defaults(**brought)
     model, train = parse(parser, argv)
     check_fields(model, must)
+    trained = must.get("lm_tokenizer")
+    # a preset's own pair is a published recipe; --dry-run asks nobody for a tokenizer
+    if trained and model.lm_tokenizer not in (trained, brought["lm_tokenizer"]) and not train.dry_run:
+        check_tokenizer(model.lm_tokenizer, trained)
     return model, train

@@ -11,6 +11,7 @@ from typing import Any
 from nanovlm_fast.config import TrainConfig, fields_of, read_json
 from nanovlm_fast.data.images import to_rgb
 from nanovlm_fast.data.text import is_hub_name
+from nanovlm_fast.paths import without_path
 
 WEIGHTS = ("*.json", "*.safetensors")
 
@@ -151,8 +152,7 @@ def model_card(checkpoint: Path, target: str, model: Any, name: str) -> str:
     lines += ["nanovlm_fast.", "", usage(target, config, name), ""]
     evals = []
     if result.get("seeing", {}).get("questions"):  # or nothing was asked, or could be
-        kind, _, place = run["data"].partition(":")
-        data = f"{kind}:{Path(place).name}" if place else kind  # no path of the machine it was trained on
+        data = without_path(run["data"])
         split = f"{result['split']} of {data}"
         lines += [f"## Measured at the end of the run, {split}", "", "| | exact match by generation |", "| --- | --- |"]
         for sight, what in (("seeing", "with the images"), ("blind", "every image painted grey")):
@@ -160,7 +160,8 @@ def model_card(checkpoint: Path, target: str, model: Any, name: str) -> str:
             lines.append(f"| {what} | {score['accuracy']:.1%} of {score['questions']:,} questions |")
         lines += ["", f"{result['step']:,} optimizer steps, {result['seconds'] / 60:.1f} minutes of training.", ""]
         options = {name: value for name, value in fields_of(TrainConfig, run).items() if name not in NOT_FOR_CARDS}
-        lines += ["## Options of the run", "", "```json", json.dumps({**options, "data": data}, indent=2), "```", ""]
+        options |= {name: without_path(options[name]) for name in ("data", "eval") if name in options}
+        lines += ["## Options of the run", "", "```json", json.dumps(options, indent=2), "```", ""]
         score = dict(metric_type="accuracy", metric_name="exact match", metric_value=result["seeing"]["accuracy"])
         evals.append(EvalResult("visual-question-answering", dataset_type=data, dataset_name=split, **score))
     sizes = dict(vars(config))

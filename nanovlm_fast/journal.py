@@ -157,14 +157,12 @@ def start_wandb(run: Path, model: VLMConfig, config: TrainConfig) -> Any:
         import wandb
 
         values = {**dataclasses.asdict(model), **dataclasses.asdict(config)}
-        # at the end it waits for the network, else for as long as that is away
+        # at the end it waits for the network, for ever where that stays away
         patience = {"finish_timeout": UPLOAD} if hasattr(wandb.Settings(), "finish_timeout") else {}
         place = dict(project=config.wandb_project, name=run.resolve().name, dir=run)
         return wandb.init(**place, config=values, settings=wandb.Settings(**patience))
     except Exception as error:  # of its package, its options, a key, a connection
-        raise OSError(
-            f"--wandb: {one_line(error)} (WANDB_MODE=offline logs without a key or network, WANDB_MODE=disabled not)"
-        ) from error
+        raise OSError(f"--wandb: {one_line(error)} (WANDB_MODE=offline needs neither a key nor a network)") from error
 
 
 def one_line(error: Exception) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -95,9 +96,12 @@ class Ops:
     attention: Attention = sdpa
     backend: str = "sdpa"
     recompute: str = "none"
+    asleep: bool = False  # without a GPU each of `kernels` is its plain PyTorch
 
     def __str__(self) -> str:
         kernels = ", ".join(self.kernels) or "none, plain PyTorch"
+        if self.asleep:
+            kernels = f"none, plain PyTorch (they need a GPU: {kernels})"
         return f"attention: {self.backend} · kernels: {kernels} · recompute: {self.recompute}"
 
 
@@ -127,7 +131,8 @@ def choose_ops(
         raise ValueError(f"--kernels {','.join(unknown)}: there are auto, none, all, {', '.join(KERNELS)}")
     backend, attend = choose_attention(attention, device, dtype)
     chosen = {name: _kernel(name) for name in names}
-    return Ops(**chosen, kernels=names, attention=attend, backend=backend, recompute=recompute)
+    asleep = bool(names) and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1"
+    return Ops(**chosen, kernels=names, attention=attend, backend=backend, recompute=recompute, asleep=asleep)
 
 
 # matrix products follow autocast as PyTorch's own do: their first argument is cast to its dtype. The weight stays

@@ -13,10 +13,10 @@ DATA = ("data", "eval")  # see `split_data`
 
 
 def absolute_paths(options: Mapping[str, Any]) -> dict[str, str]:
-    """Those options that may name a folder, as in the configurations. A hub name, a data set's name stay as they are."""
-    found = {name: absolute(options[name]) for name in FOLDERS if name in options}
+    """Those of a configuration's options that may name a folder; a hub's and a data set's name stay as they are."""
+    found = {name: absolute(options[name]) for name in FOLDERS if isinstance(options.get(name), str)}
     for name in DATA:
-        if name in options:
+        if isinstance(options.get(name), str):
             before, place, after = split_data(options[name])
             found[name] = before + absolute(place) + after
     if options.get("out"):
@@ -45,7 +45,8 @@ def split_data(data: str) -> tuple[str, str, str]:
 def without_path(data: str) -> str:
     """A data set's name for others to read: no path of the machine that has it."""
     before, place, after = split_data(data)
-    return before + (Path(place).name if before and place or os.path.isabs(place) else place) + after
+    named = bool(before and place) or os.path.isabs(place)
+    return before + (Path(place).name if named else place) + after
 
 
 def inside(options: Mapping[str, Any], folder: Path) -> str | None:

@@ -127,7 +127,7 @@ def entries(run: Path) -> list[Path]:
 
 
 def standing(run: Path) -> Path:
-    """The folder of the run that RUN stands for: itself, or aside what a new one without a checkpoint was to replace."""
+    """Where the run lies that counts: in the folder, or aside while the one to replace it has no checkpoint."""
     if (run / REPLACING / "config.json").exists():
         return run / REPLACING
     if (run / REPLACED / "config.json").exists() and not has_checkpoint(run):

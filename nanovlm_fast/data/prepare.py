@@ -29,6 +29,8 @@ from nanovlm_fast.data.hub import read_streaming
 from nanovlm_fast.data.sources import Example, Source, load_source, make_tokenizer
 from nanovlm_fast.data.stream import leave_signals_to_the_parent, make_sample
 from nanovlm_fast.data.text import TextProcessor
+from nanovlm_fast.paths import absolute_paths
+from nanovlm_fast.runs import is_empty, locked
 
 Task = tuple[int, Iterable[int | Example | ValueError]]  # a shard's number, and its examples or where they are
 
@@ -69,13 +71,13 @@ def finished(folder: Path, plan: dict[str, Any]) -> dict[int, dict[str, Any]]:
     folder.mkdir(parents=True, exist_ok=True)
     noted = next((folder / name for name in ("manifest.json", "plan.json") if (folder / name).exists()), None)
     if noted is None:
-        if any(folder.iterdir()):
+        if not is_empty(folder):
             raise ValueError(f"{folder} holds other files: --out names another folder")
         shards.replace_file(folder / "plan.json", lambda file: file.write_text(json.dumps(plan, indent=2)))
         return {}
     before = read_json(noted)
     for name, value in {**plan, **plan["processing"]}.items():
-        had = {**before, **before.get("processing", {})}.get(name)
+        had = {**before, **before.get("processing", {}), **absolute_paths(before)}.get(name)
         if name != "processing" and had != value:
             raise ValueError(f"{folder} was prepared with {name} {had!r} and not {value!r}: --out names another folder")
     for leftover in folder.glob(".shard-*"):
@@ -216,7 +218,8 @@ def main(argv: list[str] | None = None) -> int:
             verify(args.out)
             print(f"{args.out}: every shard is what was written")
             return 0
-        manifest = prepare(*parse_config(rest), args)
+        with locked(args.out):
+            manifest = prepare(*parse_config(rest), args)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

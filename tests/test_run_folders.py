@@ -1,0 +1,418 @@
+"""A run's folder: one command at a time, and nothing is lost before something better is there. Nothing is mocked."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from runs import TINY, contents, trainer
+
+from bench.reliability import SMALL, command, losses, start
+from nanovlm_fast.config import (
+    TrainConfig,
+    VLMConfig,
+    check_run_folder,
+    latest_run,
+    load_run_config,
+    parse_config,
+    save_run_config,
+)
+from nanovlm_fast.data import prepare
+from nanovlm_fast.data.text import Tokenizer
+from nanovlm_fast.runs import _clear, _move_aside, has_checkpoint, is_stub, locked, restore, standing
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from nanovlm_fast.runs import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[int]:
+    """Another process that works in the folder; its id."""
+    call = [sys.executable, "-c", HOLDER, str(folder)]
+    with subprocess.Popen(call, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        try:
+            yield process.pid
+        finally:
+            process.kill()
+
+
+def until(condition, process: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + 200
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(log.read_text()[-3000:])
+        time.sleep(0.005)
+
+
+def main(loop, capsys, out: Path, options: str, model: list[str] = TINY) -> tuple[int, str]:
+    """Exit code and last words of `train.py` in this process: of a command that is refused."""
+    capsys.readouterr()
+    code = loop.main([*model, "--hang-timeout", "0", "--out", str(out), *options.split()])
+    return code, capsys.readouterr().err.strip().splitlines()[-1]
+
+
+# ---- one command at a time
+
+
+@pytest.mark.parametrize("options", ["", "--resume", "--auto-resume", "--overwrite"])
+def test_a_second_command_on_a_folder_is_refused_in_one_line(loop, copy, capsys, options):
+    before = contents(copy)
+    with held(copy) as pid:
+        code, error = main(loop, capsys, copy, f"{options} --max-steps 1")
+    assert code == 1
+    owner = rf"process {pid} on host {socket.gethostname()} since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d"
+    assert re.fullmatch(rf"error: {copy} is in use by {owner}: .*--out.*", error), error
+    assert {name: text for name, text in contents(copy).items() if name != ".lock"} == before
+
+
+def test_prepare_on_a_folder_that_another_prepares_is_refused(tmp_path, capsys):
+    with held(tmp_path / "shards") as pid:
+        assert prepare.main(f"--data synthetic:32 --workers 0 --out {tmp_path}/shards".split()) == 1
+    assert f"is in use by process {pid} on host" in capsys.readouterr().err
+    assert prepare.main(f"--data synthetic:32 --workers 0 --out {tmp_path}/shards".split()) == 0, "a stale lock"
+    assert not (tmp_path / "shards" / ".lock").exists()
+
+
+def test_all_ranks_hear_that_a_folder_is_in_use(tmp_path):
+    out = tmp_path / "run"
+    with held(out) as pid:
+        call = command(out, 2, [*SMALL, "--max-steps", "1"])
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(call, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+    assert result.returncode != 0
+    assert result.stderr.count(f"error: {out} is in use by process {pid}") == 2, result.stderr[-3000:]
+    assert not contents(out).keys() - {".lock"}
+
+
+def test_a_start_leaves_nothing_but_what_was_there(tmp_path):
+    with pytest.raises(ValueError), locked(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b" / ".lock").exists()
+        raise ValueError
+    assert not (tmp_path / "a").exists()
+
+
+# ---- --overwrite
+
+
+def test_a_run_is_replaced_at_the_first_checkpoint_of_the_next(tmp_path, loop, capsys):
+    """Killed before that, with a worker that outlives it: the old run is back, and nothing is locked."""
+    out = tmp_path / "runs" / "run"
+    out.parent.mkdir()
+    log = out.with_suffix(".log")
+    assert start(out, 1, [*SMALL, "--max-steps", "3", "--seed", "7"]).wait(200) == 0, log.read_text()[-3000:]
+    before = contents(out)
+
+    again = [*SMALL, "--max-steps", "100000", "--save-every", "0", "--overwrite"]
+    process = start(out, 1, again)
+    until(lambda: (out / ".replaced").exists() and len(losses(out)) >= 3, process, log)
+    assert contents(out / ".replaced") == before and not has_checkpoint(out)
+    assert standing(out) == out / ".replaced" and latest_run(out.parent) == out
+    code, error = main(loop, capsys, out, "--resume", SMALL)
+    assert code == 1 and f"in use by process {process.pid} on host" in error
+
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (worker,) = (int(c) for c in children if b"train.py" in Path(f"/proc/{c}/cmdline").read_bytes())
+    os.kill(worker, signal.SIGSTOP)  # as if it could not be reached
+    try:
+        process.kill()
+        process.wait()
+        assert Path(f"/proc/{worker}").exists() and (out / ".lock").exists()
+        assert parse_config(["--resume", "--out", str(out)])[1].seed == 7, "the run that was not replaced"
+        code, error = main(loop, capsys, out, "--max-steps 1", SMALL)
+        assert code == 1 and "holds a run" in error
+        assert contents(out) == before, "back, as it was"
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+    again[again.index("100000")] = "2"
+    assert start(out, 1, again).wait(200) == 0, log.read_text()[-3000:]
+    assert list(losses(out)) == [1, 2] and load_run_config(out)["seed"] == 0
+    assert not any(name.startswith(".") for name in contents(out)), "of the old one nothing is left"
+    assert f"kept in {out}/.replaced until the new one has a checkpoint" in log.read_text()
+
+
+def old_run(folder: Path) -> dict[str, bytes]:
+    (folder / "checkpoints" / "step-000003").mkdir(parents=True)
+    (folder / "checkpoints" / "step-000003" / "model.safetensors").write_text("old weights")
+    (folder / "last").symlink_to("checkpoints/step-000003")
+    for name in ("config.json", "metrics.jsonl", "notes.txt"):
+        (folder / name).write_text(f"old {name}")
+    return contents(folder)
+
+
+def new_run(folder: Path) -> None:
+    (folder / "checkpoints" / ".tmp-step-000001").mkdir(parents=True)
+    for name in ("config.json", "checkpoints/.tmp-step-000001/half", "metrics.jsonl"):
+        (folder / name).write_text(f"new {name}")
+
+
+def killed_after(calls: int, action) -> bool:
+    """Run the action in a process that dies before its `calls`-th change of the file system; whether it did."""
+    pid = os.fork()
+    if pid == 0:
+        left = [calls]
+
+        def watch(event: str, arguments: tuple) -> None:
+            if event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "open"):
+                left[0] -= 1
+                if left[0] < 0:
+                    os._exit(9)
+
+        sys.addaudithook(watch)
+        action()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+
+
+def test_killed_at_any_moment_the_old_run_comes_back_whole(tmp_path):
+    """While it is moved aside, while the new one begins, and while it is moved back."""
+    run = tmp_path / "run"
+
+    def replace() -> None:
+        _move_aside(run)
+        new_run(run)
+
+    for at in range(100):
+        shutil.rmtree(run, ignore_errors=True)
+        before = old_run(run)
+        died = killed_after(at, replace)
+        where = standing(run)
+        assert (where / "config.json").read_text() == "old config.json", at
+        for again in (1, 4, 7):  # the command that puts it back dies as well
+            killed_after(again, lambda: restore(run))
+            where = standing(run)
+            assert (where / "config.json").read_text() == "old config.json", (at, again)
+        restore(run)
+        assert contents(run) == before and (run / "last").is_symlink(), at
+        if not died:
+            break
+    assert 10 < at < 99
+
+
+def test_once_there_is_a_checkpoint_what_was_replaced_never_comes_back(tmp_path):
+    run = tmp_path / "run"
+    old_run(run)
+    _move_aside(run)
+    old_run(run)
+    (run / "config.json").write_text("new config.json")
+    assert standing(run) == run
+    for at in (1, 3):
+        killed_after(at, lambda: restore(run))
+    restore(run)
+    assert (run / "config.json").read_text() == "new config.json"
+    assert not (run / ".replaced").exists() and has_checkpoint(run)
+
+
+@pytest.mark.parametrize(("project", "said"), [("a/b", "Invalid project name 'a/b'"), ("plain", "API key")])
+@pytest.mark.parametrize("options", ["--overwrite", "--resume --epochs 9", ""])
+def test_weights_and_biases_may_refuse_and_nothing_is_lost(
+    loop, copy, tmp_path, capsys, monkeypatch, project, said, options
+):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("WANDB_MODE", "online")
+    for name in ("WANDB_API_KEY", "WANDB_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    out, before = copy if options else tmp_path / "new" / "run", contents(copy)
+    code, error = main(loop, capsys, out, f"{options} --wandb --wandb-project {project}")
+    assert code == 1 and error.startswith("error: --wandb: ") and said in error, error
+    assert contents(copy) == before and not (tmp_path / "new").exists()
+
+
+def test_a_run_outlives_weights_and_biases(tmp_path, monkeypatch):
+    """Its service dies in the middle."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    out = tmp_path / "run"
+    options = [*SMALL, "--max-steps", "150", "--wandb", "--final-eval", "--save-every", "0"]
+    process = start(out, 1, options)
+    log = out.with_suffix(".log")
+    until(lambda: len(losses(out)) >= 3, process, log)
+    services = [
+        int(folder.name)
+        for folder in Path("/proc").glob("[0-9]*")
+        if _cmdline(folder).find(b"wandb-core") >= 0 and str(process.pid).encode() in _cmdline(folder)
+    ]
+    assert services
+    for service in services:
+        os.kill(service, signal.SIGKILL)
+    assert process.wait(200) == 0, log.read_text()[-3000:]
+    assert len(losses(out)) == 150 and (out / "result.json").exists()
+    assert log.read_text().count("warning: no more is logged to Weights & Biases") == 1
+
+
+def _cmdline(folder: Path) -> bytes:
+    with contextlib.suppress(OSError):
+        return (folder / "cmdline").read_bytes()
+    return b""
+
+
+# ---- what a killed start leaves
+
+
+def test_a_stub_does_not_block_the_same_command_and_a_run_does(tmp_path):
+    run, config = tmp_path / "run", TrainConfig()
+    run.mkdir()
+    save_run_config(run, VLMConfig(), config)
+    Tokenizer.train(["what is it?"] * 3, 384).save(run)
+    for name in ("wandb", "checkpoints/.tmp-step-000003"):
+        (run / name).mkdir(parents=True)
+    for name in ("metrics.jsonl", ".metrics.jsonl", ".lock", "hang-rank1.txt"):
+        (run / name).touch()
+    check_run_folder(run, config)
+    assert is_stub(run)
+    for name, text in (("notes.txt", ""), ("metrics.jsonl", '{"step": 1}\n'), ("checkpoints/step-000003/x", "")):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text(text)
+        with pytest.raises(ValueError, match="holds a run"):
+            check_run_folder(run, config)
+        (run / name).write_text("")
+        (run / name).unlink() if name != "metrics.jsonl" else None
+    _clear(run)
+    check_run_folder(run, config)
+
+
+@pytest.mark.parametrize("options", ["", "--overwrite"])
+def test_a_full_disk_at_the_start_is_named_and_changes_nothing(copy, tmp_path, options):
+    out = copy if options else tmp_path / "new"
+    before = contents(copy)
+
+    def small_files() -> None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    call = [sys.executable, "train.py", *TINY, "--workers", "0", "--out", str(out), *options.split()]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        call, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200, preexec_fn=small_files
+    )
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert re.search(rf"error: .*too large: '{out}/config.json'$", result.stderr.strip()), result.stderr
+    assert contents(copy) == before and (options or not out.exists())
+
+
+# ---- folders among the options
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch) -> Path:
+    """A directory with a data set `data`, and an empty one beside it, which is the home directory too."""
+    (tmp_path / "here" / "data").mkdir(parents=True)
+    (tmp_path / "here" / "data" / "train.jsonl").write_text("{}\n")
+    (tmp_path / "home" / "data").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("jsonl:data", "jsonl:HERE/here/data"),
+        ("prepared:../here/data", "prepared:HERE/here/data"),
+        ("data", "HERE/here/data"),
+        ("data:a,b", "HERE/here/data:a,b"),
+        ("mmstar:data", "mmstar:HERE/here/data"),
+        ("jsonl:~/data", "jsonl:HERE/home/data"),
+        ("~/data:a", "HERE/home/data:a"),
+        ("easy_vqa", "easy_vqa"),
+        ("mmstar", "mmstar"),
+        ("synthetic:32", "synthetic:32"),
+        ("OWNER/NAME", "OWNER/NAME"),
+        ("HuggingFaceM4/the_cauldron:all45", "HuggingFaceM4/the_cauldron:all45"),
+        ("jsonl:nowhere", "jsonl:nowhere"),
+    ],
+)
+def test_a_run_keeps_where_its_data_is(places, monkeypatch, given, kept):
+    """From another directory it resumes on the same, and takes the same option in other words."""
+    for name in ("easy_vqa", "mmstar", "train"):
+        Path(name).mkdir()  # no folder hides what has that name
+    kept = kept.replace("HERE", str(places))
+    model, config = parse_config(["--data", given, "--eval", given, "--out", "~/run"])
+    assert (config.data, config.eval, config.out) == (kept, kept, f"{places}/home/run")
+    assert model.lm_tokenizer == "train"
+    run = Path(config.out)
+    run.mkdir()
+    save_run_config(run, model, dataclasses.replace(config, eval=given))
+    monkeypatch.chdir(places / "home")
+    shutil.rmtree(places / "home" / "data")
+    again = parse_config(["--resume", "--out", "~/run", "--data", kept])[1]
+    assert (again.data, again.out) == (kept, str(run))
+
+
+def test_a_run_that_has_its_data_relative_resumes_where_it_did(places):
+    save_run_config(places, VLMConfig(), TrainConfig(data="jsonl:data"))
+    for given in ([], ["--data", "jsonl:data"], ["--data", f"jsonl:{places}/here/data"]):
+        assert parse_config(["--resume", "--out", "..", *given])[1].data == f"jsonl:{places}/here/data"
+
+
+@pytest.mark.parametrize("options", ["--start-from RUN", "--lm-tokenizer RUN", "--data jsonl:RUN/data --device cpu"])
+def test_what_a_command_reads_it_does_not_overwrite(finished, copy, capsys, options):
+    (copy / "data").mkdir()
+    given = options.replace("RUN", str(copy)).split()
+    with pytest.raises(SystemExit):
+        parse_config([*given, "--out", str(copy / ".." / copy.name), "--overwrite"])
+    error = capsys.readouterr().err.strip()
+    assert " ".join(given[:2]) in error and "--overwrite" in error and "\n" not in error
+
+
+# ---- other than asked
+
+
+def test_kernels_that_cannot_run_are_not_announced(loop, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    trainer(loop, tmp_path / "run", "--kernels rms_norm,swiglu --max-steps 1")
+    said = capsys.readouterr().out
+    assert "warning: --kernels rms_norm,swiglu: Triton kernels need a GPU" in said
+    assert "kernels: none, plain PyTorch (they need a GPU: rms_norm, swiglu)" in said
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    trainer(loop, tmp_path / "other", "--kernels rms_norm --max-steps 1")
+    said = capsys.readouterr().out
+    assert "kernels: rms_norm" in said and "warning" not in said
+
+
+def test_embeddings_keep_the_tokenizer_that_they_were_trained_with(finished, tmp_path, capsys):
+    run = finished[0]
+    Tokenizer.train(["another vocabulary, of the same size"] * 9, 384).save(tmp_path)
+    with pytest.raises(SystemExit):
+        parse_config(["--start-from", str(run), "--lm-tokenizer", str(tmp_path)])
+    error = capsys.readouterr().err.strip()
+    assert re.search(rf"--lm-tokenizer {tmp_path}: \d+ of \d+ ids mean something else", error) and "\n" not in error
+    more = Tokenizer.load(run)
+    more.base.add_tokens(["<more>"])
+    more.save(tmp_path)
+    for given, rows in ((run, 384), (tmp_path, 400)):
+        options = ["--start-from", str(run), "--lm-tokenizer", str(given), "--lm-vocab-size", str(rows)]
+        assert parse_config(options)[0].lm_tokenizer == str(given)
+
+
+def test_weights_without_the_tokenizer_that_was_made_for_them_need_one(finished, tmp_path, capsys):
+    shutil.copytree(finished[0] / "last", tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["lm_tokenizer"] == "train"
+    with pytest.raises(SystemExit):
+        parse_config(["--start-from", str(tmp_path / "model")])
+    assert "--lm-tokenizer train: pretrained embeddings mean nothing" in capsys.readouterr().err
+    options = ["--start-from", str(tmp_path / "model"), "--lm-tokenizer", str(finished[0])]
+    assert parse_config(options)[0].lm_tokenizer == str(finished[0])
