@@ -32,7 +32,7 @@ from nanovlm_fast.data.text import Tokenizer, is_hub_name
 from nanovlm_fast.distributed import as_shard_of, whole
 from nanovlm_fast.hub import WEIGHTS, fetch
 from nanovlm_fast.model import VisionLanguageModel
-from nanovlm_fast.runs import REPLACED, replaced
+from nanovlm_fast.runs import REPLACED, replaced, standing
 
 OPTIMIZER = "optimizer.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -200,7 +200,7 @@ def resolve(checkpoint: Path | str | None) -> Path:
         folder = fetch(checkpoint, *WEIGHTS)
     if (folder / "model.safetensors").exists():
         return folder
-    if newest := newest_checkpoint(folder):
+    if newest := newest_checkpoint(standing(folder)):
         return newest
     for file in sorted([folder, *folder.glob("*")]):
         if file.suffix in PICKLES and file.is_file():

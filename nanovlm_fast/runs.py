@@ -51,7 +51,8 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            (folder / LOCK).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the folder is gone, or cannot be written to any more
+                (folder / LOCK).unlink()
             os.close(handle)
     finally:
         with contextlib.suppress(OSError):  # something is in it
@@ -150,12 +151,13 @@ def beginning(run: Path, resume: bool, world: World) -> Iterator[None]:
     config = run / "config.json"
     before = config.read_bytes() if resume else None
     run.mkdir(parents=True, exist_ok=True)
-    try:
-        if not (resume or is_empty(run) or is_stub(run)):
+    if not (resume or is_empty(run)):
+        if is_stub(run):
+            _clear(run)
+        else:
             _move_aside(run)
             print(f"{run}: the run in it is kept in {run / REPLACED} until the new one has a checkpoint")
-        elif not resume:
-            _clear(run)
+    try:  # from here on what lies in the folder is the new run's
         yield
     except BaseException:  # Ctrl-C too
         if before is None:
@@ -182,9 +184,13 @@ def restore(run: Path) -> None:
 def _move_aside(run: Path) -> None:
     aside = run / REPLACING
     aside.mkdir()
-    for entry in entries(run):
-        os.replace(entry, aside / entry.name)
-    os.replace(aside, run / REPLACED)
+    try:
+        for entry in entries(run):
+            os.replace(entry, aside / entry.name)
+        os.replace(aside, run / REPLACED)
+    except BaseException:
+        _put_back(run)
+        raise
 
 
 def _put_back(run: Path) -> None:

@@ -32,7 +32,8 @@ from nanovlm_fast.config import (
 )
 from nanovlm_fast.data import prepare
 from nanovlm_fast.data.text import Tokenizer
-from nanovlm_fast.runs import _clear, _move_aside, has_checkpoint, is_stub, locked, restore, standing
+from nanovlm_fast.distributed import World
+from nanovlm_fast.runs import _clear, _move_aside, beginning, has_checkpoint, is_stub, locked, restore, standing
 
 HOLDER = """
 import sys, time
@@ -165,6 +166,40 @@ def new_run(folder: Path) -> None:
     (folder / "checkpoints" / ".tmp-step-000001").mkdir(parents=True)
     for name in ("config.json", "checkpoints/.tmp-step-000001/half", "metrics.jsonl"):
         (folder / name).write_text(f"new {name}")
+
+
+def failing_at(call: int, action) -> bool:
+    """Run the action in a process whose `call`-th change of the file system fails; whether it came to that."""
+    pid = os.fork()
+    if pid == 0:
+        left = [call]
+
+        def watch(event: str, arguments: tuple) -> None:
+            if event in ("os.rename", "os.mkdir", "open"):
+                left[0] -= 1
+                if left[0] == -1:
+                    raise OSError(28, "No space left on device")
+
+        sys.addaudithook(watch)
+        with contextlib.suppress(OSError):
+            action()
+        os._exit(9 if left[0] < 0 else 0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+
+
+def test_a_start_that_fails_anywhere_leaves_the_old_run_in_place(tmp_path):
+    run = tmp_path / "run"
+
+    def begin() -> None:
+        with beginning(run, False, World()):
+            new_run(run)
+
+    before, at = old_run(run), 1  # the first makes a folder that is there
+    while failing_at(at, begin):
+        assert contents(run) == before, at
+        at += 1
+    assert at > 8 and (run / "config.json").read_text() == "new config.json"
+    assert contents(run / ".replaced") == before
 
 
 def killed_after(calls: int, action) -> bool:
