@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import os
 import re
 import shutil
@@ -18,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from runs import TINY, contents, trainer
+from runs import TINY, contents
 
 from bench.reliability import SMALL, command, losses, start
 from nanovlm_fast.config import (
@@ -345,109 +343,3 @@ def test_a_full_disk_at_the_start_is_named_and_changes_nothing(copy, tmp_path, o
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert re.search(rf"error: .*too large: '{out}/config.json'$", result.stderr.strip()), result.stderr
     assert contents(copy) == before and (options or not out.exists())
-
-
-# ---- folders among the options
-
-
-@pytest.fixture
-def places(tmp_path, monkeypatch) -> Path:
-    """A directory with a data set `data`, and an empty one beside it, which is the home directory too."""
-    (tmp_path / "here" / "data").mkdir(parents=True)
-    (tmp_path / "here" / "data" / "train.jsonl").write_text("{}\n")
-    (tmp_path / "home" / "data").mkdir(parents=True)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path / "here")
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("given", "kept"),
-    [
-        ("jsonl:data", "jsonl:HERE/here/data"),
-        ("prepared:../here/data", "prepared:HERE/here/data"),
-        ("data", "HERE/here/data"),
-        ("data:a,b", "HERE/here/data:a,b"),
-        ("mmstar:data", "mmstar:HERE/here/data"),
-        ("jsonl:~/data", "jsonl:HERE/home/data"),
-        ("~/data:a", "HERE/home/data:a"),
-        ("easy_vqa", "easy_vqa"),
-        ("mmstar", "mmstar"),
-        ("synthetic:32", "synthetic:32"),
-        ("OWNER/NAME", "OWNER/NAME"),
-        ("HuggingFaceM4/the_cauldron:all45", "HuggingFaceM4/the_cauldron:all45"),
-        ("jsonl:nowhere", "jsonl:nowhere"),
-    ],
-)
-def test_a_run_keeps_where_its_data_is(places, monkeypatch, given, kept):
-    """From another directory it resumes on the same, and takes the same option in other words."""
-    for name in ("easy_vqa", "mmstar", "train"):
-        Path(name).mkdir()  # no folder hides what has that name
-    kept = kept.replace("HERE", str(places))
-    model, config = parse_config(["--data", given, "--eval", given, "--out", "~/run"])
-    assert (config.data, config.eval, config.out) == (kept, kept, f"{places}/home/run")
-    assert model.lm_tokenizer == "train"
-    run = Path(config.out)
-    run.mkdir()
-    save_run_config(run, model, dataclasses.replace(config, eval=given))
-    monkeypatch.chdir(places / "home")
-    shutil.rmtree(places / "home" / "data")
-    again = parse_config(["--resume", "--out", "~/run", "--data", kept])[1]
-    assert (again.data, again.out) == (kept, str(run))
-
-
-def test_a_run_that_has_its_data_relative_resumes_where_it_did(places):
-    save_run_config(places, VLMConfig(), TrainConfig(data="jsonl:data"))
-    for given in ([], ["--data", "jsonl:data"], ["--data", f"jsonl:{places}/here/data"]):
-        assert parse_config(["--resume", "--out", "..", *given])[1].data == f"jsonl:{places}/here/data"
-
-
-@pytest.mark.parametrize("options", ["--start-from RUN", "--lm-tokenizer RUN", "--data jsonl:RUN/data --device cpu"])
-def test_what_a_command_reads_it_does_not_overwrite(finished, copy, capsys, options):
-    (copy / "data").mkdir()
-    given = options.replace("RUN", str(copy)).split()
-    with pytest.raises(SystemExit):
-        parse_config([*given, "--out", str(copy / ".." / copy.name), "--overwrite"])
-    error = capsys.readouterr().err.strip()
-    assert " ".join(given[:2]) in error and "--overwrite" in error and "\n" not in error
-
-
-# ---- other than asked
-
-
-def test_kernels_that_cannot_run_are_not_announced(loop, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    trainer(loop, tmp_path / "run", "--kernels rms_norm,swiglu --max-steps 1")
-    said = capsys.readouterr().out
-    assert "warning: --kernels rms_norm,swiglu: Triton kernels need a GPU" in said
-    assert "kernels: none, plain PyTorch (they need a GPU: rms_norm, swiglu)" in said
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    trainer(loop, tmp_path / "other", "--kernels rms_norm --max-steps 1")
-    said = capsys.readouterr().out
-    assert "kernels: rms_norm" in said and "warning" not in said
-
-
-def test_embeddings_keep_the_tokenizer_that_they_were_trained_with(finished, tmp_path, capsys):
-    run = finished[0]
-    Tokenizer.train(["another vocabulary, of the same size"] * 9, 384).save(tmp_path)
-    with pytest.raises(SystemExit):
-        parse_config(["--start-from", str(run), "--lm-tokenizer", str(tmp_path)])
-    error = capsys.readouterr().err.strip()
-    assert re.search(rf"--lm-tokenizer {tmp_path}: \d+ of \d+ ids mean something else", error) and "\n" not in error
-    more = Tokenizer.load(run)
-    more.base.add_tokens(["<more>"])
-    more.save(tmp_path)
-    for given, rows in ((run, 384), (tmp_path, 400)):
-        options = ["--start-from", str(run), "--lm-tokenizer", str(given), "--lm-vocab-size", str(rows)]
-        assert parse_config(options)[0].lm_tokenizer == str(given)
-
-
-def test_weights_without_the_tokenizer_that_was_made_for_them_need_one(finished, tmp_path, capsys):
-    shutil.copytree(finished[0] / "last", tmp_path / "model")
-    (tmp_path / "model" / "tokenizer.json").unlink()
-    assert json.loads((tmp_path / "model" / "config.json").read_text())["lm_tokenizer"] == "train"
-    with pytest.raises(SystemExit):
-        parse_config(["--start-from", str(tmp_path / "model")])
-    assert "--lm-tokenizer train: pretrained embeddings mean nothing" in capsys.readouterr().err
-    options = ["--start-from", str(tmp_path / "model"), "--lm-tokenizer", str(finished[0])]
-    assert parse_config(options)[0].lm_tokenizer == str(finished[0])

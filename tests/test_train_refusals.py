@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shutil
 import subprocess
@@ -10,9 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import run_python
-from runs import contents, error_of, train
+from runs import contents, error_of, train, trainer
 
 from nanovlm_fast.config import TrainConfig, VLMConfig, parse_config
+from nanovlm_fast.data.text import Tokenizer
 
 REFUSED = {  # options -> what the line must say
     "--preset huge": "huge.*tiny",
@@ -102,3 +104,44 @@ def test_help_explains_every_field_with_its_default():
         assert re.search(rf"{name.replace('[-_]', '-')}\b", entry), f"{entry}: the dashed spelling"
         words = " ".join(field.metadata["help"].split())
         assert words in entry and re.search(r"\(default: .*\)$", entry), entry
+
+
+# ---- other than asked
+
+
+def test_kernels_that_cannot_run_are_not_announced(loop, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    trainer(loop, tmp_path / "run", "--kernels rms_norm,swiglu --max-steps 1")
+    said = capsys.readouterr().out
+    assert "warning: --kernels rms_norm,swiglu: Triton kernels need a GPU" in said
+    assert "kernels: none, plain PyTorch (they need a GPU: rms_norm, swiglu)" in said
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    trainer(loop, tmp_path / "other", "--kernels rms_norm --max-steps 1")
+    said = capsys.readouterr().out
+    assert "kernels: rms_norm" in said and "warning" not in said
+
+
+def test_embeddings_keep_the_tokenizer_that_they_were_trained_with(finished, tmp_path, capsys):
+    run = finished[0]
+    Tokenizer.train(["another vocabulary, of the same size"] * 9, 384).save(tmp_path)
+    with pytest.raises(SystemExit):
+        parse_config(["--start-from", str(run), "--lm-tokenizer", str(tmp_path)])
+    error = capsys.readouterr().err.strip()
+    assert re.search(rf"--lm-tokenizer {tmp_path}: \d+ of \d+ ids mean something else", error) and "\n" not in error
+    more = Tokenizer.load(run)
+    more.base.add_tokens(["<more>"])
+    more.save(tmp_path)
+    for given, rows in ((run, 384), (tmp_path, 400)):
+        options = ["--start-from", str(run), "--lm-tokenizer", str(given), "--lm-vocab-size", str(rows)]
+        assert parse_config(options)[0].lm_tokenizer == str(given)
+
+
+def test_weights_without_the_tokenizer_that_was_made_for_them_need_one(finished, tmp_path, capsys):
+    shutil.copytree(finished[0] / "last", tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["lm_tokenizer"] == "train"
+    with pytest.raises(SystemExit):
+        parse_config(["--start-from", str(tmp_path / "model")])
+    assert "--lm-tokenizer train: pretrained embeddings mean nothing" in capsys.readouterr().err
+    options = ["--start-from", str(tmp_path / "model"), "--lm-tokenizer", str(finished[0])]
+    assert parse_config(options)[0].lm_tokenizer == str(finished[0])
