@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nanovlm_fast.build import build
-from nanovlm_fast.checkpoint import Checkpointer, newest_checkpoint, read_state
+from nanovlm_fast.checkpoint import Checkpointer, newest_state
 from nanovlm_fast.config import TrainConfig, VLMConfig, check_run_folder, parse_config, save_run_config
-from nanovlm_fast.data.sources import load_source, make_tokenizer, split_off
+from nanovlm_fast.data.sources import load_source, make_tokenizer
+from nanovlm_fast.data.split import begin_again, split_run
 from nanovlm_fast.data.stream import (
     Feed,
     PackedStream,
@@ -54,8 +55,9 @@ class Trainer:
         self.run = Path(config.out)
         self.watchdog = Watchdog(config.hang_timeout, self.run, self.world)
         self.watchdog.pause()  # data and weights may come from far away
-        source = load_source(config.data, "train")
-        self.train_source, self.val_source = split_off(source, config.val_samples, config.seed)
+        checkpoint, saved_state = newest_state(self.run, self.world) if config.resume else (None, None)
+        split = split_run(load_source(config.data, "train"), config, self.world, saved_state)
+        self.train_source, self.val_source = split.train, split.held_out
         check_run_folder(self.run, config)
         self.benchmark = load_source(config.eval, "test") if config.eval else None
         self.device = pick_device(self.world.device(config.device))
@@ -79,9 +81,6 @@ class Trainer:
             labels_per_batch=budget.labels,
             max_seqlen=budget.max_seqlen,
         )
-        newest = newest_checkpoint(self.run) if config.resume else None
-        newest = self.world.gather(str(newest) if newest else None)[0]  # the first rank's view of a shared file system
-        checkpoint = Path(newest) if newest else None
         self.state = {
             "step": 0, "examples": 0, "bad": {}, "too_long": 0, "seconds": 0.0, "tokens": 0, "capacity": 0,
             "evaluated": 0, "best_step": None, "best_accuracy": -1.0, "interval": None, "spikes": None,
@@ -89,9 +88,10 @@ class Trainer:
             "stream": initial_states(max(config.workers, 1) * self.world.size),
         }  # fmt: skip
         if checkpoint:
-            begun, self.state = self.state, read_state(checkpoint)
+            begun, self.state = self.state, saved_state
             if missing := begun.keys() - self.state.keys():
                 raise ValueError(f"{checkpoint / 'state.json'}: no {', '.join(sorted(missing))}: of another version?")
+        begin_again(self.state, split.record)
         self.state["stream"] = deal(self.state["stream"], self.world.rank, self.world.size)
         micro_batches = self.state["micro_batches"]
         self.accumulate, uneven = divmod(micro_batches, self.world.size)
@@ -101,11 +101,9 @@ class Trainer:
         self.model, self.optimizers, self.step_model = built
         saved = self.state["step"] if checkpoint else None
         self.checkpoints = Checkpointer(self.run, self.tokenizer, config.keep_checkpoints, self.world.first, saved)
-        self.journal.settle = self.wait_for_checkpoint  # before an error says which is the last
         self.stats = StepStats(self.device, self.world, self.state["interval"])
         self.stream = PackedStream(load, budget, self.state["stream"], self.state["micro_batches"])
         self.total = self.stream.total  # examples
-        self.unlabelled, self.taken = 0, [0, 0, 0]  # examples since the last label; of a step, see `next_batches`
         self.signals, self.stopping = Signals(), False
         self.world.barrier()  # all have read what the run's folder holds
         # nothing was written or moved until here, and what fails in here (a full disk, Weights & Biases) is undone:
@@ -115,10 +113,12 @@ class Trainer:
                 save_run_config(self.run, model_config, config)
                 self.tokenizer.save(self.run)
             self.journal = Journal(self.run, model_config, config, self.state, self.world)
+        self.journal.settle = self.wait_for_checkpoint  # before an error says which is the last
         how = f"{str(self.dtype)[6:]} · compile: {config.compile} · {self.model.ops}{self.world}"
         self.journal.say(f"device: {self.device}, {how}")
         if checkpoint:
             self.journal.say(f"resuming {self.run} after step {self.state['step']}")
+        self.journal.say("\n".join(split.lines))
 
     def load_tokenizer(self, model: VLMConfig, config: TrainConfig) -> Tokenizer:
         """A resumed run's own, or a new one."""
@@ -147,6 +147,7 @@ class Trainer:
                 micro_batches = self.next_batches(feed, meter)
                 before = self.progress()
                 if not (n_labels := self.agree(micro_batches)):  # which counts the step's examples
+                    self.journal.note_the_datas_end()
                     break
                 lr = lr_factor(before, self.progress(steps=1), config.warmup, config.min_lr)
                 self.watchdog.beat(f"computing step {state['step'] + 1}")
@@ -244,9 +245,6 @@ class Trainer:
             # while a curriculum lasts images, not tokens, are the limit
             self.taken = [a + b for a, b in zip(self.taken, [batch.consumed, *tokens], strict=True)]
             self.journal.hear(batch)
-            self.unlabelled = 0 if batch.packed.n_labels else self.unlabelled + batch.consumed
-            if self.unlabelled > len(self.train_source):
-                raise Stopped("a whole epoch without one labelled token: there is nothing to learn in this data")
             if batch.packed.n_labels:
                 micro_batches.append(on_device)
         return micro_batches

@@ -29,7 +29,7 @@ from torch import Tensor
 from nanovlm_fast.config import VLMConfig, check_types, fields_of, latest_run, read_json
 from nanovlm_fast.data.images import printable
 from nanovlm_fast.data.text import Tokenizer, is_hub_name
-from nanovlm_fast.distributed import as_shard_of, whole
+from nanovlm_fast.distributed import World, as_shard_of, whole
 from nanovlm_fast.hub import WEIGHTS, fetch
 from nanovlm_fast.model import VisionLanguageModel
 from nanovlm_fast.runs import REPLACED, replaced, standing
@@ -211,6 +211,13 @@ def resolve(checkpoint: Path | str | None) -> Path:
 def newest_checkpoint(run: Path) -> Path | None:
     """The complete checkpoint of the highest step, or None."""
     return max(checkpoints_of(run), key=step_of, default=None)
+
+
+def newest_state(run: Path, world: World) -> tuple[Path | None, dict[str, Any] | None]:
+    """The newest checkpoint as the first rank sees it on a shared file system, and its state; None without one."""
+    newest = newest_checkpoint(run)
+    found = world.gather(str(newest) if newest else None)[0]
+    return (Path(found), read_state(Path(found))) if found else (None, None)
 
 
 def checkpoints_of(run: Path) -> list[Path]:

@@ -148,6 +148,14 @@ class Journal:
         if len(state["bad"]) > limit:
             raise Stopped(f"{len(state['bad'])} unreadable samples are over --max-bad-samples {limit}")
 
+    def note_the_datas_end(self) -> None:
+        """No rank has more to learn from; raises Stopped where the run was to have more, or any, steps."""
+        state, wanted = self.state, self.config.max_steps
+        if wanted or not state["step"]:
+            of_all = f" of {wanted}" if wanted else ""
+            why = f"{len(state['bad'])} unreadable, {state['too_long']} times too long, the rest without an answer"
+            raise Stopped(f"after step {state['step']}{of_all} a whole epoch had nothing to learn from: {why}")
+
 
 def start_wandb(run: Path, model: VLMConfig, config: TrainConfig) -> Any:
     """The run there, or None without --wandb. Raises OSError, in one line, if it cannot be begun."""

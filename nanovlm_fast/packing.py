@@ -121,8 +121,8 @@ class Budget:
                 raise ValueError(f"budget {field.name} = {getattr(self, field.name)} is too small for any sample")
         if self.documents < self.pad_documents(self.tokens):
             raise ValueError(
-                f"budget of {self.documents} documents: {self.tokens} tokens need at least "
-                f"{self.pad_documents(self.tokens)} documents of max_seqlen {self.max_seqlen}"
+                f"budget of {self.documents} documents (--documents-per-batch): {self.tokens} tokens need at least "
+                f"{self.pad_documents(self.tokens)} documents of max_seqlen {self.max_seqlen} (--max-seqlen)"
             )
 
     def pad_documents(self, padding: int) -> int:
@@ -140,24 +140,24 @@ class Budget:
         longest = max((len(document) for document in sample.documents), default=0)
         documents = len(sample.documents) + self.pad_documents(max(self.tokens - sample.tokens, 0))
         over = [
-            f"{needed} {what}, the budget is {limit}"
-            for what, needed, limit in (
-                ("tokens in one document", longest, self.max_seqlen),
-                ("tokens", sample.tokens, self.tokens),
-                ("documents, its padding's too", documents, self.documents),
-                ("images", len(sample.images), self.images),
-                ("labelled tokens", sample.labels, self.labels),
+            f"{needed} {what}, the budget is {limit} ({option})"
+            for what, needed, limit, option in (
+                ("tokens in one document", longest, self.max_seqlen, "--max-seqlen"),
+                ("tokens", sample.tokens, self.tokens, "--tokens-per-batch"),
+                ("documents, its padding's too", documents, self.documents, "--documents-per-batch"),
+                ("images", len(sample.images), self.images, "--images-per-batch"),
+                ("labelled tokens", sample.labels, self.labels, "--labels-per-batch"),
             )
             if needed > limit
         ]
         return "; ".join(over) or None
 
     @staticmethod
-    def measure(samples: Iterable[Sample], tokens: int, slack: float = 1.03) -> Budget:
+    def measure(samples: Iterable[Sample], tokens: int, slack: float = 1.03, longest: int = 2**31) -> Budget:
         """Budgets in proportion to what the given samples hold, for batches of `tokens` tokens.
 
-        max_seqlen is the longest document seen, rounded up to 8. Samples over `tokens` are not counted: the packer
-        will leave them out. Raises ValueError without samples, or when none fits.
+        max_seqlen is the longest document seen, rounded up to 8 but to no more than `longest`. Samples over
+        `tokens` are not counted: the packer will leave them out. Raises ValueError without samples, or when none fits.
         """
         samples = sorted(samples, key=lambda sample: sample.tokens)
         if not samples:
@@ -169,8 +169,8 @@ class Budget:
             )
         samples = [sample for sample in samples if sample.tokens <= tokens]
         total = sum(sample.tokens for sample in samples)
-        longest = max(len(document) for sample in samples for document in sample.documents)
-        max_seqlen = -(-longest // 8) * 8
+        seen = max(len(document) for sample in samples for document in sample.documents)
+        max_seqlen = min(-(-seen // 8) * 8, longest)
 
         def share(count: int, least: int) -> int:
             return max(least, int(np.ceil(count * tokens / total * slack)))

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from nanovlm_fast.config import COUNTS, TrainConfig, VLMConfig
-from nanovlm_fast.data.sources import is_local, load_source, make_tokenizer, split_off
+from nanovlm_fast.data.sources import is_local, load_source, make_tokenizer
+from nanovlm_fast.data.split import split_off
 from nanovlm_fast.data.stream import SampleLoader, even_draw
 from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.device import device_name, pick_device, pick_dtype
@@ -85,7 +86,7 @@ def counts(model: VLMConfig, config: TrainConfig) -> tuple[int, tuple[float, flo
         return examples, (images, tokens, labels, tokens * (tokens + 1) / 2), "the recipe's counts"
     if not is_local(config.data):
         return 0, (0, 0, 0, 0), f"{config.data} is on the hub, and this reads nothing from there"
-    source, _ = split_off(load_source(config.data, "train"), config.val_samples, config.seed)
+    source, _ = split_off(load_source(config.data, "train"), config.val_samples, config.seed, config.data)
     try:
         tokenizer = make_tokenizer(model, source, local=True)
     except FileNotFoundError as error:

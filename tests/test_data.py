@@ -17,7 +17,8 @@ from PIL import Image
 
 from nanovlm_fast.config import preset
 from nanovlm_fast.data.images import BadImage, augment, load_image
-from nanovlm_fast.data.sources import EasyVQA, JsonLines, Synthetic, load_source, split_off, texts
+from nanovlm_fast.data.sources import EasyVQA, JsonLines, Synthetic, load_source, texts
+from nanovlm_fast.data.split import split_off
 from nanovlm_fast.data.stream import PackedStream, SampleLoader, advance, initial_states, loader, measure_budget
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
 from nanovlm_fast.packing import IGNORE

@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import defaultdict
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nanovlm_fast.data.sources import Example
+from nanovlm_fast.data.same import Pictures
+from nanovlm_fast.data.sources import Example, at_home
 
 CAULDRON = "HuggingFaceM4/the_cauldron"
 ALL45 = (
@@ -39,7 +42,7 @@ def read_splits(name: str, config: str | None = None, streaming: bool = False) -
     """
     import datasets
 
-    folder, where = Path(name).expanduser(), f"{name}:{config}" if config else name
+    folder, where = at_home(name), f"{name}:{config}" if config else name
     try:
         if not folder.is_dir():
             return datasets.load_dataset(name, config, streaming=streaming)
@@ -108,10 +111,82 @@ class Cauldron:
         row = int(index - (self.ends[part - 1] if part else 0))
         return cauldron_example(f"{where}/{row}", *rows[row].to_pylist())
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """Changes with the content, as far as `datasets` notices."""
-        return hashlib.sha256(" ".join(rows._fingerprint for _, rows in self.parts).encode()).hexdigest()
+        """Changes with the texts, and with the number or the length of the pictures' files; not with where they are."""
+        digests = defaultdict(hashlib.sha256)  # one a column: how the rows are cut into blocks must not matter
+        for _, rows in self.parts:
+            for batch in rows.iter(BLOCK):
+                for name, array in self._columns(batch):
+                    digests[name].update(array)
+        return hashlib.sha256("".join(digests[name].hexdigest() for name in sorted(digests)).encode()).hexdigest()
+
+    @staticmethod
+    def _columns(batch: Any) -> Iterator[tuple[str, bytes]]:
+        for chunk in batch["images"].chunks:
+            counts, sizes = picture_sizes(chunk)
+            yield "counts", counts.tobytes()
+            yield "sizes", sizes.tobytes()
+        for chunk in batch["texts"].chunks:
+            yield from text_columns(chunk)
+
+    def pictures(self) -> Pictures:
+        blocks = [
+            picture_sizes(chunk)
+            for _, rows in self.parts
+            for batch in rows.select_columns(["images"]).iter(BLOCK)
+            for chunk in batch["images"].chunks
+        ]
+        none = np.zeros(0, np.int64)
+        counts, sizes = (np.concatenate([none, *parts]) for parts in zip(*blocks, strict=True))
+        starts = np.cumsum(counts) - counts
+
+        def content(file: int) -> bytes:
+            example = int(np.searchsorted(starts, file, "right")) - 1
+            return self[example].images[file - int(starts[example])]
+
+        return Pictures(np.repeat(np.arange(len(counts)), counts), np.arange(len(sizes)), sizes, content)
+
+
+BLOCK = 1000  # rows that are looked at in one go
+
+
+def text_columns(texts: Any) -> Iterator[tuple[str, bytes]]:
+    """(name, bytes) of what an Arrow column of turns says: read where it lies, or a large data set takes a minute."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    try:
+        turns = texts.flatten()
+        columns = {name: pc.struct_field(turns, name).cast(pa.large_binary()) for name in ("user", "assistant")}
+    except (AttributeError, pa.ArrowException):  # not of the schema: each row will say so
+        yield "texts", repr(texts.to_pylist())[1:-1].encode(errors="replace") + b","
+        return
+    yield "turns", pc.list_value_length(texts).fill_null(0).cast(pa.int64()).to_numpy().tobytes()
+    for name, column in columns.items():
+        yield f"{name} lengths", pc.binary_length(column).fill_null(-1).cast(pa.int64()).to_numpy().tobytes()
+        _, offsets, content = column.buffers()
+        ends = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1]
+        if content is not None and len(ends):
+            yield name, memoryview(content)[int(ends[0]) : int(ends[-1])]
+
+
+def picture_sizes(images: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(pictures of each row, length of each picture's file or -1) of an Arrow column, from its offsets alone."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not (pa.types.is_list(images.type) or pa.types.is_large_list(images.type)):
+        return np.zeros(len(images), np.int64), np.zeros(0, np.int64)  # not of the schema: each row will say so
+    counts = pc.fill_null(pc.list_value_length(images), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    files = images.flatten()
+    if pa.types.is_struct(files.type):
+        known = files.type.get_field_index("bytes") >= 0
+        files = pc.struct_field(files, "bytes") if known else files
+    if not (pa.types.is_binary(files.type) or pa.types.is_large_binary(files.type)):
+        return counts, np.full(len(files), -1, np.int64)
+    sizes = pc.fill_null(pc.binary_length(files), -1).to_numpy(zero_copy_only=False)
+    return counts, sizes.astype(np.int64)
 
 
 def configurations(data: str) -> list[tuple[str, str, str | None]]:
@@ -168,6 +243,8 @@ class MMStar:
         splits = read_splits(name)
         split = "val" if "val" in splits else next(iter(splits))
         self.rows = rows_of(splits, split, ("question", "image", "answer", "category"), name)
+        said = self.rows.select_columns(["question", "answer"])[:].to_pydict()
+        self.fingerprint = hashlib.sha256(repr(said).encode(errors="replace")).hexdigest()
 
     def __len__(self) -> int:
         return len(self.rows)

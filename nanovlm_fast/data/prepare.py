@@ -27,7 +27,7 @@ from nanovlm_fast.config import TrainConfig, VLMConfig, parse_config, read_json
 from nanovlm_fast.data import shards
 from nanovlm_fast.data.hub import read_streaming
 from nanovlm_fast.data.sources import Example, Source, load_source, make_tokenizer
-from nanovlm_fast.data.stream import leave_signals_to_the_parent, make_sample
+from nanovlm_fast.data.stream import begin_worker, make_sample
 from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.paths import absolute_paths
 from nanovlm_fast.runs import is_empty, locked
@@ -151,7 +151,7 @@ def prepare(model: VLMConfig, train: TrainConfig, args: argparse.Namespace) -> d
         sampler=tasks(examples, per_shard, done),
         num_workers=args.workers,
         collate_fn=_as_it_is,
-        worker_init_fn=leave_signals_to_the_parent,
+        worker_init_fn=begin_worker,
         prefetch_factor=1 if args.workers else None,
     )
     skipped = [reason for entry in done.values() for reason in entry["skipped"]]

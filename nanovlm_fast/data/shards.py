@@ -25,6 +25,7 @@ import numpy as np
 
 from nanovlm_fast.config import read_json
 from nanovlm_fast.data.images import printable
+from nanovlm_fast.data.same import Pictures
 from nanovlm_fast.data.sources import Example
 from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.packing import IGNORE, Document, Sample
@@ -201,6 +202,28 @@ class Prepared:
         self.shards: dict[int, dict[str, Any]] = {}  # opened by this process
         self.checked = np.zeros(len(self), bool)  # by this process
 
+    @property
+    def fingerprint(self) -> str:
+        """Changes with what the shards hold, as far as their checksums tell."""
+        return hashlib.sha256(" ".join(entry["sha256"] for entry in self.entries).encode()).hexdigest()
+
+    def pictures(self) -> Pictures:
+        """Pixels that are the same. All have one size, so a few bytes of each stand for it."""
+        examples, few = [], [np.zeros((0, 8), np.uint8)]
+        for index in range(len(self)):
+            shard, row = self.place(index)
+            pixels = (self.shards.get(shard) or self.open(shard))["images"](row).reshape(-1, 3 * self.size**2)
+            examples += [index] * len(pixels)
+            some = pixels[:, self.size // 2 :: max(pixels.shape[1] // 7, 1)][:, :7]
+            few.append(np.pad(some, ((0, 0), (0, 8 - some.shape[1]))))
+        shown, sizes = np.array(examples, np.int64), np.ascontiguousarray(np.concatenate(few)).view(np.int64).ravel()
+
+        def content(file: int) -> bytes:
+            first = int(np.searchsorted(shown, shown[file]))
+            return self[int(shown[file])].images[file - first].tobytes()
+
+        return Pictures(shown, np.arange(len(shown)), sizes, content)
+
     def __len__(self) -> int:
         return int(self.ends[-1]) if self.entries else 0
 
@@ -217,8 +240,7 @@ class Prepared:
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        shard = int(np.searchsorted(self.ends, index, side="right"))
-        row = int(index - (self.ends[shard - 1] if shard else 0))
+        shard, row = self.place(index)
         columns = self.shards.get(shard) or self.open(shard)
         try:
             values = {name: column(row) for name, column in columns.items()}
@@ -234,6 +256,11 @@ class Prepared:
             file = self.folder / self.entries[shard]["file"]
             wrong = f"{file} is damaged: row {row} is not what was written"
             raise DamagedShard(f"{wrong}. Delete the file and {AGAIN}") from error
+
+    def place(self, index: int) -> tuple[int, int]:
+        """(shard, row in it) of an example."""
+        shard = int(np.searchsorted(self.ends, index, side="right"))
+        return shard, int(index - (self.ends[shard - 1] if shard else 0))
 
     def open(self, shard: int) -> dict[str, Any]:
         """The columns of a shard as functions of the row, which return views of the file."""

@@ -5,6 +5,7 @@ A new source is one class and one line in `load_source`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -18,6 +19,7 @@ from PIL import Image
 
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.data.images import printable
+from nanovlm_fast.data.same import Pictures, of_files
 from nanovlm_fast.data.text import Tokenizer, Turn
 from nanovlm_fast.packing import Document
 
@@ -38,7 +40,11 @@ class Example:
 
 
 class Source(Protocol):
-    """A data set. One with its own way of being scored has `prompt`, `right(reply, answer)` and `reply_tokens` too."""
+    """A data set. One with its own way of being scored has `prompt`, `right(reply, answer)` and `reply_tokens` too.
+
+    What it has besides: `fingerprint`, which changes with its content, so that no run goes on with other data; and
+    `pictures()`, without which each example is taken to have pictures of its own.
+    """
 
     def __len__(self) -> int: ...
 
@@ -78,6 +84,7 @@ class EasyVQA:
         self.turns: dict[int, list[Turn]] = {image: [] for image, _ in self.paths}
         for question, answer, image in zip(*questions(), strict=True):
             self.turns[image].append((question, answer))
+        self.fingerprint = hashlib.sha256(repr(sorted(self.turns.items())).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -85,6 +92,9 @@ class EasyVQA:
     def __getitem__(self, index: int) -> Example:
         image, path = self.paths[index]
         return Example(f"easy_vqa/{self.split}/{image}", [path], self.turns[image])
+
+    def pictures(self) -> Pictures:
+        return of_files([Path(path)] for _, path in self.paths)
 
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (250, 250, 250)}
@@ -95,6 +105,7 @@ class Synthetic:
 
     def __init__(self, split: str, size: int = 64):
         self.split, self.size, self.count = split, size, {"train": 256, "test": 64}[split]
+        self.fingerprint = f"synthetic/{split}/{size}"
 
     def __len__(self) -> int:
         return self.count
@@ -124,53 +135,147 @@ def text_of(value: Any) -> str:
     return str(value).encode().decode()
 
 
+def content_of(content: Any) -> str:
+    """What an OpenAI-style message says: text, or parts, of which {"type": "image"} is an <image>."""
+    if not isinstance(content, list):
+        return text_of(content)
+    said = []
+    for part in content:
+        if part["type"] == "text":
+            said.append(text_of(part["text"]))
+        elif part["type"] == "image" and not (part.keys() & {"image", "url", "path", "base64"}):
+            said.append("<image>")
+        else:
+            raise ValueError(f"a part of type {part['type']!r}: name pictures under 'image'")
+    return "\n".join(said)
+
+
+# a picture, or what else this cannot show, under another name: img, Image, image_path, image1, photos, video ...
+SHOWN = re.compile(r"(image|img|picture|pic|photo|video|audio)s?(path|file|filename|name|url)?s?\d*")
+
+
+def images_of(record: dict[str, Any]) -> list[str]:
+    """The names under 'image' or 'images'. Raises ValueError where the record seems to have them elsewhere."""
+    given = [record[key] for key in ("image", "images") if record.get(key)]
+    if len(given) > 1:
+        raise ValueError("pictures under 'image' and under 'images': which?")
+    if given:
+        return [given[0]] if isinstance(given[0], str) else [*given[0]]
+    for key, value in record.items():
+        if value and SHOWN.fullmatch(re.sub(r"[\W_]", "", key.lower())):
+            raise ValueError(f"no 'image', but {key!r}: pictures are named under 'image' or 'images'")
+    return []
+
+
+def turns_of(record: dict[str, Any]) -> list[tuple[Any, str]]:
+    """(role, text) of each turn: 'conversations' as LLaVA has them, or 'messages' as OpenAI has."""
+    if record.get("conversations") and record.get("messages"):
+        raise ValueError("both 'conversations' and 'messages': which?")
+    if record.get("messages"):
+        return [(turn["role"], content_of(turn["content"])) for turn in record["messages"]]
+    return [(turn["from"], text_of(turn["value"])) for turn in record["conversations"]]
+
+
+def elements_of(text: str) -> list[str]:
+    """The elements of a JSON array, as text. Raises ValueError if it is none, RecursionError if nested too deep."""
+    decoder, spaces = json.JSONDecoder(), re.compile(r"\s*")
+    elements, place = [], spaces.match(text, text.index("[") + 1).end()
+    while text[place : place + 1] != "]":
+        end = decoder.raw_decode(text, place)[1]  # an element at a time: as objects, all would fill the memory
+        elements.append(text[place:end])
+        place = spaces.match(text, end).end()
+        if text[place : place + 1] == ",":
+            place = spaces.match(text, place + 1).end()
+        elif text[place : place + 1] != "]":
+            raise ValueError(f"neither a comma nor an end after element {len(elements)}")
+    if text[place + 1 :].strip():
+        raise ValueError("something follows its end")
+    return elements
+
+
+def records_of(file: Path, content: bytes) -> list[tuple[str, bytes]]:
+    """(place, text) of each record of a file: an element of its JSON array, or a line.
+
+    Not read yet: what is bad in a record, bytes that are no UTF-8 too, is its own. Raises ValueError, with the file's
+    name, for a .json whose array is damaged, and for UTF-16.
+    """
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(f"{file} is UTF-16: save it as UTF-8")
+    if content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        try:
+            elements = elements_of(content.decode("utf-8", "surrogateescape"))
+            texts = [element.encode("utf-8", "surrogateescape") for element in elements]
+            return [(f": record {n}", text) for n, text in enumerate(texts, 1)]
+        except (ValueError, RecursionError) as error:
+            if file.suffix == ".json":
+                raise ValueError(f"{file} is damaged: {printable(str(error))}") from error
+    lines = [(f":{n}", line) for n, line in enumerate(content.split(b"\n"), 1)]
+    return [(place, line) for place, line in lines if line.removeprefix(b"\xef\xbb\xbf").strip()]
+
+
 class JsonLines:
     """A folder with `train.jsonl`, optionally `test.jsonl`, and images, in LLaVA's conversation format.
 
-    One object a line: {"image": "a.png" or ["a.png", "b.png"] or absent, "conversations": [{"from": "human", "value":
-    "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}, ...]}. Images come first in a document, wherever
-    `<image>` stands. Image names are relative to the folder and may not leave it. A malformed line raises ValueError
-    with its number when it is read.
+    One object a line, or a JSON array of them, in `train.jsonl` or else `train.json`: {"image": "a.png" or ["a.png",
+    "b.png"] or absent, "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt",
+    "value": "A cat."}, ...]}. `images` is as good as `image`, and `messages` with `role` and `content` as good as
+    `conversations`. Images come first in a document, wherever `<image>` stands in a question; in an answer it is text.
+    A system turn at the start is put before every question. Image names are relative to the folder and may not leave
+    it. A malformed record raises ValueError with its line or number when it is read.
     """
 
     ASKS, ANSWERS = ("human", "user"), ("gpt", "assistant")
 
     def __init__(self, split: str, folder: Path):
-        self.folder, self.file = folder.resolve(), folder / f"{split}.jsonl"
-        if not self.file.exists():
-            raise FileNotFoundError(f"--data jsonl:{folder}: there is no {self.file}")
-        content = self.file.read_bytes()  # decoded line by line: one that is no UTF-8 is a bad record, not the end
-        self.fingerprint = hashlib.sha256(content).hexdigest()
-        self.lines = [(n, line) for n, line in enumerate(content.split(b"\n"), 1) if line.strip()]
+        files = [folder / f"{split}.jsonl", folder / f"{split}.json"]
+        found = [file for file in files if file.exists()]
+        if not found:
+            raise FileNotFoundError(f"--data jsonl:{folder}: there is no {files[0]} (nor {files[1].name})")
+        self.folder, self.file = folder.resolve(), found[0]
+        content = self.file.read_bytes()
+        self.fingerprint = hashlib.sha256(content).hexdigest()  # pictures that change under their names are not seen
+        self.records = records_of(self.file, content)
 
     def __len__(self) -> int:
-        return len(self.lines)
+        return len(self.records)
 
     def __getitem__(self, index: int) -> Example:
-        number, line = self.lines[index]
-        where = f"{self.file}:{number}"
+        place, line = self.records[index]
+        where = f"{self.file}{place}"
         try:
-            record = json.loads(line.decode())
-            names = record.get("image") or []
-            images = [self.folder / name for name in ([names] if isinstance(names, str) else [*names])]
-            turns = [(turn["from"], text_of(turn["value"])) for turn in record["conversations"]]
+            record = json.loads(line.decode("utf-8-sig"))
+            images = [self.folder / name for name in images_of(record)]
+            turns = turns_of(record)
             outside = [path for path in dict.fromkeys(images) if not path.resolve().is_relative_to(self.folder)]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
             reason = printable(repr(error))  # the last two: nested too deep, and a link to itself
             raise ValueError(f"{where}: not a record in LLaVA's conversation format ({reason})") from error
         if outside:
             raise ValueError(f"{where}: image {printable(str(outside[0]))} lies outside {self.folder}")
-        marks = sum(value.count("<image>") for _, value in turns)
-        if marks not in (0, len(images)):
-            raise ValueError(f"{where}: {marks} times <image> for {len(images)} images")
-        if turns and turns[0][0] == "system":
-            turns = turns[1:]
+        system = turns.pop(0)[1] if turns and turns[0][0] == "system" else ""
         roles = [self.ASKS, self.ANSWERS] * (len(turns) // 2)
         if not turns or len(turns) % 2 or any(who not in role for (who, _), role in zip(turns, roles, strict=True)):
             found = printable(", ".join(str(who) for who, _ in turns))
             raise ValueError(f"{where}: conversations must alternate human and gpt, found: {found or 'nothing'}")
-        values = [value.replace("<image>", "").strip() for _, value in turns]
-        return Example(where, images, list(zip(values[::2], values[1::2], strict=True)))
+        asked, answers = [text for _, text in turns[::2]], [text.strip() for _, text in turns[1::2]]
+        marks = "".join([system, *asked]).count("<image>")
+        if marks not in (0, len(images)):
+            raise ValueError(f"{where}: {marks} times <image> for {len(images)} images")
+        if marks != len(images) and any("<image>" in answer for answer in answers):
+            raise ValueError(f"{where}: <image> in an answer: a model here sees pictures and makes none")
+        before = [system.replace("<image>", "").strip()]
+        plain = [question.replace("<image>", "").strip() for question in asked]
+        questions = ["\n".join(filter(None, [*before, question])) for question in plain]
+        return Example(where, images, list(zip(questions, answers, strict=True)))
+
+    def pictures(self) -> Pictures:
+        return of_files(self._images(index) for index in range(len(self)))
+
+    def _images(self, index: int) -> Sequence[Path]:
+        try:
+            return self[index].images
+        except ValueError:  # named when it is met
+            return ()
 
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -196,12 +301,12 @@ def load_source(data: str, split: str) -> Source:
     if kind == "synthetic" and (not rest or rest.isdigit()):
         return Synthetic(split, int(rest or 64))
     if kind == "jsonl" and rest:
-        return JsonLines(split, Path(rest))
+        return JsonLines(split, at_home(rest))
     if (prepared := prepared_folder(data)) is not None:
         return shards.Prepared(prepared if split == "train" else prepared / split)
     if kind == "mmstar":
         return hub.MMStar(rest or hub.MMSTAR)
-    if (kind and Path(kind).expanduser().is_dir()) or HUB_NAME.fullmatch(kind):
+    if (kind and at_home(kind).is_dir()) or HUB_NAME.fullmatch(kind):
         return hub.Cauldron(data, split)
     raise ValueError(f"unknown data set {data!r}; there are: {KNOWN}")
 
@@ -210,8 +315,15 @@ def prepared_folder(data: str) -> Path | None:
     """The folder of prepared shards that `data` names: prepared:FOLDER, or a FOLDER that holds a manifest."""
     kind, _, rest = data.partition(":")
     if kind == "prepared" and rest:
-        return Path(rest)
-    return Path(data) if data and (Path(data) / "manifest.json").exists() else None
+        return at_home(rest)
+    return at_home(data) if data and (at_home(data) / "manifest.json").exists() else None
+
+
+def at_home(name: str) -> Path:
+    """The path, `~` at its start being the home folder, which a shell leaves alone inside --data jsonl:~/FOLDER."""
+    with contextlib.suppress(RuntimeError):  # ~NOBODY
+        return Path(name).expanduser()
+    return Path(name)
 
 
 def is_local(data: str) -> bool:
@@ -219,7 +331,7 @@ def is_local(data: str) -> bool:
     kind, _, rest = data.partition(":")
     if kind == "mmstar":
         return bool(rest)
-    return Path(kind).expanduser().is_dir() or not HUB_NAME.fullmatch(kind)
+    return at_home(kind).is_dir() or not HUB_NAME.fullmatch(kind)
 
 
 def make_tokenizer(model: VLMConfig, source: Source, local: bool = False) -> Tokenizer:
@@ -241,15 +353,6 @@ def make_tokenizer(model: VLMConfig, source: Source, local: bool = False) -> Tok
     if len(tokenizer) > model.lm_vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} entries, --lm-vocab-size is {model.lm_vocab_size}")
     return tokenizer
-
-
-def split_off(source: Source, held_out: int, seed: int) -> tuple[Source, Source]:
-    """(the rest, `held_out` random examples but at most half). Raises ValueError if the source is empty."""
-    if len(source) == 0:
-        raise ValueError("the data set is empty")
-    order = np.random.default_rng(seed).permutation(len(source))
-    held_out = min(held_out, len(source) // 2)
-    return Subset(source, np.sort(order[held_out:])), Subset(source, np.sort(order[:held_out]))
 
 
 def texts(source: Source, prompt: str, limit: int = 50_000) -> Iterator[str]:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,11 @@ from nanovlm_fast.packing import IGNORE, Budget, PackedBatch, Packer, Sample, pa
 CACHE_BYTES = 2**30  # decoded examples kept by each worker
 AHEAD = 3  # batches that the host may be ahead of the device
 ENDLESS = 10**9  # epochs of a run that ends after --max-steps
+PARENT_SECONDS = 0.5  # between a worker's looks for its parent
+
+
+class TooLong(ValueError):
+    """An example that can be read but has no room in the model or the budgets; the message names it and the option."""
 
 
 def make_sample(example: Example, image_size: int, text: TextProcessor) -> Sample:
@@ -90,9 +95,12 @@ class SampleLoader:
         example = self.source[index]
         if example.documents is not None:  # prepared: nothing that a cache could save
             return Sample(example.name, example.images, example.documents)
-        room = self.model.lm_max_position_embeddings // self.model.image_tokens  # decoded, thousands would fill memory
-        if self.text.mode != "first" and len(example.images) > room:
-            raise ValueError(f"{example.name}: {len(example.images)} images, the model's longest document has {room}")
+        limit, count = self.model.lm_max_position_embeddings, len(example.images)
+        if self.text.mode == "first":
+            count = min(count, 1)
+        if count * self.model.image_tokens > limit:  # before they are decoded: thousands would fill the memory
+            taken = f"{count} images take {count * self.model.image_tokens} tokens"
+            raise TooLong(f"{example.name}: {taken}, --lm-max-position-embeddings is {limit}")
         sample = make_sample(example, self.model.vit_img_size, self.text)
         needed = sample.images.nbytes + 20 * sample.tokens  # ids, rows and labels of a token
         if needed <= self.cache_room:
@@ -109,16 +117,27 @@ class StreamBatch:
     bad: dict[int, str]  # examples that could not be read since the shard's last batch, and why
     too_long: list[str]  # examples that are over the budget, and why
     passed_over: int  # examples without a question that the curriculum asks
+    left_out: int  # all of these, each as often as it was met
     curriculum: bool  # packed while the curriculum lasted
     state: dict[str, Any]  # of its shard, after this batch
 
     @property
     def consumed(self) -> int:
         """Examples of the epoch that are done with."""
-        return self.packed.n_samples + len(self.bad) + len(self.too_long) + self.passed_over
+        return self.packed.n_samples + self.left_out
 
     def pin_memory(self) -> StreamBatch:
         return replace(self, packed=self.packed.pin_memory())
+
+
+@dataclass
+class LeftOut:
+    """What a shard met since its last batch and did not pack."""
+
+    bad: dict[int, str] = field(default_factory=dict)
+    too_long: list[str] = field(default_factory=list)
+    passed_over: int = 0
+    count: int = 0
 
 
 class PackedStream(IterableDataset):
@@ -132,6 +151,7 @@ class PackedStream(IterableDataset):
     ):
         self.load, self.budget, self.states = load, budget, states
         train, size = load.train, len(load.source)
+        self.endless = train.max_steps > 0
         self.total = ENDLESS * size if train.max_steps else int(np.ceil(train.epochs * size))  # examples in the run
         images = train.max_steps * (micro_batches or train.accumulate) * max(budget.images, 1)
         planned = images if train.max_steps else self.total
@@ -150,41 +170,59 @@ class PackedStream(IterableDataset):
             yield batch
             shards.rotate(-1)
 
-    def sample(self, position: int) -> Sample:
-        return self.load(position, position < self.curriculum_end)
+    def read(self, position: int, left: LeftOut) -> Sample | None:
+        """The sample at a position; None for one that is left out, with the reason in `left`."""
+        try:
+            sample = self.load(position, position < self.curriculum_end)
+            if not sample.documents:
+                left.passed_over += 1
+            elif misfit := self.budget.misfit(sample):
+                raise TooLong(f"{sample.name}: {misfit}")
+            else:
+                return sample
+        except TooLong as error:
+            left.too_long.append(str(error))
+        except ValueError as error:
+            left.bad[self.load.index(position)] = str(error)
+        left.count += 1
+        return None
 
     def shard(self, state: dict[str, Any]) -> Iterator[StreamBatch]:
-        model, look_ahead = self.load.model, self.load.train.look_ahead
-        packer = Packer(self.budget)
-        packer.load_state_dict(state["buffer"], self.sample)
+        """The batches of one shard, each with what was left out on the way to it.
+
+        A run that ends after --max-steps would read a shard without anything to learn from for ever: such a shard is
+        at its end after a whole epoch, and a shard without examples at once.
+        """
+        model, look_ahead, size = self.load.model, self.load.train.look_ahead, len(self.load.source)
+        if state["shard"] >= size:
+            return
+        packer, left = Packer(self.budget), LeftOut()
+        packer.buffer = [sample for key in state["buffer"] if (sample := self.read(key, left))]
         position = state["position"]
+        fruitful = max(position, self.curriculum_end)  # up to here there was, or may have been, something to learn
         while True:
-            bad, too_long, passed_over = {}, [], 0
-            while len(packer.buffer) < look_ahead and position < self.total:
+            # two epochs' positions hold one whole epoch, wherever they begin
+            while len(packer.buffer) < look_ahead and position < min(self.total, fruitful + 2 * size):
                 here, position = position, position + 1
-                index = self.load.index(here)
-                if index % state["shards"] != state["shard"]:  # an example stays with its worker, which remembers it
+                # an example stays with its worker, which remembers it
+                if self.load.index(here) % state["shards"] != state["shard"]:
                     continue
-                try:
-                    sample = self.sample(here)
-                except ValueError as error:
-                    bad[index] = str(error)
-                    if len(bad) >= look_ahead:  # let the trainer know before reading on
-                        break
-                    continue
-                if not sample.documents:
-                    passed_over += 1
-                elif misfit := packer.add(sample):
-                    too_long.append(f"{sample.name}: {misfit}")
-                    if len(too_long) >= look_ahead:
-                        break
+                if sample := self.read(here, left):
+                    packer.buffer.append(sample)
+                    fruitful = max(fruitful, position) if sample.labels else fruitful
+                elif left.count - (left.passed_over if packer.buffer else 0) >= look_ahead:
+                    break  # let the trainer know before reading on
             samples = packer.next()
-            if not (samples or bad or too_long or passed_over):
+            if not (samples or left.count):
                 return
             packed = pack(samples, self.budget, model.image_tokens, model.vit_img_size)
             curriculum = bool(samples) and samples[0].key < self.curriculum_end
             after = {**state, "position": position, "buffer": packer.state_dict()}
-            yield StreamBatch(packed, bad, too_long, passed_over, curriculum, after)
+            told = left.bad, left.too_long, left.passed_over, left.count
+            yield StreamBatch(packed, *told, curriculum, after)
+            left = LeftOut()
+            if not self.endless:
+                fruitful = max(fruitful, position)
 
 
 def initial_states(shards: int) -> list[dict[str, Any]]:
@@ -250,7 +288,7 @@ def loader(stream: PackedStream, pin_memory: bool = False) -> DataLoader:
         generator=torch.Generator(),  # or each start draws from the global one: a resumed run would differ
         num_workers=workers,
         collate_fn=_as_is,
-        worker_init_fn=leave_signals_to_the_parent,
+        worker_init_fn=begin_worker,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
     )
@@ -303,7 +341,25 @@ class Feed:
         return seconds
 
 
-def leave_signals_to_the_parent(worker: int) -> None:
+def begin_worker(worker: int) -> None:
+    """What each process of a data loader does first."""
+    leave_signals_to_the_parent()
+    threading.Thread(target=end_with_the_parent, daemon=True, name="parent").start()
+
+
+def end_with_the_parent() -> None:
+    """Wait until the parent is gone, killed perhaps, and end this process, whatever it is doing.
+
+    The loader itself looks for its parent only between two batches. (PR_SET_PDEATHSIG would come when the thread that
+    started the worker ends, and not only with its process.)
+    """
+    parent = multiprocessing.parent_process()
+    while os.getppid() == parent.pid:
+        time.sleep(PARENT_SECONDS)
+    os._exit(1)
+
+
+def leave_signals_to_the_parent() -> None:
     """Ctrl-C and a scheduler's SIGTERM reach every process of a group, but only the parent decides what they mean."""
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)  # a worker ends when the loader says so, or when its parent is gone
@@ -322,15 +378,16 @@ def _as_is(batch: StreamBatch) -> StreamBatch:
 
 
 def even_draw(load: SampleLoader, count: int = 1000) -> list[Sample]:
-    """`count` samples evenly over the first epoch. Raises ValueError, with a first reason, if none can be read."""
-    samples, unreadable = [], ""
+    """`count` samples evenly over the first epoch. Raises ValueError, with a first reason, if none can be used."""
+    samples, first = [], None
     for position in np.unique(np.linspace(0, max(len(load.source) - 1, 0), count).astype(int)):
         try:
             samples.append(load(int(position)))
         except ValueError as error:  # counted and named when the stream meets it
-            unreadable = unreadable or str(error)
-    if not samples and unreadable:
-        raise ValueError(f"--data {load.train.data}: no example could be read. The first: {unreadable}")
+            first = first or error
+    if not samples and first:
+        what = "fits" if isinstance(first, TooLong) else "could be read"
+        raise ValueError(f"--data {load.train.data}: no example {what}. The first: {first}")
     return samples
 
 
@@ -339,23 +396,28 @@ def measure_budget(load: SampleLoader, train: TrainConfig, probe: int = 1000) ->
 
     Raises ValueError, with a first reason, if nothing of the draw can be read, fits, or carries a label.
     """
-    limit = load.model.lm_max_position_embeddings
+    limit, nothing = load.model.lm_max_position_embeddings, f"--data {train.data}: no example fits the budgets"
     if train.max_seqlen > limit:
         raise ValueError(f"--max-seqlen {train.max_seqlen} is over the model's --lm-max-position-embeddings {limit}")
     samples = even_draw(load, probe)
     room = train.max_seqlen or limit
+    # what is left out takes no part of a batch
     fitting = [sample for sample in samples if all(len(document) <= room for document in sample.documents)]
-    measured = Budget.measure(fitting or samples, train.tokens_per_batch)  # what is left out takes no part of a batch
+    if samples and not fitting:
+        longest = max(len(document) for document in samples[0].documents)
+        option = f"--{'max-seqlen' if train.max_seqlen else 'lm-max-position-embeddings'} is {room}"
+        raise ValueError(f"{nothing}. The first: {samples[0].name}: {longest} tokens in one document, {option}")
+    measured = Budget.measure(fitting, train.tokens_per_batch, longest=room)
     budget = Budget(
         tokens=train.tokens_per_batch,
         documents=train.documents_per_batch or measured.documents,
         images=train.images_per_batch or measured.images,
         labels=train.labels_per_batch or measured.labels,
-        max_seqlen=train.max_seqlen or min(measured.max_seqlen, limit),
+        max_seqlen=train.max_seqlen or measured.max_seqlen,
     )
     misfits = [f"{sample.name}: {misfit}" for sample in samples if (misfit := budget.misfit(sample))]
     if len(misfits) == len(samples):
-        raise ValueError(f"--data {train.data}: no example fits the budgets. The first: {misfits[0]}")
+        raise ValueError(f"{nothing}. The first: {misfits[0]}")
     if not any((document.labels != IGNORE).any() for sample in samples for document in sample.documents):
         raise ValueError(f"--data {train.data}: no answer in any example, there is nothing to learn")
     return budget
