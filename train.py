@@ -55,7 +55,8 @@ class Trainer:
         self.run = Path(config.out)
         self.watchdog = Watchdog(config.hang_timeout, self.run, self.world)
         self.watchdog.pause()  # data and weights may come from far away
-        checkpoint, saved_state = newest_state(self.run, self.world) if config.resume else (None, None)
+        newest = newest_state(self.run, self.world) if config.resume else (None, None)
+        checkpoint, saved_state = newest
         split = split_run(load_source(config.data, "train"), config, self.world, saved_state)
         self.train_source, self.val_source = split.train, split.held_out
         check_run_folder(self.run, config)

@@ -214,7 +214,7 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 
 def newest_state(run: Path, world: World) -> tuple[Path | None, dict[str, Any] | None]:
-    """The newest checkpoint as the first rank sees it on a shared file system, and its state; None without one."""
+    """The newest checkpoint, as the first rank sees the shared folder, and its state; or None."""
     newest = newest_checkpoint(run)
     found = world.gather(str(newest) if newest else None)[0]
     return (Path(found), read_state(Path(found))) if found else (None, None)

@@ -131,15 +131,13 @@ class TrainConfig:
     vision: str = option("", "SigLIP vision tower to start from: hub name or folder; none: from scratch")
     language: str = option("", "language model (SmolLM2, Llama) to start from: hub name or folder; none: from scratch")
     start_from: str = option("", "checkpoint to start a new run from: run, folder, or hub name in nanoVLM's layout")
-    val_samples: int = option(
-        100, "images held out of the training split, with all their examples, to evaluate on while training"
-    )
+    val_samples: int = option(100, "images held out, with all their examples, to evaluate on")
     out: str = option("", "run folder; default runs/PRESET")
     resume: bool = option(False, "continue the run in --out (or the latest run) from its newest checkpoint")
     data_changed: bool = option(
         False,
-        "with --resume: go on although --data is not what the checkpoint was trained on; pictures that were held out "
-        "stay so where they are found again, by their content",
+        "with --resume: go on although --data is not what the checkpoint was trained on; pictures "
+        "that were held out stay so where they are found again, by their content",
     )
     auto_resume: bool = option(
         False, "--resume if --out holds a run already, else start it: the same command before and after a crash"
@@ -351,7 +349,8 @@ def load_run_config(run: Path) -> dict[str, Any]:
 
 def save_run_config(run: Path, model: VLMConfig, train: TrainConfig) -> None:
     values = {**dataclasses.asdict(model), **dataclasses.asdict(train)}
-    values |= dict.fromkeys(("resume", "data_changed", "auto_resume", "overwrite", "dry_run"), False)
+    once = ("resume", "data_changed", "auto_resume", "overwrite", "dry_run")
+    values |= dict.fromkeys(once, False)
     write_whole(run / "config.json", json.dumps(values, indent=2) + "\n")
 
 
@@ -385,10 +384,10 @@ def latest_run(runs: Path = RUNS) -> Path:
 # What a resumed run may change. All else decides what its checkpoint means: weights and places in the data.
 RESUMABLE = frozenset(
     "out resume data_changed overwrite dry_run device dtype kernels attention compile recompute "
-    "epochs max_steps max_bad_samples lr_projector lr_vision lr_language warmup min_lr weight_decay "
-    "muon_scale beta2 clip log_every eval eval_style eval_every save_every final_eval wandb "
-    "wandb_project auto_resume shard deterministic keep_checkpoints on_save_error "
-    "max_skipped_steps hang_timeout".split()
+    "epochs max_steps max_bad_samples lr_projector lr_vision lr_language warmup min_lr "
+    "weight_decay muon_scale beta2 clip log_every eval eval_style eval_every save_every "
+    "final_eval wandb wandb_project auto_resume shard deterministic keep_checkpoints "
+    "on_save_error max_skipped_steps hang_timeout".split()
 )
 
 

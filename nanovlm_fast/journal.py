@@ -149,12 +149,13 @@ class Journal:
             raise Stopped(f"{len(state['bad'])} unreadable samples are over --max-bad-samples {limit}")
 
     def note_the_datas_end(self) -> None:
-        """No rank has more to learn from; raises Stopped where the run was to have more, or any, steps."""
+        """No rank has more to learn from. Raises Stopped if there were to be more steps, or any."""
         state, wanted = self.state, self.config.max_steps
         if wanted or not state["step"]:
             of_all = f" of {wanted}" if wanted else ""
-            why = f"{len(state['bad'])} unreadable, {state['too_long']} times too long, the rest without an answer"
-            raise Stopped(f"after step {state['step']}{of_all} a whole epoch had nothing to learn from: {why}")
+            when = f"after step {state['step']}{of_all} a whole epoch had nothing to learn from"
+            counts = f"{len(state['bad'])} unreadable, {state['too_long']} times too long"
+            raise Stopped(f"{when}: {counts}, the rest without an answer")
 
 
 def start_wandb(run: Path, model: VLMConfig, config: TrainConfig) -> Any:

@@ -121,8 +121,9 @@ class Budget:
                 raise ValueError(f"budget {field.name} = {getattr(self, field.name)} is too small for any sample")
         if self.documents < self.pad_documents(self.tokens):
             raise ValueError(
-                f"budget of {self.documents} documents (--documents-per-batch): {self.tokens} tokens need at least "
-                f"{self.pad_documents(self.tokens)} documents of max_seqlen {self.max_seqlen} (--max-seqlen)"
+                f"budget of {self.documents} documents (--documents-per-batch): {self.tokens} "
+                f"tokens need at least {self.pad_documents(self.tokens)} documents of max_seqlen "
+                f"{self.max_seqlen} (--max-seqlen)"
             )
 
     def pad_documents(self, padding: int) -> int:
@@ -144,7 +145,12 @@ class Budget:
             for what, needed, limit, option in (
                 ("tokens in one document", longest, self.max_seqlen, "--max-seqlen"),
                 ("tokens", sample.tokens, self.tokens, "--tokens-per-batch"),
-                ("documents, its padding's too", documents, self.documents, "--documents-per-batch"),
+                (
+                    "documents, its padding's too",
+                    documents,
+                    self.documents,
+                    "--documents-per-batch",
+                ),
                 ("images", len(sample.images), self.images, "--images-per-batch"),
                 ("labelled tokens", sample.labels, self.labels, "--labels-per-batch"),
             )
@@ -153,11 +159,17 @@ class Budget:
         return "; ".join(over) or None
 
     @staticmethod
-    def measure(samples: Iterable[Sample], tokens: int, slack: float = 1.03, longest: int = 2**31) -> Budget:
+    def measure(
+        samples: Iterable[Sample],
+        tokens: int,
+        slack: float = 1.03,
+        longest: int = 2**31,
+    ) -> Budget:
         """Budgets in proportion to what the given samples hold, for batches of `tokens` tokens.
 
-        max_seqlen is the longest document seen, rounded up to 8 but to no more than `longest`. Samples over
-        `tokens` are not counted: the packer will leave them out. Raises ValueError without samples, or when none fits.
+        max_seqlen is the longest document seen, rounded up to 8 but to no more than `longest`.
+        Samples over `tokens` are not counted: the packer will leave them out. Raises ValueError
+        without samples, or when none fits.
         """
         samples = sorted(samples, key=lambda sample: sample.tokens)
         if not samples:

@@ -86,7 +86,8 @@ def counts(model: VLMConfig, config: TrainConfig) -> tuple[int, tuple[float, flo
         return examples, (images, tokens, labels, tokens * (tokens + 1) / 2), "the recipe's counts"
     if not is_local(config.data):
         return 0, (0, 0, 0, 0), f"{config.data} is on the hub, and this reads nothing from there"
-    source, _ = split_off(load_source(config.data, "train"), config.val_samples, config.seed, config.data)
+    whole = load_source(config.data, "train")
+    source, held_out = split_off(whole, config.val_samples, config.seed, config.data)
     try:
         tokenizer = make_tokenizer(model, source, local=True)
     except FileNotFoundError as error:
@@ -96,7 +97,8 @@ def counts(model: VLMConfig, config: TrainConfig) -> tuple[int, tuple[float, flo
     pairs = sum(len(d) * (len(d) + 1) // 2 for sample in drawn for d in sample.documents)
     sums = (sum(len(s.images) for s in drawn), sum(s.tokens for s in drawn), sum(s.labels for s in drawn), pairs)
     images, tokens, labels, pairs = (total / len(drawn) for total in sums)
-    return len(source), (images, tokens, labels, pairs), f"measured on {len(drawn):,} of them"
+    origin = f"measured on {len(drawn):,} of them, {len(held_out):,} more held out"
+    return len(source), (images, tokens, labels, pairs), origin
 
 
 def prediction(config: TrainConfig, device: torch.device, tokens: float) -> str:

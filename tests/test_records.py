@@ -38,7 +38,10 @@ FORMS = {
     "lines named json": ("train.json", LINES),
     "a BOM": ("train.jsonl", BOM + LINES),
     "CRLF and blank lines": ("train.jsonl", LINES.replace(b"\n", b"\r\n \r\n") + b"\r\n"),
-    "files put together, each with its BOM": ("train.jsonl", BOM + LINES.replace(b"\n", b"\n" + BOM)),
+    "files put together, each with its BOM": (
+        "train.jsonl",
+        BOM + LINES.replace(b"\n", b"\n" + BOM),
+    ),
 }
 
 
@@ -74,24 +77,25 @@ def test_utf16_is_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("named", ["a.png", ["a.png", "b.png"]])
 def test_images_is_as_good_as_image(tmp_path, named):
-    ours, theirs = (
-        written(tmp_path, [{key: named, "image_id": 7, "conversations": talk("What?", "A cat.")}])[0]
-        for key in ("images", "image")
-    )
+    record = {"image_id": 7, "conversations": talk("What?", "A cat.")}
+    ours, theirs = (written(tmp_path, [{key: named, **record}])[0] for key in ("images", "image"))
     assert ours == theirs and len(ours.images) == (1 if named == "a.png" else 2)
 
 
 def test_a_record_may_say_that_it_has_no_picture(tmp_path):
-    records = [{key: value, "id": 1, "conversations": talk("One?", "two")} for key in ("image", "images", "img")
-               for value in (None, "", [])]  # fmt: skip
+    named = [(key, value) for key in ("image", "images", "img") for value in (None, "", [])]
+    records = [{key: value, "conversations": talk("One?", "two")} for key, value in named]
     source = written(tmp_path, records)
     assert all(source[i].images == [] for i in range(9))
 
 
-@pytest.mark.parametrize(
-    "key", ["img", "Image", "IMAGES", "image_path", "imagePath", "image_file", "img_path", "image_url", "picture",
-            "photo", "photos", "pic", "image1", "image_0", "video", "videos", "audio"],
-)  # fmt: skip
+OTHER_NAMES = (
+    "img Image IMAGES image_path imagePath image_file img_path image_url picture photo photos pic "
+    "image1 image_0 video videos audio"
+).split()
+
+
+@pytest.mark.parametrize("key", OTHER_NAMES)
 def test_a_picture_under_another_name_is_refused_by_it(tmp_path, key):
     """Such a record would train blind."""
     source = written(tmp_path, [{key: "a.png", "conversations": talk("What?", "A cat.")}])
@@ -111,14 +115,20 @@ def test_what_says_two_things_is_refused(tmp_path):
 
 def test_a_system_turn_stands_before_every_question(tmp_path):
     system = {"from": "system", "value": "Answer in French. "}
-    record = {"image": "a.png", "conversations": [system, *talk("<image>\nRed?", "Oui", "Why?", "Car")]}
+    record = {
+        "image": "a.png",
+        "conversations": [system, *talk("<image>\nRed?", "Oui", "Why?", "Car")],
+    }
     turns = written(tmp_path, [record])[0].turns
     assert turns == [("Answer in French.\nRed?", "Oui"), ("Answer in French.\nWhy?", "Car")]
 
 
 def test_an_image_mark_in_an_answer_is_text_or_refused_but_never_gone(tmp_path):
     html = talk("<image>\nWrite it as a page.", "<p> <image> </p>", "Again?", "<image>")
-    records = [{"image": "a.png", "conversations": html}, {"conversations": talk("A tag?", "<image>")}]
+    records = [
+        {"image": "a.png", "conversations": html},
+        {"conversations": talk("A tag?", "<image>")},
+    ]
     misplaced = [{"image": "a.png", "conversations": talk("Draw a cat.", "<image>")}]
     source = written(tmp_path, records + misplaced)
     assert source[0].turns == [("Write it as a page.", "<p> <image> </p>"), ("Again?", "<image>")]
@@ -131,14 +141,22 @@ def test_openais_messages_are_read(tmp_path):
     parts = [{"type": "image"}, {"type": "text", "text": "What?"}]
     chats = [
         [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A cat."}],
-        [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}],
+        [
+            {"role": "user", "content": parts},
+            {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+        ],
     ]
     records = [{"messages": chat, "images": ["a.png"]} for chat in chats]
-    other = [[{"type": "image_url", "image_url": {"url": "http://x/a.png"}}], [{"type": "image", "image": "a.png"}]]
-    records += [{"messages": [{"role": "user", "content": content}, chats[0][1]]} for content in other]
+    other = [
+        [{"type": "image_url", "image_url": {"url": "http://x/a.png"}}],
+        [{"type": "image", "image": "a.png"}],
+    ]
+    asked = [{"role": "user", "content": content} for content in other]
+    records += [{"messages": [question, chats[0][1]]} for question in asked]
     source = written(tmp_path, records)
     for index in (0, 1):
-        assert source[index].turns == [("What?", "A cat.")] and source[index].images == [tmp_path / "a.png"]
+        assert source[index].turns == [("What?", "A cat.")]
+        assert source[index].images == [tmp_path / "a.png"]
     for index in (2, 3):
         with pytest.raises(ValueError, match=rf":{index + 1}: .*name pictures under 'image'"):
             source[index]
@@ -147,7 +165,8 @@ def test_openais_messages_are_read(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"\n \r\n", BOM, b"[]", b" [ ] "])
 def test_an_empty_file_is_named(tmp_path, content):
     source = written(tmp_path, content)
-    with pytest.raises(ValueError, match=r"--data jsonl:x: the data set is empty: no record in .*train\.jsonl"):
+    said = r"--data jsonl:x: the data set is empty: no record in .*train\.jsonl"
+    with pytest.raises(ValueError, match=said):
         split_off(source, 1, 0, "jsonl:x")
 
 

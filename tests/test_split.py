@@ -1,4 +1,4 @@
-"""Held out is held out: by picture, whatever files and records call it, and still so when the data has changed."""
+"""Held out is held out: by picture, whatever its name, and still so when the data has changed."""
 
 from __future__ import annotations
 
@@ -96,7 +96,10 @@ def test_no_held_out_picture_is_trained_on_under_any_name(tmp_path, seed):
 def test_pictures_that_an_example_shows_together_stay_together(tmp_path):
     folder = tmp_path / "data"
     records = a_line_a_question(folder, pictures=8, questions=2)
-    records += [record("which is redder?", "1.png", "copy of 2.png"), record("and now?", "2.png", "3.png")]
+    records += [
+        record("which is redder?", "1.png", "copy of 2.png"),
+        record("and now?", "2.png", "3.png"),
+    ]
     records += [record("a text?")] * 3
     source = load_source(write(folder, records), "train")
     sides = set()
@@ -118,8 +121,7 @@ def test_of_large_data_only_files_of_a_held_out_size_are_read(tmp_path):
     pictures, read = source.pictures(), []
     content = pictures.content
     pictures.content = lambda file: read.append(file) or content(file)
-    source.pictures = lambda: pictures
-    held_out, groups = choose(source, 5, 0)
+    held_out, groups = choose(source, 5, 0, pictures)
     assert (groups, len(held_out)) == (5, 10) and 10 <= len(read) <= 30
 
 
@@ -127,7 +129,8 @@ def test_what_cannot_be_read_is_nobodys_double(tmp_path):
     folder = tmp_path / "data"
     records = a_line_a_question(folder, pictures=3, questions=2)
     os.mkfifo(folder / "pipe.png")
-    records += [record(f"{i}?", name) for i, name in enumerate(("gone.png", "pipe.png", "x\0.png", "../out.png"))]
+    names = ("gone.png", "pipe.png", "x\0.png", "../out.png")
+    records += [record(f"{i}?", name) for i, name in enumerate(names)]
     source = load_source(write(folder, [*records, "{no json"]), "train")
     rest, held_out = split_off(source, 4, 0)
     assert len(rest) + len(held_out) == 11 and len(held_out) >= 4
@@ -164,7 +167,8 @@ def test_fewer_than_asked_and_what_is_held_out_are_said(tmp_path):
     records = a_line_a_question(tmp_path / "data", pictures=10, questions=4)
     _, config = parse_config(["--data", write(tmp_path / "data", records)])
     split = split_run(load_source(config.data, "train"), config, World(), None)
-    assert split.lines[0].startswith("--val-samples 100: only 5 can be held out (at most half of the 40 examples")
+    said = "--val-samples 100: only 5 can be held out (at most half of the 40 examples"
+    assert split.lines[0].startswith(said)
     assert re.search(r"training on 20 of 40 examples, held out: \d+ pictures in 20", split.lines[1])
 
 
@@ -172,8 +176,8 @@ def test_fewer_than_asked_and_what_is_held_out_are_said(tmp_path):
 
 
 @pytest.mark.parametrize(("asked", "turns", "fits"), [
-    ("upper half", "independent", True), ("upper half", "first", False), ("what shape", "independent", False),
-    ("what color", "first", True), ("", "independent", True),
+    ("upper half", "independent", True), ("upper half", "first", False),
+    ("what shape", "independent", False), ("what color", "first", True), ("", "independent", True),
 ])  # fmt: skip
 def test_a_curriculum_that_matches_nothing_is_refused(asked, turns, fits):
     options = ["--data", "synthetic:32", "--curriculum", asked, "--turns", turns]
@@ -181,7 +185,8 @@ def test_a_curriculum_that_matches_nothing_is_refused(asked, turns, fits):
     if fits:
         check_curriculum(Synthetic("train"), config)
         return
-    with pytest.raises(ValueError, match=f"--curriculum '{asked}': no question of --data synthetic:32"):
+    said = f"--curriculum '{asked}': no question of --data synthetic:32"
+    with pytest.raises(ValueError, match=said):
         check_curriculum(Synthetic("train"), config)
 
 
@@ -193,11 +198,17 @@ def of(config, state=None):
 
 
 def test_fingerprints_change_with_the_content_and_not_with_the_place(tmp_path):
-    def rows(answer: str, number: int = 0) -> list:
-        return [([picture(i + number)], texts((f"{i}?", "no"))) for i in range(20)] + [([], texts(("x?", answer)))]
+    def rows(answer: str) -> list:
+        shown = [([picture(i)], texts((f"{i}?", "no"))) for i in range(20)]
+        return [*shown, ([], texts(("x?", answer)))]
 
     found = {}
-    for name, made in {"a": rows("cat"), "b": rows("cat"), "c": rows("dog"), "d": rows("cat")[:-1]}.items():
+    for name, made in {
+        "a": rows("cat"),
+        "b": rows("cat"),
+        "c": rows("dog"),
+        "d": rows("cat")[:-1],
+    }.items():
         (tmp_path / name).mkdir()
         cauldron(made).to_parquet(tmp_path / name / "train.parquet")
         found[name] = load_source(str(tmp_path / name), "train").fingerprint
@@ -206,10 +217,11 @@ def test_fingerprints_change_with_the_content_and_not_with_the_place(tmp_path):
     assert load_source(str(tmp_path / "disk"), "train").fingerprint == found["a"]
     options = "--workers 0 --vit-img-size 32 --mp-pixel-shuffle-factor 2"
     for name in ("a", "c"):
-        assert prepare.main(f"--data {tmp_path}/{name} --out {tmp_path}/out-{name} {options}".split()) == 0
-    prints = {load_source(f"prepared:{tmp_path}/out-{name}", "train").fingerprint for name in ("a", "c")}
-    others = {load_source(name, "train").fingerprint for name in ("easy_vqa", "synthetic", "synthetic:32")}
-    assert len(prints | others) == 5
+        places = f"--data {tmp_path}/{name} --out {tmp_path}/out-{name}"
+        assert prepare.main(f"{places} {options}".split()) == 0
+    names = [f"prepared:{tmp_path}/out-{name}" for name in ("a", "c")]
+    names += ["easy_vqa", "synthetic", "synthetic:32"]
+    assert len({load_source(name, "train").fingerprint for name in names}) == 5
 
 
 @pytest.mark.parametrize("damage", [7, {}, {"examples": 48}, "held_out", "marks"])
@@ -217,13 +229,14 @@ def test_a_damaged_record_is_one_line(tmp_path, damage):
     _, config = parse_config(["--data", "synthetic:32"])
     kept = of(config).record
     damage = {**kept, damage: [10**9, -1]} if isinstance(damage, str) else damage
-    with pytest.raises(ValueError, match=r"state\.json of the checkpoint is damaged"):
+    with pytest.raises(ValueError, match=r"checkpoint's state\.json is damaged"):
         of(config, {"data": damage})
 
 
 def test_a_resume_on_the_same_data_takes_the_same_split_whatever_the_pictures_are_by_now(tmp_path):
     folder = tmp_path / "data"
-    _, config = parse_config(["--data", write(folder, a_line_a_question(folder, 10, 2)), "--val-samples", "3"])
+    data = write(folder, a_line_a_question(folder, 10, 2))
+    _, config = parse_config(["--data", data, "--val-samples", "3"])
     first = of(config)
     for i in range(10):
         (folder / f"{i}.png").write_bytes(picture(99))
@@ -231,16 +244,23 @@ def test_a_resume_on_the_same_data_takes_the_same_split_whatever_the_pictures_ar
     assert again.record == first.record and (again.held_out.indices == first.held_out.indices).all()
 
 
-@pytest.mark.parametrize("change", ["grown", "other answers", "records in another order", "picture renamed"])
+CHANGES = ["grown", "other answers", "records in another order", "pictures renamed"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_changed_data_is_refused_or_keeps_held_out_what_was(tmp_path, change):
     folder = tmp_path / "data"
     records = [*a_line_a_question(folder, 10, 4), *(record(f"text {i}?") for i in range(8))]
     options = ["--data", write(folder, records), "--val-samples", "6"]
     _, config = parse_config(options)
     before = of(config)
-    held, said = shown(before.held_out), {str(before.held_out[i].turns) for i in range(len(before.held_out))}
+    held, said = (
+        shown(before.held_out),
+        {str(before.held_out[i].turns) for i in range(len(before.held_out))},
+    )
     if change == "grown":
-        records = a_line_a_question(folder, 10, 1, start=50) + records + a_line_a_question(folder, 10, 5)[-10:]
+        more = a_line_a_question(folder, 10, 1, start=50)
+        records = more + records + a_line_a_question(folder, 10, 5)[-10:]
     elif change == "other answers":
         records = [line.replace("answer to question", "another to question") for line in records]
     elif change == "records in another order":
@@ -251,7 +271,8 @@ def test_changed_data_is_refused_or_keeps_held_out_what_was(tmp_path, change):
         records = [line.replace('["', '["new ') for line in records]
     write(folder, records)
     state = {"data": before.record}
-    with pytest.raises(ValueError, match=r"is not what the run was trained on: .*became .*--data-changed") as error:
+    said = r"is not what the run was trained on: .*became .*--data-changed"
+    with pytest.raises(ValueError, match=said) as error:
         of(config, state)
     assert ("48 examples became 68" in str(error.value)) == (change == "grown")
     _, config = parse_config([*options, "--data-changed"])
@@ -282,9 +303,10 @@ def test_a_run_on_changed_data_is_refused_goes_on_if_told_and_old_checkpoints_go
     assert "training on 52 of 60 examples, held out: 2 pictures in 8" in result.stdout
     state = json.loads((run / "last" / "state.json").read_text())
     assert state["step"] == 5 and state["data"]["examples"] == 60
-    assert not json.loads((run / "config.json").read_text())["data_changed"], "accepted once, not for ever"
+    kept = json.loads((run / "config.json").read_text())
+    assert not kept["data_changed"], "accepted once, not for ever"
     del state["data"]
     (run / "last" / "state.json").write_text(json.dumps(state))
     result = train(run, f"{common} --max-steps 6 --resume")
     assert result.returncode == 0, result.stderr
-    assert "warning: this checkpoint does not say what data it was trained on" in result.stdout
+    assert "warning: the checkpoint does not say on what data" in result.stdout

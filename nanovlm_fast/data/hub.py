@@ -113,13 +113,15 @@ class Cauldron:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with the texts, and with the number or the length of the pictures' files; not with where they are."""
-        digests = defaultdict(hashlib.sha256)  # one a column: how the rows are cut into blocks must not matter
+        """Changes with the texts and the lengths of the pictures' files, not with their place."""
+        # one a column: how the rows are cut into blocks must not matter
+        digests = defaultdict(hashlib.sha256)
         for _, rows in self.parts:
             for batch in rows.iter(BLOCK):
                 for name, array in self._columns(batch):
                     digests[name].update(array)
-        return hashlib.sha256("".join(digests[name].hexdigest() for name in sorted(digests)).encode()).hexdigest()
+        each = "".join(digests[name].hexdigest() for name in sorted(digests))
+        return hashlib.sha256(each.encode()).hexdigest()
 
     @staticmethod
     def _columns(batch: Any) -> Iterator[tuple[str, bytes]]:
@@ -145,26 +147,32 @@ class Cauldron:
             example = int(np.searchsorted(starts, file, "right")) - 1
             return self[example].images[file - int(starts[example])]
 
-        return Pictures(np.repeat(np.arange(len(counts)), counts), np.arange(len(sizes)), sizes, content)
+        examples = np.repeat(np.arange(len(counts)), counts)
+        return Pictures(examples, np.arange(len(sizes)), sizes, content)
 
 
 BLOCK = 1000  # rows that are looked at in one go
 
 
 def text_columns(texts: Any) -> Iterator[tuple[str, bytes]]:
-    """(name, bytes) of what an Arrow column of turns says: read where it lies, or a large data set takes a minute."""
+    """(name, bytes) of what an Arrow column of turns says.
+
+    The bytes are read where they lie: as Python objects, a large data set's would take a minute.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
     try:
         turns = texts.flatten()
-        columns = {name: pc.struct_field(turns, name).cast(pa.large_binary()) for name in ("user", "assistant")}
+        said = {name: pc.struct_field(turns, name) for name in ("user", "assistant")}
+        columns = {name: column.cast(pa.large_binary()) for name, column in said.items()}
     except (AttributeError, pa.ArrowException):  # not of the schema: each row will say so
         yield "texts", repr(texts.to_pylist())[1:-1].encode(errors="replace") + b","
         return
     yield "turns", pc.list_value_length(texts).fill_null(0).cast(pa.int64()).to_numpy().tobytes()
     for name, column in columns.items():
-        yield f"{name} lengths", pc.binary_length(column).fill_null(-1).cast(pa.int64()).to_numpy().tobytes()
+        lengths = pc.binary_length(column).fill_null(-1).cast(pa.int64())
+        yield f"{name} lengths", lengths.to_numpy().tobytes()
         _, offsets, content = column.buffers()
         ends = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1]
         if content is not None and len(ends):
@@ -172,21 +180,25 @@ def text_columns(texts: Any) -> Iterator[tuple[str, bytes]]:
 
 
 def picture_sizes(images: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(pictures of each row, length of each picture's file or -1) of an Arrow column, from its offsets alone."""
+    """(pictures of each row, length of each one's file or -1) of an Arrow column.
+
+    Only its offsets are read.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
     if not (pa.types.is_list(images.type) or pa.types.is_large_list(images.type)):
-        return np.zeros(len(images), np.int64), np.zeros(0, np.int64)  # not of the schema: each row will say so
-    counts = pc.fill_null(pc.list_value_length(images), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+        # not of the schema: each row will say so
+        return np.zeros(len(images), np.int64), np.zeros(0, np.int64)
+    counts = pc.list_value_length(images).fill_null(0).cast(pa.int64()).to_numpy()
     files = images.flatten()
     if pa.types.is_struct(files.type):
         known = files.type.get_field_index("bytes") >= 0
         files = pc.struct_field(files, "bytes") if known else files
     if not (pa.types.is_binary(files.type) or pa.types.is_large_binary(files.type)):
         return counts, np.full(len(files), -1, np.int64)
-    sizes = pc.fill_null(pc.binary_length(files), -1).to_numpy(zero_copy_only=False)
-    return counts, sizes.astype(np.int64)
+    sizes = pc.binary_length(files).fill_null(-1).cast(pa.int64()).to_numpy()
+    return counts, sizes
 
 
 def configurations(data: str) -> list[tuple[str, str, str | None]]:

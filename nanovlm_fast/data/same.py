@@ -1,7 +1,7 @@
 """Which examples show the same picture.
 
-Pictures are the same if their bytes are. Bytes are read only of pictures that have the size of one that somebody asks
-about: for a hundred held-out pictures that is next to nothing, however large the data.
+Pictures are the same if their bytes are. Bytes are read only of pictures that have the size of one
+that somebody asks about: for a hundred held-out pictures that is little, however large the data.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 class Pictures:
     """The pictures of a source: example `examples[i]` shows file `files[i]`; `examples` ascends.
 
-    `sizes[f]` is a number that files of the same content have in common and that costs nothing to know, or -1 where
-    file f cannot be read; `content(f)` reads the file.
+    `sizes[f]` is a number that files of the same content have in common and that is cheap to know,
+    or -1 where file f cannot be read; `content(f)` reads the file.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Pictures:
         return self.examples[self.by_file[_span(self.files, file, self.by_file)]].tolist()
 
     def group(self, example: int) -> set[int]:
-        """The example, those that share a picture with it, those that share one with these, and so on."""
+        """The example, those that share a picture with it, those that do with these, and so on."""
         found, files, new = {example}, set(), {example}
         while new:
             unseen = {file for one in new for file in self.of(one)} - files
@@ -80,9 +80,9 @@ def _span(values: np.ndarray, value: int, order: np.ndarray | None = None) -> sl
 def of_files(paths: Iterable[Iterable[Path]]) -> Pictures:
     """The pictures of examples that show these files. Files of one name are one file."""
     numbers: dict[Path, int] = {}
-    shown = [
-        (i, numbers.setdefault(path, len(numbers))) for i, some in enumerate(paths) for path in some
-    ]
+    shown = []
+    for i, some in enumerate(paths):
+        shown += [(i, numbers.setdefault(path, len(numbers))) for path in some]
     examples, files = np.array(shown, np.int64).reshape(-1, 2).T
     names = list(numbers)
     sizes = np.array([_size(path) for path in names], np.int64)
@@ -91,8 +91,7 @@ def of_files(paths: Iterable[Iterable[Path]]) -> Pictures:
 
 def _size(path: Path) -> int:
     try:
-        return (
-            path.stat().st_size if path.is_file() else -1
-        )  # reading a pipe or a device may never end
+        # reading a pipe or a device may never end
+        return path.stat().st_size if path.is_file() else -1
     except (OSError, ValueError):  # a name that no file can have
         return -1

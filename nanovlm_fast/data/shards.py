@@ -205,18 +205,21 @@ class Prepared:
     @property
     def fingerprint(self) -> str:
         """Changes with what the shards hold, as far as their checksums tell."""
-        return hashlib.sha256(" ".join(entry["sha256"] for entry in self.entries).encode()).hexdigest()
+        each = " ".join(entry["sha256"] for entry in self.entries)
+        return hashlib.sha256(each.encode()).hexdigest()
 
     def pictures(self) -> Pictures:
         """Pixels that are the same. All have one size, so a few bytes of each stand for it."""
         examples, few = [], [np.zeros((0, 8), np.uint8)]
         for index in range(len(self)):
             shard, row = self.place(index)
-            pixels = (self.shards.get(shard) or self.open(shard))["images"](row).reshape(-1, 3 * self.size**2)
+            columns = self.shards.get(shard) or self.open(shard)
+            pixels = columns["images"](row).reshape(-1, 3 * self.size**2)
             examples += [index] * len(pixels)
             some = pixels[:, self.size // 2 :: max(pixels.shape[1] // 7, 1)][:, :7]
             few.append(np.pad(some, ((0, 0), (0, 8 - some.shape[1]))))
-        shown, sizes = np.array(examples, np.int64), np.ascontiguousarray(np.concatenate(few)).view(np.int64).ravel()
+        shown = np.array(examples, np.int64)
+        sizes = np.ascontiguousarray(np.concatenate(few)).view(np.int64).ravel()
 
         def content(file: int) -> bytes:
             first = int(np.searchsorted(shown, shown[file]))

@@ -42,8 +42,8 @@ class Example:
 class Source(Protocol):
     """A data set. One with its own way of being scored has `prompt`, `right(reply, answer)` and `reply_tokens` too.
 
-    What it has besides: `fingerprint`, which changes with its content, so that no run goes on with other data; and
-    `pictures()`, without which each example is taken to have pictures of its own.
+    It may have `fingerprint`, which changes with its content, so that no run goes on with other
+    data; and `pictures()`, without which each example is taken to have pictures of its own.
     """
 
     def __len__(self) -> int: ...
@@ -136,7 +136,7 @@ def text_of(value: Any) -> str:
 
 
 def content_of(content: Any) -> str:
-    """What an OpenAI-style message says: text, or parts, of which {"type": "image"} is an <image>."""
+    """What an OpenAI-style message says: text, or parts, where {"type": "image"} is an <image>."""
     if not isinstance(content, list):
         return text_of(content)
     said = []
@@ -150,12 +150,16 @@ def content_of(content: Any) -> str:
     return "\n".join(said)
 
 
-# a picture, or what else this cannot show, under another name: img, Image, image_path, image1, photos, video ...
-SHOWN = re.compile(r"(image|img|picture|pic|photo|video|audio)s?(path|file|filename|name|url)?s?\d*")
+# a picture, or what else cannot be shown, under another name: img, Image, image_path, image1, video
+KINDS = "image|img|picture|pic|photo|video|audio"
+SHOWN = re.compile(rf"({KINDS})s?(path|file|filename|name|url)?s?\d*")
 
 
 def images_of(record: dict[str, Any]) -> list[str]:
-    """The names under 'image' or 'images'. Raises ValueError where the record seems to have them elsewhere."""
+    """The names under 'image' or 'images'.
+
+    Raises ValueError where the record seems to have them elsewhere: it would train blind.
+    """
     given = [record[key] for key in ("image", "images") if record.get(key)]
     if len(given) > 1:
         raise ValueError("pictures under 'image' and under 'images': which?")
@@ -163,7 +167,8 @@ def images_of(record: dict[str, Any]) -> list[str]:
         return [given[0]] if isinstance(given[0], str) else [*given[0]]
     for key, value in record.items():
         if value and SHOWN.fullmatch(re.sub(r"[\W_]", "", key.lower())):
-            raise ValueError(f"no 'image', but {key!r}: pictures are named under 'image' or 'images'")
+            found = f"no 'image', but {key!r}"
+            raise ValueError(f"{found}: pictures are named under 'image' or 'images'")
     return []
 
 
@@ -177,11 +182,15 @@ def turns_of(record: dict[str, Any]) -> list[tuple[Any, str]]:
 
 
 def elements_of(text: str) -> list[str]:
-    """The elements of a JSON array, as text. Raises ValueError if it is none, RecursionError if nested too deep."""
+    """The elements of a JSON array, as text.
+
+    Raises ValueError if it is none, and RecursionError if it is nested too deep.
+    """
     decoder, spaces = json.JSONDecoder(), re.compile(r"\s*")
     elements, place = [], spaces.match(text, text.index("[") + 1).end()
     while text[place : place + 1] != "]":
-        end = decoder.raw_decode(text, place)[1]  # an element at a time: as objects, all would fill the memory
+        # an element at a time: as objects, all would fill the memory
+        end = decoder.raw_decode(text, place)[1]
         elements.append(text[place:end])
         place = spaces.match(text, end).end()
         if text[place : place + 1] == ",":
@@ -196,8 +205,8 @@ def elements_of(text: str) -> list[str]:
 def records_of(file: Path, content: bytes) -> list[tuple[str, bytes]]:
     """(place, text) of each record of a file: an element of its JSON array, or a line.
 
-    Not read yet: what is bad in a record, bytes that are no UTF-8 too, is its own. Raises ValueError, with the file's
-    name, for a .json whose array is damaged, and for UTF-16.
+    Not read yet: what is bad in a record, bytes that are no UTF-8 too, is its own. Raises
+    ValueError, with the file's name, for a .json whose array is damaged, and for UTF-16.
     """
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(f"{file} is UTF-16: save it as UTF-8")
@@ -216,12 +225,13 @@ def records_of(file: Path, content: bytes) -> list[tuple[str, bytes]]:
 class JsonLines:
     """A folder with `train.jsonl`, optionally `test.jsonl`, and images, in LLaVA's conversation format.
 
-    One object a line, or a JSON array of them, in `train.jsonl` or else `train.json`: {"image": "a.png" or ["a.png",
-    "b.png"] or absent, "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt",
-    "value": "A cat."}, ...]}. `images` is as good as `image`, and `messages` with `role` and `content` as good as
-    `conversations`. Images come first in a document, wherever `<image>` stands in a question; in an answer it is text.
-    A system turn at the start is put before every question. Image names are relative to the folder and may not leave
-    it. A malformed record raises ValueError with its line or number when it is read.
+    One object a line, or a JSON array of them, in `train.jsonl` or else `train.json`:
+    {"image": "a.png" or ["a.png", "b.png"] or absent, "conversations": [{"from": "human", "value":
+    "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}, ...]}. `images` is as good as
+    `image`, and `messages` with `role` and `content` as good as `conversations`. Images come first
+    in a document, wherever `<image>` stands in a question; in an answer it is text. A system turn
+    at the start is put before every question. Image names are relative to the folder and may not
+    leave it. A malformed record raises ValueError with its line or number when it is read.
     """
 
     ASKS, ANSWERS = ("human", "user"), ("gpt", "assistant")
@@ -230,10 +240,12 @@ class JsonLines:
         files = [folder / f"{split}.jsonl", folder / f"{split}.json"]
         found = [file for file in files if file.exists()]
         if not found:
-            raise FileNotFoundError(f"--data jsonl:{folder}: there is no {files[0]} (nor {files[1].name})")
+            there = f"there is no {files[0]} (nor {files[1].name})"
+            raise FileNotFoundError(f"--data jsonl:{folder}: {there}")
         self.folder, self.file = folder.resolve(), found[0]
         content = self.file.read_bytes()
-        self.fingerprint = hashlib.sha256(content).hexdigest()  # pictures that change under their names are not seen
+        # pictures that change under their names are not seen: they would have to be read
+        self.fingerprint = hashlib.sha256(content).hexdigest()
         self.records = records_of(self.file, content)
 
     def __len__(self) -> int:
@@ -262,7 +274,8 @@ class JsonLines:
         if marks not in (0, len(images)):
             raise ValueError(f"{where}: {marks} times <image> for {len(images)} images")
         if marks != len(images) and any("<image>" in answer for answer in answers):
-            raise ValueError(f"{where}: <image> in an answer: a model here sees pictures and makes none")
+            why = "a model here sees pictures and makes none"
+            raise ValueError(f"{where}: <image> in an answer: {why}")
         before = [system.replace("<image>", "").strip()]
         plain = [question.replace("<image>", "").strip() for question in asked]
         questions = ["\n".join(filter(None, [*before, question])) for question in plain]
@@ -320,7 +333,7 @@ def prepared_folder(data: str) -> Path | None:
 
 
 def at_home(name: str) -> Path:
-    """The path, `~` at its start being the home folder, which a shell leaves alone inside --data jsonl:~/FOLDER."""
+    """The path with the home folder for `~`: a shell leaves that alone in --data jsonl:~/FOLDER."""
     with contextlib.suppress(RuntimeError):  # ~NOBODY
         return Path(name).expanduser()
     return Path(name)

@@ -1,6 +1,7 @@
-"""Which examples are held out: pictures and not examples, so that no held-out picture is trained on.
+"""Which examples are held out: all that show some pictures, so that none of these is trained on.
 
-A checkpoint keeps what was held out (`Split.record`). A run that goes on takes that and asks no picture again.
+A checkpoint keeps what was held out (`Split.record`). A run that goes on takes that and compares no
+pictures again.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ class Split:
 
 
 def split_off(source: Source, held_out: int, seed: int, data: str = "") -> tuple[Subset, Subset]:
-    """(the rest, `held_out` random pictures with all their examples, but at most half of the examples).
+    """(the rest, the examples of `held_out` random pictures, but at most half of all examples).
 
     An example without a picture is held out alone. Raises ValueError if the source is empty.
     """
     check_not_empty(source, data)
-    return _cut(source, choose(source, held_out, seed)[0])
+    pictures = pictures_of(source) if held_out else None
+    return _cut(source, choose(source, held_out, seed, pictures)[0])
 
 
 def check_not_empty(source: Source, data: str) -> None:
@@ -49,11 +51,15 @@ def pictures_of(source: Source) -> Pictures | None:
     return source.pictures() if hasattr(source, "pictures") else None
 
 
-def choose(source: Source, wanted: int, seed: int) -> tuple[list[int], int]:
-    """(the examples to hold out, how many pictures these are); the first drawn where all have their own."""
+def choose(
+    source: Source,
+    wanted: int,
+    seed: int,
+    pictures: Pictures | None,
+) -> tuple[list[int], int]:
+    """(the examples to hold out, of how many pictures); the first drawn where each has its own."""
     order = np.random.default_rng(seed).permutation(len(source)).tolist()
     room, taken, seen, groups = len(source) // 2, [], set(), 0
-    pictures = pictures_of(source) if wanted and room else None
     for example in order:
         if groups == wanted or len(taken) == room:
             break
@@ -70,9 +76,11 @@ def choose(source: Source, wanted: int, seed: int) -> tuple[list[int], int]:
 TEXT = -2  # instead of a picture's size
 
 
-def marks(source: Source, examples: list[int]) -> list[list[Any]]:
-    """What finds examples again in changed data: [size, digest] of each picture, or [TEXT, digest] of one without."""
-    pictures = pictures_of(source) if examples else None
+def marks(source: Source, examples: list[int], pictures: Pictures | None) -> list[list[Any]]:
+    """What finds examples again in changed data.
+
+    That is [size, digest] of each picture, and [TEXT, digest] of an example without one.
+    """
     found = []
     for example in examples:
         files = pictures.of(example) if pictures else []
@@ -83,7 +91,7 @@ def marks(source: Source, examples: list[int]) -> list[list[Any]]:
 
 
 def text_digest(source: Source, index: int, named: bool) -> str:
-    """Equal for examples that say the same (and are `named` the same); one that cannot be read has none."""
+    """Equal for examples that say the same, and are `named` the same; '' for an unreadable one."""
     try:
         example: Example = source[index]
     except ValueError:
@@ -92,15 +100,14 @@ def text_digest(source: Source, index: int, named: bool) -> str:
     return hashlib.sha256(said.encode(errors="replace")).hexdigest()[:32]
 
 
-def find_again(source: Source, kept: list[list[Any]]) -> list[int]:
+def find_again(source: Source, kept: list[list[Any]], pictures: Pictures | None) -> list[int]:
     """The examples of changed data that show a picture, or say a text, that was held out before."""
     wanted = {(size, digest) for size, digest in kept if digest}
-    pictures, found = pictures_of(source), set()
+    found: set[int] = set()
     for size in {size for size, _ in wanted} if pictures else ():
-        alike = [
-            file for file in pictures.same_size(size) if (size, pictures.digest(file)) in wanted
-        ]
-        found |= {example for file in alike for example in pictures.showing(file)}
+        for file in pictures.same_size(size):
+            if (size, pictures.digest(file)) in wanted:
+                found |= pictures.showing(file)
     for index in range(len(source)) if any(size == TEXT for size, _ in wanted) else ():
         alone = not (pictures and pictures.of(index))
         if alone and (TEXT, text_digest(source, index, named=pictures is None)) in wanted:
@@ -115,29 +122,29 @@ def _cut(source: Source, held_out: list[int]) -> tuple[Subset, Subset]:
 
 
 def split_run(
-    source: Source, config: TrainConfig, world: World, state: dict[str, Any] | None
+    source: Source,
+    config: TrainConfig,
+    world: World,
+    state: dict[str, Any] | None,
 ) -> Split:
-    """The split of a run, the same on all ranks; `state` is that of the checkpoint which it goes on from.
+    """The split of a run, the same on all ranks; `state` is the checkpoint's that it goes on from.
 
-    Raises ValueError if there is no data, if the ranks see different data, or if it is not what the checkpoint was
-    trained on, unless --data-changed accepts that.
+    Raises ValueError if there is no data, if the ranks see different data, or if it is not what the
+    checkpoint was trained on, unless --data-changed accepts that.
     """
     check_not_empty(source, config.data)
     if len(counts := {*world.gather(len(source))}) > 1:
         found = " and ".join(f"{count:,}" for count in sorted(counts))
-        raise ValueError(
-            f"--data {config.data}: the processes see different data: {found} examples"
-        )
-    record, lines, error = world.gather(_recorded(source, config, state) if world.first else None)[
-        0
-    ]
+        differ = f"the processes see different data: {found} examples"
+        raise ValueError(f"--data {config.data}: {differ}")
+    mine = _recorded(source, config, state) if world.first else None
+    record, lines, error = world.gather(mine)[0]
     if error:
         raise ValueError(error)
     train, held_out = _cut(source, record["held_out"])
     if not len(train):
-        raise ValueError(
-            f"--data {config.data}: nothing is left to train on: all of it was held out before"
-        )
+        all_held_out = "nothing is left to train on: all of it was held out before"
+        raise ValueError(f"--data {config.data}: {all_held_out}")
     check_curriculum(train, config)
     return Split(train, held_out, record, lines)
 
@@ -146,38 +153,52 @@ def _recorded(
     source: Source, config: TrainConfig, state: dict[str, Any] | None
 ) -> tuple[dict[str, Any], list[str], str]:
     """(what a checkpoint keeps of the split, lines about it, an error or nothing)."""
-    count, wanted, lines = len(source), config.val_samples, []
-    record = {"fingerprint": getattr(source, "fingerprint", None), "examples": count}
-    kept = (state or {}).get("data")
-    if state is None:
-        record["held_out"], groups = choose(source, wanted, config.seed)
-        if groups < wanted:
-            at_most = f"at most half of the {count:,} examples, and no picture on both sides"
-            lines.append(f"--val-samples {wanted}: only {groups} can be held out ({at_most})")
-    elif kept is None:  # of a version that kept nothing, and held out examples whatever they showed
-        order = np.random.default_rng(config.seed).permutation(count)
-        record["held_out"] = sorted(order[: min(wanted, count // 2)].tolist())
-        lines.append(
-            "warning: this checkpoint does not say what data it was trained on: taken to be the same"
-        )
-    elif wrong := _misshapen(kept):
-        return {}, [], f"--resume: state.json of the checkpoint is damaged: its data, {wrong}"
-    elif not (changes := differences(kept, record)):
-        record = kept
-    elif config.data_changed:
-        record["held_out"] = find_again(source, kept["marks"])
-        lines.append(
-            f"--data-changed: {changes}; what was held out stays so, as far as it is found again"
-        )
-    else:
+    record = {"fingerprint": getattr(source, "fingerprint", None), "examples": len(source)}
+    kept, lines = (state or {}).get("data"), []
+    changes = ""
+    if kept is not None:
+        if wrong := _misshapen(kept):
+            return {}, [], f"--resume: the checkpoint's state.json is damaged: its data, {wrong}"
+        changes = differences(kept, record)
+    if changes and not config.data_changed:
         changed = f"--data {config.data} is not what the run was trained on: {changes}"
         return {}, [], f"{changed}. --data-changed goes on with it, --out begins a new run"
-    record.setdefault("marks", marks(source, record["held_out"]))
+    if kept is not None and not changes:
+        record = kept
+    else:
+        pictures = pictures_of(source) if config.val_samples else None
+        if changes:
+            record["held_out"] = find_again(source, kept["marks"], pictures)
+            found = "what was held out stays so, as far as it is found again"
+            lines.append(f"--data-changed: {changes}; {found}")
+        elif state is not None:
+            record["held_out"] = first_drawn(source, config)
+            lines.append("warning: the checkpoint does not say on what data: taken to be the same")
+        else:
+            record["held_out"], groups = choose(source, config.val_samples, config.seed, pictures)
+            if groups < config.val_samples:
+                lines.append(fewer(config.val_samples, groups, len(source)))
+        record["marks"] = marks(source, record["held_out"], pictures)
+    return record, [*lines, describe(record)], ""
+
+
+def first_drawn(source: Source, config: TrainConfig) -> list[int]:
+    """What was held out by runs whose checkpoints do not say it: examples, whatever they showed."""
+    order = np.random.default_rng(config.seed).permutation(len(source))
+    return sorted(order[: min(config.val_samples, len(source) // 2)].tolist())
+
+
+def fewer(wanted: int, groups: int, count: int) -> str:
+    at_most = f"at most half of the {count:,} examples, and no picture on both sides"
+    return f"--val-samples {wanted}: only {groups} can be held out ({at_most})"
+
+
+def describe(record: dict[str, Any]) -> str:
+    """How many of what are held out."""
+    count, held_out = record["examples"], len(record["held_out"])
     pictures = sum(size != TEXT for size, _ in record["marks"])
     shown = f"{pictures:,} pictures in " if pictures else ""
-    held = f"held out: {shown}{len(record['held_out']):,}"
-    lines.append(f"training on {count - len(record['held_out']):,} of {count:,} examples, {held}")
-    return record, lines, ""
+    return f"training on {count - held_out:,} of {count:,} examples, held out: {shown}{held_out:,}"
 
 
 def differences(kept: dict[str, Any], found: dict[str, Any]) -> str:
@@ -207,7 +228,10 @@ def _misshapen(kept: Any) -> str | None:
 
 
 def begin_again(state: dict[str, Any], record: dict[str, Any]) -> None:
-    """If the data has changed: the run's places in it are worth nothing, only how many examples it has seen is."""
+    """Keep the record in the state, and if the data has changed, begin to read it anew.
+
+    The run's places in the old data mean nothing in the new; how many examples it has seen does.
+    """
     kept = state.get("data")
     state["data"] = record
     if kept is None or not differences(kept, record):
@@ -219,21 +243,20 @@ def begin_again(state: dict[str, Any], record: dict[str, Any]) -> None:
 
 
 def check_curriculum(source: Source, config: TrainConfig) -> None:
-    """Raise ValueError if no question is one that --curriculum asks: its share of the run would have no steps.
+    """Raise ValueError if --curriculum asks no question: its share of the run would have no steps.
 
     Exact, and as good as free where something matches: reading ends at the first that does.
     """
     if not (config.curriculum and config.curriculum_share):
         return
+    asked_of_each = 1 if config.turns == "first" else None
     for index in range(len(source)):
         try:
-            turns = source[index].turns
+            turns = source[index].turns[:asked_of_each]
         except ValueError:
             continue
-        if any(
-            config.curriculum in question
-            for question, _ in turns[: 1 if config.turns == "first" else None]
-        ):
+        if any(config.curriculum in question for question, _ in turns):
             return
-    asked = f"--curriculum {printable(config.curriculum)!r}: no question of --data {config.data} contains it"
-    raise ValueError(f"{asked}; --curriculum '' asks all questions from the start")
+    asked = f"--curriculum {printable(config.curriculum)!r}"
+    nothing = f"no question of --data {config.data} contains it"
+    raise ValueError(f"{asked}: {nothing}; --curriculum '' asks all questions from the start")

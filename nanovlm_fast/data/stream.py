@@ -37,7 +37,10 @@ PARENT_SECONDS = 0.5  # between a worker's looks for its parent
 
 
 class TooLong(ValueError):
-    """An example that can be read but has no room in the model or the budgets; the message names it and the option."""
+    """An example that can be read but has no room in the model or the budgets.
+
+    The message names it, and the option.
+    """
 
 
 def make_sample(example: Example, image_size: int, text: TextProcessor) -> Sample:
@@ -98,7 +101,8 @@ class SampleLoader:
         limit, count = self.model.lm_max_position_embeddings, len(example.images)
         if self.text.mode == "first":
             count = min(count, 1)
-        if count * self.model.image_tokens > limit:  # before they are decoded: thousands would fill the memory
+        # before they are decoded: thousands would fill the memory
+        if count * self.model.image_tokens > limit:
             taken = f"{count} images take {count * self.model.image_tokens} tokens"
             raise TooLong(f"{example.name}: {taken}, --lm-max-position-embeddings is {limit}")
         sample = make_sample(example, self.model.vit_img_size, self.text)
@@ -190,8 +194,8 @@ class PackedStream(IterableDataset):
     def shard(self, state: dict[str, Any]) -> Iterator[StreamBatch]:
         """The batches of one shard, each with what was left out on the way to it.
 
-        A run that ends after --max-steps would read a shard without anything to learn from for ever: such a shard is
-        at its end after a whole epoch, and a shard without examples at once.
+        A run that ends after --max-steps would read for ever in a shard without anything to learn
+        from: such a shard is at its end after a whole epoch, and one without examples at once.
         """
         model, look_ahead, size = self.load.model, self.load.train.look_ahead, len(self.load.source)
         if state["shard"] >= size:
@@ -199,17 +203,21 @@ class PackedStream(IterableDataset):
         packer, left = Packer(self.budget), LeftOut()
         packer.buffer = [sample for key in state["buffer"] if (sample := self.read(key, left))]
         position = state["position"]
-        fruitful = max(position, self.curriculum_end)  # up to here there was, or may have been, something to learn
+        # up to here there was, or may have been, something to learn
+        fruitful = max(position, self.curriculum_end)
         while True:
             # two epochs' positions hold one whole epoch, wherever they begin
-            while len(packer.buffer) < look_ahead and position < min(self.total, fruitful + 2 * size):
+            end = min(self.total, fruitful + 2 * size)
+            while len(packer.buffer) < look_ahead and position < end:
                 here, position = position, position + 1
                 # an example stays with its worker, which remembers it
                 if self.load.index(here) % state["shards"] != state["shard"]:
                     continue
                 if sample := self.read(here, left):
                     packer.buffer.append(sample)
-                    fruitful = max(fruitful, position) if sample.labels else fruitful
+                    if sample.labels:
+                        fruitful = max(fruitful, position)
+                        end = min(self.total, fruitful + 2 * size)
                 elif left.count - (left.passed_over if packer.buffer else 0) >= look_ahead:
                     break  # let the trainer know before reading on
             samples = packer.next()
@@ -350,8 +358,8 @@ def begin_worker(worker: int) -> None:
 def end_with_the_parent() -> None:
     """Wait until the parent is gone, killed perhaps, and end this process, whatever it is doing.
 
-    The loader itself looks for its parent only between two batches. (PR_SET_PDEATHSIG would come when the thread that
-    started the worker ends, and not only with its process.)
+    The loader itself looks for its parent only between two batches. (PR_SET_PDEATHSIG would come
+    when the thread that started the worker ends, and not only with its process.)
     """
     parent = multiprocessing.parent_process()
     while os.getppid() == parent.pid:
@@ -378,7 +386,10 @@ def _as_is(batch: StreamBatch) -> StreamBatch:
 
 
 def even_draw(load: SampleLoader, count: int = 1000) -> list[Sample]:
-    """`count` samples evenly over the first epoch. Raises ValueError, with a first reason, if none can be used."""
+    """`count` samples evenly over the first epoch.
+
+    Raises ValueError, with a first reason, if none can be used.
+    """
     samples, first = [], None
     for position in np.unique(np.linspace(0, max(len(load.source) - 1, 0), count).astype(int)):
         try:
@@ -396,7 +407,8 @@ def measure_budget(load: SampleLoader, train: TrainConfig, probe: int = 1000) ->
 
     Raises ValueError, with a first reason, if nothing of the draw can be read, fits, or carries a label.
     """
-    limit, nothing = load.model.lm_max_position_embeddings, f"--data {train.data}: no example fits the budgets"
+    limit = load.model.lm_max_position_embeddings
+    nothing = f"--data {train.data}: no example fits the budgets. The first:"
     if train.max_seqlen > limit:
         raise ValueError(f"--max-seqlen {train.max_seqlen} is over the model's --lm-max-position-embeddings {limit}")
     samples = even_draw(load, probe)
@@ -406,7 +418,8 @@ def measure_budget(load: SampleLoader, train: TrainConfig, probe: int = 1000) ->
     if samples and not fitting:
         longest = max(len(document) for document in samples[0].documents)
         option = f"--{'max-seqlen' if train.max_seqlen else 'lm-max-position-embeddings'} is {room}"
-        raise ValueError(f"{nothing}. The first: {samples[0].name}: {longest} tokens in one document, {option}")
+        document = f"{longest} tokens in one document"
+        raise ValueError(f"{nothing} {samples[0].name}: {document}, {option}")
     measured = Budget.measure(fitting, train.tokens_per_batch, longest=room)
     budget = Budget(
         tokens=train.tokens_per_batch,
@@ -417,7 +430,7 @@ def measure_budget(load: SampleLoader, train: TrainConfig, probe: int = 1000) ->
     )
     misfits = [f"{sample.name}: {misfit}" for sample in samples if (misfit := budget.misfit(sample))]
     if len(misfits) == len(samples):
-        raise ValueError(f"{nothing}. The first: {misfits[0]}")
+        raise ValueError(f"{nothing} {misfits[0]}")
     if not any((document.labels != IGNORE).any() for sample in samples for document in sample.documents):
         raise ValueError(f"--data {train.data}: no answer in any example, there is nothing to learn")
     return budget
