@@ -131,9 +131,11 @@ def test_what_cannot_be_read_is_nobodys_double(tmp_path):
     os.mkfifo(folder / "pipe.png")
     names = ("gone.png", "pipe.png", "x\0.png", "../out.png")
     records += [record(f"{i}?", name) for i, name in enumerate(names)]
-    source = load_source(write(folder, [*records, "{no json"]), "train")
-    rest, held_out = split_off(source, 4, 0)
-    assert len(rest) + len(held_out) == 11 and len(held_out) >= 4
+    data = write(folder, [*records, "{no json"])
+    for seed in range(4):
+        _, config = parse_config(["--data", data, "--val-samples", "4", "--seed", str(seed)])
+        split = split_run(load_source(data, "train"), config, World(), None)
+        assert len(split.train) + len(split.held_out) == 11 and len(split.held_out) >= 4
 
 
 @pytest.mark.parametrize("form", ["parquet", "prepared"])

@@ -6,11 +6,14 @@ that somebody asks about: for a hundred held-out pictures that is little, howeve
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+
+LARGEST = 2**30  # bytes; no file that can be decoded has more, and this many are read at once
 
 
 class Pictures:
@@ -39,11 +42,11 @@ class Pictures:
     def digest(self, file: int) -> str:
         """Equal for files of the same content; one that cannot be read is like no other."""
         if file not in self.digests:
-            try:
-                content = self.content(file)
-                self.digests[file] = hashlib.sha256(content).hexdigest()[:32]
-            except (OSError, ValueError):
-                self.digests[file] = f"unreadable {file}"
+            digest = f"unreadable {file}"
+            if self.sizes[file] >= 0:
+                with contextlib.suppress(OSError, ValueError):
+                    digest = hashlib.sha256(self.content(file)).hexdigest()[:32]
+            self.digests[file] = digest
         return self.digests[file]
 
     def same_size(self, size: int) -> list[int]:
@@ -92,6 +95,7 @@ def of_files(paths: Iterable[Iterable[Path]]) -> Pictures:
 def _size(path: Path) -> int:
     try:
         # reading a pipe or a device may never end
-        return path.stat().st_size if path.is_file() else -1
+        size = path.stat().st_size if path.is_file() else -1
     except (OSError, ValueError):  # a name that no file can have
         return -1
+    return size if size <= LARGEST else -1
