@@ -105,6 +105,7 @@ class Trainer:
         self.stats = StepStats(self.device, self.world, self.state["interval"])
         self.stream = PackedStream(load, budget, self.state["stream"], self.state["micro_batches"])
         self.total = self.stream.total  # examples
+        self.taken = [0, 0, 0]  # of a step, see `next_batches`
         self.signals, self.stopping = Signals(), False
         self.world.barrier()  # all have read what the run's folder holds
         # nothing was written or moved until here, and what fails in here (a full disk, Weights & Biases) is undone:

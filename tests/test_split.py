@@ -273,8 +273,8 @@ def test_changed_data_is_refused_or_keeps_held_out_what_was(tmp_path, change):
         records = [line.replace('["', '["new ') for line in records]
     write(folder, records)
     state = {"data": before.record}
-    said = r"is not what the run was trained on: .*became .*--data-changed"
-    with pytest.raises(ValueError, match=said) as error:
+    refused = r"is not what the run was trained on: .*became .*--data-changed"
+    with pytest.raises(ValueError, match=refused) as error:
         of(config, state)
     assert ("48 examples became 68" in str(error.value)) == (change == "grown")
     _, config = parse_config([*options, "--data-changed"])
