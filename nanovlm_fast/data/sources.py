@@ -40,8 +40,9 @@ class Example:
 
 
 class Source(Protocol):
-    """A data set. One with its own way of being scored has `prompt`, `right(reply, answer)` and `reply_tokens` too.
+    """A data set.
 
+    One with its own way of being scored has `prompt`, `right(reply, answer)` and `reply_tokens` too.
     It may have `fingerprint`, which changes with its content, so that no run goes on with other
     data; and `pictures()`, without which each example is taken to have pictures of its own.
     """
