@@ -12,6 +12,10 @@ import sys
 import time
 from pathlib import Path
 
+from nanovlm_fast.command import end_on_interrupt, reports_errors
+
+end_on_interrupt(__name__ == "__main__")
+
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -326,23 +330,20 @@ class Trainer:
         self.journal.close(accuracies)  # may wait for a network: nobody waits for it
 
 
+@reports_errors(Stopped)
 def main(argv: list[str] | None = None) -> int:
     model_config, config = parse_config(argv)
-    try:
-        if config.dry_run:
-            print(summary_table(plan(model_config, config)))
-            return 0
-        world = World.join(config.device)
-        with hold(Path(config.out), world):
-            trainer = Trainer(model_config, config, world)
-            trainer.signals.listen()
-            trainer.train()
-            trainer.signals.leave_at_once()
-            trainer.finish()
-        world.leave()
-    except (OSError, ValueError, Stopped) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if config.dry_run:
+        print(summary_table(plan(model_config, config)))
+        return 0
+    world = World.join(config.device)
+    with hold(Path(config.out), world):
+        trainer = Trainer(model_config, config, world)
+        trainer.signals.listen()
+        trainer.train()
+        trainer.signals.leave_at_once()
+        trainer.finish()
+    world.leave()
     return 0
 
 

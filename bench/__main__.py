@@ -11,7 +11,6 @@ the results that are there stay. A suite that does not fit this machine says why
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
 import os
@@ -24,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.results import ROOT, place, read
+from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import pick_device
 
 TOTAL = 600.0  # seconds, of all suites
@@ -235,31 +235,32 @@ def chosen(only: str) -> list[Suite]:
     return [suite for suite in SUITES if suite.name in names or not (names or suite.alone)]
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m bench", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="toy sizes: about a minute in all")
     parser.add_argument("--only", default="", help="suites, separated by commas")
     parser.add_argument("--device", default="auto")
     parser.add_argument(
         "--out", type=Path, help="folder of the result files (default: bench/results, quick: runs/bench)"
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+@reports_errors()
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
     out = (args.out or (QUICK_OUT if args.quick else ROOT)).resolve()
     outcomes: list[Outcome] = []
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the suite's process would outlive this one
+    suites, device = chosen(args.only), pick_device(args.device)
+    out.mkdir(parents=True, exist_ok=True)
+    for file in place("", device, out).parent.glob("*.json"):
+        read(file)  # nothing is measured that could not be written beside what is there
     try:
-        suites, device = chosen(args.only), pick_device(args.device)
-        out.mkdir(parents=True, exist_ok=True)
-        for file in place("", device, out).parent.glob("*.json"):
-            read(file)  # nothing is measured that could not be written beside what is there
         run_all(suites, args.quick, str(device), out, outcomes)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print(summary_table(outcomes, out))
-        print("error: stopped; the results above stay", file=sys.stderr)
-        return 130
+        raise KeyboardInterrupt("stopped; the results above stay") from None
     print(summary_table(outcomes, out))
     if not args.quick and out == ROOT:
         print("python -m bench.report writes these results into the tables")

@@ -14,7 +14,6 @@ CUDA-graph replay.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
 from collections.abc import Callable
@@ -31,8 +30,10 @@ from bench.kernels import PASSES, Timer, in_a_line, on_stream, within_rule
 from bench.results import write
 from bench.workload import draw_lengths
 from nanovlm_fast.attention import LOAD, choose_attention, padded_slots
+from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.config import VLMConfig, preset
 from nanovlm_fast.device import pick_device
+from nanovlm_fast.ranges import Range
 
 LENGTHS = (16, 48, 81, 128, 256, 1024)
 FOR_TIMES = {"forward": 1, "backward": 2, "both": 3}  # FLOPs, in forwards
@@ -273,34 +274,33 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.attention", description=__doc__.splitlines()[0])
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m bench.attention", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="documents of 81, mixed ones and the tower; few repeats")
     parser.add_argument("--preset", default="nanovlm-222m", help="whose heads")
-    parser.add_argument("--tokens", type=int, default=0, help="0: 20,736 on a GPU, 1,296 on a CPU")
-    parser.add_argument("--images", type=int, default=0, help="for the tower; 0: 256 on a GPU, 4 on a CPU")
-    parser.add_argument("--repeats", type=int, default=0, help="0: 30, with --quick 5")
+    parser.add_argument("--tokens", type=Range(int), default=0, help="0: 20,736 on a GPU, 1,296 on a CPU")
+    parser.add_argument("--images", type=Range(int), default=0, help="for the tower; 0: 256 on a GPU, 4 on a CPU")
+    parser.add_argument("--repeats", type=Range(int), default=0, help="0: 30, with --quick 5")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
-    args = parser.parse_args(argv)
-    try:
-        device = pick_device(args.device)
-        on_gpu = device.type == "cuda"
-        if min(args.tokens, args.images, args.repeats) < 0:
-            raise ValueError("--tokens, --images and --repeats must be positive, or 0 for the default")
-        args.repeats = args.repeats or (5 if args.quick else 30)
-        config, _ = preset(args.preset)
-        chosen = cases(config, args.tokens or (20736 if on_gpu else 1296), args.images or (256 if on_gpu else 4))
-        if args.quick:
-            chosen = [case for case in chosen if case.name in ("language, 81", "language, mixed", "vision")]
-        results: dict[str, dict] = {}
-        with tqdm(total=len(chosen) * len(PROVIDERS), desc="backends", leave=False) as bar:
-            for case in chosen:
-                results[case.name] = measure(case, args.repeats, device, bar.update)
-                file = write("attention", device, {"preset": args.preset, "cases": results}, args.out)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return parser
+
+
+@reports_errors()
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    device = pick_device(args.device)
+    on_gpu = device.type == "cuda"
+    args.repeats = args.repeats or (5 if args.quick else 30)
+    config, _ = preset(args.preset)
+    chosen = cases(config, args.tokens or (20736 if on_gpu else 1296), args.images or (256 if on_gpu else 4))
+    if args.quick:
+        chosen = [case for case in chosen if case.name in ("language, 81", "language, mixed", "vision")]
+    results: dict[str, dict] = {}
+    with tqdm(total=len(chosen) * len(PROVIDERS), desc="backends", leave=False) as bar:
+        for case in chosen:
+            results[case.name] = measure(case, args.repeats, device, bar.update)
+            file = write("attention", device, {"preset": args.preset, "cases": results}, args.out)
     print(table(results))
     print(f"written: {file}")
     return 0

@@ -9,7 +9,6 @@ Exit code 1 if a test failed, or if pytest was stopped or died before its end.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
 import json
@@ -24,7 +23,9 @@ import torch
 
 from bench.registry import KERNELS
 from bench.results import ROOT, facts, place, read, write
+from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import pick_device
+from nanovlm_fast.ranges import Range
 
 HERE = ROOT.parent.parent
 PATIENCE = 10.0  # seconds that pytest has to end once it is told to stop
@@ -45,11 +46,13 @@ def run(options: list[str], limit: float) -> tuple[int, dict]:
         process = subprocess.Popen([*call, *options], cwd=HERE, env=env)
         try:
             code = process.wait(limit)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as stop:
             process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(PATIENCE)
             process.kill()
+            if isinstance(stop, KeyboardInterrupt):  # a part of the tests is no result
+                raise
             code = INTERRUPTED
         return code, summary(log.read_text().splitlines() if log.exists() else [])
 
@@ -86,21 +89,24 @@ def check_rows(result: dict) -> list[tuple[str, ...]]:
     return rows + [(failure["test"], "-", failure["message"] or "failed", "-") for failure in result["failures"]]
 
 
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m bench.checks", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--limit", type=Range(float, above=0, most=1e9), default=600.0, help="seconds until pytest is stopped"
+    )
+    parser.add_argument("--device", default="auto", help="where the result file belongs; pytest finds its own")
+    parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
+    return parser
+
+
+@reports_errors()
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     split = argv.index("--") if "--" in argv else len(argv)
-    parser = argparse.ArgumentParser(prog="python -m bench.checks", description=__doc__.splitlines()[0])
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds until pytest is stopped")
-    parser.add_argument("--device", default="auto", help="where the result file belongs; pytest finds its own")
-    parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
-    args = parser.parse_args(argv[:split])
-    try:
-        device = pick_device(args.device)
-        code, found = run(argv[split + 1 :], args.limit)
-        file = write("tests", device, {"exit_code": code, **found}, args.out)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    args = make_parser().parse_args(argv[:split])
+    device = pick_device(args.device)
+    code, found = run(argv[split + 1 :], args.limit)
+    file = write("tests", device, {"exit_code": code, **found}, args.out)
     print(f"written: {file}")
     print("{passed} passed, {failed} failed, {skipped} skipped".format(**found), end="")
     print(f"; red kernels: {', '.join(found['red'])}" if found["red"] else "")

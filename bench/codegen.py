@@ -8,7 +8,6 @@ python -m bench.codegen --write            the table, and the result file that k
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import subprocess
@@ -23,6 +22,7 @@ from triton.compiler import ASTSource
 
 from bench.registry import named
 from bench.results import ROOT, facts, write_file
+from nanovlm_fast.command import Parser, reports_errors
 
 TARGET = GPUTarget("cuda", 90, 32)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -113,27 +113,28 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.codegen", description=__doc__.splitlines()[0])
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m bench.codegen", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--only", default="", help="kernels, separated by commas")
     parser.add_argument("--write", action="store_true", help="write sm-90-ahead-of-time/codegen.json too")
     parser.add_argument("--out", type=Path, default=ROOT, help="folder of the result files (default: bench/results)")
-    args = parser.parse_args(argv)
-    try:
-        rows = [
-            {"op": kernel.name, "matrix": kernel.matrix, **compile_for_sm90(spec)}
-            for kernel in named(args.only)
-            for spec in kernel.module.aot()
-        ]
-        print(json.dumps(rows) if args.json else table(rows))
-        if args.write:
-            device = {"device": "none: compiled ahead of time for sm_90", "triton": triton.__version__}
-            result = {"suite": "codegen", **facts(torch.device("cpu")), **device, "kernels": rows}
-            print(f"written: {write_file(args.out / 'sm-90-ahead-of-time' / 'codegen.json', result)}")
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return parser
+
+
+@reports_errors()
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    rows = [
+        {"op": kernel.name, "matrix": kernel.matrix, **compile_for_sm90(spec)}
+        for kernel in named(args.only)
+        for spec in kernel.module.aot()
+    ]
+    print(json.dumps(rows) if args.json else table(rows))
+    if args.write:
+        device = {"device": "none: compiled ahead of time for sm_90", "triton": triton.__version__}
+        result = {"suite": "codegen", **facts(torch.device("cpu")), **device, "kernels": rows}
+        print(f"written: {write_file(args.out / 'sm-90-ahead-of-time' / 'codegen.json', result)}")
     return 0
 
 

@@ -10,7 +10,6 @@ What was read once, a peak or a stage's rate, has no noise to go by: it is compa
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Iterator
@@ -20,6 +19,8 @@ from typing import Any
 
 from bench.results import load, measurements
 from bench.timing import Difference, difference
+from nanovlm_fast.command import Parser, reports_errors
+from nanovlm_fast.ranges import Range
 
 # what a time is of: where these differ, times do not compare
 SETTINGS = ("preset", "layers", "data", "samples", "work", "sizes", "dtype", "small", "options", "image_size")
@@ -152,25 +153,24 @@ def table(rows: list[Row], threshold: float) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.splitlines()[0])
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m bench.compare", description=__doc__.splitlines()[0])
     parser.add_argument("before", type=Path, metavar="A.json")
     parser.add_argument("after", type=Path, metavar="B.json")
-    parser.add_argument("--threshold", type=float, default=0.05, help="share more that counts as a regression")
+    parser.add_argument("--threshold", type=Range(float), default=0.05, help="share more that counts as a regression")
     parser.add_argument("--any-device", action="store_true", help="compare results of different devices")
-    args = parser.parse_args(argv)
-    try:
-        a, b = checked(args.before, args.after, args.any_device)
-        if args.threshold < 0:
-            raise ValueError(f"--threshold must not be negative, got {args.threshold}")
-        rows = compare(a, b)
-        if not rows:
-            raise ValueError(f"{args.before} holds no times, peaks or rates to compare")
-        if all(row.why == NOT_THERE for row in rows):
-            raise ValueError("they have no measurement in common")
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return parser
+
+
+@reports_errors(code=2)
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    a, b = checked(args.before, args.after, args.any_device)
+    rows = compare(a, b)
+    if not rows:
+        raise ValueError(f"{args.before} holds no times, peaks or rates to compare")
+    if all(row.why == NOT_THERE for row in rows):
+        raise ValueError("they have no measurement in common")
     print(f"A: {a['commit'][:7]} of {a['date']} on {a['device']}")
     print(f"B: {b['commit'][:7]} of {b['date']} on {b['device']}")
     print(table(rows, args.threshold))

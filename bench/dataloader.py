@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from bench.results import write
 from bench.timing import interleave
+from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.config import TrainConfig, VLMConfig, preset
 from nanovlm_fast.data import prepare
 from nanovlm_fast.data.images import load_image
@@ -38,6 +39,7 @@ from nanovlm_fast.data.stream import PackedStream, SampleLoader, initial_states,
 from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.device import pick_device
 from nanovlm_fast.packing import Budget, pack
+from nanovlm_fast.ranges import Range
 
 WIDTH, HEIGHT = 640, 480
 RATE = 2320.0  # samples/s that an H100 should train nanovlm-222m at
@@ -191,26 +193,29 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.dataloader", description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=512)
-    parser.add_argument("--image-size", type=int, default=224, help="side of the model's square")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="processes to measure with")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement of the loader")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--rate", type=float, default=RATE, help="samples/s to feed: how many workers it takes")
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m bench.dataloader", description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", type=Range(int, least=1), default=512)
+    parser.add_argument("--image-size", type=Range(int, least=1), default=224, help="side of the model's square")
+    parser.add_argument("--workers", type=Range(int), nargs="+", default=[0, 1, 2], help="processes to measure with")
+    parser.add_argument(
+        "--seconds", type=Range(float, above=0, most=1e9), default=5.0, help="of each measurement of the loader"
+    )
+    parser.add_argument("--repeats", type=Range(int, least=1), default=5)
+    parser.add_argument(
+        "--rate", type=Range(float, above=0), default=RATE, help="samples/s to feed: how many workers it takes"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
-    args = parser.parse_args(argv)
-    try:
-        if args.rate <= 0:
-            raise ValueError(f"--rate must be above zero, got {args.rate:g}")
-        device = pick_device(args.device)
-        with tempfile.TemporaryDirectory() as folder:
-            result = measure(args, device, Path(folder))
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return parser
+
+
+@reports_errors()
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    device = pick_device(args.device)
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(args, device, Path(folder))
     print(table(result))
     print(f"written: {write('dataloader', device, result, args.out)}")
     return 0

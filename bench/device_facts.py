@@ -9,7 +9,6 @@ in the middle of a queue of products that keeps the device busy.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from bench.machine import cpu_mhz, gpu_reading
 from bench.results import write
 from bench.roofline import measured_rates
 from bench.timing import interleave, summary
+from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import pick_device
 
 PACKAGES = ("triton", "numpy", "transformers", "flash-attn", "liger-kernel", "datasets", "wandb", "easy-vqa")
@@ -99,18 +99,19 @@ def facts_rows(result: dict) -> list[tuple[str, ...]]:
     return rows
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.device_facts", description=__doc__.splitlines()[0])
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m bench.device_facts", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
-    args = parser.parse_args(argv)
-    try:
-        device = pick_device(args.device)
-        result = measure(device)
-        file = write("facts", device, result, args.out)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return parser
+
+
+@reports_errors()
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    device = pick_device(args.device)
+    result = measure(device)
+    file = write("facts", device, result, args.out)
     for what, measured in facts_rows(result)[1:]:
         print(f"{what:28} {measured}")
     print("not installed:", ", ".join(name for name, version in result["packages"].items() if version is None) or "-")

@@ -32,12 +32,14 @@ from bench.workload import cauldron_like, load_work
 from nanovlm_fast import reference
 from nanovlm_fast.backbones import LANGUAGE_FIELDS, language_names
 from nanovlm_fast.checkpoint import load_pretrained
+from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.device import autocast_to, pick_device, pick_dtype
 from nanovlm_fast.generate import generate
 from nanovlm_fast.model import VisionLanguageModel
 from nanovlm_fast.ops import choose_ops
 from nanovlm_fast.packing import IGNORE, Budget, Document, Sample, pack, pad
+from nanovlm_fast.ranges import Range
 
 FLOOR = 1e-3  # of the logits' standard deviation: by how much float32 may miss the largest one
 NEVER = -1  # an end of sequence that no model says
@@ -242,48 +244,50 @@ def table(batches: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.generate", description=__doc__.splitlines()[0])
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m bench.generate", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer batches, tokens and repeats; on a CPU preset tiny")
     parser.add_argument("--preset", default="", help="default: nanovlm-222m")
-    parser.add_argument("--layers", type=int, default=-1, help="of each tower; 0: the preset's, as on a GPU; CPU: 2")
+    parser.add_argument(
+        "--layers", type=Range(int, least=-1), default=-1, help="of each tower; 0: the preset's, as on a GPU; CPU: 2"
+    )
     parser.add_argument("--checkpoint", default="", help="weights, as nanovlm_fast.generate's; default: random ones")
-    parser.add_argument("--batches", default="", help="prompts at once, separated by commas; 1,8,64, on a CPU 1,8")
-    parser.add_argument("--new-tokens", type=int, default=0, help="0: 64 on a GPU, 16 on a CPU, 8 with --quick")
-    parser.add_argument("--repeats", type=int, default=0, help="0: 10, with --quick 3")
+    parser.add_argument(
+        "--batches", type=Range(int, least=1).several, help="prompts at once, separated by commas; 1,8,64, on a CPU 1,8"
+    )
+    parser.add_argument("--new-tokens", type=Range(int), default=0, help="0: 64 on a GPU, 16 on a CPU, 8 with --quick")
+    parser.add_argument("--repeats", type=Range(int), default=0, help="0: 10, with --quick 3")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    args = make_parser().parse_args(argv)
     args.device = pick_device(args.device)
     on_gpu = args.device.type == "cuda"
     args.preset = args.preset or ("tiny" if args.quick and not on_gpu else "nanovlm-222m")
-    args.batches = args.batches or ("1,8" if args.quick or not on_gpu else "1,8,64")
-    if not all(part.isdecimal() and int(part) for part in args.batches.split(",")):
-        raise ValueError(f"--batches {args.batches}: numbers above zero, separated by commas")
-    args.batches = sorted({int(part) for part in args.batches.split(",")})
+    args.batches = args.batches or ([1, 8] if args.quick or not on_gpu else [1, 8, 64])
     args.layers = args.layers if args.layers >= 0 else 0 if on_gpu else 2
     args.new_tokens = args.new_tokens or (8 if args.quick else 64 if on_gpu else 16)
     args.repeats = args.repeats or (3 if args.quick else 10)
-    if args.new_tokens < 2 or args.repeats < 1:
-        raise ValueError("--new-tokens must be at least 2 and --repeats at least 1")
+    if args.new_tokens < 2:
+        raise ValueError("--new-tokens must be at least 2: the first is the prefill's")
     return args
 
 
+@reports_errors()
 def main(argv: list[str] | None = None) -> int:
-    try:
-        args = parse(argv)
-        config = load_work(args.preset, "cauldron_like", 1, args.layers).config
-        models = Models(config, args.device, pick_dtype(args.dtype, args.device), args.checkpoint)
-        result = {"preset": args.preset, "layers": args.layers, "checkpoint": args.checkpoint, "batches": {}}
-        result |= {"dtype": str(models.dtype)[6:], "operations": str(models.ours.ops)}
-        with tqdm(total=len(args.batches) * len(VARIANTS), desc="variants", leave=False) as bar:
-            for batch in args.batches:
-                result["batches"][str(batch)] = measure(models, batch, args.new_tokens, args.repeats, bar.update)
-                file = write("generate", args.device, result, args.out)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    args = parse(argv)
+    config = load_work(args.preset, "cauldron_like", 1, args.layers).config
+    models = Models(config, args.device, pick_dtype(args.dtype, args.device), args.checkpoint)
+    result = {"preset": args.preset, "layers": args.layers, "checkpoint": args.checkpoint, "batches": {}}
+    result |= {"dtype": str(models.dtype)[6:], "operations": str(models.ours.ops)}
+    with tqdm(total=len(args.batches) * len(VARIANTS), desc="variants", leave=False) as bar:
+        for batch in args.batches:
+            result["batches"][str(batch)] = measure(models, batch, args.new_tokens, args.repeats, bar.update)
+            file = write("generate", args.device, result, args.out)
     print(table(result["batches"]))
     print(f"written: {file}")
     return 0

@@ -23,7 +23,9 @@ from bench.checks import red_kernels
 from bench.registry import NOTHING, PROVIDERS, Kernel, call_of, named
 from bench.results import write
 from bench.timing import difference, interleave, noise_of, summary
+from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import pick_device
+from nanovlm_fast.ranges import Range
 
 torch._functorch.config.donated_buffer = False  # a compiled backward runs again and again on one forward
 L2_BYTES = 64 * 2**20
@@ -284,33 +286,32 @@ def against_compile(providers: dict, provider: str) -> str:
     return str(difference(both["seconds"], rival["seconds"], both["noise"]))
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.splitlines()[0])
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m bench.kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="kernels, separated by commas")
     parser.add_argument("--small", action="store_true", help="toy sizes in float32: a rehearsal")
-    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--repeats", type=Range(int, least=1), default=30)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
-    args = parser.parse_args(argv)
-    try:
-        device = pick_device(args.device)
-        chosen = named(args.only)
-        if args.repeats < 1:
-            raise ValueError(f"--repeats must be positive, got {args.repeats}")
-        if device.type != "cuda" and not args.small:
-            raise ValueError("the kernels are measured on a GPU, and there is none: --small --device cpu rehearses")
-        args.red = red_kernels(device, args.out)
-        bandwidth, results = copy_bandwidth(device), {}
-        for kernel in chosen:
-            more = {f"{kernel.name}, {label}": sizes for label, sizes in kernel.also.items()}
-            all_sizes = {kernel.name: kernel.small} if args.small else {kernel.name: kernel.sizes, **more}
-            for label, sizes in all_sizes.items():
-                results[label] = measure(kernel, sizes, args, device)
-                record = {"copy_bytes_per_s": bandwidth, "small": args.small, "kernels": results}
-                file = write("kernels", device, record, args.out)  # each result is safe as soon as it is there
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return parser
+
+
+@reports_errors()
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    device = pick_device(args.device)
+    chosen = named(args.only)
+    if device.type != "cuda" and not args.small:
+        raise ValueError("the kernels are measured on a GPU, and there is none: --small --device cpu rehearses")
+    args.red = red_kernels(device, args.out)
+    bandwidth, results = copy_bandwidth(device), {}
+    for kernel in chosen:
+        more = {f"{kernel.name}, {label}": sizes for label, sizes in kernel.also.items()}
+        all_sizes = {kernel.name: kernel.small} if args.small else {kernel.name: kernel.sizes, **more}
+        for label, sizes in all_sizes.items():
+            results[label] = measure(kernel, sizes, args, device)
+            record = {"copy_bytes_per_s": bandwidth, "small": args.small, "kernels": results}
+            file = write("kernels", device, record, args.out)  # each result is safe as soon as it is there
     if args.small:
         print("a rehearsal at toy sizes: it shows that everything runs and agrees, its times mean nothing")
     print(table(results, bandwidth))

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from bench.results import write
 from nanovlm_fast import reference
+from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.config import preset
 from nanovlm_fast.data.sources import load_source, texts
 from nanovlm_fast.data.stream import SampleLoader, measure_budget
@@ -35,6 +36,7 @@ from nanovlm_fast.ops import choose_ops
 from nanovlm_fast.optim import lr_factor, set_lr
 from nanovlm_fast.packing import Packer, Sample, pack, pad
 from nanovlm_fast.pictures import pyplot
+from nanovlm_fast.ranges import Range
 
 TRUTH = "reference float32"
 VARIANTS = (TRUTH, "reference bfloat16", "packed float32", "packed bfloat16")
@@ -211,25 +213,28 @@ def table(verdict: dict) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.loss_curves", description=__doc__.splitlines()[0])
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m bench.loss_curves", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--data", default="easy_vqa")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seeds", type=int, default=3, help="at least 2: their spread is the yardstick")
-    parser.add_argument("--tokens", type=int, default=1024, help="tokens of a packed batch; more on a GPU")
+    parser.add_argument("--steps", type=Range(int, least=1), default=200)
+    parser.add_argument(
+        "--seeds", type=Range(int, least=2), default=3, help="at least 2: their spread is the yardstick"
+    )
+    parser.add_argument(
+        "--tokens", type=Range(int, least=1), default=1024, help="tokens of a packed batch; more on a GPU"
+    )
     parser.add_argument("--kernels", default="none", help="Triton kernels of the packed model, as in train.py")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
-    args = parser.parse_args(argv)
-    try:
-        if args.seeds < 2 or args.steps < 1:
-            raise ValueError(f"--seeds {args.seeds} --steps {args.steps}: at least 2 seeds and 1 step are needed")
-        args.device = str(pick_device(args.device))
-        curves, data = train_all(args)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return parser
+
+
+@reports_errors()
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    args.device = str(pick_device(args.device))
+    curves, data = train_all(args)
     verdict = judge(curves)
     rounded = {variant: np.round(rows, 5).tolist() for variant, rows in curves.items()}
     result = {

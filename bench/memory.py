@@ -26,7 +26,9 @@ from tqdm import tqdm
 from bench.results import write
 from bench.variants import Judge, Packed, Padded, Recipe, Step, Workbench
 from bench.workload import load_work
+from nanovlm_fast.command import Parser, keeping_interrupts, reports_errors
 from nanovlm_fast.device import pick_device, pick_dtype
+from nanovlm_fast.ranges import Range
 from nanovlm_fast.recompute import POLICIES
 
 # rows of 128 positions; in units of 2^20 bytes, which its script calls MB; None: out of memory (huggingface/nanoVLM)
@@ -56,7 +58,8 @@ def from_a_process(generator: Callable[..., Iterator], *args: object) -> Iterato
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(sender, generator, *args), daemon=True)
-    process.start()
+    with keeping_interrupts():
+        process.start()
     sender.close()
     try:
         while True:
@@ -66,6 +69,9 @@ def from_a_process(generator: Callable[..., Iterator], *args: object) -> Iterato
             if not more:
                 return
             yield value
+    except KeyboardInterrupt:
+        process.kill()
+        raise
     except EOFError:  # it was killed, as systems do that have no memory left
         raise RuntimeError(f"{NO_ROOM}, or else killed") from None
     finally:
@@ -203,43 +209,47 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__.splitlines()[0])
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m bench.memory", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two numbers of samples; on a CPU of preset tiny")
     parser.add_argument("--preset", default="", help="default: nanovlm-222m")
-    parser.add_argument("--layers", type=int, default=-1, help="of each tower; 0: the preset's, as on a GPU; CPU: 2")
+    parser.add_argument(
+        "--layers", type=Range(int, least=-1), default=-1, help="of each tower; 0: the preset's, as on a GPU; CPU: 2"
+    )
     parser.add_argument("--data", default="cauldron_like", help="as bench.train_step's")
-    parser.add_argument("--samples", default="", help="a step, separated by commas; 1,64,128,256,512; on a CPU 1,4,16")
+    parser.add_argument(
+        "--samples",
+        type=Range(int, least=1).several,
+        help="a step, separated by commas; 1,64,128,256,512; on a CPU 1,4,16",
+    )
     parser.add_argument("--compile", default="none", choices=("none", "default"), help="of ours")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="relative, in float32")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
+    parser.add_argument("--tolerance", type=Range(float), default=1e-4, help="relative, in float32")
+    parser.add_argument("--threads", type=Range(int), default=0, help="CPU threads; 0: PyTorch's choice")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    args = make_parser().parse_args(argv)
     args.device = str(pick_device(args.device))
     on_gpu = args.device.startswith("cuda")
-    default = ("1,256" if args.quick else "1,64,128,256,512") if on_gpu else ("1,8" if args.quick else "1,4,16")
-    args.samples = args.samples or default
+    few, many = ([1, 256], [1, 64, 128, 256, 512]) if on_gpu else ([1, 8], [1, 4, 16])
+    args.samples = args.samples or (few if args.quick else many)
     args.preset = args.preset or ("tiny" if args.quick and not on_gpu else "nanovlm-222m")
-    if not all(part.isdecimal() and int(part) for part in args.samples.split(",")):
-        raise ValueError(f"--samples {args.samples}: numbers above zero, separated by commas")
-    args.samples = sorted({int(part) for part in args.samples.split(",")})
     args.layers = args.layers if args.layers >= 0 else 0 if on_gpu else 2
     args.threads = args.threads or torch.get_num_threads()
     load_work(args.preset, args.data, 1, args.layers)
     return args
 
 
+@reports_errors(RuntimeError)
 def main(argv: list[str] | None = None) -> int:
-    try:
-        args = parse(argv)
-        if not args.device.startswith("cuda") and not Path("/proc/self/status").exists():
-            raise ValueError("on a CPU this needs Linux, which says how much memory a process holds")
-        result, file = compare(args, torch.device(args.device))
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    args = parse(argv)
+    if not args.device.startswith("cuda") and not Path("/proc/self/status").exists():
+        raise ValueError("on a CPU this needs Linux, which says how much memory a process holds")
+    result, file = compare(args, torch.device(args.device))
     print(table(result))
     print(f"written: {file}")
     return 0

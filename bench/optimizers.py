@@ -8,7 +8,6 @@ first seed; Muon's is the preset's. Writes optimizers.json after every run.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import subprocess
 import sys
@@ -20,8 +19,10 @@ from tqdm import tqdm
 
 from bench.results import write
 from bench.train_run import TRAIN
+from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import pick_device
 from nanovlm_fast.metrics import read_metrics
+from nanovlm_fast.ranges import Range
 
 SEEDS = (0, 1, 2)
 ADAMW_RATES = (1e-3, 2e-3, 4e-3)
@@ -104,21 +105,22 @@ def compare(options: list[str], device: torch.device, out: Path | None) -> dict:
     return result
 
 
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m bench.optimizers", description=__doc__.splitlines()[0])
+    parser.add_argument("--epochs", type=Range(float, above=0), default=5.0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
+    return parser
+
+
+@reports_errors(RuntimeError)
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     split = argv.index("--") if "--" in argv else len(argv)
-    parser = argparse.ArgumentParser(prog="python -m bench.optimizers", description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=float, default=5.0)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
-    args = parser.parse_args(argv[:split])
-    try:
-        device = pick_device(args.device)
-        options = ["--epochs", str(args.epochs), "--device", str(device), *argv[split + 1 :]]
-        result = compare(options, device, args.out)
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    args = make_parser().parse_args(argv[:split])
+    device = pick_device(args.device)
+    options = ["--epochs", str(args.epochs), "--device", str(device), *argv[split + 1 :]]
+    result = compare(options, device, args.out)
     for row in result["verdict"]:
         got = f"in {row['muon_steps']:,} steps" if row["muon_steps"] else f"never (its last is {row['muon_loss']:.4f})"
         print(f"seed {row['seed']}: AdamW ends at {row['loss']:.4f} in {row['steps']:,} steps; Muon gets there {got}")

@@ -38,10 +38,12 @@ from bench.results import write
 from bench.timing import Difference, difference, interleave, summary
 from bench.variants import Packed, Recipe, Workbench
 from bench.workload import Work, cauldron_like, load_work
+from nanovlm_fast.command import Parser, keeping_interrupts, reports_errors
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.device import pick_device, pick_dtype
 from nanovlm_fast.metrics import peak_flops
 from nanovlm_fast.packing import Document, pad
+from nanovlm_fast.ranges import Range
 
 PARITY_QUESTIONS = 4
 
@@ -76,7 +78,8 @@ class Peer:
         options = dict(config=vars(config), image_tokens=config.image_tokens, device=str(device), dtype=dtype)
         options |= dict(checkout=str(checkout), weights=str(weights), threads=torch.get_num_threads())
         self.process = context.Process(target=serve, args=(theirs, options), daemon=True)
-        self.process.start()
+        with keeping_interrupts():
+            self.process.start()
         theirs.close()
         self.interface = self.answer()
 
@@ -258,37 +261,41 @@ def read_cases(questions: str) -> list[Case]:
     return [Case(1, even=True), *(Case(number) for number in dict.fromkeys(numbers))]
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.peer", description=__doc__.splitlines()[0])
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m bench.peer", description=__doc__.splitlines()[0])
     parser.add_argument("--nanovlm", type=Path, required=True, help="a checkout of huggingface/nanoVLM, v0.1 or main")
     parser.add_argument("--quick", action="store_true", help="few samples and repeats; on a CPU preset tiny")
     parser.add_argument("--preset", default="", help="default: nanovlm-222m")
-    parser.add_argument("--layers", type=int, default=-1, help="of each tower; 0: the preset's, as on a GPU; CPU: 2")
+    parser.add_argument(
+        "--layers", type=Range(int, least=-1), default=-1, help="of each tower; 0: the preset's, as on a GPU; CPU: 2"
+    )
     parser.add_argument(
         "--questions", default="1,10", help="per image, a case each; one without padding always comes first"
     )
     parser.add_argument(
         "--samples",
-        type=int,
+        type=Range(int),
         default=0,
         help="questions per step, or nearly; 0: 128 on a GPU, which both processes share, 10 on a CPU",
     )
     parser.add_argument("--compile", default="auto", choices=("auto", "none", "default"), help="ours; auto: on a GPU")
-    parser.add_argument("--repeats", type=int, default=0, help="0: 15, with --quick 3")
+    parser.add_argument("--repeats", type=Range(int), default=0, help="0: 15, with --quick 3")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="relative, on the loss and every gradient")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
+    parser.add_argument("--tolerance", type=Range(float), default=1e-4, help="relative, on the loss and every gradient")
+    parser.add_argument("--threads", type=Range(int), default=0, help="CPU threads; 0: PyTorch's choice")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    args = make_parser().parse_args(argv)
     check_checkout(args.nanovlm)
     args.cases = read_cases(args.questions)
     args.device = str(pick_device(args.device))
     on_gpu = args.device.startswith("cuda")
     args.preset = args.preset or ("tiny" if args.quick and not on_gpu else "nanovlm-222m")
     args.layers = args.layers if args.layers >= 0 else 0 if on_gpu else 2
-    if min(args.samples, args.repeats) < 0:
-        raise ValueError("--samples and --repeats must be positive, or 0 for the default")
     args.samples = args.samples or ((16 if on_gpu else 4) if args.quick else 128 if on_gpu else 10)
     args.repeats = args.repeats or (3 if args.quick else 15)
     if args.compile == "auto":
@@ -297,13 +304,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@reports_errors(RuntimeError)
 def main(argv: list[str] | None = None) -> int:
-    try:
-        args = parse(argv)
-        result = compare(args)
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    args = parse(argv)
+    result = compare(args)
     print(table(result))
     print(f"written: {write(result_name(args), torch.device(args.device), result, args.out)}")
     return 0

@@ -24,7 +24,9 @@ from bench.roofline import kind_of
 from bench.timing import interleave, summary, synchronize
 from bench.variants import Packed, Padded, Recipe, Step, Workbench
 from bench.workload import load_work
+from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import pick_device, pick_dtype
+from nanovlm_fast.ranges import Range
 
 KINDS = {  # kernels of the device by what their names hold -> kind; the first that fits
     "attention": ("flash", "fmha", "attention", "attn"),
@@ -111,32 +113,33 @@ def name_of(args: argparse.Namespace) -> str:
     return "profile_reference" if args.reference else "profile"
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.profile_step", description=__doc__.splitlines()[0])
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m bench.profile_step", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--data", default="", help="as bench.train_step's")
-    parser.add_argument("--samples", type=int, default=0, help="a step; 0: 256 on a GPU, 16 on a CPU, 32 of a data set")
-    parser.add_argument("--layers", type=int, default=0, help="of each tower, at full width; 0: the preset's")
+    parser.add_argument(
+        "--samples", type=Range(int), default=0, help="a step; 0: 256 on a GPU, 16 on a CPU, 32 of a data set"
+    )
+    parser.add_argument("--layers", type=Range(int), default=0, help="of each tower, at full width; 0: the preset's")
     parser.add_argument("--reference", action="store_true", help="the padded reference and not ours")
     parser.add_argument("--compile", default="auto", choices=("auto", "none", "default", "reduce-overhead"))
     parser.add_argument("--kernels", default="auto", help="as train.py's")
-    parser.add_argument("--steps", type=int, default=2, help="under the profiler")
-    parser.add_argument("--repeats", type=int, default=10, help="timed steps without it")
+    parser.add_argument("--steps", type=Range(int, least=1), default=2, help="under the profiler")
+    parser.add_argument("--repeats", type=Range(int, least=1), default=10, help="timed steps without it")
     parser.add_argument("--trace", action="store_true", help="keep the trace: logs/profile_trace.json.gz beside it")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
-    args = parser.parse_args(argv)
-    try:
-        device = pick_device(args.device)
-        if min(args.steps, args.repeats) < 1:
-            raise ValueError(f"--steps {args.steps} --repeats {args.repeats}: both must be positive")
-        if args.compile == "auto":  # `default` and not graphs: replayed kernels lose the names of who launched them
-            args.compile = "default" if device.type == "cuda" else "none"
-        result = measure(args, device)
-        file = write(name_of(args), device, result, args.out)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return parser
+
+
+@reports_errors()
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    device = pick_device(args.device)
+    if args.compile == "auto":  # `default` and not graphs: replayed kernels lose the names of who launched them
+        args.compile = "default" if device.type == "cuda" else "none"
+    result = measure(args, device)
+    file = write(name_of(args), device, result, args.out)
     for row in profile_rows(result):
         print(f"{row[0][:62]:62} {row[1]:10} {row[2]:>12} {row[3]:>10} {row[4]:>7}")
     print(f"written: {file}")

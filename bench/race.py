@@ -49,6 +49,7 @@ from bench.machine import WATCH
 from bench.race_sides import Fast, Reference, Setting
 from bench.results import ROOT, facts, place, read, write
 from bench.timing import synchronize
+from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.config import TrainConfig, VLMConfig, parse_config
 from nanovlm_fast.data.sources import Subset, load_source, make_tokenizer
 from nanovlm_fast.data.stream import Feed, PackedStream, SampleLoader, advance, initial_states, loader, measure_budget
@@ -58,6 +59,7 @@ from nanovlm_fast.evaluate import evaluate
 from nanovlm_fast.model import VisionLanguageModel
 from nanovlm_fast.optim import lr_factor, make_optimizers, set_lr
 from nanovlm_fast.packing import PackedBatch
+from nanovlm_fast.ranges import Range
 
 SIDES = ("fast", "reference")  # in this order: what is quick is there first
 STATES = ROOT.parent.parent / "runs" / "race"
@@ -353,39 +355,44 @@ def configs(args: argparse.Namespace) -> tuple[VLMConfig, TrainConfig]:
     return config, train
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    split = argv.index("--") if "--" in argv else len(argv)
-    parser = argparse.ArgumentParser(prog="python -m bench.race", description=__doc__.splitlines()[0])
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m bench.race", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--data", default="", help="easy_vqa (default) or synthetic")
     parser.add_argument(
         "--only", default="", choices=("", *SIDES), help="one side; the other stays as it is in the file"
     )
-    parser.add_argument("--target", type=float, default=0.95, help="accuracy on the test split")
-    parser.add_argument("--budget-s", type=float, default=0.0, help="seconds of training for each side; 0: no limit")
-    parser.add_argument("--wall-s", type=float, default=0.0, help="seconds of this call in all; 0: no limit")
-    parser.add_argument("--test-images", type=int, default=200, help="pictures of the test split asked on the way")
+    parser.add_argument("--target", type=Range(float, above=0, most=1), default=0.95, help="accuracy on the test split")
+    parser.add_argument(
+        "--budget-s", type=Range(float), default=0.0, help="seconds of training for each side; 0: no limit"
+    )
+    parser.add_argument("--wall-s", type=Range(float), default=0.0, help="seconds of this call in all; 0: no limit")
+    parser.add_argument(
+        "--test-images", type=Range(int, least=1), default=200, help="pictures of the test split asked on the way"
+    )
     parser.add_argument("--quick", action="store_true", help="a handful of steps on synthetic pictures: a rehearsal")
     parser.add_argument("--again", action="store_true", help="begin anew, whatever is there")
     parser.add_argument("--name", default="", help="of the result file; default: race, with the preset unless tiny")
     parser.add_argument("--state", type=Path, help="folder of what was cut off (default: runs/race)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
-    args = parser.parse_args(argv[:split])
+    return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    split = argv.index("--") if "--" in argv else len(argv)
+    args = make_parser().parse_args(argv[:split])
     args.train = tuple(argv[split + 1 :])
     args.data = args.data or ("synthetic" if args.quick else "easy_vqa")
     args.test_images = min(args.test_images, 8) if args.quick else args.test_images
     return args
 
 
+@reports_errors(ImportError)
 def main(argv: list[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
     failed = False
     try:
-        if not 0 < args.target <= 1 or args.test_images < 1:
-            raise ValueError(
-                f"--target {args.target} --test-images {args.test_images}: a share, and at least one picture"
-            )
         race = Race(args)
         for side in [args.only] if args.only else SIDES:
             try:
@@ -393,12 +400,8 @@ def main(argv: list[str] | None = None) -> int:
             except (ValueError, torch.OutOfMemoryError) as error:
                 failed = True
                 print(f"error: {side}: {str(error).splitlines()[0]}", file=sys.stderr)
-    except (OSError, ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
-        print("error: stopped; the points that are written stay", file=sys.stderr)
-        return 130
+        raise KeyboardInterrupt("stopped; the points that are written stay") from None
     if not race.file.exists():
         return 1 if failed else UNFINISHED
     if race.ran:

@@ -9,7 +9,6 @@ that was killed must be those of one that was not, to the bit; a row that is not
 
 from __future__ import annotations
 
-import argparse
 import gc
 import importlib.util
 import json
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 
 from bench.results import write
+from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.config import parse_config
 from nanovlm_fast.device import pick_device
 from nanovlm_fast.metrics import read_metrics
@@ -174,28 +174,29 @@ def soak(run: Path, steps: int, every: int, options: list[str]) -> dict[str, Any
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.reliability", description=__doc__.splitlines()[0])
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m bench.reliability", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+@reports_errors(RuntimeError)
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
     count, steps, soaked, every = (3, 60, 60, 20) if args.quick else (25, 300, 2000, 100)
-    try:
-        device = pick_device(args.device)
-        result: dict[str, Any] = {"kills": []}
-        with tempfile.TemporaryDirectory() as folder:
-            for processes in (1, 2):
-                result["kills"].append(kills(Path(folder), processes, count, steps))
-                print(json.dumps(result["kills"][-1]))
-                file = write("reliability", device, result, args.out)  # what is done is kept
-            options = ["--device", args.device, "--log-every", "50"]
-            result["soak"] = soak(Path(folder) / "soak", soaked, every, options)
-            print(json.dumps({name: value for name, value in result["soak"].items() if name != "samples"}))
-            file = write("reliability", device, result, args.out)
-    except (ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    device = pick_device(args.device)
+    result: dict[str, Any] = {"kills": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for processes in (1, 2):
+            result["kills"].append(kills(Path(folder), processes, count, steps))
+            print(json.dumps(result["kills"][-1]))
+            file = write("reliability", device, result, args.out)  # what is done is kept
+        options = ["--device", args.device, "--log-every", "50"]
+        result["soak"] = soak(Path(folder) / "soak", soaked, every, options)
+        print(json.dumps({name: value for name, value in result["soak"].items() if name != "samples"}))
+        file = write("reliability", device, result, args.out)
     print(f"written: {file}")
     return 0
 

@@ -6,7 +6,6 @@ python -m bench.report --check    exit with 1 if a table or a picture is out of 
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import sys
@@ -29,6 +28,7 @@ from bench.registry import KERNELS, NOTHING
 from bench.results import ROOT, load, measurements
 from bench.scaling import GPUS, NODE, verdict
 from bench.timing import Difference, difference
+from nanovlm_fast.command import Parser, reports_errors
 
 README = ROOT.parent.parent / "README.md"
 
@@ -420,16 +420,17 @@ def stale_pictures(results: Path = ROOT) -> tuple[list[Figure], list[Path]]:
     return [figure for figure in drawn if figure.stale()], sorted(there - wanted)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m bench.report", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 if something would change")
-    args = parser.parse_args(argv)
-    try:
-        after = {file: page(file) for file in TABLES}
-        to_draw, left_over = stale_pictures()
-    except (OSError, ValueError, KeyError) as error:
-        print(f"error: {error!r}", file=sys.stderr)
-        return 1
+    return parser
+
+
+@reports_errors(KeyError)
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    after = {file: page(file) for file in TABLES}
+    to_draw, left_over = stale_pictures()
     stale = [file for file, text in after.items() if text != file.read_text()]
     if args.check:
         for file in (*stale, *(figure.file("light") for figure in to_draw), *left_over):

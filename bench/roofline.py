@@ -23,8 +23,10 @@ import torch
 
 from bench.results import write
 from bench.timing import interleave, summary
+from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.config import VLMConfig, preset
 from nanovlm_fast.device import pick_device, pick_dtype
+from nanovlm_fast.ranges import Range
 
 STREAM = 4  # bytes of an element of the residual stream and its gradient, and of weights' gradients: float32
 
@@ -263,35 +265,36 @@ def summarised(config: VLMConfig, work: Counts, rates: Rates) -> dict:
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=__doc__.splitlines()[0])
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m bench.roofline", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="nanovlm-222m")
-    parser.add_argument("--samples", type=int, default=256, help="documents of one image")
-    parser.add_argument("--text", type=int, default=32, help="text tokens of a document")
-    parser.add_argument("--labels", type=int, default=12, help="labelled tokens of a document")
+    parser.add_argument("--samples", type=Range(int, least=1), default=256, help="documents of one image")
+    parser.add_argument("--text", type=Range(int, least=1), default=32, help="text tokens of a document")
+    parser.add_argument("--labels", type=Range(int, least=1), default=12, help="labelled tokens of a document")
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda | h100 (its table, and no result file)")
     parser.add_argument("--measure", action="store_true", help="profile the step too, on documents drawn like these")
-    parser.add_argument("--layers", type=int, default=0, help="of each tower, at full width; 0: the preset's")
+    parser.add_argument("--layers", type=Range(int), default=0, help="of each tower, at full width; 0: the preset's")
     parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
-    args = parser.parse_args(argv)
-    try:
-        config, _ = preset(args.preset)
-        if args.layers:
-            config = dataclasses.replace(config, vit_n_blocks=args.layers, lm_n_blocks=args.layers)
-        if args.measure and args.device == "h100":
-            raise ValueError("--measure needs the device itself, and --device h100 is a table")
-        if min(args.samples, args.text, args.labels) < 1 or args.labels > args.text:
-            raise ValueError("--samples, --text and --labels must be positive, and no more labels than text")
-        device = None if args.device == "h100" else pick_device(args.device)
-        rates = measured_rates(device) if device else H100
-        counts, seconds = Counts.of_samples(config, args.samples, args.text, args.labels), None
-        if args.measure:
-            counts, seconds = measured_step(args, device)
-        result = {**summarised(config, counts, rates), "measured_by_kind": seconds}
-        file = write("roofline", device, {"preset": args.preset, **result}, args.out) if device else None
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return parser
+
+
+@reports_errors()
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    config, _ = preset(args.preset)
+    if args.layers:
+        config = dataclasses.replace(config, vit_n_blocks=args.layers, lm_n_blocks=args.layers)
+    if args.measure and args.device == "h100":
+        raise ValueError("--measure needs the device itself, and --device h100 is a table")
+    if args.labels > args.text:
+        raise ValueError(f"--labels {args.labels} --text {args.text}: no more labels than text")
+    device = None if args.device == "h100" else pick_device(args.device)
+    rates = measured_rates(device) if device else H100
+    counts, seconds = Counts.of_samples(config, args.samples, args.text, args.labels), None
+    if args.measure:
+        counts, seconds = measured_step(args, device)
+    result = {**summarised(config, counts, rates), "measured_by_kind": seconds}
+    file = write("roofline", device, {"preset": args.preset, **result}, args.out) if device else None
     print(table(operators(config, Counts(**result["work"]), rates.element), rates))
     print(f"\n{rates.name}: {rates.flops / 1e12:,.2f} TFLOP/s, {rates.bandwidth / 1e9:,.0f} GB/s")
     print(f"floor {result['floor_seconds'] * 1e3:,.1f} ms, {result['samples_per_s']:,.0f} samples/s")

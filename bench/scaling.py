@@ -28,7 +28,6 @@ roofline's step for those. Efficiency is one GPU's time over that of n (strong: 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import sys
@@ -42,10 +41,12 @@ from bench.results import ROOT, load, write
 from bench.roofline import H100, Counts, operators
 from bench.traffic import measure
 from bench.traffic import table as traffic_table
+from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.config import VLMConfig, preset
 from nanovlm_fast.device import pick_device
 from nanovlm_fast.model import VisionLanguageModel
 from nanovlm_fast.packing import Budget
+from nanovlm_fast.ranges import Range
 from nanovlm_fast.warmup import full_batch
 
 GPUS = tuple(2**i for i in range(11))
@@ -373,24 +374,25 @@ def table(result: dict) -> Iterator[str]:
             yield f"{name:40}{gpus:>11}{row['samples']:>11}{row['seconds'] * 1e3:>11.1f}{efficiency}"
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__.splitlines()[0])
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m bench.scaling", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="nanovlm-222m")
-    parser.add_argument("--samples", type=int, default=256, help="on a GPU, where no measured step says how many")
-    parser.add_argument("--steps", type=int, default=5, help="steps whose traffic is counted; 0: none")
+    parser.add_argument(
+        "--samples", type=Range(int, least=1), default=256, help="on a GPU, where no measured step says how many"
+    )
+    parser.add_argument("--steps", type=Range(int), default=5, help="steps whose traffic is counted; 0: none")
     parser.add_argument("--device", default="auto", help="whose folder the result goes to; nothing is timed")
     parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
-    args = parser.parse_args(argv)
-    try:
-        if args.samples < 1 or args.steps < 0:
-            raise ValueError("--samples must be positive, --steps not negative")
-        device = pick_device(args.device)
-        result = modelled(args.preset, args.samples)
-        result["traffic"] = measure(args.steps) if args.steps else None
-        file = write("scaling", device, result, args.out)
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return parser
+
+
+@reports_errors(RuntimeError)
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    device = pick_device(args.device)
+    result = modelled(args.preset, args.samples)
+    result["traffic"] = measure(args.steps) if args.steps else None
+    file = write("scaling", device, result, args.out)
     print("\n".join(table(result)))
     if result["traffic"]:
         print(f"\n{traffic_table(result['traffic'])}")

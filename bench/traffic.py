@@ -32,9 +32,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.config import preset
 from nanovlm_fast.model import VisionLanguageModel
 from nanovlm_fast.packing import Budget
+from nanovlm_fast.ranges import Range
 from nanovlm_fast.warmup import full_batch
 
 HERE = Path(__file__).resolve().parent.parent
@@ -178,12 +180,17 @@ def table(traffic: dict) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5, help="steps of which the median counts")
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m bench.traffic", description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=Range(int, least=1), default=5, help="steps of which the median counts")
     parser.add_argument("--folder", help=argparse.SUPPRESS)  # of the process that starts the two
     parser.add_argument("--own", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    return parser
+
+
+@reports_errors()
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
     if not args.folder:
         print(table(measure(args.repeats)))
         return 0

@@ -6,7 +6,6 @@ python -m bench.train_run -- --epochs 32       options after -- go to train.py
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 
 from bench.results import write
+from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import pick_device
 from nanovlm_fast.metrics import read_metrics
 
@@ -57,21 +57,22 @@ def _mean(values: list[float]) -> float:
     return sum(values) / max(len(values), 1)
 
 
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    split = argv.index("--") if "--" in argv else len(argv)
-    parser = argparse.ArgumentParser(prog="python -m bench.train_run", description=__doc__.splitlines()[0])
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m bench.train_run", description=__doc__.splitlines()[0])
     parser.add_argument("--name", default="train_tiny", help="name of the result file")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
-    args = parser.parse_args(argv[:split])
-    try:
-        device = pick_device(args.device)
-        options = argv[split + 1 :] if args.device == "auto" else [*argv[split + 1 :], "--device", args.device]
-        file = measure(args.name, options, device, args.out)
-    except (ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return parser
+
+
+@reports_errors(RuntimeError)
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    split = argv.index("--") if "--" in argv else len(argv)
+    args = make_parser().parse_args(argv[:split])
+    device = pick_device(args.device)
+    options = argv[split + 1 :] if args.device == "auto" else [*argv[split + 1 :], "--device", args.device]
+    file = measure(args.name, options, device, args.out)
     print(f"written: {file}")
     return 0
 

@@ -38,8 +38,10 @@ from bench.results import write
 from bench.timing import interleave, summary
 from bench.variants import Judge, Packed, Padded, Recipe, Step, Workbench, ablation
 from bench.workload import load_work
+from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import pick_device, pick_dtype
 from nanovlm_fast.metrics import peak_flops
+from nanovlm_fast.ranges import Range
 
 MAIN = ("reference", "reference_compiled", "ours")
 WARMUP = 1  # rounds of a pair that do not count
@@ -259,27 +261,35 @@ def result_name(args: argparse.Namespace) -> str:
     return f"train_step{preset}{layers}"
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.train_step", description=__doc__.splitlines()[0])
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m bench.train_step", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="tiny")
-    parser.add_argument("--layers", type=int, default=0, help="of each tower, at full width; 0: the preset's")
+    parser.add_argument("--layers", type=Range(int), default=0, help="of each tower, at full width; 0: the preset's")
     parser.add_argument(
         "--data", default="", help="as train.py's, or cauldron_like; default: easy_vqa for tiny, else that"
     )
-    parser.add_argument("--samples", type=int, default=0, help="a step; 0: 256 on a GPU, 16 on a CPU, 32 of a data set")
+    parser.add_argument(
+        "--samples", type=Range(int), default=0, help="a step; 0: 256 on a GPU, 16 on a CPU, 32 of a data set"
+    )
     parser.add_argument("--variants", default="all", help="rows beside reference and ours, separated by commas")
     parser.add_argument("--no-ablation", action="store_true", help="the references and ours alone")
     parser.add_argument("--compile", default="auto", choices=("auto", "none", "default", "reduce-overhead"))
     parser.add_argument("--kernels", default="auto", help="as train.py's")
     parser.add_argument("--attention", default="auto", help="as train.py's")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    parser.add_argument("--repeats", type=int, default=15, help="timed rounds of a pair, at most")
-    parser.add_argument("--budget-s", type=float, default=0.0, help="seconds in all; 0: 240 on a GPU, 600 on a CPU")
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="relative, in float32")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
+    parser.add_argument("--repeats", type=Range(int, least=1), default=15, help="timed rounds of a pair, at most")
+    parser.add_argument(
+        "--budget-s", type=Range(float), default=0.0, help="seconds in all; 0: 240 on a GPU, 600 on a CPU"
+    )
+    parser.add_argument("--tolerance", type=Range(float), default=1e-4, help="relative, in float32")
+    parser.add_argument("--threads", type=Range(int), default=0, help="CPU threads; 0: PyTorch's choice")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    args = make_parser().parse_args(argv)
     args.device = str(pick_device(args.device))
     on_gpu = args.device.startswith("cuda")
     args.variants = () if args.no_ablation else tuple(args.variants.split(","))
@@ -292,18 +302,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@reports_errors()
 def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    comparison = Comparison(args)
     try:
-        args = parse(argv)
-        torch.set_num_threads(args.threads or torch.get_num_threads())
-        comparison = Comparison(args)
         result = comparison.run()
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except Failed as error:
-        print(f"error: ours gets no time: {error}", file=sys.stderr)
-        return 1
+        raise ValueError(f"ours gets no time: {error}") from error
     for name, why in {**result["not_applicable"], **result["not_run"]}.items():
         print(f"{name}: {'not run' if name in result['not_run'] else 'not applicable'}, {why}")
     for key, against in (("speedup", "the padded reference"), ("speedup_over_compiled", "it under torch.compile")):

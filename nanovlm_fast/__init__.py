@@ -1,9 +1,14 @@
 """nanovlm_fast: nanoVLM's small vision-language model, trained as fast as the hardware allows."""
 
+import sys
 from typing import Any
+
+from nanovlm_fast.command import end_on_interrupt
 
 __version__ = "0.1.0"
 __all__ = ["VisionLanguageModel"]
+
+end_on_interrupt(sys.argv[:1] == ["-m"])  # of `python -m nanovlm_fast.<command>`, and of nobody else
 
 
 def __getattr__(name: str) -> Any:

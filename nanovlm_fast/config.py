@@ -14,13 +14,20 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+from nanovlm_fast.command import one_line
+from nanovlm_fast.ranges import SEED, Range, check_fields
 
 from nanovlm_fast.paths import absolute_paths, inside
 from nanovlm_fast.runs import is_empty, is_stub, standing
 
 RUNS = Path("runs")
-LARGEST = {"lm_max_position_embeddings": 2**21}  # sizes of tables that no weights hold to their length
+
+Size = Annotated[int, Range(int, least=1)]
+Positive = Annotated[float, Range(float, above=0)]
+Share = Annotated[float, Range(float, least=0, most=1)]
+ShareBelowOne = Annotated[float, Range(float, least=0, below=1)]
 
 
 def option(default: Any, help: str) -> Any:
@@ -31,30 +38,40 @@ def option(default: Any, help: str) -> Any:
 class VLMConfig:
     """Sizes of the model; the defaults are nanoVLM v0.1's 222M model."""
 
-    vit_img_size: int = option(224, "side of the square image, in pixels")
-    vit_patch_size: int = option(16, "side of a patch, in pixels")
-    vit_hidden_dim: int = option(768, "width of the vision tower")
-    vit_inter_dim: int = option(3072, "width of the vision MLP")
-    vit_n_heads: int = option(12, "vision attention heads")
-    vit_n_blocks: int = option(12, "vision layers")
+    vit_img_size: Size = option(224, "side of the square image, in pixels")
+    vit_patch_size: Size = option(16, "side of a patch, in pixels")
+    vit_hidden_dim: Size = option(768, "width of the vision tower")
+    vit_inter_dim: Size = option(3072, "width of the vision MLP")
+    vit_n_heads: Size = option(12, "vision attention heads")
+    vit_n_blocks: Size = option(12, "vision layers")
     vit_ln_eps: float = option(1e-6, "epsilon of the vision LayerNorms")
-    lm_hidden_dim: int = option(576, "width of the language model")
-    lm_inter_dim: int = option(1536, "width of the language MLP")
-    lm_n_heads: int = option(9, "query heads")
-    lm_n_kv_heads: int = option(3, "key and value heads")
-    lm_n_blocks: int = option(30, "language layers")
+    lm_hidden_dim: Size = option(576, "width of the language model")
+    lm_inter_dim: Size = option(1536, "width of the language MLP")
+    lm_n_heads: Size = option(9, "query heads")
+    lm_n_kv_heads: Size = option(3, "key and value heads")
+    lm_n_blocks: Size = option(30, "language layers")
     lm_rms_eps: float = option(1e-5, "epsilon of the RMSNorms")
-    lm_re_base: float = option(100000.0, "base of the rotary frequencies")
-    lm_max_position_embeddings: int = option(8192, "longest document the rotary embedding is used for")
-    lm_vocab_size: int = option(49152, "rows of the token embedding")
+    lm_re_base: Positive = option(100000.0, "base of the rotary frequencies")
+    # a table that no weights hold to its length
+    lm_max_position_embeddings: Annotated[int, Range(int, least=1, most=2**21)] = option(
+        8192, "longest document the rotary embedding is used for"
+    )
+    lm_vocab_size: Size = option(49152, "rows of the token embedding")
     lm_tie_weights: bool = option(True, "share the token embedding with the head")
-    lm_max_length: int = option(79, "text tokens a padded batch is padded to (the reference only)")
+    lm_max_length: Size = option(79, "text tokens a padded batch is padded to (the reference only)")
     lm_tokenizer: str = option(
         "HuggingFaceTB/cosmo2-tokenizer", "Hugging Face tokenizer: hub name or folder; 'train' makes one from the data"
     )
-    mp_pixel_shuffle_factor: int = option(2, "pixel shuffle: a factor x factor square of patches makes one image token")
-    image_mean: float = option(0.0, "subtracted from pixels in [0, 1]")
-    image_std: float = option(1.0, "divides what is left (nanoVLM trains on plain [0, 1]; SigLIP's own are 0.5, 0.5)")
+    mp_pixel_shuffle_factor: Size = option(
+        2, "pixel shuffle: a factor x factor square of patches makes one image token"
+    )
+    image_mean: Annotated[float, Range(float, least=-1000, most=1000)] = option(
+        0.0,
+        "subtracted from pixels in [0, 1]",
+    )
+    image_std: Positive = option(
+        1.0, "divides what is left (nanoVLM trains on plain [0, 1]; SigLIP's own are 0.5, 0.5)"
+    )
     init: Literal["seed", "scratch"] = option(
         "seed", "weights to start from: nanoVLM's N(0, 0.02), or what a small model learns faster from (reference.py)"
     )
@@ -76,13 +93,7 @@ class VLMConfig:
 
     def validate(self) -> VLMConfig:
         """Raise ValueError naming the first field whose size does not fit the others; returns self."""
-        for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 0 if field.name.endswith("_n_blocks") else 1
-            if type(field.default) is int and not least <= value <= (most := LARGEST.get(field.name, 2**31 - 1)):
-                raise ValueError(f"{field.name} = {value:.9g} must be from {least} to {most}")
-        for name in ("lm_re_base", "image_std"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} = {getattr(self, name)} must be positive")
+        check_fields(self, option=False)
         checks = [
             ("vit_img_size", self.vit_img_size, "vit_patch_size", self.vit_patch_size),
             ("vit_hidden_dim", self.vit_hidden_dim, "vit_n_heads", self.vit_n_heads),
@@ -96,11 +107,12 @@ class VLMConfig:
         if self.head_dim % 2:
             raise ValueError(f"lm_hidden_dim / lm_n_heads = {self.head_dim} must be even for the rotary embedding")
         try:
-            fits = "?!" in self.prompt.format(question="?!")
+            fits = b"?!" in self.prompt.format(question="?!").encode()
         except (KeyError, IndexError, ValueError):
             fits = False
         if not fits:
-            raise ValueError(f"prompt must contain {{question}} and no other braces, got {self.prompt!r}")
+            rule = "must contain {question} and no other braces, in UTF-8"
+            raise ValueError(f"prompt {rule}, got {self.prompt!r}")
         return self
 
 
@@ -122,7 +134,7 @@ class TrainConfig:
     )
     questions_per_image: int = option(0, "questions drawn anew for each pass over an image; 0 takes all")
     curriculum: str = option("", "for the first --curriculum-share of the run ask only questions that contain this")
-    curriculum_share: float = option(0.2, "share of the run that --curriculum lasts")
+    curriculum_share: ShareBelowOne = option(0.2, "share of the run that --curriculum lasts")
     augment: Literal["none", "shift", "dihedral"] = option(
         "none",
         "per image and pass: nothing, shift inside plain margins and mirror, or flips and transposes; only where "
@@ -146,7 +158,10 @@ class TrainConfig:
         False, "start again in place of the run that --out holds, which is deleted at the first checkpoint"
     )
     dry_run: bool = option(False, "only print what the run would be: model, data, steps, tokens, FLOPs, hours")
-    seed: int = option(0, "seed of weights, data order and augmentation")
+    seed: Annotated[int, SEED] = option(
+        0,
+        "seed of weights, data order and augmentation",
+    )
     device: str = option("auto", "auto | cpu | cuda | cuda:1 ...")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "compute type; weights stay float32; auto is bfloat16 on a GPU that has it"
@@ -167,28 +182,34 @@ class TrainConfig:
     deterministic: bool = option(False, "bit for bit the same result again on the same device, more slowly")
     epochs: float = option(5.0, "passes over the training split; the schedule is sized to them")
     max_steps: int = option(0, "stop after so many optimizer steps, the schedule sized to them; 0: --epochs decides")
-    accumulate: int = option(1, "micro-batches per optimizer step; the loss is weighted by labelled tokens")
-    tokens_per_batch: int = option(20736, "token budget of a packed micro-batch")
+    accumulate: Size = option(
+        1,
+        "micro-batches per optimizer step; the loss is weighted by labelled tokens",
+    )
+    tokens_per_batch: Size = option(20736, "token budget of a packed micro-batch")
     images_per_batch: int = option(0, "image budget; 0: measured")
     documents_per_batch: int = option(0, "document budget; 0: measured")
     labels_per_batch: int = option(0, "labelled-token budget; 0: measured")
     max_seqlen: int = option(0, "longest document; 0: measured")
-    look_ahead: int = option(256, "samples the packer chooses from")
+    look_ahead: Size = option(256, "samples the packer chooses from")
     workers: int = option(1, "processes that decode, tokenise and pack; 0: in the main process")
     max_bad_samples: int = option(100, "stop with an error after so many unreadable samples")
     lr_projector: float = option(2e-3, "peak learning rate of the projector; 0 freezes it")
     lr_vision: float = option(1e-4, "peak learning rate of the vision tower; 0 freezes it")
     lr_language: float = option(1e-4, "peak learning rate of the language model; 0 freezes it")
-    warmup: float = option(0.03, "share of the run in which the learning rate rises")
-    min_lr: float = option(0.1, "learning rate at the end of the cosine, as a share of the peak")
+    warmup: ShareBelowOne = option(0.03, "share of the run in which the learning rate rises")
+    min_lr: Share = option(0.1, "learning rate at the end of the cosine, as a share of the peak")
     optimizer: Literal["adamw", "muon"] = option(
         "adamw", "AdamW for everything, or Muon for the matrices and AdamW else"
     )
-    muon_scale: float = option(10.0, "learning rate of Muon's matrices, as a multiple of their part's")
-    beta2: float = option(0.999, "AdamW's second momentum")
+    muon_scale: Positive = option(
+        10.0,
+        "learning rate of Muon's matrices, as a multiple of their part's",
+    )
+    beta2: ShareBelowOne = option(0.999, "AdamW's second momentum")
     weight_decay: float = option(0.01, "AdamW's weight decay, on everything as in the seed's recipe")
     clip: float = option(0.0, "clip the gradient norm; 0: off")
-    log_every: int = option(10, "steps between lines in metrics.jsonl")
+    log_every: Size = option(10, "steps between lines in metrics.jsonl")
     eval_every: int = option(500, "steps between evaluations on the held-out images; 0: only at the end")
     eval: str = option(
         "", "at every --eval-every score this too: mmstar | mmstar:FOLDER | another data set's test split"
@@ -197,14 +218,15 @@ class TrainConfig:
         "greedy", "how --eval decodes: greedy, cut at the end of sequence; or sampled and not cut, as nanoVLM published"
     )
     save_every: int = option(500, "steps between checkpoints; 0: only at the end")
-    keep_checkpoints: int = option(1, "newest checkpoints to keep, besides the best")
+    keep_checkpoints: Size = option(1, "newest checkpoints to keep, besides the best")
     on_save_error: Literal["stop", "continue"] = option(
         "stop", "what a checkpoint that cannot be written (a full disk) does to the run"
     )
-    max_skipped_steps: int = option(
+    max_skipped_steps: Size = option(
         10, "a step whose gradients are not finite is skipped; after so many in a row the run stops"
     )
-    hang_timeout: float = option(
+    # the most that the interpreter's clocks, which count nanoseconds, wait for
+    hang_timeout: Annotated[float, Range(float, most=1e9)] = option(
         1800.0, "seconds without a step after which a process reports where it hangs and exits with 70; 0: never"
     )
     final_eval: bool = option(True, "evaluate the test split at the end, seeing and blind, and draw samples.png")
@@ -213,23 +235,9 @@ class TrainConfig:
 
     def validate(self) -> TrainConfig:
         """Raise ValueError naming the first option that makes no sense; returns self."""
-        at_least_one = (
-            "accumulate",
-            "tokens_per_batch",
-            "look_ahead",
-            "log_every",
-            "keep_checkpoints",
-            "max_skipped_steps",
-        )
-        for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 1 if field.name in at_least_one else 0
-            if isinstance(value, (int, float)) and value < least:
-                raise ValueError(f"--{field.name.replace('_', '-')} must be at least {least}, got {value}")
+        check_fields(self, option=True)
         if self.epochs <= 0 and self.max_steps <= 0:
             raise ValueError("--epochs or --max-steps must be positive")
-        for name in ("warmup", "curriculum_share"):
-            if getattr(self, name) >= 1:
-                raise ValueError(f"--{name.replace('_', '-')} is a share of the run below 1, got {getattr(self, name)}")
         if self.resume and self.overwrite:
             raise ValueError("--resume continues a run and --overwrite deletes it: give one of them")
         if self.shard and self.optimizer == "muon":
@@ -442,7 +450,7 @@ def parse_config(argv: list[str] | None = None) -> tuple[VLMConfig, TrainConfig]
             raise ValueError(f"{lost} lies in {train.out}, which --overwrite deletes: --out names another folder")
         return model.validate(), train.validate()
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        parser.error(one_line(error))
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[VLMConfig, TrainConfig]:

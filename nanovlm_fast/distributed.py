@@ -29,6 +29,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
+from nanovlm_fast.ranges import Range
+
 # rank 0 evaluates while the others wait: only the watchdog knows what is too long
 HOST_TIMEOUT = datetime.timedelta(days=1)
 JOIN_TIMEOUT = datetime.timedelta(minutes=10)
@@ -51,7 +53,8 @@ class World:
         """
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             return cls()
-        rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        rank, size, local = (Range(int).read(f"${n}", os.environ.get(n, "")) for n in names)
         if size > 1 and device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"--device {device}: each of {size} processes has a GPU of its own: --device cuda")
         _end_with_parent()

@@ -5,7 +5,6 @@ python -m nanovlm_fast.evaluate --checkpoint RUN --data easy_vqa|mmstar [--blank
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections import defaultdict
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from nanovlm_fast.checkpoint import load_pretrained
+from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.data.images import load_image
 from nanovlm_fast.data.sources import Example, Source, load_source
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
@@ -23,6 +23,7 @@ from nanovlm_fast.device import autocast_to, pick_device, pick_dtype
 from nanovlm_fast.generate import generate, generator_of
 from nanovlm_fast.model import VisionLanguageModel
 from nanovlm_fast.packing import Document
+from nanovlm_fast.ranges import SEED
 
 BLANK = 127  # every pixel of a blanked image
 
@@ -258,8 +259,8 @@ def answer_samples(
     return samples
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m nanovlm_fast.evaluate", description="Score a model on a data set.")
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m nanovlm_fast.evaluate", description="Score a model on a data set.")
     parser.add_argument(
         "--checkpoint", help="run (its newest checkpoint), RUN/best, or model folder; default: the latest run"
     )
@@ -268,23 +269,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--turns", default="independent", choices=("independent", "chat", "first"), help="as trained")
     parser.add_argument("--blank-images", action="store_true", help="hide the images: the question-only level")
     parser.add_argument("--style", default="greedy", choices=("greedy", "v0.1"), help="v0.1: as nanoVLM published it")
-    parser.add_argument("--seed", type=int, default=0, help="of style v0.1")
+    parser.add_argument("--seed", type=SEED, default=0, help="of style v0.1")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--lm-tokenizer", default="", help="hub name or folder; default: its own")
-    args = parser.parse_args(argv)
-    try:
-        device = pick_device(args.device)
-        model, tokenizer = load_pretrained(args.checkpoint, device, args.lm_tokenizer)
-        source = load_source(args.data, args.split)
-        with autocast_to(pick_dtype("auto", device), device)():
-            options = dict(progress=not args.json, style=args.style, seed=args.seed)
-            result = evaluate(model, tokenizer, source, args.turns, args.blank_images, **options)
-        if not result.total:
-            raise ValueError(result.say(f"questions of {args.data} {args.split}"))
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return parser
+
+
+@reports_errors()
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    device = pick_device(args.device)
+    model, tokenizer = load_pretrained(args.checkpoint, device, args.lm_tokenizer)
+    source = load_source(args.data, args.split)
+    with autocast_to(pick_dtype("auto", device), device)():
+        options = dict(progress=not args.json, style=args.style, seed=args.seed)
+        result = evaluate(model, tokenizer, source, args.turns, args.blank_images, **options)
+    if not result.total:
+        raise ValueError(result.say(f"questions of {args.data} {args.split}"))
     if args.json:
         print(json.dumps({**result.as_dict(), "style": args.style}))
         return 0

@@ -47,7 +47,7 @@ def test_attention_runs_what_can_run_here(tmp_path, capsys):
             assert rows[name]["both"]["flops_per_s"] * rows[name]["both"]["median"] == pytest.approx(3 * case["flops"])
         assert "CUDA device" in rows["torch"]["error"] and "no backward on a CPU" in rows["flex"]["error"]
     assert "CUDA device" in capsys.readouterr().out
-    assert attention.main(["--tokens", "-1"]) == 1
+    assert attention.main(["--tokens", "-1"]) == 2
 
 
 def test_an_attention_that_is_wrong_gets_no_time(monkeypatch):
@@ -112,7 +112,7 @@ def test_what_does_not_fit_is_a_row_and_ends_the_column(tmp_path, capsys, monkey
     rows = result_of(tmp_path, "memory")["peaks"]["reference"]
     assert rows == {"2": {"peak_mib": 7.0}, "4": {"error": memory.NO_ROOM}, "8": {"error": "out of memory with fewer"}}
     assert "reference at 4: out of memory" in capsys.readouterr().out
-    assert memory.main([*MEMORY, "--samples", "1,x"]) == 1 and "--samples 1,x" in capsys.readouterr().err
+    assert memory.main([*MEMORY, "--samples", "1,x"]) == 2 and "--samples: must be" in capsys.readouterr().err
 
 
 def test_no_memory_without_parity(tmp_path, monkeypatch, in_this_process):
@@ -146,7 +146,7 @@ def test_generation_compares_the_three(tmp_path, capsys):
             assert row["parity"]["passed"] and row["parity"]["same_tokens"] == 1
             assert row["tokens_per_s"] == pytest.approx(int(batch) * 5 / row["all_tokens"]["median"])
     assert "first token ms" in capsys.readouterr().out
-    assert generate.main(["--batches", "0"]) == 1 and "--batches 0" in capsys.readouterr().err
+    assert generate.main(["--batches", "0"]) == 2 and "--batches: must be" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -85,8 +85,8 @@ def test_the_profile_of_a_step(tmp_path, capsys):
         assert sum(result["by_kind"].values()) == pytest.approx(result["busy_seconds"])
         assert result["kernels"] == sorted(result["kernels"], key=lambda row: -row["seconds"])
         assert len(profile_rows(result)) > 10 and (tmp_path / "logs" / f"{name}_trace.json.gz").stat().st_size > 1000
-    assert profile_step.main(["--steps", "0", "--device", "cpu"]) == 1
-    assert "error: --steps 0" in capsys.readouterr().err
+    assert profile_step.main(["--steps", "0", "--device", "cpu"]) == 2
+    assert "--steps: must be" in capsys.readouterr().err
 
 
 def test_kernels_of_a_gpu_fall_into_kinds():

@@ -228,7 +228,7 @@ def test_the_command_its_table_and_its_picture(tmp_path, capsys, counted, monkey
 
 
 def test_wrong_arguments_are_a_line(tmp_path, capsys):
-    assert scaling.main(["--samples", "0"]) == 1 and "--samples" in capsys.readouterr().err
+    assert scaling.main(["--samples", "0"]) == 2 and "--samples" in capsys.readouterr().err
     assert scaling.main(["--preset", "nano", "--steps", "0", "--out", str(tmp_path)]) == 1
     assert not list(tmp_path.iterdir())
 

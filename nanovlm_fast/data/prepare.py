@@ -23,6 +23,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.config import TrainConfig, VLMConfig, parse_config, read_json
 from nanovlm_fast.data import shards
 from nanovlm_fast.data.hub import read_streaming
@@ -30,6 +31,7 @@ from nanovlm_fast.data.sources import Example, Source, load_source, make_tokeniz
 from nanovlm_fast.data.stream import begin_worker, make_sample
 from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.paths import absolute_paths
+from nanovlm_fast.ranges import Range
 from nanovlm_fast.runs import is_empty, locked
 
 Task = tuple[int, Iterable[int | Example | ValueError]]  # a shard's number, and its examples or where they are
@@ -197,8 +199,8 @@ def _as_it_is(entry: dict[str, Any]) -> dict[str, Any]:
     return entry
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+def make_parser() -> Parser:
+    parser = Parser(
         prog="python -m nanovlm_fast.data.prepare",
         description=__doc__.splitlines()[0],
         epilog="Further options are train.py's: --preset, --data, --turns, --prompt, --lm-tokenizer ...",
@@ -206,27 +208,28 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
     parser.add_argument("--split", default="train", help="train or test; test split: --out DIR/test")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; 0: in this one")
-    parser.add_argument("--shard-samples", type=int, default=512, help="examples in a shard")
+    parser.add_argument(
+        "--workers", type=Range(int), default=len(os.sched_getaffinity(0)), help="processes; 0: in this one"
+    )
+    parser.add_argument("--shard-samples", type=Range(int, least=1), default=512, help="examples in a shard")
     parser.add_argument("--streaming", action="store_true", help="read a hub data set as it arrives, storing no copy")
     parser.add_argument("--verify", action="store_true", help="only compare the shards with their checksums")
-    args, rest = parser.parse_known_args(argv)
+    return parser
+
+
+@reports_errors()
+def main(argv: list[str] | None = None) -> int:
+    args, rest = make_parser().parse_known_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if args.verify:
+        verify(args.out)
+        print(f"{args.out}: every shard is what was written")
+        return 0
     try:
-        if args.workers < 0 or args.shard_samples < 1:
-            raise ValueError("--workers must be at least 0 and --shard-samples at least 1")
-        if args.verify:
-            verify(args.out)
-            print(f"{args.out}: every shard is what was written")
-            return 0
         with locked(args.out):
             manifest = prepare(*parse_config(rest), args)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
-        return 130
+        raise KeyboardInterrupt("interrupted: the same command goes on from here") from None
     print(f"{manifest['samples']:,} samples, {manifest['tokens']:,} tokens, {manifest['bytes'] / 1e9:,.2f} GB")
     print(f"{manifest['skipped']} unreadable left out · train with: python train.py --data prepared:{args.out}")
     return 0

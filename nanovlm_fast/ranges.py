@@ -1,0 +1,95 @@
+"""Ranges of numbers: one check for fields of configurations and for options of commands."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Annotated, Any, get_origin, get_type_hints
+
+INT32_MAX = 2**31 - 1  # positions and sizes are int32 on the device
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers of one `kind`, int or float, that make sense; never NaN or infinite.
+
+    It is the `type` of an argparse option. In `Annotated[int, Range(int)]` it is what `check_fields`
+    holds a dataclass field to. Whole numbers end at INT32_MAX if `most` does not say otherwise.
+    """
+
+    kind: type
+    least: float | None = 0
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def __str__(self) -> str:
+        least = self.least if self.above is None else None
+        limits = (
+            ("of at least", least),
+            ("above", self.above),
+            ("up to", self._most),
+            ("below", self.below),
+        )
+        words = [f"{word} {limit}" for word, limit in limits if limit is not None]
+        number = "a whole number" if self.kind is int else "a finite number"
+        return " ".join([number, " and ".join(words)]).strip()
+
+    @property
+    def _most(self) -> float | None:
+        return INT32_MAX if self.kind is int and self.most is None else self.most
+
+    def holds(self, value: float) -> bool:
+        """Whether `value` is one of them."""
+        # comparisons take integers of any size, and are false for NaN
+        return (
+            float("-inf") < value < float("inf")
+            and (self.least is None or value >= self.least)
+            and (self._most is None or value <= self._most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def read(self, name: str, text: str | float) -> Any:
+        """The number in `text`. Raises ValueError, which calls it `name`, if it is not in the range."""
+        try:
+            value = self.kind(text)
+        except (ValueError, TypeError, OverflowError):
+            value = float("nan")
+        if not self.holds(value):
+            raise ValueError(f"{name} must be {self}, got {text!r:.40}".strip())
+        return value
+
+    def __call__(self, text: str) -> Any:
+        try:
+            return self.read("", text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    def several(self, text: str) -> list[Any]:
+        """The `type` of an option that takes numbers separated by commas: sorted, each once."""
+        return sorted({self(part) for part in text.split(",")})
+
+
+SEED = Range(int, most=2**63 - 1)  # what torch and numpy both take
+
+
+def check_fields(config: Any, option: bool) -> None:
+    """Raise ValueError naming the first number of the dataclass that is out of its range.
+
+    `option`: name the field as the command line does.
+    """
+    for name, allowed in ranges_of(type(config)).items():
+        label = f"--{name.replace('_', '-')}" if option else name
+        allowed.read(label, getattr(config, name))
+
+
+def ranges_of(config_class: type) -> dict[str, Range]:
+    """The range of every number of a dataclass: the annotated one, or what `Range` says of the type."""
+    ranges = {}
+    for name, hint in get_type_hints(config_class, include_extras=True).items():
+        if hint in (int, float):
+            ranges[name] = Range(hint)
+        elif get_origin(hint) is Annotated:
+            ranges[name] = hint.__metadata__[0]
+    return ranges
