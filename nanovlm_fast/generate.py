@@ -5,7 +5,6 @@ python -m nanovlm_fast.generate --checkpoint RUN --image FILE --prompt TEXT
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import sys
 from collections.abc import Sequence
@@ -17,11 +16,15 @@ from torch import Tensor
 
 from nanovlm_fast.attention import Attention, padded_slots
 from nanovlm_fast.checkpoint import load_pretrained
+from nanovlm_fast.command import Parser, reports_errors, utf8
 from nanovlm_fast.data.images import load_image
 from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.device import pick_device
 from nanovlm_fast.model import VisionLanguageModel
 from nanovlm_fast.packing import Budget, Document, PackedBatch, Sample, pack
+from nanovlm_fast.ranges import SEED, Range
+
+TEMPERATURE, TOP_K, TOP_P = Range(float), Range(int), Range(float, most=1)
 
 
 class KVCache:
@@ -110,8 +113,12 @@ def generate(
 
     With greedy decoding or a generator per prompt, a reply does not depend on the prompts that
     share its batch, but for the last bits of the logits: products of other sizes round
-    differently. Raises ValueError for a prompt whose reply may pass the model's positions.
+    differently. Raises ValueError for a prompt whose reply may pass the model's positions, and for
+    options out of their range.
     """
+    TEMPERATURE.read("temperature", temperature)
+    TOP_K.read("top_k", top_k)
+    TOP_P.read("top_p", top_p)
     if isinstance(max_new_tokens, int):
         max_new_tokens = [max_new_tokens] * len(prompts)
     asked = [i for i, limit in enumerate(max_new_tokens) if limit > 0]
@@ -150,7 +157,9 @@ def choose(
     """(B, V) logits -> (B,) tokens."""
     if temperature <= 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    # the largest logit becomes 0, so that dividing by a tiny temperature leaves it finite
+    logits = logits.float() - logits.max(dim=-1, keepdim=True).values.float()
+    logits = logits / max(temperature, torch.finfo(torch.float32).tiny)
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
     if top_p < 1:
@@ -171,43 +180,50 @@ def generator_of(device: torch.device, *numbers: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m nanovlm_fast.generate", description="Ask a model about an image.")
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m nanovlm_fast.generate", description="Ask a model about an image.")
     parser.add_argument(
         "--checkpoint", help="run (its newest checkpoint), RUN/best, folder, or hub name; default: the latest run"
     )
     parser.add_argument("--image", action="append", default=[], help="image file; repeat for several in one prompt")
-    parser.add_argument("--prompt", action="append", required=True, help="question; repeat for a batch on the images")
-    parser.add_argument("--max-new-tokens", type=int, default=20)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        required=True,
+        type=utf8,
+        help="question; repeat for a batch on the images",
+    )
+    parser.add_argument("--max-new-tokens", type=Range(int), default=20)
+    parser.add_argument("--temperature", type=TEMPERATURE, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-k", type=TOP_K, default=0)
+    parser.add_argument("--top-p", type=TOP_P, default=1.0)
+    parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--lm-tokenizer", default="", help="hub name or folder; default: its own")
-    args = parser.parse_args(argv)
-    try:
-        device = pick_device(args.device)
-        model, tokenizer = load_pretrained(args.checkpoint, device, args.lm_tokenizer)
-        size = model.config.vit_img_size
-        images = [load_image(file, size) for file in args.image]
-        text = TextProcessor(tokenizer, model.config.prompt, model.config.image_tokens)
-        prompts = [text.document([(prompt, "")], len(images)) for prompt in args.prompt]
-        stacked = np.stack(images) if images else np.zeros((0, 3, size, size), np.uint8)
-        replies = generate(
-            model.eval(),
-            torch.from_numpy(stacked).to(device),
-            prompts,
-            tokenizer.eos_id,
-            args.max_new_tokens,
-            args.temperature,
-            args.top_k,
-            args.top_p,
-            [generator_of(device, args.seed, i) for i in range(len(prompts))],
-        )
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return parser
+
+
+@reports_errors()
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    device = pick_device(args.device)
+    model, tokenizer = load_pretrained(args.checkpoint, device, args.lm_tokenizer)
+    size = model.config.vit_img_size
+    images = [load_image(file, size) for file in args.image]
+    text = TextProcessor(tokenizer, model.config.prompt, model.config.image_tokens)
+    prompts = [text.document([(prompt, "")], len(images)) for prompt in args.prompt]
+    stacked = np.stack(images) if images else np.zeros((0, 3, size, size), np.uint8)
+    replies = generate(
+        model.eval(),
+        torch.from_numpy(stacked).to(device),
+        prompts,
+        tokenizer.eos_id,
+        args.max_new_tokens,
+        args.temperature,
+        args.top_k,
+        args.top_p,
+        [generator_of(device, args.seed, i) for i in range(len(prompts))],
+    )
     for prompt, reply in zip(args.prompt, replies, strict=True):
         answer = tokenizer.decode(reply).strip()
         print(f"{prompt} {answer}" if len(args.prompt) > 1 else answer)
