@@ -11,7 +11,6 @@ torchvision that resizes, one level of 255 off in about a thousandth of the pixe
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -22,11 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from nanovlm_fast.backbones import LANGUAGE_FIELDS, VISION_FIELDS, language_names, vision_names
 from nanovlm_fast.checkpoint import V01_FIELDS, load_pretrained, resolve
+from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.config import VLMConfig, read_json
 from nanovlm_fast.data.text import Tokenizer, is_hub_name
 from nanovlm_fast.hub import model_card, push_to_hub
@@ -223,15 +224,18 @@ def export(
     `lm_tokenizer` is taken instead of the checkpoint's tokenizer.
     Raises ValueError if `out` holds files or the target cannot express the model, and what `load_pretrained` raises.
     """
+    place = out.resolve()
+    if place == Path.cwd():
+        raise ValueError(f"--out '{out}' is the folder that you are in: name a new one")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty: --out names another folder")
     folder = resolve(checkpoint)
     model, tokenizer = load_pretrained(folder, lm_tokenizer=lm_tokenizer)
     model.eval()
-    loaded_by = name or str(out.resolve())
+    loaded_by = name or str(place)
     if not is_hub_name(model.config.lm_tokenizer):
         model.config = dataclasses.replace(model.config, lm_tokenizer=loaded_by)
-    temporary = out.with_name(f".{out.name}.tmp")
+    temporary = place.with_name(f".{place.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -239,9 +243,11 @@ def export(
             to_transformers(temporary, model, tokenizer)
         else:
             to_nanovlm(temporary, model, tokenizer, loaded_by)
-        card = model_card(folder, target, model, name or out.resolve().name)
+        card = model_card(folder, target, model, name or place.name)
         (temporary / "README.md").write_text(card)
-        os.replace(temporary, out)
+        os.replace(temporary, place)
+    except SafetensorError as error:  # a full disk among others
+        raise OSError(f"{out} could not be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return out
@@ -252,28 +258,29 @@ def names_a_place(folder: Path) -> bool:
     return Path(read_json(folder / "config.json")["lm_tokenizer"]).is_absolute()
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m nanovlm_fast.export", description=__doc__.splitlines()[0])
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m nanovlm_fast.export", description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", help="run, RUN/best, model folder or hub name; default: the latest run")
     parser.add_argument("--to", required=True, choices=TARGETS)
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
     parser.add_argument("--push", default="", metavar="OWNER/NAME", help="upload it to the Hugging Face hub too")
     parser.add_argument("--private", action="store_true", help="the repository that --push makes is private")
     parser.add_argument("--lm-tokenizer", default="", help="hub name or folder; default: its own")
-    args = parser.parse_args(argv)
-    try:
-        out = export(args.checkpoint, args.to, args.out, args.push, args.lm_tokenizer)
-        print(f"written: {out}")
-        if args.to == "nanovlm" and names_a_place(out):
-            print(
-                "nanoVLM looks for the tokenizer here, by lm_tokenizer in config.json: once it has "
-                "moved, write the new place there; --push writes the hub's name"
-            )
-        if args.push:
-            print(f"uploaded: {push_to_hub(args.out, args.push, args.private)}")
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return parser
+
+
+@reports_errors()
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    out = export(args.checkpoint, args.to, args.out, args.push, args.lm_tokenizer)
+    print(f"written: {out}")
+    if args.to == "nanovlm" and names_a_place(out):
+        print(
+            "nanoVLM looks for the tokenizer here, by lm_tokenizer in config.json: once it has "
+            "moved, write the new place there; --push writes the hub's name"
+        )
+    if args.push:
+        print(f"uploaded: {push_to_hub(args.out, args.push, args.private)}")
     return 0
 
 
