@@ -13,13 +13,18 @@ import torch
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device of a --device option; 'auto' is a GPU where there is one. Raises ValueError if it is not there."""
+    """The device of a --device option; 'auto' is a GPU where there is one.
+
+    Raises ValueError if it is not there, or is of a kind that nothing here was tried on.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: only cpu and cuda are supported")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices")
     return device

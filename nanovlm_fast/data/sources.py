@@ -22,6 +22,7 @@ from nanovlm_fast.data.images import printable
 from nanovlm_fast.data.same import Pictures, of_files
 from nanovlm_fast.data.text import Tokenizer, Turn
 from nanovlm_fast.packing import Document
+from nanovlm_fast.ranges import Range
 
 
 @dataclass
@@ -98,6 +99,7 @@ class EasyVQA:
         return of_files([Path(path)] for _, path in self.paths)
 
 
+SYNTHETIC = Range(int, least=8, most=2**12)  # sides of an image; a square's is an eighth or more
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (250, 250, 250)}
 
 
@@ -312,8 +314,8 @@ def load_source(data: str, split: str) -> Source:
     kind, _, rest = data.partition(":")
     if data == "easy_vqa":
         return EasyVQA(split)
-    if kind == "synthetic" and (not rest or rest.isdigit()):
-        return Synthetic(split, int(rest or 64))
+    if kind == "synthetic":
+        return Synthetic(split, SYNTHETIC.read("--data synthetic:IMAGE_SIZE", rest or 64))
     if kind == "jsonl" and rest:
         return JsonLines(split, at_home(rest))
     if (prepared := prepared_folder(data)) is not None:

@@ -402,6 +402,18 @@ def even_draw(load: SampleLoader, count: int = 1000) -> list[Sample]:
     return samples
 
 
+def check_memory(budget: Budget, image_size: int) -> None:
+    """Raise ValueError if this machine cannot hold one batch of the budget."""
+    # ids, positions and image rows of a token, place and id of a label: 16 bytes each
+    needed = 3 * budget.images * image_size**2 + 16 * (budget.tokens + budget.labels)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        raise ValueError(
+            f"--tokens-per-batch {budget.tokens} with {budget.images} images takes "
+            f"{needed / 2**30:,.0f} GiB, this machine has {memory / 2**30:,.0f}: take fewer"
+        )
+
+
 def measure_budget(load: SampleLoader, train: TrainConfig, probe: int = 1000) -> Budget:
     """The run's static sizes: what `train` gives, and for zeros what an even draw of the source needs.
 
@@ -428,6 +440,7 @@ def measure_budget(load: SampleLoader, train: TrainConfig, probe: int = 1000) ->
         labels=train.labels_per_batch or measured.labels,
         max_seqlen=train.max_seqlen or measured.max_seqlen,
     )
+    check_memory(budget, load.model.vit_img_size)
     misfits = [f"{sample.name}: {misfit}" for sample in samples if (misfit := budget.misfit(sample))]
     if len(misfits) == len(samples):
         raise ValueError(f"{nothing} {misfits[0]}")
