@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from nanovlm_fast.command import one_line
-from nanovlm_fast.ranges import SEED, Range, check_fields
-
 from nanovlm_fast.paths import absolute_paths, inside
+from nanovlm_fast.ranges import SEED, Range, check_fields
 from nanovlm_fast.runs import is_empty, is_stub, standing
 
 RUNS = Path("runs")
