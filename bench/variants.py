@@ -164,7 +164,7 @@ class Packed(Step):
         batch = packed_batch(bench.work, recipe)
         if recipe.prefetch and bench.device.type == "cuda":
             batch = batch.pin_memory()
-        self.feed = Feed(itertools.repeat(StreamBatch(batch, {}, [], 0, False, {})), bench.device)
+        self.feed = Feed(itertools.repeat(StreamBatch(batch, {}, [], 0, 0, False, {})), bench.device)
         self.floats = None if recipe.prefetch else dataclasses.replace(batch, images=batch.images.float())
         self.batch: PackedBatch | None = None
 

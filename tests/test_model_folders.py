@@ -264,7 +264,7 @@ def test_a_folder_without_its_tokenizer_says_so_at_once(tmp_path, capsys, tokeni
     tokenizer.save(tmp_path)
     assert generating.main([*prompt, "--lm-tokenizer", str(tmp_path)]) == 0
     options = ["--checkpoint", str(tmp_path / "bare"), "--lm-tokenizer", str(tmp_path)]
-    assert evaluating.main([*options, "--data", "synthetic:4"]) == 0
+    assert evaluating.main([*options, "--data", "synthetic:8"]) == 0
     assert exporting.main([*options, "--to", "nanovlm", "--out", str(tmp_path / "out")]) == 0
     assert ids_of(load_pretrained(tmp_path / "out")[1]) == ids_of(tokenizer)
 

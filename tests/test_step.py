@@ -29,7 +29,7 @@ def batches(config, count: int) -> list[StreamBatch]:
     rng = np.random.default_rng(0)
     groups = ([random_sample(rng, config, 1, 3) for _ in range(1 + i % 3)] for i in range(count))
     packed = [pack(group, BUDGET, config.image_tokens, config.vit_img_size) for group in groups]
-    return [StreamBatch(batch, {}, [], 0, False, {}) for batch in packed]
+    return [StreamBatch(batch, {}, [], 0, 0, False, {}) for batch in packed]
 
 
 # ---- warm-up
