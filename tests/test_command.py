@@ -161,8 +161,8 @@ def test_an_export_into_the_working_folder_is_refused(finished, tmp_path, capsys
         assert export.main(["--checkpoint", checkpoint, "--to", "nanovlm", "--out", out]) == 1
         said = capsys.readouterr().err
         assert "is the folder that you are in: name a new one" in said and said.count("\n") == 1
-    assert export.main(["--checkpoint", checkpoint, "--to", "nanovlm", "--out", "deep/../new"]) == 0
-    assert (tmp_path / "new" / "model.safetensors").exists()
+    assert export.main(["--checkpoint", checkpoint, "--to", "nanovlm", "--out", "deep/new"]) == 0
+    assert (tmp_path / "deep" / "new" / "model.safetensors").exists()
 
 
 # ---- errors and exit codes
