@@ -1,29 +1,38 @@
-"""Token embeddings and image tokens into one (T, C) buffer, by gather; the backward sums without atomics.
+"""Token embeddings and image tokens gathered into one (T, C) buffer; no atomics in the backward.
 
     h[t] = image_tokens[image_rows[t]] if image_rows[t] >= 0 else table[input_ids[t]]
 
-input_ids (T,) int64, image_rows (T,) int32, table (V, C), image_tokens (R, C) with R >= 0; bf16, fp16 or fp32, h in the
-table's dtype. Ids and rows below V and R are not checked: that would wait for the device.
+Shapes and dtypes:
+    input_ids (T,) int64, image_rows (T,) int32
+    table (V, C), image_tokens (R, C) with R >= 0: bf16, fp16 or fp32
+    h (T, C) in the table's dtype
+Ids at or above V and rows at or above R are not checked: the host would have to wait for the
+device to see them.
 
-Backward: d table[v] and d image_tokens[r] are float32 sums of dh over the positions that show the row (many documents
-may show one image), rounded once. The forward leaves one key a position, the id or V + image row; that is all that is
-kept. A stable sort brings equal keys together, and the sorted positions are cut into chunks of CHUNK, whatever the
-lengths of the runs of equal keys:
+Backward: d table[v] and d image_tokens[r] are float32 sums of dh over the positions that show the
+row (several documents may show one image), rounded once. The forward saves one key per position
+and nothing else: the token id, or V + the image row. A stable sort brings equal keys together.
+The sorted positions are cut into chunks of CHUNK positions, regardless of where a run of equal
+keys begins or ends:
 
-1. A program walks many chunks side by side, one sorted position of each at a time, and keeps the float32 sum of the run
-   it is in. A run that begins and ends within the chunk is finished: it is stored in its row of the gradient. Of a run
-   that crosses chunks each chunk stores its part: in `parts[0, chunk]` if it came in from the chunk before (also where
-   it fills the chunk and goes on), in `parts[1, chunk]` if it begins here and goes on. So no chunk stores more than one
-   part of each kind, and no run, eos for example, is walked by one program from end to end.
-2. The chunk in which such a run begins adds up its parts, a block of chunks at a time.
+1. A program walks many chunks side by side, one sorted position of each at a time, and keeps the
+   float32 sum of the current run. A run that begins and ends inside its chunk is complete and is
+   stored in its row of the gradient. For a run that crosses chunk boundaries, each chunk stores a
+   partial sum: in `parts[0, chunk]` if the run entered from the previous chunk (including a run
+   that fills the chunk and continues), in `parts[1, chunk]` if the run begins here and continues.
+   A chunk therefore stores at most one partial of each kind, and no long run (eos, for example)
+   is walked from end to end by a single program.
+2. The chunk in which such a run begins adds up the partials of the run, a block of chunks at a
+   time.
 
-Every position is read once and every row has one writer, in a fixed order: same inputs, same bits. The number of chunks
-is fixed by T, so shapes are static and the host waits for nothing. Rows that nobody shows are zeros from a memset: the
-gradients are written dense because the table is the head's matrix too, whose gradient is dense.
+Every position is read once and every row has one writer, in a fixed order: the same inputs give
+the same bits. The number of chunks depends on T alone, so shapes are static and the host never
+synchronises. Rows that no position shows keep the zeros of a memset. The gradients are dense
+because the table is also the head's weight matrix, whose gradient is dense.
 
-Bytes, forward: read T rows, write T rows. Backward: read dh, write both gradients (the rows in use twice).
-Equal work a program instead of one run a program is the idea of segmented reduction (Blelloch; CUB), and of PyTorch's
-embedding backward, which sorts as well.
+Bytes, forward: read T rows, write T rows. Backward: read dh, write both gradients (rows in use
+twice: once by the memset). Giving every program the same amount of work, rather than one run, is
+the idea of segmented reduction (Blelloch; CUB); PyTorch's embedding backward sorts as well.
 """
 
 from __future__ import annotations
@@ -38,13 +47,18 @@ from torch import Tensor
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-CHUNK = 16  # sorted positions a chunk: fixed, so sums have one order
+CHUNK = 16  # sorted positions per chunk; a constant, so that sums are always added in one order
 
 
-def embed_splice_reference(input_ids: Tensor, table: Tensor, image_rows: Tensor, image_tokens: Tensor) -> Tensor:
-    """Plain PyTorch; same signature and dtypes as `embed_splice`. It only copies: there is nothing to widen."""
+def embed_splice_reference(
+    input_ids: Tensor, table: Tensor, image_rows: Tensor, image_tokens: Tensor
+) -> Tensor:
+    """Plain PyTorch, same signature and dtypes as `embed_splice`.
+
+    It only copies, so there is nothing to compute in float32.
+    """
     text = F.embedding(input_ids, table)
-    if len(image_tokens) == 0:
+    if len(image_tokens) == 0:  # then there is no row 0 for the clamped rows to read
         return text
     shown = F.embedding(image_rows.clamp(min=0), image_tokens).to(table.dtype)
     return torch.where(image_rows[:, None] >= 0, shown, text)
@@ -55,17 +69,20 @@ def _embed_splice_fwd_kernel(
     ids_ptr, table_ptr, rows_ptr, image_ptr, h_ptr, keys_ptr, T, V,
     C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    across: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C  # one flat grid: its other axes end at 65,535
+    # One flat grid: the second and third grid axes are limited to 65,535 programs.
+    across: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     program = tl.program_id(0)
     tokens = (program // across).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     columns = program % across * BLOCK_C + tl.arange(0, BLOCK_C)
     ids = tl.load(ids_ptr + tokens, mask=tokens < T, other=0)
     rows = tl.load(rows_ptr + tokens, mask=tokens < T, other=-1).to(tl.int64)
-    if program % across == 0:
-        tl.store(keys_ptr + tokens, tl.where(rows >= 0, V + rows, ids).to(tl.int32), mask=tokens < T)
+    if program % across == 0:  # one program per block of tokens writes the keys
+        key = tl.where(rows >= 0, V + rows, ids).to(tl.int32)
+        tl.store(keys_ptr + tokens, key, mask=tokens < T)
     inside = (tokens < T)[:, None] & (columns < C)[None, :]
     image = inside & (rows >= 0)[:, None]
     text = inside & (rows < 0)[:, None]
+    # The masks exclude each other, so every element is read once, from one of the two tables.
     shown = tl.load(image_ptr + (rows[:, None] * C + columns[None, :]), mask=image, other=0.0)
     read = tl.load(table_ptr + (ids[:, None] * C + columns[None, :]), mask=text, other=0.0)
     h = tl.where(image, shown.to(h_ptr.dtype.element_ty), read)
@@ -77,50 +94,74 @@ def _embed_splice_bwd_chunks_kernel(
     dh_ptr, keys_ptr, order_ptr, dtable_ptr, dimage_ptr, parts_ptr, T, V, chunks,
     C: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """ROWS chunks side by side: keys (T,) sorted, order (T,) the positions they came from."""
+    """Walk ROWS chunks side by side: keys (T,) sorted, order (T,) where each key came from."""
     chunk = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (columns < C)[None, :]
     start = chunk * CHUNK
-    key = tl.load(keys_ptr + start, mask=start < T, other=-1)  # -1: before the beginning or past the end
-    came_in = (start < T) & (key == tl.load(keys_ptr + start - 1, mask=(start > 0) & (start < T), other=-1))
+    # -1 is no key: it stands before the first position and after the last.
+    key = tl.load(keys_ptr + start, mask=start < T, other=-1)
+    before = tl.load(keys_ptr + start - 1, mask=(start > 0) & (start < T), other=-1)
+    came_in = (start < T) & (key == before)  # the current run began in an earlier chunk
     total = tl.zeros((ROWS, BLOCK_C), dtype=tl.float32)
     from_before = total
-    # loads run ahead of the sums: dh by one step, the positions it is gathered from by two
+    # Loads are issued ahead of the sums that need them: dh by one step, and the positions that dh
+    # is gathered from by two, because the address of a gather must arrive before its data.
     position = tl.load(order_ptr + start, mask=start < T, other=0)
-    dh = tl.load(dh_ptr + (position[:, None] * C + columns[None, :]), mask=(start < T)[:, None] & inside, other=0.0)
+    dh = tl.load(
+        dh_ptr + (position[:, None] * C + columns[None, :]),
+        mask=(start < T)[:, None] & inside,
+        other=0.0,
+    )
     position = tl.load(order_ptr + start + 1, mask=start + 1 < T, other=0)
     for step in range(CHUNK):
         here = start + step
         ahead = (here + 1 < T) & (step + 1 < CHUNK)
-        next_dh = tl.load(dh_ptr + (position[:, None] * C + columns[None, :]), mask=ahead[:, None] & inside, other=0.0)
+        next_dh = tl.load(
+            dh_ptr + (position[:, None] * C + columns[None, :]),
+            mask=ahead[:, None] & inside,
+            other=0.0,
+        )
         position = tl.load(order_ptr + here + 2, mask=here + 2 < T, other=0)
         next_key = tl.load(keys_ptr + here + 1, mask=here + 1 < T, other=-1)
         total += dh.to(tl.float32)
-        ends = key != next_key  # past the end both are -1
+        ends = key != next_key  # past the end both are -1, so the padding ends no run
         done = ends & ~came_in
         row = key.to(tl.int64)
+        # Both stores are masked: a row is a row of the table or of the image tokens, never both.
         tl.store(
             dtable_ptr + (row[:, None] * C + columns[None, :]),
-            total.to(dtable_ptr.dtype.element_ty), mask=(done & (row < V))[:, None] & inside,
-        )  # fmt: skip
+            total.to(dtable_ptr.dtype.element_ty),
+            mask=(done & (row < V))[:, None] & inside,
+        )
         tl.store(
             dimage_ptr + ((row - V)[:, None] * C + columns[None, :]),
-            total.to(dimage_ptr.dtype.element_ty), mask=(done & (row >= V))[:, None] & inside,
-        )  # fmt: skip
+            total.to(dimage_ptr.dtype.element_ty),
+            mask=(done & (row >= V))[:, None] & inside,
+        )
         from_before = tl.where((ends & came_in)[:, None], total, from_before)
         total = tl.where(ends[:, None], 0.0, total)
         came_in = came_in & (key == next_key)
-        key, dh = next_key, next_dh
-    # A run that goes on into the next chunk has its sum in `total`: the only run here, come in, or one begun here.
+        key = next_key
+        dh = next_dh
+    # `total` now holds the sum of a run that continues into the next chunk. That run either fills
+    # this chunk (it came in and never ended) or began here.
     before = tl.load(keys_ptr + start - 1, mask=(start > 0) & (start < T), other=-1)
     first = tl.load(keys_ptr + start, mask=start < T, other=-2)
     last = tl.load(keys_ptr + start + CHUNK - 1, mask=start + CHUNK <= T, other=-1)
     goes_on = last == tl.load(keys_ptr + start + CHUNK, mask=start + CHUNK < T, other=-2)
     part = tl.where((goes_on & (last == before))[:, None], total, from_before)
-    tl.store(parts_ptr + (chunk[:, None] * C + columns[None, :]), part, mask=(first == before)[:, None] & inside)
+    tl.store(
+        parts_ptr + (chunk[:, None] * C + columns[None, :]),
+        part,
+        mask=(first == before)[:, None] & inside,
+    )
     begun = goes_on & (last != before)
-    tl.store(parts_ptr + ((chunks + chunk)[:, None] * C + columns[None, :]), total, mask=begun[:, None] & inside)
+    tl.store(
+        parts_ptr + ((chunks + chunk)[:, None] * C + columns[None, :]),
+        total,
+        mask=begun[:, None] & inside,
+    )
 
 
 @triton.jit
@@ -128,12 +169,12 @@ def _embed_splice_bwd_parts_kernel(
     keys_ptr, dtable_ptr, dimage_ptr, parts_ptr, T, V, chunks,
     C: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One chunk: if a run begins in it and goes on into the next, the sum of all parts of that run."""
+    """If a run begins in this chunk and continues into the next, sum all partials of that run."""
     chunk = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = columns < C
     start = chunk * CHUNK
-    behind = start + CHUNK  # where the next chunk begins
+    behind = start + CHUNK  # the first position of the next chunk
     key = tl.load(keys_ptr + behind - 1, mask=behind - 1 < T, other=-1)
     after = tl.load(keys_ptr + behind, mask=behind < T, other=-2)
     before = tl.load(keys_ptr + start - 1, mask=start > 0, other=-1)
@@ -142,60 +183,83 @@ def _embed_splice_bwd_parts_kernel(
         following = chunk + 1 + tl.arange(0, STEP)
         same = tl.load(keys_ptr + following * CHUNK, mask=following * CHUNK < T, other=-1) == key
         more = 1
+        # The chunk that a run begins in owns it, so the partials are added by one program in order.
         while more:
             part = tl.load(
-                parts_ptr + (following[:, None] * C + columns[None, :]), mask=same[:, None] & inside[None, :], other=0.0
+                parts_ptr + (following[:, None] * C + columns[None, :]),
+                mask=same[:, None] & inside[None, :],
+                other=0.0,
             )
             total += tl.sum(part, axis=0)
             following += STEP
-            same = tl.load(keys_ptr + following * CHUNK, mask=following * CHUNK < T, other=-1) == key
+            going_on = tl.load(keys_ptr + following * CHUNK, mask=following * CHUNK < T, other=-1)
+            same = going_on == key
             more = tl.max(same.to(tl.int32), axis=0)
         row = key.to(tl.int64)
         if row < V:
-            tl.store(dtable_ptr + row * C + columns, total.to(dtable_ptr.dtype.element_ty), mask=inside)
+            dtable = total.to(dtable_ptr.dtype.element_ty)
+            tl.store(dtable_ptr + row * C + columns, dtable, mask=inside)
         else:
-            tl.store(dimage_ptr + (row - V) * C + columns, total.to(dimage_ptr.dtype.element_ty), mask=inside)
+            dimage = total.to(dimage_ptr.dtype.element_ty)
+            tl.store(dimage_ptr + (row - V) * C + columns, dimage, mask=inside)
 
 
-# Blocks of 64 columns: a whole line of bf16, and no idle lanes at widths such as 576 = 9 * 64. At T = 32768 all 1,152
-# programs of CHUNKS run at once on an H100, nine on a multiprocessor, with 36 KB of dh in flight on each.
+# Blocks of 64 columns are one whole 128-byte line of bf16 and leave no lane idle at widths such as
+# 576 = 9 * 64. At T = 32768 all 1,152 programs of CHUNKS are resident at once on an H100: nine per
+# multiprocessor, with 36 KB of dh in flight on each.
 FORWARD = {"BLOCK_T": 32, "BLOCK_C": 64, "num_warps": 4}
 CHUNKS = {"CHUNK": CHUNK, "ROWS": 16, "BLOCK_C": 64, "num_warps": 4}
-PARTS = {"CHUNK": CHUNK, "STEP": 16, "BLOCK_C": 256, "num_warps": 1}  # most programs only look and leave
+# One warp: most of these programs find no run that crosses their chunk and return at once.
+PARTS = {"CHUNK": CHUNK, "STEP": 16, "BLOCK_C": 256, "num_warps": 1}
 
 
 def _check(name: str, tensor: Tensor, like: Tensor, shape: tuple[int, ...], dtypes: tuple) -> None:
     if tensor.dtype not in dtypes:
-        raise TypeError(f"embed_splice: {name} is {tensor.dtype}, expected one of {', '.join(map(str, dtypes))}")
+        expected = ", ".join(map(str, dtypes))
+        raise TypeError(f"embed_splice: {name} is {tensor.dtype}, expected one of {expected}")
     if tensor.device != like.device:
         raise ValueError(f"embed_splice: {name} is on {tensor.device}, table is on {like.device}")
     if tensor.shape != shape:
-        raise ValueError(f"embed_splice: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+        raise ValueError(
+            f"embed_splice: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}"
+        )
     if not tensor.is_contiguous():
-        raise ValueError(f"embed_splice: {name} must be contiguous, its strides are {tensor.stride()}")
+        raise ValueError(
+            f"embed_splice: {name} must be contiguous, its strides are {tensor.stride()}"
+        )
 
 
 @torch.library.custom_op("nanovlm_fast::embed_splice_fwd", mutates_args=())
 def embed_splice_fwd(
     input_ids: Tensor, table: Tensor, image_rows: Tensor, image_tokens: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """h (T, C) in the table's dtype, keys (T,) int32. Raises on what does not fit."""
+    """Return h (T, C) in the table's dtype and keys (T,) int32; check every argument first."""
     _check("table", table, table, table.shape, DTYPES)
     if table.dim() != 2 or 0 in table.shape:
-        raise ValueError(f"embed_splice: table has shape {tuple(table.shape)}, expected (V, C), neither of them 0")
+        raise ValueError(
+            f"embed_splice: table has shape {tuple(table.shape)}, expected (V, C) with V, C > 0"
+        )
     v, c = table.shape
     if image_tokens.dim() != 2:
-        raise ValueError(f"embed_splice: image_tokens has shape {tuple(image_tokens.shape)}, expected (R, {c})")
+        raise ValueError(
+            f"embed_splice: image_tokens has shape {tuple(image_tokens.shape)}, expected (R, {c})"
+        )
     _check("image_tokens", image_tokens, table, (len(image_tokens), c), DTYPES)
     if v + len(image_tokens) >= 2**31:
-        raise ValueError(f"embed_splice: table has {v:,} rows, with the image tokens more than 32 bits can number")
+        raise ValueError(
+            f"embed_splice: table has {v:,} rows, "
+            "which together with the image tokens exceed 32-bit keys"
+        )
     _check("input_ids", input_ids, table, (input_ids.numel(),), (torch.int64,))
     _check("image_rows", image_rows, table, input_ids.shape, (torch.int32,))
     t = len(input_ids)
-    h, keys = table.new_empty(t, c), torch.empty_like(image_rows)
+    h = table.new_empty(t, c)
+    keys = torch.empty_like(image_rows)
     if t:
         grid = (triton.cdiv(c, FORWARD["BLOCK_C"]) * triton.cdiv(t, FORWARD["BLOCK_T"]),)
-        _embed_splice_fwd_kernel[grid](input_ids, table, image_rows, image_tokens, h, keys, t, v, C=c, **FORWARD)
+        _embed_splice_fwd_kernel[grid](
+            input_ids, table, image_rows, image_tokens, h, keys, t, v, C=c, **FORWARD
+        )
     return h, keys
 
 
@@ -208,19 +272,24 @@ def _(input_ids, table, image_rows, image_tokens):
 def embed_splice_bwd(
     dh: Tensor, keys: Tensor, table_rows: int, image_rows: int, image_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """d table (table_rows, C) in dh's dtype, d image_tokens (image_rows, C) in image_dtype; see the module."""
+    """Return d table (table_rows, C) in dh's dtype and d image_tokens (image_rows, C).
+
+    d image_tokens has image_dtype. The module docstring describes the two passes.
+    """
     _check("dh", dh, dh, (len(keys), dh.shape[-1]), DTYPES)
     t, c = dh.shape
-    dtable, dimage = dh.new_zeros(table_rows, c), dh.new_zeros(image_rows, c, dtype=image_dtype)
+    # Zeros, not empty: rows that no position shows are never written.
+    dtable = dh.new_zeros(table_rows, c)
+    dimage = dh.new_zeros(image_rows, c, dtype=image_dtype)
     if t:
-        keys, order = keys.sort(stable=True)
+        keys, order = keys.sort(stable=True)  # stable: equal keys keep one order of summation
         chunks = triton.cdiv(t, CHUNK)
         parts = dh.new_empty(2, chunks, c, dtype=torch.float32)
         grid = (triton.cdiv(chunks, CHUNKS["ROWS"]), triton.cdiv(c, CHUNKS["BLOCK_C"]))
         _embed_splice_bwd_chunks_kernel[grid](
             dh, keys, order, dtable, dimage, parts, t, table_rows, chunks, C=c, **CHUNKS
         )
-        if chunks > 1:
+        if chunks > 1:  # a run that crosses chunks begins in any chunk but the last
             _embed_splice_bwd_parts_kernel[(chunks - 1, triton.cdiv(c, PARTS["BLOCK_C"]))](
                 keys, dtable, dimage, parts, t, table_rows, chunks, C=c, **PARTS
             )
@@ -229,7 +298,9 @@ def embed_splice_bwd(
 
 @embed_splice_bwd.register_fake
 def _(dh, keys, table_rows, image_rows, image_dtype):
-    return dh.new_empty(table_rows, dh.shape[1]), dh.new_empty(image_rows, dh.shape[1], dtype=image_dtype)
+    dtable = dh.new_empty(table_rows, dh.shape[1])
+    dimage = dh.new_empty(image_rows, dh.shape[1], dtype=image_dtype)
+    return dtable, dimage
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -247,16 +318,20 @@ def _backward(ctx, dh, _dkeys):
 embed_splice_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
-def embed_splice(input_ids: Tensor, table: Tensor, image_rows: Tensor, image_tokens: Tensor) -> Tensor:
-    """h (T, C) in the table's dtype: image_tokens[image_rows[t]] where that row is not -1, else table[input_ids[t]].
+def embed_splice(
+    input_ids: Tensor, table: Tensor, image_rows: Tensor, image_tokens: Tensor
+) -> Tensor:
+    """Return h (T, C) in the table's dtype.
 
-    Differentiable in table and image_tokens; the ids at image positions do not matter. Inputs that are not
-    contiguous are copied. A CPU tensor takes the reference (or Triton's interpreter under TRITON_INTERPRET=1). Raises
-    TypeError or ValueError naming the argument.
+    h[t] is image_tokens[image_rows[t]] where that row is not -1, and table[input_ids[t]] elsewhere.
+    Differentiable in table and image_tokens; the ids at image positions are ignored. Inputs that
+    are not contiguous are copied. A CPU tensor runs the reference (or Triton's interpreter under
+    TRITON_INTERPRET=1). Raises TypeError or ValueError that names the argument.
     """
     if not (table.is_cuda or INTERPRET):
         return embed_splice_reference(input_ids, table, image_rows, image_tokens)
-    return embed_splice_fwd(*(t.contiguous() for t in (input_ids, table, image_rows, image_tokens)))[0]
+    inputs = (tensor.contiguous() for tensor in (input_ids, table, image_rows, image_tokens))
+    return embed_splice_fwd(*inputs)[0]
 
 
 def make_inputs(
@@ -269,26 +344,32 @@ def make_inputs(
     image_dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> dict:
-    """Arguments of `embed_splice`: r image tokens shown in order at the front (at most half of t), then text.
+    """Arguments of `embed_splice`: r image tokens in order at the front, followed by text.
 
-    A fifth of the text is one token, as eos or a comma may be; the rest is uniform over the vocabulary.
+    The image tokens fill at most half of t. A fifth of the text is one frequent token, as eos or a
+    comma would be, so that a long run crosses many chunks; the rest is uniform over the vocabulary.
     """
     generator = torch.Generator(device).manual_seed(seed)
     ids = torch.randint(v, (t,), generator=generator, device=device)
     frequent = torch.rand(t, generator=generator, device=device) < 0.2
     rows = torch.arange(t, device=device, dtype=torch.int32)
     shown = min(r, t // 2)
+    table = torch.randn(v, c, generator=generator, device=device).to(dtype)
+    image_tokens = torch.randn(r, c, generator=generator, device=device).to(image_dtype or dtype)
     return {
         "input_ids": torch.where(frequent, v // 2, ids),
-        "table": torch.randn(v, c, generator=generator, device=device).to(dtype),
+        "table": table,
         "image_rows": torch.where(rows < shown, rows, -1),
-        "image_tokens": torch.randn(r, c, generator=generator, device=device).to(image_dtype or dtype),
+        "image_tokens": image_tokens,
     }
 
 
-def cost(t: int, v: int, c: int, r: int, dtype: torch.dtype, image_dtype: torch.dtype | None = None) -> dict:
-    """{'forward', 'backward'} -> (fewest bytes, FLOPs)."""
-    row, image = c * dtype.itemsize, c * (image_dtype or dtype).itemsize
+def cost(
+    t: int, v: int, c: int, r: int, dtype: torch.dtype, image_dtype: torch.dtype | None = None
+) -> dict:
+    """Fewest bytes and FLOPs: {'forward': (bytes, FLOPs), 'backward': (bytes, FLOPs)}."""
+    row = c * dtype.itemsize
+    image = c * (image_dtype or dtype).itemsize
     shown = min(r, t // 2)
     return {
         "forward": (shown * image + (t - shown) * row + t * row + 16 * t, 0),
@@ -297,9 +378,10 @@ def cost(t: int, v: int, c: int, r: int, dtype: torch.dtype, image_dtype: torch.
 
 
 def aot() -> list[dict]:
-    """What is compiled ahead of time for sm_90: the seed's 32768 positions of 576, a vocabulary of 49152, in bf16."""
+    """Kernels to compile ahead of time for sm_90: table (49152, 576), T = 32768, bf16."""
     indices = {"ids_ptr": "*i64", "rows_ptr": "*i32", "keys_ptr": "*i32", "order_ptr": "*i64"}
-    tensors = dict.fromkeys(("table_ptr", "image_ptr", "h_ptr", "dh_ptr", "dtable_ptr", "dimage_ptr"), "*bf16")
+    names = ("table_ptr", "image_ptr", "h_ptr", "dh_ptr", "dtable_ptr", "dimage_ptr")
+    tensors = dict.fromkeys(names, "*bf16")
     signature = indices | tensors | {"parts_ptr": "*fp32", "T": "i32", "V": "i32", "chunks": "i32"}
     return [
         {"kernel": kernel, "launch": launch, "constexprs": {"C": 576},

@@ -1,16 +1,23 @@
-"""LayerNorm over the last dimension, with the residual addition before it fused in (Ba et al., 2016).
+"""LayerNorm over the last dimension, fused with the residual addition before it (Ba et al., 2016).
 
     h = x + residual                                  (h = x without a residual)
     y = (h - mean) * rstd * weight + bias,            rstd = 1 / sqrt(mean((h - mean)^2) + eps)
 
-x (..., N) bf16, fp16 or fp32; residual the same shape, of x's dtype or fp32 (a float32 residual stream); weight, bias
-(N,). Statistics, sums and products are float32; the variance is a second pass over the row in registers, so a large
-mean cancels nothing. Only mean and rstd (rows,) are kept for the backward, which adds the gradient that arrives for h
-inside the kernel and sums the gradients of weight and bias in float32 partials, a fixed number of rows to each.
+Shapes and dtypes:
+    x (..., N) bf16, fp16 or fp32; weight, bias (N,)
+    residual, h: x's shape; x's dtype or fp32 (a float32 residual stream)
+    y: x's shape and dtype
 
-Bytes, forward: read x and residual, write y and h. Backward: read dy, dh and h, write dx (and d residual, if its dtype
-is not x's). Up to 768 columns one warp holds a row, so that sums need no barrier: forward many such programs keep the
-loads in flight, as in Liger and QuACK, backward a pipeline through shared memory does.
+Statistics, sums and products are float32. The variance is computed in a second pass over the row,
+which is still in registers: E[h^2] - mean^2 would cancel when the mean is large. Only mean and
+rstd (rows,) are saved for the backward. The backward adds the gradient that arrives for h inside
+the kernel, and sums the gradients of weight and bias into float32 partials, each over a fixed set
+of rows.
+
+Bytes, forward: read x and residual, write y and h. Backward: read dy, dh and h, write dx (and
+d residual, if its dtype is not x's). A row of up to 768 columns is held by one warp, so that sums
+need no barrier. In the forward, many such programs per multiprocessor keep enough loads in flight,
+as in Liger and QuACK; in the backward, a pipeline through shared memory does.
 """
 
 from __future__ import annotations
@@ -23,23 +30,29 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-WARPS = 1056  # warps of the backward, eight for each of an H100's 132 multiprocessors: fixed, so sums have one order
+# Warps of the backward: eight for each of an H100's 132 multiprocessors. A constant rather than the
+# device's own count, so that the partials are added in the same order on every device.
+WARPS = 1056
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None):
+def layer_norm_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
+):
     """Plain PyTorch, at least float32 inside; same signature and dtypes as `layer_norm`."""
     wide = torch.promote_types(x.dtype, torch.float32)
     h = x.to(wide) if residual is None else x.to(wide) + residual.to(wide)
     centred = h - h.mean(-1, keepdim=True)
-    y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * weight.to(wide) + bias.to(wide)
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    y = centred * rstd * weight.to(wide) + bias.to(wide)
     return y.to(x.dtype) if residual is None else (y.to(x.dtype), h.to(residual.dtype))
 
 
 @triton.jit
 def _layer_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr, M,
-    N: tl.constexpr, EPS: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    N: tl.constexpr, EPS: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_N)
@@ -50,33 +63,40 @@ def _layer_norm_fwd_kernel(
         h += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         tl.store(h_ptr + offsets, h, mask=inside)
     mean = tl.sum(h, axis=1) / N
+    # Columns past N must be zero again: subtracting the mean made them -mean.
     centred = tl.where((columns < N)[None, :], h - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / N + EPS)
     weight = tl.load(weight_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
-    tl.store(y_ptr + offsets, centred * rstd[:, None] * weight[None, :] + bias[None, :], mask=inside)
+    tl.store(
+        y_ptr + offsets, centred * rstd[:, None] * weight[None, :] + bias[None, :], mask=inside
+    )
     tl.store(mean_ptr + rows, mean, mask=rows < M)
     tl.store(rstd_ptr + rows, rstd, mask=rows < M)
 
 
 @triton.jit
 def _layer_norm_bwd_kernel(
-    dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr, M,
-    N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, HAS_DH: tl.constexpr, TWO_GRADIENTS: tl.constexpr,
+    dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr,
+    dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr, M,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
+    HAS_DH: tl.constexpr, TWO_GRADIENTS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK_N)
     weight = tl.load(weight_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
     dweight = tl.zeros((BLOCK_N,), dtype=tl.float32)
     dbias = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    # Three stages: the next two rows are on their way to shared memory while one is worked on. They take up to 24 bytes
-    # a column there, and 16-byte copies, which other widths do not allow.
+    # Three stages: while one row is computed, the next two are copied to shared memory. They need
+    # up to 24 bytes per column there, hence the limit on BLOCK_N, and copies of 16 bytes, which are
+    # only aligned where N is a multiple of 8.
     stages: tl.constexpr = 3 if BLOCK_N <= 8192 and N % 8 == 0 else 1
     for start in tl.range(program * ROWS, M, tl.num_programs(0) * ROWS, num_stages=stages):
         rows = start + tl.arange(0, ROWS).to(tl.int64)
         offsets = rows[:, None] * N + columns[None, :]
         inside = (rows < M)[:, None] & (columns < N)[None, :]
-        dy = tl.load(dy_ptr + offsets, mask=inside, other=0.0).to(tl.float32)  # 0 outside: nothing there counts below
+        # Elements outside load as 0, so they add nothing to the sums below.
+        dy = tl.load(dy_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         h = tl.load(h_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         if HAS_DH:
             dh = tl.load(dh_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -93,34 +113,50 @@ def _layer_norm_bwd_kernel(
             dx += dh
         tl.store(dx_ptr + offsets, dx, mask=inside)
         if TWO_GRADIENTS:
+            # The residual has another dtype, so it needs its own copy, rounded from float32.
             tl.store(dresidual_ptr + offsets, dx, mask=inside)
+    # One row of partials per program; the caller sums them. Atomics would add in varying order.
     partial = program.to(tl.int64) * N + columns
     tl.store(dweight_ptr + partial, dweight, mask=columns < N)
     tl.store(dbias_ptr + partial, dbias, mask=columns < N)
 
 
 def _launch(n: int) -> dict[str, int]:
-    """Tile and warps for rows of n: a warp for 768 columns, 24 a thread, which the backward holds in registers."""
-    block, warps = triton.next_power_of_2(n), triton.next_power_of_2(triton.cdiv(n, 768))
+    """Tile and warps for rows of n columns.
+
+    One warp per 768 columns: that is 24 elements per thread, which the backward keeps in registers.
+    """
+    block = triton.next_power_of_2(n)
+    warps = triton.next_power_of_2(triton.cdiv(n, 768))
     return {"BLOCK_N": block, "ROWS": max(1, 1024 // block), "num_warps": min(8, warps)}
 
 
-def _check(name: str, tensor: Tensor, like: Tensor, shape: torch.Size | tuple[int, ...], dtypes: tuple) -> None:
+def _check(
+    name: str, tensor: Tensor, like: Tensor, shape: torch.Size | tuple[int, ...], dtypes: tuple
+) -> None:
     if tensor.dtype not in dtypes:
-        raise TypeError(f"layer_norm: {name} is {tensor.dtype}, expected one of {', '.join(map(str, dtypes))}")
+        expected = ", ".join(map(str, dtypes))
+        raise TypeError(f"layer_norm: {name} is {tensor.dtype}, expected one of {expected}")
     if tensor.device != like.device:
         raise ValueError(f"layer_norm: {name} is on {tensor.device}, x is on {like.device}")
     if tensor.shape != shape:
-        raise ValueError(f"layer_norm: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+        raise ValueError(
+            f"layer_norm: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}"
+        )
     if not tensor.is_contiguous():
-        raise ValueError(f"layer_norm: {name} must be contiguous, its strides are {tensor.stride()}")
+        raise ValueError(
+            f"layer_norm: {name} must be contiguous, its strides are {tensor.stride()}"
+        )
 
 
 @torch.library.custom_op("nanovlm_fast::layer_norm_fwd", mutates_args=())
 def layer_norm_fwd(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x (M, N) -> y (M, N), h (M, N) or empty without a residual, mean and rstd (M,) float32."""
+    """Forward of x (M, N); raises if an argument does not fit.
+
+    Returns y (M, N), h (M, N) (empty without a residual), mean and rstd (M,) float32.
+    """
     _check("x", x, x, x.shape, DTYPES)
     if x.dim() != 2 or x.shape[1] < 1:
         raise ValueError(f"layer_norm: x has shape {tuple(x.shape)}, expected (M, N) with N > 0")
@@ -130,13 +166,15 @@ def layer_norm_fwd(
         _check("residual", residual, x, x.shape, (x.dtype, torch.float32))
     m, n = x.shape
     y = torch.empty_like(x)
-    mean, rstd = x.new_empty(m, dtype=torch.float32), x.new_empty(m, dtype=torch.float32)
+    mean = x.new_empty(m, dtype=torch.float32)
+    rstd = x.new_empty(m, dtype=torch.float32)
     h = torch.empty_like(residual) if residual is not None else x.new_empty(0)
     if m:
         launch = _launch(n)
         _layer_norm_fwd_kernel[(triton.cdiv(m, launch["ROWS"]),)](
-            x, residual, weight, bias, y, h, mean, rstd, m, N=n, EPS=eps, HAS_RESIDUAL=residual is not None, **launch
-        )
+            x, residual, weight, bias, y, h, mean, rstd, m,
+            N=n, EPS=eps, HAS_RESIDUAL=residual is not None, **launch,
+        )  # fmt: skip
     return y, h, mean, rstd
 
 
@@ -151,7 +189,10 @@ def _(x, weight, bias, eps, residual=None):
 def layer_norm_bwd(
     dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx (M, N) in dy's dtype, d residual in h's dtype (empty where that is dy's), d [weight, bias] (2, N) float32."""
+    """Return dx (M, N) in dy's dtype, d residual, and d [weight, bias] (2, N) float32.
+
+    d residual is in h's dtype; it is empty where that is dy's dtype, because dx serves as both.
+    """
     m, n = h.shape
     for name, tensor in (("dy", dy), ("dh", dh), ("h", h)):
         if tensor is not None:
@@ -167,7 +208,7 @@ def layer_norm_bwd(
             dy, dh, h, weight, mean, rstd, dx, dresidual, partials[0], partials[1], m,
             N=n, HAS_DH=dh is not None, TWO_GRADIENTS=two, **launch,
         )  # fmt: skip
-    return dx, dresidual, partials.sum(1)
+    return dx, dresidual, partials.sum(1)  # with no rows: a sum over no programs, which is zero
 
 
 @layer_norm_bwd.register_fake
@@ -182,9 +223,12 @@ def _(dy, dh, h, weight, mean, rstd):
 def _setup_context(ctx, inputs, output) -> None:
     x, weight, bias, _, residual = inputs
     _, h, mean, rstd = output
+    # Without a residual h is x. An operator may not return its input, so x itself is saved.
     ctx.save_for_backward(x if residual is None else h, weight, mean, rstd)
-    ctx.has_residual, ctx.dtype, ctx.bias_dtype = residual is not None, x.dtype, bias.dtype
-    ctx.set_materialize_grads(False)
+    ctx.has_residual = residual is not None
+    ctx.dtype = x.dtype
+    ctx.bias_dtype = bias.dtype
+    ctx.set_materialize_grads(False)  # dh stays None when h is unused: one read less
 
 
 def _backward(ctx, dy, dh, _dmean, _drstd):
@@ -200,22 +244,27 @@ layer_norm_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None):
-    """y, or (y, h) with a residual: y (..., N) in x's dtype, h = x + residual in the residual's.
+    """Return y, or (y, h) with a residual.
 
-    Differentiable in x, weight, bias and residual. Inputs that are not contiguous are copied. A CPU tensor takes the
-    reference (or Triton's interpreter under TRITON_INTERPRET=1). Raises TypeError or ValueError naming the argument.
+    y (..., N) is in x's dtype, h = x + residual in the residual's. Differentiable in x, weight,
+    bias and residual. Inputs that are not contiguous are copied. A CPU tensor runs the reference
+    (or Triton's interpreter under TRITON_INTERPRET=1). Raises TypeError or ValueError that names
+    the argument.
     """
     if not (x.is_cuda or INTERPRET):
         return layer_norm_reference(x, weight, bias, eps, residual)
-    flat = (t.reshape(-1, t.shape[-1]).contiguous() if t is not None else None for t in (x, residual))
-    x2d, residual2d = flat
+    x2d = x.reshape(-1, x.shape[-1]).contiguous()
+    residual2d = None
+    if residual is not None:
+        residual2d = residual.reshape(-1, residual.shape[-1]).contiguous()
     y, h, _, _ = layer_norm_fwd(x2d, weight, bias, eps, residual2d)
     return y.view(x.shape) if residual is None else (y.view(x.shape), h.view(x.shape))
 
 
 def make_inputs(
-    m: int, n: int, dtype: torch.dtype, device: str, residual: torch.dtype | None = None, seed: int = 0
-) -> dict:
+    m: int, n: int, dtype: torch.dtype, device: str,
+    residual: torch.dtype | None = None, seed: int = 0,
+) -> dict:  # fmt: skip
     """Arguments of `layer_norm` for x (m, n), with a residual stream of the given dtype or none."""
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -223,15 +272,19 @@ def make_inputs(
         return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
     wide = torch.float32  # master weights, as in training
-    weight, bias = 1 + 0.1 * random(n, dtype=wide), 0.1 * random(n, dtype=wide)
+    weight = 1 + 0.1 * random(n, dtype=wide)
+    bias = 0.1 * random(n, dtype=wide)
     stream = {} if residual is None else {"residual": 2 * random(m, n, dtype=residual)}
     return {"x": random(m, n), "weight": weight, "bias": bias, "eps": 1e-6, **stream}
 
 
-def cost(m: int, n: int, dtype: torch.dtype, residual: torch.dtype | None = None) -> dict[str, tuple[int, int]]:
-    """{'forward', 'backward'} -> (fewest bytes, FLOPs)."""
-    x, stream = m * n * dtype.itemsize, m * n * residual.itemsize if residual else 0
-    split = stream if residual not in (None, dtype) else 0
+def cost(
+    m: int, n: int, dtype: torch.dtype, residual: torch.dtype | None = None
+) -> dict[str, tuple[int, int]]:
+    """Fewest bytes and FLOPs: {'forward': (bytes, FLOPs), 'backward': (bytes, FLOPs)}."""
+    x = m * n * dtype.itemsize
+    stream = m * n * residual.itemsize if residual else 0
+    split = stream if residual not in (None, dtype) else 0  # d residual, beside dx
     return {
         "forward": (2 * x + 2 * stream + 8 * m, 7 * m * n),
         "backward": (2 * x + (2 * stream if residual else x) + split + 8 * m, 13 * m * n),
@@ -239,15 +292,16 @@ def cost(m: int, n: int, dtype: torch.dtype, residual: torch.dtype | None = None
 
 
 def aot() -> list[dict]:
-    """What is compiled ahead of time for sm_90: the seed's (50176, 768) in bf16 beside a float32 residual stream."""
+    """Kernels to compile ahead of time for sm_90: (50176, 768) in bf16, a float32 residual."""
     launch = _launch(768)
     shared = {"mean_ptr": "*fp32", "rstd_ptr": "*fp32", "M": "i32"}
     forward = dict(
-        x_ptr="*bf16", residual_ptr="*fp32", weight_ptr="*fp32", bias_ptr="*fp32", y_ptr="*bf16", h_ptr="*fp32"
-    )
+        x_ptr="*bf16", residual_ptr="*fp32", weight_ptr="*fp32", bias_ptr="*fp32",
+        y_ptr="*bf16", h_ptr="*fp32",
+    )  # fmt: skip
     backward = dict(
-        dy_ptr="*bf16", dh_ptr="*fp32", h_ptr="*fp32", weight_ptr="*fp32", dx_ptr="*bf16", dresidual_ptr="*fp32",
-        dweight_ptr="*fp32", dbias_ptr="*fp32",
+        dy_ptr="*bf16", dh_ptr="*fp32", h_ptr="*fp32", weight_ptr="*fp32",
+        dx_ptr="*bf16", dresidual_ptr="*fp32", dweight_ptr="*fp32", dbias_ptr="*fp32",
     )  # fmt: skip
     return [
         {"kernel": _layer_norm_fwd_kernel, "signature": forward | shared, "launch": launch,

@@ -1,21 +1,28 @@
-"""Pixel shuffle and the linear projection after it as one GEMM that gathers (nanoVLM's modality projector).
+"""Pixel shuffle and linear projection (nanoVLM's modality projector) as one GEMM that gathers.
 
     A[(b, i, j), (di, dj, c)] = x[b, (i*s + di) * W + j*s + dj, c],        s = factor
     y = A @ weight^T + bias
 
-x (B, H*W, C) bf16, fp16 or fp32 patch features on a grid (H, W); weight (N, s*s*C) as nn.Linear's; y (B, H/s * W/s, N)
-in x's dtype. A weight of another dtype is rounded to x's first, as autocast does. Products are summed in float32.
+Shapes and dtypes:
+    x (B, H*W, C) bf16, fp16 or fp32: patch features on a grid (H, W)
+    weight (N, s*s*C), laid out as nn.Linear's; bias (N,)
+    y (B, H/s * W/s, N) in x's dtype
+A weight of another dtype is first rounded to x's, as autocast does. Products are summed in float32.
 
-A is never written: block (di, dj) of one of its rows is a whole row of x, so the loads add one scalar to row pointers
-that are computed once, and no K-block crosses from one (di, dj) into the next. Backward: dx is the GEMM dy @ weight
-whose epilogue stores each tile to its patch rows (no two meet); dweight = dy^T @ A gathers the same way, its rows cut
-into parts (how many, only the sizes decide): float32 partials, then one sum. Saved: x and weight, no more.
+A is never written. Block (di, dj) of one of its rows is a whole row of x, so the loads add one
+scalar to row pointers that are computed once, and no K-block crosses from one (di, dj) into the
+next. Backward: dx is the GEMM dy @ weight, whose epilogue stores each tile to its patch rows (no
+two tiles share a row). dweight = dy^T @ A gathers in the same way. Its rows are cut into parts,
+whose number depends only on the sizes; each part gives a float32 partial, and one sum adds them.
+Only x and weight are saved.
 
-FLOPs: 2 M N K forward and 4 M N K backward, M = B * H/s * W/s and K = s*s*C. Bytes: read x and weight, write y; a
-shuffled copy would cost a read and a write of x more in each direction, and x's size of memory until the backward.
+FLOPs: 2 M N K forward and 4 M N K backward, with M = B * H/s * W/s and K = s*s*C. Bytes: read x and
+weight, write y. A shuffled copy would cost one more read and write of x in each direction, and x's
+size of memory until the backward.
 
-Tiles in Triton are powers of two, N = 576 is not: a tile of `BLOCK_N + TAIL_N` columns has two accumulators (256 + 32)
-that share one load of A, so that 576 = 2 * 288 needs no padding and a row of x is loaded twice, not nine times.
+Tiles in Triton are powers of two, but N = 576 is not. A tile of `BLOCK_N + TAIL_N` columns has two
+accumulators (256 + 32) that share one load of A, so that 576 = 2 * 288 needs no padding and a row
+of x is loaded twice rather than nine times.
 """
 
 from __future__ import annotations
@@ -29,20 +36,27 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-PROGRAMS = 264  # of the weight's gradient, two rounds of an H100's 132 multiprocessors: fixed, so sums have one order
+# Programs of the weight's gradient: two rounds of an H100's 132 multiprocessors. A constant rather
+# than the device's own count, so that the partials are the same on every device.
+PROGRAMS = 264
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Columns of a tile as (BLOCK_N, TAIL_N): wgmma takes any; float32 products are FMAs and want small tiles.
+# Columns of a tile as (BLOCK_N, TAIL_N). wgmma takes any of these widths; float32 products are made
+# of FMA instructions and want small tiles.
 WIDTHS = ((256, 64), (256, 32), (256, 0), (128, 64), (128, 0), (64, 0), (32, 0), (16, 0))
 WIDTHS_FLOAT32 = ((64, 32), (64, 0), (32, 0), (16, 0))
 
 
 def pixel_shuffle_proj_reference(
-    x: Tensor, weight: Tensor, factor: int, bias: Tensor | None = None, grid: tuple[int, int] | None = None
-) -> Tensor:
+    x: Tensor, weight: Tensor, factor: int,
+    bias: Tensor | None = None, grid: tuple[int, int] | None = None,
+) -> Tensor:  # fmt: skip
     """Plain PyTorch, at least float32 inside; same signature and dtypes as `pixel_shuffle_proj`."""
-    (height, width), channels = _grid(x, grid), x.shape[-1]
+    height, width = _grid(x, grid)
+    channels = x.shape[-1]
     wide = torch.promote_types(x.dtype, torch.float32)
-    blocks = x.to(wide).reshape(*x.shape[:-2], height // factor, factor, width // factor, factor, channels)
+    blocks = x.to(wide).reshape(
+        *x.shape[:-2], height // factor, factor, width // factor, factor, channels
+    )
     rows = blocks.transpose(-4, -3).flatten(-3).flatten(-3, -2)
     y = rows @ weight.to(x.dtype).to(wide).T
     return (y if bias is None else y + bias.to(wide)).to(x.dtype)
@@ -50,7 +64,8 @@ def pixel_shuffle_proj_reference(
 
 @triton.jit
 def _grouped(program, tiles_m, tiles_n, GROUP: tl.constexpr):
-    # Row and column of a tile: programs that run together share GROUP tiles of rows, for the L2 cache.
+    # Row and column of a tile. Programs that run together share GROUP rows of tiles, so that their
+    # loads of x and weight hit the L2 cache.
     first = program // (GROUP * tiles_n) * GROUP
     group = tl.minimum(tiles_m - first, GROUP)
     inside = program % (GROUP * tiles_n)
@@ -59,7 +74,8 @@ def _grouped(program, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def _patch_rows(rows, S: tl.constexpr, WIDTH: tl.constexpr):
-    # Rows (b, i, j) of A -> rows (b, i*S, j*S) of x, which is block (0, 0); block (di, dj) lies di*WIDTH + dj further.
+    # Map rows (b, i, j) of A to rows (b, i*S, j*S) of x, which is block (0, 0) of the row.
+    # Block (di, dj) lies di*WIDTH + dj rows further.
     lines = rows // (WIDTH // S)  # b * H/S + i
     return lines.to(tl.int64) * (S * WIDTH) + rows % (WIDTH // S) * S
 
@@ -68,27 +84,32 @@ def _patch_rows(rows, S: tl.constexpr, WIDTH: tl.constexpr):
 def _pixel_shuffle_proj_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, M,
     N: tl.constexpr, C: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
     TILE_N: tl.constexpr = BLOCK_N + TAIL_N
     STEPS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K  # K-blocks in one (di, dj)
-    tile_m, tile_n = _grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), (N + TILE_N - 1) // TILE_N, GROUP)
+    tiles_n: tl.constexpr = (N + TILE_N - 1) // TILE_N
+    tile_m, tile_n = _grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), tiles_n, GROUP)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * TILE_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    # Rows and columns outside repeat the last one inside and are not stored.
+    # Rows and columns outside repeat the last one inside. They are computed but not stored, which
+    # saves a mask on every load of the loop.
     x_offsets = _patch_rows(tl.minimum(rows, M - 1), S, WIDTH)[:, None] * C + k[None, :]
     weight_offsets = tl.minimum(columns, N - 1).to(tl.int64)[None, :] * (S * S * C) + k[:, None]
     y = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if TAIL_N:
         tail_columns = tile_n * TILE_N + BLOCK_N + tl.arange(0, TAIL_N)
-        tail_offsets = tl.minimum(tail_columns, N - 1).to(tl.int64)[None, :] * (S * S * C) + k[:, None]
+        tail_rows = tl.minimum(tail_columns, N - 1).to(tl.int64)[None, :] * (S * S * C)
+        tail_offsets = tail_rows + k[:, None]
         tail = tl.zeros((BLOCK_M, TAIL_N), dtype=tl.float32)
     for step in range(S * S * STEPS):
-        block, c = step // STEPS, step % STEPS * BLOCK_K
+        block = step // STEPS
+        c = step % STEPS * BLOCK_K
         x_block = x_ptr + ((block // S * WIDTH + block % S) * C + c)
         weight_block = weight_ptr + (block * C + c)
-        if C % BLOCK_K == 0:
+        if C % BLOCK_K == 0:  # known at compile time: no masks at the model's width
             a = tl.load(x_block + x_offsets)
             w = tl.load(weight_block + weight_offsets)
         else:
@@ -104,10 +125,12 @@ def _pixel_shuffle_proj_fwd_kernel(
     y_rows = y_ptr + rows.to(tl.int64)[:, None] * N
     if HAS_BIAS:
         y += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_rows + columns.to(tl.int64)[None, :], y, mask=(rows < M)[:, None] & (columns < N)[None, :])
+    inside = (rows < M)[:, None] & (columns < N)[None, :]
+    tl.store(y_rows + columns.to(tl.int64)[None, :], y, mask=inside)
     if TAIL_N:
         if HAS_BIAS:
-            tail += tl.load(bias_ptr + tail_columns, mask=tail_columns < N, other=0.0).to(tl.float32)[None, :]
+            tail_bias = tl.load(bias_ptr + tail_columns, mask=tail_columns < N, other=0.0)
+            tail += tail_bias.to(tl.float32)[None, :]
         inside = (rows < M)[:, None] & (tail_columns < N)[None, :]
         tl.store(y_rows + tail_columns.to(tl.int64)[None, :], tail, mask=inside)
 
@@ -118,9 +141,11 @@ def _pixel_shuffle_proj_bwd_x_kernel(
     N: tl.constexpr, C: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    TILES_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C  # a tile of columns lies in one (di, dj)
+    # Column tiles are cut within one (di, dj), so that a tile is stored to whole rows of x.
+    TILES_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     tile_m, tile_n = _grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), S * S * TILES_C, GROUP)
-    block, c = tile_n // TILES_C, tile_n % TILES_C * BLOCK_C + tl.arange(0, BLOCK_C)
+    block = tile_n // TILES_C
+    c = tile_n % TILES_C * BLOCK_C + tl.arange(0, BLOCK_C)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     dy_offsets = tl.minimum(rows, M - 1).to(tl.int64)[:, None] * N + k[None, :]
@@ -134,10 +159,12 @@ def _pixel_shuffle_proj_bwd_x_kernel(
             w = tl.load(weight_block + weight_offsets)
         else:
             dy = tl.load(dy_block + dy_offsets, mask=(k < N - n)[None, :], other=0.0)
-            w = tl.load(weight_block + weight_offsets, mask=(k < N - n)[:, None] & (c < C)[None, :], other=0.0)
+            weight_inside = (k < N - n)[:, None] & (c < C)[None, :]
+            w = tl.load(weight_block + weight_offsets, mask=weight_inside, other=0.0)
         dx = tl.dot(dy, w, dx, input_precision="ieee")
     dx_rows = _patch_rows(rows, S, WIDTH) + (block // S * WIDTH + block % S)
-    tl.store(dx_ptr + (dx_rows[:, None] * C + c[None, :]), dx, mask=(rows < M)[:, None] & (c < C)[None, :])
+    inside = (rows < M)[:, None] & (c < C)[None, :]
+    tl.store(dx_ptr + (dx_rows[:, None] * C + c[None, :]), dx, mask=inside)
 
 
 @triton.jit
@@ -146,13 +173,17 @@ def _pixel_shuffle_proj_bwd_weight_kernel(
     N: tl.constexpr, C: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    # The transpose of a tile of dweight, (BLOCK_C, BLOCK_N + TAIL_N), over the rows of one part.
+    # Computes the transpose of a tile of dweight, (BLOCK_C, BLOCK_N + TAIL_N), over the rows of one
+    # part.
     TILE_N: tl.constexpr = BLOCK_N + TAIL_N
     TILES_N: tl.constexpr = (N + TILE_N - 1) // TILE_N
     TILES_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    tile, part = tl.program_id(0), tl.program_id(1)
-    tile_c, tile_n = tile // TILES_N, tile % TILES_N
-    block, c = tile_c // TILES_C, tile_c % TILES_C * BLOCK_C + tl.arange(0, BLOCK_C)
+    tile = tl.program_id(0)
+    part = tl.program_id(1)
+    tile_c = tile // TILES_N
+    tile_n = tile % TILES_N
+    block = tile_c // TILES_C
+    c = tile_c % TILES_C * BLOCK_C + tl.arange(0, BLOCK_C)
     columns = tile_n * TILE_N + tl.arange(0, BLOCK_N)
     x_block = x_ptr + (block // S * WIDTH + block % S) * C
     dweight = tl.zeros((BLOCK_C, BLOCK_N), dtype=tl.float32)
@@ -165,12 +196,14 @@ def _pixel_shuffle_proj_bwd_weight_kernel(
         a_offsets = _patch_rows(rows, S, WIDTH)[:, None] * C + c[None, :]
         a = tl.load(x_block + a_offsets, mask=inside & (c < C)[None, :], other=0.0)
         dy_rows = rows.to(tl.int64)[:, None] * N
-        dy = tl.load(dy_ptr + (dy_rows + columns[None, :]), mask=inside & (columns < N)[None, :], other=0.0)
+        dy_inside = inside & (columns < N)[None, :]
+        dy = tl.load(dy_ptr + (dy_rows + columns[None, :]), mask=dy_inside, other=0.0)
         dweight = tl.dot(tl.trans(a), dy, dweight, input_precision="ieee")
         if TAIL_N:
             tail_inside = inside & (tail_columns < N)[None, :]
             dy = tl.load(dy_ptr + (dy_rows + tail_columns[None, :]), mask=tail_inside, other=0.0)
             tail = tl.dot(tl.trans(a), dy, tail, input_precision="ieee")
+    # Each part has its own copy of dweight in `partials`: no two programs add to one address.
     out = partials_ptr + part.to(tl.int64) * (N * S * S * C) + block * C
     offsets = columns.to(tl.int64)[None, :] * (S * S * C) + c[:, None]
     tl.store(out + offsets, dweight, mask=(c < C)[:, None] & (columns < N)[None, :])
@@ -180,7 +213,10 @@ def _pixel_shuffle_proj_bwd_weight_kernel(
 
 
 def _width(n: int, rows: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(BLOCK_N, TAIL_N) that cuts n columns into tiles of `rows` rows with the fewest loads: rows + columns a tile."""
+    """(BLOCK_N, TAIL_N) that covers n columns with the fewest loads by tiles of `rows` rows.
+
+    A tile loads rows + columns values per step of K.
+    """
     widths = WIDTHS_FLOAT32 if dtype == torch.float32 else WIDTHS
     return min(widths, key=lambda width: triton.cdiv(n, sum(width)) * (rows + sum(width)))
 
@@ -188,74 +224,103 @@ def _width(n: int, rows: int, dtype: torch.dtype) -> tuple[int, int]:
 def _launch(n: int, c: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
     """Tiles, warps and stages of the three GEMMs for n columns and blocks of c channels.
 
-    16-bit at the model's widths: 128 x 256 to 128 x 320 on two warpgroups, 48 to 56 KB a stage. A tile of 128 x 64 asks
-    L2 for 96 bytes a cycle of wgmma, 128 x 288 for 46; L2 is taken to give each multiprocessor about 32 (not measured).
+    16-bit at the model's widths: tiles of 128 x 256 to 128 x 320 on two warpgroups, 48 to 56 KB per
+    stage. A tile of 128 x 64 needs 96 bytes from L2 per cycle of wgmma, one of 128 x 288 needs 46.
+    L2 is assumed to give each multiprocessor about 32 (not measured).
     """
     if dtype == torch.float32:
-        rows, k, options = 64, 32, {"num_warps": 4, "num_stages": 2}
+        rows = 64
+        k = 32
+        options = {"num_warps": 4, "num_stages": 2}
     else:
-        rows, k, options = 128, 64, {"num_warps": 8, "num_stages": 4}
+        rows = 128
+        k = 64
+        options = {"num_warps": 8, "num_stages": 4}
     depth = min(k, max(16, triton.next_power_of_2(c)))
     block_n, tail_n = _width(n, rows, dtype)
-    block_c = min((2 * rows, rows, rows // 2, rows // 4), key=lambda width: triton.cdiv(c, width) * (rows + width))
+    widths = (2 * rows, rows, rows // 2, rows // 4)
+    block_c = min(widths, key=lambda width: triton.cdiv(c, width) * (rows + width))
+    gathered = min(rows, max(64, triton.next_power_of_2(c)))
     columns = {"BLOCK_N": block_n, "TAIL_N": tail_n}
     return {
         "forward": {"BLOCK_M": rows, **columns, "BLOCK_K": depth, "GROUP": 8, **options},
         "x": {"BLOCK_M": rows, "BLOCK_C": block_c, "BLOCK_K": k, "GROUP": 8, **options},
-        "weight": {"BLOCK_C": min(rows, max(64, triton.next_power_of_2(c))), **columns, "BLOCK_M": k, **options},
+        "weight": {"BLOCK_C": gathered, **columns, "BLOCK_M": k, **options},
     }
 
 
 def _grid(x: Tensor, grid: tuple[int, int] | None) -> tuple[int, int]:
-    """(H, W) of the patches x (..., H*W, C): `grid`, or a square."""
+    """(H, W) of the patches x (..., H*W, C): `grid` if given, else a square."""
     if x.dim() < 2:
-        raise ValueError(f"pixel_shuffle_proj: x has shape {tuple(x.shape)}, expected (..., H*W, C)")
+        raise ValueError(
+            f"pixel_shuffle_proj: x has shape {tuple(x.shape)}, expected (..., H*W, C)"
+        )
     side = math.isqrt(x.shape[-2])
     height, width = (side, side) if grid is None else grid
     if height * width != x.shape[-2]:
-        what = "no grid, so a square number is needed" if grid is None else f"the grid is ({height}, {width})"
+        what = f"the grid is {grid}" if grid else "no grid is given and this is not a square number"
         raise ValueError(f"pixel_shuffle_proj: x has {x.shape[-2]} patches, {what}")
     return height, width
 
 
-def _check(name: str, tensor: Tensor, like: Tensor, shape: torch.Size | tuple[int, ...], dtypes: tuple) -> None:
+def _check(
+    name: str, tensor: Tensor, like: Tensor, shape: torch.Size | tuple[int, ...], dtypes: tuple
+) -> None:
     if tensor.dtype not in dtypes:
-        raise TypeError(f"pixel_shuffle_proj: {name} is {tensor.dtype}, expected one of {', '.join(map(str, dtypes))}")
+        expected = ", ".join(map(str, dtypes))
+        raise TypeError(f"pixel_shuffle_proj: {name} is {tensor.dtype}, expected one of {expected}")
     if tensor.device != like.device:
         raise ValueError(f"pixel_shuffle_proj: {name} is on {tensor.device}, x is on {like.device}")
     if tensor.shape != shape:
-        raise ValueError(f"pixel_shuffle_proj: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+        raise ValueError(
+            f"pixel_shuffle_proj: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}"
+        )
     if not tensor.is_contiguous():
-        raise ValueError(f"pixel_shuffle_proj: {name} must be contiguous, its strides are {tensor.stride()}")
+        raise ValueError(
+            f"pixel_shuffle_proj: {name} must be contiguous, its strides are {tensor.stride()}"
+        )
 
 
 def _rows(x: Tensor, factor: int) -> tuple[int, int]:
-    """(B, rows an image) of A for x (B, H*W, C)."""
+    """(B, rows per image) of A for x (B, H*W, C)."""
     return x.shape[0], x.shape[1] // factor**2
 
 
 @torch.library.custom_op("nanovlm_fast::pixel_shuffle_proj_fwd", mutates_args=())
-def pixel_shuffle_proj_fwd(x: Tensor, weight: Tensor, factor: int, width: int, bias: Tensor | None = None) -> Tensor:
-    """x (B, H*W, C) with W = width -> y (B, H/s * W/s, N). Raises on what does not fit."""
+def pixel_shuffle_proj_fwd(
+    x: Tensor, weight: Tensor, factor: int, width: int, bias: Tensor | None = None
+) -> Tensor:
+    """Return y (B, H/s * W/s, N) of x (B, H*W, C), where W = width; check every argument first."""
     _check("x", x, x, x.shape, DTYPES)
     if x.dim() != 3 or x.shape[2] < 1:
-        raise ValueError(f"pixel_shuffle_proj: x has shape {tuple(x.shape)}, expected (B, H*W, C) with C > 0")
+        raise ValueError(
+            f"pixel_shuffle_proj: x has shape {tuple(x.shape)}, expected (B, H*W, C) with C > 0"
+        )
     height = x.shape[1] // max(width, 1)
     if factor < 1 or height * width != x.shape[1] or height % factor or width % factor:
-        raise ValueError(f"pixel_shuffle_proj: {x.shape[1]} patches, {width} wide, are not cut by factor {factor}")
+        raise ValueError(
+            f"pixel_shuffle_proj: {x.shape[1]} patches, {width} wide, "
+            f"are not divisible by factor {factor}"
+        )
     if weight.dim() != 2 or weight.shape[0] < 1:
-        raise ValueError(f"pixel_shuffle_proj: weight has shape {tuple(weight.shape)}, expected (N, s*s*C) with N > 0")
+        raise ValueError(
+            f"pixel_shuffle_proj: weight has shape {tuple(weight.shape)}, "
+            "expected (N, s*s*C) with N > 0"
+        )
     _check("weight", weight, x, (weight.shape[0], factor**2 * x.shape[2]), DTYPES)
     if bias is not None:
         _check("bias", bias, x, weight.shape[:1], DTYPES)
-    n, c = weight.shape[0], x.shape[2]
+    n = weight.shape[0]
+    c = x.shape[2]
     y = x.new_empty((*_rows(x, factor), n))
     if y.numel():
-        m, launch = y.shape[0] * y.shape[1], _launch(n, c, x.dtype)["forward"]
-        tiles = triton.cdiv(m, launch["BLOCK_M"]) * triton.cdiv(n, launch["BLOCK_N"] + launch["TAIL_N"])
-        _pixel_shuffle_proj_fwd_kernel[(tiles,)](
-            x, weight.to(x.dtype), bias, y, m, N=n, C=c, S=factor, WIDTH=width, HAS_BIAS=bias is not None, **launch
-        )
+        m = y.shape[0] * y.shape[1]
+        launch = _launch(n, c, x.dtype)["forward"]
+        tiles_n = triton.cdiv(n, launch["BLOCK_N"] + launch["TAIL_N"])
+        _pixel_shuffle_proj_fwd_kernel[(triton.cdiv(m, launch["BLOCK_M"]) * tiles_n,)](
+            x, weight.to(x.dtype), bias, y, m,
+            N=n, C=c, S=factor, WIDTH=width, HAS_BIAS=bias is not None, **launch,
+        )  # fmt: skip
     return y
 
 
@@ -265,24 +330,33 @@ def _(x, weight, factor, width, bias=None):
 
 
 @torch.library.custom_op("nanovlm_fast::pixel_shuffle_proj_bwd", mutates_args=())
-def pixel_shuffle_proj_bwd(dy: Tensor, x: Tensor, weight: Tensor, factor: int, width: int) -> tuple[Tensor, Tensor]:
-    """dx in x's dtype, dweight in weight's."""
-    n, c = weight.shape[0], x.shape[2]
+def pixel_shuffle_proj_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor, factor: int, width: int
+) -> tuple[Tensor, Tensor]:
+    """Return dx in x's dtype and dweight in weight's."""
+    n = weight.shape[0]
+    c = x.shape[2]
     _check("dy", dy, x, (*_rows(x, factor), n), (x.dtype,))
     dx = torch.empty_like(x)
     if dy.numel() == 0:
         return dx, torch.zeros_like(weight)
-    m, launches, sizes = dy.shape[0] * dy.shape[1], _launch(n, c, x.dtype), dict(N=n, C=c, S=factor, WIDTH=width)
+    m = dy.shape[0] * dy.shape[1]
+    launches = _launch(n, c, x.dtype)
+    sizes = dict(N=n, C=c, S=factor, WIDTH=width)
     launch = launches["x"]
     tiles = triton.cdiv(m, launch["BLOCK_M"]) * factor**2 * triton.cdiv(c, launch["BLOCK_C"])
     _pixel_shuffle_proj_bwd_x_kernel[(tiles,)](dy, weight.to(x.dtype), dx, m, **sizes, **launch)
     launch = launches["weight"]
-    tiles = factor**2 * triton.cdiv(c, launch["BLOCK_C"]) * triton.cdiv(n, launch["BLOCK_N"] + launch["TAIL_N"])
+    tiles_n = triton.cdiv(n, launch["BLOCK_N"] + launch["TAIL_N"])
+    tiles = factor**2 * triton.cdiv(c, launch["BLOCK_C"]) * tiles_n
+    # Cut M into as many parts as PROGRAMS allows, each a whole number of blocks.
     blocks = triton.cdiv(m, launch["BLOCK_M"])
     part_rows = triton.cdiv(blocks, max(PROGRAMS // tiles, 1)) * launch["BLOCK_M"]
     parts = triton.cdiv(m, part_rows)
     partials = x.new_empty((parts, *weight.shape), dtype=torch.float32)
-    _pixel_shuffle_proj_bwd_weight_kernel[(tiles, parts)](dy, x, partials, m, part_rows, **sizes, **launch)
+    _pixel_shuffle_proj_bwd_weight_kernel[(tiles, parts)](
+        dy, x, partials, m, part_rows, **sizes, **launch
+    )
     return dx, partials.sum(0).to(weight.dtype)
 
 
@@ -301,7 +375,9 @@ def _backward(ctx, dy):
     x, weight = ctx.saved_tensors
     dy = dy.contiguous()
     dx, dweight = pixel_shuffle_proj_bwd(dy, x, weight, ctx.factor, ctx.width)
-    dbias = None if ctx.bias_dtype is None else dy.sum((0, 1), dtype=torch.float32).to(ctx.bias_dtype)
+    dbias = None
+    if ctx.bias_dtype is not None:
+        dbias = dy.sum((0, 1), dtype=torch.float32).to(ctx.bias_dtype)
     return dx, dweight, None, None, dbias
 
 
@@ -309,12 +385,14 @@ pixel_shuffle_proj_fwd.register_autograd(_backward, setup_context=_setup_context
 
 
 def pixel_shuffle_proj(
-    x: Tensor, weight: Tensor, factor: int, bias: Tensor | None = None, grid: tuple[int, int] | None = None
-) -> Tensor:
-    """y (..., H/s * W/s, N) of x (..., H*W, C), in x's dtype; `grid` is (H, W), a square if not given.
+    x: Tensor, weight: Tensor, factor: int,
+    bias: Tensor | None = None, grid: tuple[int, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """Return y (..., H/s * W/s, N) of x (..., H*W, C), in x's dtype.
 
-    Differentiable in x, weight and bias. Inputs that are not contiguous are copied. A CPU tensor takes the reference
-    (or Triton's interpreter under TRITON_INTERPRET=1). Raises TypeError or ValueError naming the argument.
+    `grid` is (H, W), a square if not given. Differentiable in x, weight and bias. Inputs that are
+    not contiguous are copied. A CPU tensor runs the reference (or Triton's interpreter under
+    TRITON_INTERPRET=1). Raises TypeError or ValueError that names the argument.
     """
     if not (x.is_cuda or INTERPRET):
         return pixel_shuffle_proj_reference(x, weight, factor, bias, grid)
@@ -326,8 +404,8 @@ def pixel_shuffle_proj(
 
 
 def make_inputs(
-    batch: int, height: int, width: int, channels: int, n: int, factor: int, dtype: torch.dtype, device: str,
-    bias: bool = False, seed: int = 0,
+    batch: int, height: int, width: int, channels: int, n: int, factor: int,
+    dtype: torch.dtype, device: str, bias: bool = False, seed: int = 0,
 ) -> dict:  # fmt: skip
     """Arguments of `pixel_shuffle_proj` for `batch` images of height x width patches."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -346,10 +424,12 @@ def make_inputs(
 
 
 def cost(
-    batch: int, height: int, width: int, channels: int, n: int, factor: int, dtype: torch.dtype, bias: bool = False
-) -> dict[str, tuple[int, int]]:
-    """{'forward', 'backward'} -> (fewest bytes, FLOPs)."""
-    m, k = batch * height * width // factor**2, factor**2 * channels
+    batch: int, height: int, width: int, channels: int, n: int, factor: int,
+    dtype: torch.dtype, bias: bool = False,
+) -> dict[str, tuple[int, int]]:  # fmt: skip
+    """Fewest bytes and FLOPs: {'forward': (bytes, FLOPs), 'backward': (bytes, FLOPs)}."""
+    m = batch * height * width // factor**2
+    k = factor**2 * channels
     size = (m * k + n * k + m * n + (n if bias else 0)) * dtype.itemsize
     return {
         "forward": (size, 2 * m * n * k),
@@ -358,7 +438,7 @@ def cost(
 
 
 def aot() -> list[dict]:
-    """What is compiled ahead of time for sm_90: the seed's x (256, 196, 768), weight (576, 3072), factor 2 in bf16."""
+    """Kernels to compile ahead of time for sm_90: x (256, 196, 768) in bf16, factor 2."""
     launch = _launch(576, 768, torch.bfloat16)
     sizes = {"N": 576, "C": 768, "S": 2, "WIDTH": 14}
     return [
@@ -366,8 +446,10 @@ def aot() -> list[dict]:
          "signature": dict(x_ptr="*bf16", weight_ptr="*bf16", y_ptr="*bf16", M="i32"),
          "constexprs": sizes | {"HAS_BIAS": False, "bias_ptr": None}},
         {"kernel": _pixel_shuffle_proj_bwd_x_kernel, "launch": launch["x"],
-         "signature": dict(dy_ptr="*bf16", weight_ptr="*bf16", dx_ptr="*bf16", M="i32"), "constexprs": sizes},
+         "signature": dict(dy_ptr="*bf16", weight_ptr="*bf16", dx_ptr="*bf16", M="i32"),
+         "constexprs": sizes},
         {"kernel": _pixel_shuffle_proj_bwd_weight_kernel, "launch": launch["weight"],
-         "signature": dict(dy_ptr="*bf16", x_ptr="*bf16", partials_ptr="*fp32", M="i32", part_rows="i32"),
+         "signature": dict(dy_ptr="*bf16", x_ptr="*bf16", partials_ptr="*fp32", M="i32",
+                           part_rows="i32"),
          "constexprs": sizes},
     ]  # fmt: skip

@@ -1,14 +1,20 @@
-"""RMSNorm over the last dimension, with the residual addition before it fused in (Zhang & Sennrich, 2019).
+"""RMSNorm over the last dimension, fused with the residual addition (Zhang & Sennrich, 2019).
 
     h = x + residual                        (h = x without a residual)
     y = h * rstd * weight,                  rstd = 1 / sqrt(mean(h^2) + eps)
 
-x (..., N) bf16, fp16 or fp32; residual the same shape, of x's dtype or fp32 (a float32 residual stream); weight (N,).
-Statistics, sums and products are float32. Only rstd (rows,) is kept for the backward, which adds the gradient that
-arrives for h inside the kernel and sums the weight's gradient in float32 partials, a fixed number of rows to each.
+Shapes and dtypes:
+    x (..., N) bf16, fp16 or fp32; weight (N,)
+    residual, h: x's shape; x's dtype or fp32 (a float32 residual stream)
+    y: x's shape and dtype
 
-Bytes, forward: read x and residual, write y and h. Backward: read dy, dh and h, write dx (and d residual, if its dtype
-is not x's). One warp a row up to 768 columns, as many rows in flight as fit, as in QuACK and Liger.
+Statistics, sums and products are float32. Only rstd (rows,) is saved for the backward. The backward
+adds the gradient that arrives for h inside the kernel, and sums the weight's gradient into float32
+partials, each over a fixed set of rows.
+
+Bytes, forward: read x and residual, write y and h. Backward: read dy, dh and h, write dx (and
+d residual, if its dtype is not x's). One warp per row of up to 768 columns and as many rows in
+flight as fit, as in QuACK and Liger.
 """
 
 from __future__ import annotations
@@ -21,7 +27,9 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-WARPS = 1056  # warps of the backward, eight for each of an H100's 132 multiprocessors: fixed, so sums have one order
+# Warps of the backward: eight for each of an H100's 132 multiprocessors. A constant rather than the
+# device's own count, so that the partials are added in the same order on every device.
+WARPS = 1056
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -36,7 +44,8 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor |
 @triton.jit
 def _rms_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, h_ptr, rstd_ptr, M,
-    N: tl.constexpr, EPS: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    N: tl.constexpr, EPS: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_N)
@@ -46,6 +55,7 @@ def _rms_norm_fwd_kernel(
     if HAS_RESIDUAL:
         h += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         tl.store(h_ptr + offsets, h, mask=inside)
+    # Columns past N load as 0 and add nothing to the sum; the mean still divides by N.
     rstd = tl.rsqrt(tl.sum(h * h, axis=1) / N + EPS)
     weight = tl.load(weight_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
     tl.store(y_ptr + offsets, h * rstd[:, None] * weight[None, :], mask=inside)
@@ -55,14 +65,15 @@ def _rms_norm_fwd_kernel(
 @triton.jit
 def _rms_norm_bwd_kernel(
     dy_ptr, dh_ptr, h_ptr, weight_ptr, rstd_ptr, dx_ptr, dresidual_ptr, dweight_ptr, M,
-    N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, HAS_DH: tl.constexpr, TWO_GRADIENTS: tl.constexpr,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
+    HAS_DH: tl.constexpr, TWO_GRADIENTS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK_N)
     weight = tl.load(weight_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
     dweight = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    # Three stages: the next two rows are on their way to shared memory while one is worked on, in 16-byte copies, which
-    # widths that are no multiple of 8 do not allow.
+    # Three stages: while one row is computed, the next two are copied to shared memory in 16-byte
+    # pieces, which are only aligned where N is a multiple of 8. Wider rows do not fit three times.
     stages: tl.constexpr = 3 if BLOCK_N <= 8192 and N % 8 == 0 else 1
     for start in tl.range(program * ROWS, M, tl.num_programs(0) * ROWS, num_stages=stages):
         rows = start + tl.arange(0, ROWS).to(tl.int64)
@@ -74,28 +85,40 @@ def _rms_norm_bwd_kernel(
         normed = h * rstd[:, None]
         dweight += tl.sum(dy * normed, axis=0)
         dnormed = dy * weight[None, :]
-        dx = (dnormed - normed * (tl.sum(dnormed * normed, axis=1) / N)[:, None]) * rstd[:, None]
+        slope = tl.sum(dnormed * normed, axis=1) / N
+        dx = (dnormed - normed * slope[:, None]) * rstd[:, None]
         if HAS_DH:
             dx += tl.load(dh_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx_ptr + offsets, dx, mask=inside)
         if TWO_GRADIENTS:
+            # The residual has another dtype, so it needs its own copy, rounded from float32.
             tl.store(dresidual_ptr + offsets, dx, mask=inside)
     tl.store(dweight_ptr + program.to(tl.int64) * N + columns, dweight, mask=columns < N)
+    # One row of partials per program; the caller sums them. Atomics would add in varying order.
 
 
 def _launch(n: int) -> dict[str, int]:
-    """Tile and warps for rows of n: a warp for 768 columns, so that no reduction leaves its warp there."""
-    block, warps = triton.next_power_of_2(n), triton.next_power_of_2(triton.cdiv(n, 768))
+    """Tile and warps for rows of n columns.
+
+    One warp per 768 columns, so that up to there no reduction has to leave its warp.
+    """
+    block = triton.next_power_of_2(n)
+    warps = triton.next_power_of_2(triton.cdiv(n, 768))
     return {"BLOCK_N": block, "ROWS": max(1, 1024 // block), "num_warps": min(8, warps)}
 
 
-def _check(name: str, tensor: Tensor, like: Tensor, shape: torch.Size | tuple[int, ...], dtypes: tuple) -> None:
+def _check(
+    name: str, tensor: Tensor, like: Tensor, shape: torch.Size | tuple[int, ...], dtypes: tuple
+) -> None:
     if tensor.dtype not in dtypes:
-        raise TypeError(f"rms_norm: {name} is {tensor.dtype}, expected one of {', '.join(map(str, dtypes))}")
+        expected = ", ".join(map(str, dtypes))
+        raise TypeError(f"rms_norm: {name} is {tensor.dtype}, expected one of {expected}")
     if tensor.device != like.device:
         raise ValueError(f"rms_norm: {name} is on {tensor.device}, x is on {like.device}")
     if tensor.shape != shape:
-        raise ValueError(f"rms_norm: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+        raise ValueError(
+            f"rms_norm: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}"
+        )
     if not tensor.is_contiguous():
         raise ValueError(f"rms_norm: {name} must be contiguous, its strides are {tensor.stride()}")
 
@@ -104,7 +127,10 @@ def _check(name: str, tensor: Tensor, like: Tensor, shape: torch.Size | tuple[in
 def rms_norm_fwd(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x (M, N) -> y (M, N), h (M, N) or empty without a residual, rstd (M,) float32. Raises on what does not fit."""
+    """Forward of x (M, N); raises if an argument does not fit.
+
+    Returns y (M, N), h (M, N) (empty without a residual) and rstd (M,) float32.
+    """
     _check("x", x, x, x.shape, DTYPES)
     if x.dim() != 2 or x.shape[1] < 1:
         raise ValueError(f"rms_norm: x has shape {tuple(x.shape)}, expected (M, N) with N > 0")
@@ -112,13 +138,15 @@ def rms_norm_fwd(
     if residual is not None:
         _check("residual", residual, x, x.shape, (x.dtype, torch.float32))
     m, n = x.shape
-    y, rstd = torch.empty_like(x), x.new_empty(m, dtype=torch.float32)
+    y = torch.empty_like(x)
+    rstd = x.new_empty(m, dtype=torch.float32)
     h = torch.empty_like(residual) if residual is not None else x.new_empty(0)
     if m:
         launch = _launch(n)
         _rms_norm_fwd_kernel[(triton.cdiv(m, launch["ROWS"]),)](
-            x, residual, weight, y, h, rstd, m, N=n, EPS=eps, HAS_RESIDUAL=residual is not None, **launch
-        )
+            x, residual, weight, y, h, rstd, m,
+            N=n, EPS=eps, HAS_RESIDUAL=residual is not None, **launch,
+        )  # fmt: skip
     return y, h, rstd
 
 
@@ -132,7 +160,10 @@ def _(x, weight, eps, residual=None):
 def rms_norm_bwd(
     dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx (M, N) in dy's dtype, d residual in h's dtype (empty where that is dy's), dweight (N,) in weight's."""
+    """Return dx (M, N) in dy's dtype, d residual, and dweight (N,) in weight's dtype.
+
+    d residual is in h's dtype; it is empty where that is dy's dtype, because dx serves as both.
+    """
     m, n = h.shape
     for name, tensor in (("dy", dy), ("dh", dh), ("h", h)):
         if tensor is not None:
@@ -146,8 +177,9 @@ def rms_norm_bwd(
     programs = min(WARPS // launch["num_warps"], triton.cdiv(m, launch["ROWS"]))
     partials = h.new_empty((programs, n), dtype=torch.float32)
     _rms_norm_bwd_kernel[(programs,)](
-        dy, dh, h, weight, rstd, dx, dresidual, partials, m, N=n, HAS_DH=dh is not None, TWO_GRADIENTS=two, **launch
-    )
+        dy, dh, h, weight, rstd, dx, dresidual, partials, m,
+        N=n, HAS_DH=dh is not None, TWO_GRADIENTS=two, **launch,
+    )  # fmt: skip
     return dx, dresidual, partials.sum(0).to(weight.dtype)
 
 
@@ -163,9 +195,11 @@ def _(dy, dh, h, weight, rstd):
 def _setup_context(ctx, inputs, output) -> None:
     x, weight, _, residual = inputs
     _, h, rstd = output
+    # Without a residual h is x. An operator may not return its input, so x itself is saved.
     ctx.save_for_backward(x if residual is None else h, weight, rstd)
-    ctx.has_residual, ctx.dtype = residual is not None, x.dtype
-    ctx.set_materialize_grads(False)
+    ctx.has_residual = residual is not None
+    ctx.dtype = x.dtype
+    ctx.set_materialize_grads(False)  # dh stays None when h is unused: one read less
 
 
 def _backward(ctx, dy, dh, _drstd):
@@ -173,30 +207,37 @@ def _backward(ctx, dy, dh, _drstd):
     dy = torch.zeros_like(h, dtype=ctx.dtype) if dy is None else dy.contiguous()
     dh = dh.contiguous() if ctx.has_residual and dh is not None else None
     dx, dresidual, dweight = rms_norm_bwd(dy, dh, h, weight, rstd)
-    one = h.dtype == dy.dtype  # and then so is the gradient of both
-    return dx, dweight, None, (dx if one else dresidual) if ctx.has_residual else None
+    if not ctx.has_residual:
+        return dx, dweight, None, None
+    # h = x + residual, so both have the same gradient; two tensors only where the dtypes differ.
+    return dx, dweight, None, dx if h.dtype == dy.dtype else dresidual
 
 
 rms_norm_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
-    """y, or (y, h) with a residual: y (..., N) in x's dtype, h = x + residual in the residual's.
+    """Return y, or (y, h) with a residual.
 
-    Differentiable in x, weight and residual. Inputs that are not contiguous are copied. A CPU tensor takes the
-    reference (or Triton's interpreter under TRITON_INTERPRET=1). Raises TypeError or ValueError naming the argument.
+    y (..., N) is in x's dtype, h = x + residual in the residual's. Differentiable in x, weight and
+    residual. Inputs that are not contiguous are copied. A CPU tensor runs the reference (or
+    Triton's interpreter under TRITON_INTERPRET=1). Raises TypeError or ValueError that names the
+    argument.
     """
     if not (x.is_cuda or INTERPRET):
         return rms_norm_reference(x, weight, eps, residual)
-    flat = (t.reshape(-1, t.shape[-1]).contiguous() if t is not None else None for t in (x, residual))
-    x2d, residual2d = flat
+    x2d = x.reshape(-1, x.shape[-1]).contiguous()
+    residual2d = None
+    if residual is not None:
+        residual2d = residual.reshape(-1, residual.shape[-1]).contiguous()
     y, h, _ = rms_norm_fwd(x2d, weight, eps, residual2d)
     return y.view(x.shape) if residual is None else (y.view(x.shape), h.view(x.shape))
 
 
 def make_inputs(
-    m: int, n: int, dtype: torch.dtype, device: str, residual: torch.dtype | None = None, seed: int = 0
-) -> dict:
+    m: int, n: int, dtype: torch.dtype, device: str,
+    residual: torch.dtype | None = None, seed: int = 0,
+) -> dict:  # fmt: skip
     """Arguments of `rms_norm` for x (m, n), with a residual stream of the given dtype or none."""
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -208,10 +249,13 @@ def make_inputs(
     return {"x": random(m, n), "weight": weight, "eps": 1e-5, **stream}
 
 
-def cost(m: int, n: int, dtype: torch.dtype, residual: torch.dtype | None = None) -> dict[str, tuple[int, int]]:
-    """{'forward', 'backward'} -> (fewest bytes, FLOPs)."""
-    x, stream = m * n * dtype.itemsize, m * n * residual.itemsize if residual else 0
-    split = stream if residual not in (None, dtype) else 0
+def cost(
+    m: int, n: int, dtype: torch.dtype, residual: torch.dtype | None = None
+) -> dict[str, tuple[int, int]]:
+    """Fewest bytes and FLOPs: {'forward': (bytes, FLOPs), 'backward': (bytes, FLOPs)}."""
+    x = m * n * dtype.itemsize
+    stream = m * n * residual.itemsize if residual else 0
+    split = stream if residual not in (None, dtype) else 0  # d residual, beside dx
     return {
         "forward": (2 * x + 2 * stream + 4 * m, 4 * m * n),
         "backward": (2 * x + (2 * stream if residual else x) + split + 4 * m, 9 * m * n),
@@ -219,15 +263,16 @@ def cost(m: int, n: int, dtype: torch.dtype, residual: torch.dtype | None = None
 
 
 def aot() -> list[dict]:
-    """What is compiled ahead of time for sm_90: the seed's (32768, 576) in bf16 beside a float32 residual stream."""
+    """Kernels to compile ahead of time for sm_90: (32768, 576) in bf16, a float32 residual."""
     launch = _launch(576)
     shared = {"M": "i32"}
     forward = dict(
-        x_ptr="*bf16", residual_ptr="*fp32", weight_ptr="*fp32", y_ptr="*bf16", h_ptr="*fp32", rstd_ptr="*fp32"
-    )
+        x_ptr="*bf16", residual_ptr="*fp32", weight_ptr="*fp32",
+        y_ptr="*bf16", h_ptr="*fp32", rstd_ptr="*fp32",
+    )  # fmt: skip
     backward = dict(
-        dy_ptr="*bf16", dh_ptr="*fp32", h_ptr="*fp32", weight_ptr="*fp32", rstd_ptr="*fp32", dx_ptr="*bf16",
-        dresidual_ptr="*fp32", dweight_ptr="*fp32",
+        dy_ptr="*bf16", dh_ptr="*fp32", h_ptr="*fp32", weight_ptr="*fp32", rstd_ptr="*fp32",
+        dx_ptr="*bf16", dresidual_ptr="*fp32", dweight_ptr="*fp32",
     )  # fmt: skip
     return [
         {"kernel": _rms_norm_fwd_kernel, "signature": forward | shared, "launch": launch,

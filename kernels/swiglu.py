@@ -1,13 +1,19 @@
 """SwiGLU of a packed projection: one elementwise pass forward, one backward (Shazeer, 2020).
 
-    y = silu(gate) * up,    gate, up = the halves of gate_up's last dimension,    silu(g) = g * sigmoid(g)
-    d up = dy * silu(gate),    d gate = dy * up * sigmoid(gate) * (1 + gate * (1 - sigmoid(gate)))
+    y = silu(gate) * up,    gate, up = the halves of gate_up's last dimension
+    silu(g) = g * sigmoid(g)
+    d up = dy * silu(gate)
+    d gate = dy * up * sigmoid(gate) * (1 + gate * (1 - sigmoid(gate)))
 
-gate_up (..., 2 I) bf16, fp16 or fp32 -> y (..., I). Everything is float32 until the one rounding at the end. The halves
-are read where the GEMM wrote them and the gradient is written packed, so nothing is split or concatenated; gate_up is
-all that is kept for the backward, which computes the sigmoid again.
+Shapes and dtypes: gate_up (..., 2 I) bf16, fp16 or fp32 -> y (..., I). Everything is float32 until
+one rounding at the end.
 
-Bytes: 3 I a row forward (read 2, write 1) and 5 I backward (read 3, write 2), times the element size.
+The halves are read where the GEMM wrote them and the gradient is written packed, so nothing is
+split or concatenated. Only gate_up is saved for the backward, which computes the sigmoid again:
+it is cheaper than reading it.
+
+Bytes per row: 3 I forward (read 2 I, write I) and 5 I backward (read 3 I, write 2 I), times the
+element size.
 """
 
 from __future__ import annotations
@@ -32,7 +38,10 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
 
 @triton.jit
 def _tile(M, N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr):
-    """Rows (ROWS, 1) int64, columns (1, BLOCK_N) and mask of this program's tile; column blocks run fastest."""
+    """Rows (ROWS, 1) int64, columns (1, BLOCK_N) and mask of this program's tile.
+
+    Column blocks vary fastest, so that programs that run together read adjacent memory.
+    """
     blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
     rows = ((program // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -41,7 +50,9 @@ def _tile(M, N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _swiglu_fwd_kernel(gate_up_ptr, y_ptr, M, N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr):
+def _swiglu_fwd_kernel(
+    gate_up_ptr, y_ptr, M, N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr
+):
     rows, columns, inside = _tile(M, N, BLOCK_N, ROWS)
     offsets = rows * (2 * N) + columns
     gate = tl.load(gate_up_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -65,7 +76,10 @@ def _swiglu_bwd_kernel(
 
 
 def _launch(n: int) -> dict[str, int]:
-    """Tile and warps for halves of n columns: 2,048 elements a program, two 128-bit accesses a thread and tensor."""
+    """Tile and warps for halves of n columns.
+
+    2,048 elements per program: two 128-bit accesses per thread and tensor.
+    """
     block = min(512, triton.next_power_of_2(n))
     return {"BLOCK_N": block, "ROWS": 2048 // block, "num_warps": 4}
 
@@ -74,9 +88,12 @@ def _grid(m: int, n: int, launch: dict[str, int]) -> tuple[int]:
     return (triton.cdiv(m, launch["ROWS"]) * triton.cdiv(n, launch["BLOCK_N"]),)
 
 
-def _check(name: str, tensor: Tensor, like: Tensor, shape: torch.Size | tuple[int, ...], dtypes: tuple) -> None:
+def _check(
+    name: str, tensor: Tensor, like: Tensor, shape: torch.Size | tuple[int, ...], dtypes: tuple
+) -> None:
     if tensor.dtype not in dtypes:
-        raise TypeError(f"swiglu: {name} is {tensor.dtype}, expected one of {', '.join(map(str, dtypes))}")
+        expected = ", ".join(map(str, dtypes))
+        raise TypeError(f"swiglu: {name} is {tensor.dtype}, expected one of {expected}")
     if tensor.device != like.device:
         raise ValueError(f"swiglu: {name} is on {tensor.device}, gate_up is on {like.device}")
     if tensor.shape != shape:
@@ -86,16 +103,18 @@ def _check(name: str, tensor: Tensor, like: Tensor, shape: torch.Size | tuple[in
 
 
 def _check_gate_up(gate_up: Tensor) -> tuple[int, int]:
-    """Rows M and columns N of one half."""
+    """Check gate_up; return its rows M and the columns N of one half."""
     _check("gate_up", gate_up, gate_up, gate_up.shape, DTYPES)
     if gate_up.dim() != 2 or gate_up.shape[1] < 2 or gate_up.shape[1] % 2:
-        raise ValueError(f"swiglu: gate_up has shape {tuple(gate_up.shape)}, expected (M, 2 N) with N > 0")
+        raise ValueError(
+            f"swiglu: gate_up has shape {tuple(gate_up.shape)}, expected (M, 2 N) with N > 0"
+        )
     return gate_up.shape[0], gate_up.shape[1] // 2
 
 
 @torch.library.custom_op("nanovlm_fast::swiglu_fwd", mutates_args=())
 def swiglu_fwd(gate_up: Tensor) -> Tensor:
-    """gate_up (M, 2 N) -> y (M, N). Raises on what does not fit."""
+    """Return y (M, N) of gate_up (M, 2 N); raises if an argument does not fit."""
     m, n = _check_gate_up(gate_up)
     y = gate_up.new_empty(m, n)
     if m:
@@ -111,7 +130,7 @@ def _(gate_up):
 
 @torch.library.custom_op("nanovlm_fast::swiglu_bwd", mutates_args=())
 def swiglu_bwd(dy: Tensor, gate_up: Tensor) -> Tensor:
-    """dy (M, N), gate_up (M, 2 N) -> d gate_up (M, 2 N) in gate_up's dtype."""
+    """Return d gate_up (M, 2 N), in gate_up's dtype, of dy (M, N) and gate_up (M, 2 N)."""
     m, n = _check_gate_up(gate_up)
     _check("dy", dy, gate_up, (m, n), DTYPES)
     dgate_up = torch.empty_like(gate_up)
@@ -139,10 +158,11 @@ swiglu_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up (..., I) of gate_up (..., 2 I), in its dtype.
+    """Return silu(gate) * up (..., I) of gate_up (..., 2 I), in its dtype.
 
-    Differentiable. An input that is not contiguous is copied. A CPU tensor takes the reference (or Triton's interpreter
-    under TRITON_INTERPRET=1). Raises TypeError or ValueError naming the argument.
+    Differentiable. An input that is not contiguous is copied. A CPU tensor runs the reference (or
+    Triton's interpreter under TRITON_INTERPRET=1). Raises TypeError or ValueError that names the
+    argument.
     """
     if not (gate_up.is_cuda or INTERPRET):
         return swiglu_reference(gate_up)
@@ -151,23 +171,23 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def make_inputs(m: int, n: int, dtype: torch.dtype, device: str, seed: int = 0) -> dict:
-    """Arguments of `swiglu` for m rows of two halves of n."""
+    """Arguments of `swiglu` for m rows of two halves of n columns each."""
     generator = torch.Generator(device).manual_seed(seed)
     return {"gate_up": 2 * torch.randn(m, 2 * n, generator=generator, device=device).to(dtype)}
 
 
 def cost(m: int, n: int, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
-    """{'forward', 'backward'} -> (fewest bytes, FLOPs)."""
+    """Fewest bytes and FLOPs: {'forward': (bytes, FLOPs), 'backward': (bytes, FLOPs)}."""
     size = m * n * dtype.itemsize
     return {"forward": (3 * size, 5 * m * n), "backward": (5 * size, 11 * m * n)}
 
 
 def aot() -> list[dict]:
-    """What is compiled ahead of time for sm_90: the seed's (32768, 2 * 1536) in bf16."""
-    launch, constexprs = _launch(1536), {"N": 1536}
+    """Kernels to compile ahead of time for sm_90: nanoVLM's (32768, 2 * 1536) in bf16."""
+    sizes = {"launch": _launch(1536), "constexprs": {"N": 1536}}
     forward = {"gate_up_ptr": "*bf16", "y_ptr": "*bf16", "M": "i32"}
     backward = {"dy_ptr": "*bf16", "gate_up_ptr": "*bf16", "dgate_up_ptr": "*bf16", "M": "i32"}
     return [
-        {"kernel": _swiglu_fwd_kernel, "signature": forward, "launch": launch, "constexprs": constexprs},
-        {"kernel": _swiglu_bwd_kernel, "signature": backward, "launch": launch, "constexprs": constexprs},
+        {"kernel": _swiglu_fwd_kernel, "signature": forward, **sizes},
+        {"kernel": _swiglu_bwd_kernel, "signature": backward, **sizes},
     ]
