@@ -1,12 +1,13 @@
-"""Who is faster, by how much: every suite that fits this machine, one after the other.
+"""Who is faster, and by how much: every suite that fits this machine, one after the other.
 
-    python -m bench                              at most 10 minutes; result files to bench/results/<device>
-    python -m bench --quick                      about a minute, to runs/bench: does everything still run?
-    python -m bench --only kernels,train_step    some of them; race runs only so
+    python -m bench                              at most 10 minutes, to bench/results/<device>
+    python -m bench --quick                      about a minute, to runs/bench: does everything run?
+    python -m bench --only kernels,train_step    selected suites; the only way to run race
     python -m bench.report                       afterwards: tables and plots from the result files
 
-Each suite is a process of its own with a time limit: one that dies, or takes the device with it, harms no other, and
-the results that are there stay. A suite that does not fit this machine says why.
+Each suite runs in its own process with a time limit. A suite that dies, or takes the device with
+it, does not affect the others, and the results that exist are kept. A suite that does not fit this
+machine says why.
 """
 
 from __future__ import annotations
@@ -26,17 +27,20 @@ from bench.results import ROOT, place, read
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import pick_device
 
-TOTAL = 600.0  # seconds, of all suites
-SHORTEST_LIMIT, PATIENCE = 120.0, 4.0  # a suite may take so many seconds, or so many times what is expected
+TOTAL = 600.0  # seconds for all suites together
+# A suite may take this many seconds, or this many times what is expected, whichever is more.
+SHORTEST_LIMIT = 120.0
+PATIENCE = 4.0
 HERE = ROOT.parent.parent
-QUICK_OUT = HERE / "runs" / "bench"  # a quick run is no result to keep
+QUICK_OUT = HERE / "runs" / "bench"  # the result of a quick run is not worth keeping
 
 
 @dataclass(frozen=True)
 class Suite:
-    """`python -m bench.<name>` with options for a CPU, a GPU and --quick, the seconds they take, and what it needs.
+    """`python -m bench.<name>`, its options for a CPU, a GPU and --quick, and what it needs.
 
-    `needs` and `quick_needs` hold 'gpu', 'cpu' or packages; with `anywhere` no device is handed on.
+    `seconds` and `quick_seconds` are expected times. `needs` and `quick_needs` list 'gpu', 'cpu' or
+    packages. A suite that runs `anywhere` gets no --device.
     """
 
     name: str
@@ -50,17 +54,20 @@ class Suite:
     quick_needs: tuple[str, ...] = ()
     anywhere: bool = False
     in_quick: bool = True
-    alone: bool = False  # only when --only names it: too long to go with the others, or of use to gpu_all.sh alone
-    of: str = ""  # the suite whose module it is, where that is not its name
+    # Runs only when --only names it: too long to run with the others, or meant for gpu_all.sh.
+    alone: bool = False
+    of: str = ""  # the suite whose module it uses, if that is not its own name
 
     @property
     def module(self) -> str:
         return f"bench.{self.of or self.name}"
 
 
+# Options of the suites.
 SEED = ("--preset", "nanovlm-222m", "--budget-s", "180")
 TOY = ("--data", "synthetic", "--samples", "8", "--repeats", "5", "--variants", "ours")
-SLICE = ("--preset", "nanovlm-222m", "--layers", "2", "--budget-s", "60", "--variants", "packing,labelled_head")
+SLICED = ("--preset", "nanovlm-222m", "--layers", "2")
+SLICE = (*SLICED, "--budget-s", "60", "--variants", "packing,labelled_head")
 TINIEST = ("--preset", "tiny", "--samples", "4")
 MEASURED = ("--samples", "16", "--layers", "2", "--measure")
 TINY = ("--quick", "--preset", "tiny")
@@ -71,30 +78,39 @@ FEW = ("--small", "--repeats", "3", "--only", "rms_norm,rotary")
 TINIEST_STEP = ("--preset", "tiny", "--data", "synthetic", "--samples", "4", "--repeats", "3")
 RACE = ("--preset", "nanovlm-222m", "--budget-s", "200")
 SUITES = (
-    Suite("facts", "what the device can do", quick=(), seconds=10, quick_seconds=5, of="device_facts",
-          alone=True),
-    Suite("train_step", "a whole optimizer step against padded nanoVLM", ("--budget-s", "60"), SEED, TOY, seconds=90),
-    Suite("train_step_slice", "the seed's width, two layers a tower", SLICE, quick=TOY, seconds=120,
-          needs=("cpu",), of="train_step", in_quick=False),
-    Suite("kernels", "each kernel against its rivals", quick=FEW, seconds=100, quick_seconds=15, needs=("gpu",)),
+    Suite("facts", "what the device can do", quick=(), seconds=10, quick_seconds=5,
+          of="device_facts", alone=True),
+    Suite("train_step", "a whole optimizer step against padded nanoVLM", ("--budget-s", "60"),
+          SEED, TOY, seconds=90),
+    Suite("train_step_slice", "nanoVLM's width, two layers per tower", SLICE, quick=TOY,
+          seconds=120, needs=("cpu",), of="train_step", in_quick=False),
+    Suite("kernels", "each kernel against its rivals", quick=FEW, seconds=100, quick_seconds=15,
+          needs=("gpu",)),
     Suite("attention", "attention inside packed documents", seconds=70, quick_seconds=5),
-    Suite("memory", "peak memory against the batch", quick=(*TINY, "--samples", "2"), seconds=75, quick_seconds=15),
-    Suite("dataloader", "images and text to packed batches", LOADED, LOADED, LOADED_LITTLE, seconds=80),
+    Suite("memory", "peak memory against the batch", quick=(*TINY, "--samples", "2"), seconds=75,
+          quick_seconds=15),
+    Suite("dataloader", "images and text to packed batches", LOADED, LOADED, LOADED_LITTLE,
+          seconds=80),
     Suite("generate", "prefill and decoding", quick=TINY),
-    Suite("profile", "a step of ours, kernel by kernel", gpu=("--preset", "nanovlm-222m", "--trace"),
-          quick=TINIEST_STEP, seconds=40, quick_seconds=5, of="profile_step", alone=True),
-    Suite("roofline", "the floor of a step", MEASURED, ("--measure",), TINIEST, seconds=25, quick_seconds=5),
-    Suite("scaling", "communication on 1 to 1,024 GPUs, a model", quick=UNCOUNTED, seconds=20, quick_seconds=5),
-    Suite("codegen", "the kernels' machine code for sm_90", ("--write",), ("--write",), ("--write", "--only", "swiglu"),
-          seconds=30, quick_seconds=5, needs=("triton",), quick_needs=("triton",), anywhere=True),
-    Suite("race", "from scratch to 95% of the test split, padded against ours", ("--budget-s", "150"), RACE,
-          seconds=500, quick_seconds=15, alone=True),
+    Suite("profile", "one of our steps, kernel by kernel",
+          gpu=("--preset", "nanovlm-222m", "--trace"), quick=TINIEST_STEP, seconds=40,
+          quick_seconds=5, of="profile_step", alone=True),
+    Suite("roofline", "the floor of a step", MEASURED, ("--measure",), TINIEST, seconds=25,
+          quick_seconds=5),
+    Suite("scaling", "communication on 1 to 1,024 GPUs, a model", quick=UNCOUNTED, seconds=20,
+          quick_seconds=5),
+    Suite("codegen", "the kernels' machine code for sm_90", ("--write",), ("--write",),
+          ("--write", "--only", "swiglu"), seconds=30, quick_seconds=5, needs=("triton",),
+          quick_needs=("triton",), anywhere=True),
+    Suite("race", "from scratch to 95% of the test split, padded against ours", ("--budget-s",
+    "150"),
+          RACE, seconds=500, quick_seconds=15, alone=True),
 )  # fmt: skip
 
 
 @dataclass
 class Outcome:
-    """A line of the summary. `seconds` is None where the suite did not run."""
+    """A line of the summary. `seconds` is None if the suite did not run."""
 
     suite: Suite
     verdict: str
@@ -104,7 +120,7 @@ class Outcome:
 
 
 def misfit(suite: Suite, quick: bool, on_gpu: bool) -> str | None:
-    """Why the suite cannot run here."""
+    """Why the suite cannot run here; None if it can."""
     if importlib.util.find_spec(suite.module) is None:
         return "not here: this version has no such suite"
     if quick and not suite.in_quick:
@@ -120,17 +136,36 @@ def misfit(suite: Suite, quick: bool, on_gpu: bool) -> str | None:
 
 
 def command(suite: Suite, quick: bool, device: str, out: Path) -> list[str]:
+    """The command that runs a suite and writes its result below `out`."""
     options = suite.quick if quick else suite.gpu if device.startswith("cuda") else suite.full
-    where = () if suite.anywhere else ("--device", device)
-    there = out.relative_to(HERE) if out.is_relative_to(HERE) else out  # result files hold the command
-    return [sys.executable, "-m", suite.module, *options, *where, *(() if out == ROOT else ("--out", str(there)))]
+    call = [sys.executable, "-m", suite.module, *options]
+    if not suite.anywhere:
+        call += ["--device", device]
+    if out != ROOT:
+        # Relative where possible: result files record the command, and should not name this
+        # machine.
+        call += ["--out", str(out.relative_to(HERE) if out.is_relative_to(HERE) else out)]
+    return call
 
 
-def run(suite: Suite, call: list[str], limit: float, out: Path, tick: Callable[[float], None]) -> Outcome:
-    """Run the suite's process for at most `limit` seconds and print what it printed; `tick` hears the seconds gone."""
-    before, start = stamps(out), time.monotonic()
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen(call, start_new_session=True, cwd=HERE, **pipes)
+def run(
+    suite: Suite, call: list[str], limit: float, out: Path, tick: Callable[[float], None]
+) -> Outcome:
+    """Run the suite's process for at most `limit` seconds and print its output.
+
+    `tick` is called with the elapsed seconds, several times per second.
+    """
+    before = stamps(out)
+    start = time.monotonic()
+    # A new session makes the suite the leader of a process group, which `end` kills as a whole.
+    process = subprocess.Popen(
+        call,
+        start_new_session=True,
+        cwd=HERE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         while True:
             try:
@@ -142,12 +177,13 @@ def run(suite: Suite, call: list[str], limit: float, out: Path, tick: Callable[[
                     end(process)
                     printed, errors = process.communicate()
                     break
-    except BaseException:
+    except BaseException:  # Ctrl-C too: the suite must not outlive this process
         end(process)
         raise
     seconds = time.monotonic() - start
     files = tuple(file for file, stamp in stamps(out).items() if before.get(file) != stamp)
-    return Outcome(suite, *judge(process.returncode, printed, errors, seconds, limit, files), files)
+    verdict, seconds, failed = judge(process.returncode, printed, errors, seconds, limit, files)
+    return Outcome(suite, verdict, seconds, failed, files)
 
 
 def judge(
@@ -160,13 +196,14 @@ def judge(
     if seconds > limit:
         return f"stopped after {seconds:.0f} s, its limit", seconds, True
     if code:
+        # The last line of a traceback or of an error message says what went wrong.
         last = [line for line in errors.splitlines() if line.strip()] or [f"exit code {code}"]
         return f"failed: {last[-1].strip()[:200]}", seconds, True
     return "; ".join(["ran", *(note for file in files for note in notes(file))]), seconds, False
 
 
 def notes(file: Path) -> Iterator[str]:
-    """What a reader of the summary must know of a result."""
+    """What a reader of the summary must know about a result."""
     try:
         result = read(file)
     except (OSError, ValueError) as error:
@@ -185,30 +222,37 @@ def stamps(out: Path) -> dict[Path, int]:
 
 
 def end(process: subprocess.Popen) -> None:
-    """The suite and what it started."""
+    """Kill the suite and every process that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def run_all(suites: list[Suite], quick: bool, device: str, out: Path, outcomes: list[Outcome]) -> None:
-    """Every suite that fits, in turn; `outcomes` grows as they finish."""
+def run_all(
+    suites: list[Suite], quick: bool, device: str, out: Path, outcomes: list[Outcome]
+) -> None:
+    """Run every suite that fits, one after the other; `outcomes` grows as they finish."""
     from tqdm import tqdm
 
     expected = {s.name: s.quick_seconds if quick else s.seconds for s in suites}
     why = {s.name: misfit(s, quick, device.startswith("cuda")) for s in suites}
-    total, started = sum(expected[s.name] for s in suites if not why[s.name]), time.monotonic()
-    print(f"{sum(not w for w in why.values())} suites on {device}, about {total / 60:.1f} min; results go to {out}")
-    with tqdm(total=total, disable=None, leave=False, bar_format="{desc} |{bar}| {elapsed}<{remaining}") as bar:
+    total = sum(expected[s.name] for s in suites if not why[s.name])
+    started = time.monotonic()
+    count = sum(not reason for reason in why.values())
+    print(f"{count} suites on {device}, about {total / 60:.1f} min; results go to {out}")
+    form = "{desc} |{bar}| {elapsed}<{remaining}"
+    with tqdm(total=total, disable=None, leave=False, bar_format=form) as bar:
         done = 0.0
 
         def tick(seconds: float) -> None:
+            # A suite that takes longer than expected must not run into the next one's share.
             bar.n = done + min(seconds, expected[suite.name])
             bar.refresh()
 
         for suite in suites:
             left = TOTAL - (time.monotonic() - started)
             if why[suite.name] or left < 5:
-                outcomes.append(Outcome(suite, why[suite.name] or f"not run: {TOTAL / 60:.0f} minutes are over"))
+                reason = why[suite.name] or f"not run: {TOTAL / 60:.0f} minutes are over"
+                outcomes.append(Outcome(suite, reason))
                 continue
             bar.set_description(suite.name)
             tqdm.write(f"\n== {suite.name}: {suite.about}")
@@ -228,10 +272,11 @@ def summary_table(outcomes: list[Outcome], out: Path) -> str:
 
 
 def chosen(only: str) -> list[Suite]:
-    """Raises ValueError for an unknown name."""
+    """The suites of an --only option; raises ValueError for an unknown name."""
     names = [name.strip() for name in only.split(",") if name.strip()]
     if unknown := [name for name in names if name not in {suite.name for suite in SUITES}]:
-        raise ValueError(f"--only {','.join(unknown)}: there are {', '.join(suite.name for suite in SUITES)}")
+        known = ", ".join(suite.name for suite in SUITES)
+        raise ValueError(f"--only {','.join(unknown)}: there are {known}")
     return [suite for suite in SUITES if suite.name in names or not (names or suite.alone)]
 
 

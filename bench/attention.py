@@ -1,15 +1,19 @@
-"""Attention backends side by side: forward, backward and both, over documents of several lengths.
+"""Attention backends side by side: forward, backward and both, on documents of several lengths.
 
-    python -m bench.attention                    on a GPU 20,736 tokens in bfloat16; on a CPU few, in float32
-    python -m bench.attention --quick            three cases, few repeats
+    python -m bench.attention            on a GPU 20,736 tokens in bfloat16; on a CPU fewer, float32
+    python -m bench.attention --quick    three cases, few repeats
 
-The language model's heads attend causally inside packed documents, the vision tower's to all patches of their image.
-Beside the backends of nanovlm_fast/attention.py stand `reference`, which computes as reference.py does (rows padded to
-nanoVLM's length or the longest document, a mask, keys and values repeated for every query head; masks and padded inputs
-are given, for a model makes them once for all layers), and `flex`, torch.compile's flex_attention with a mask of blocks
-(given too). FLOPs are those of real query-key pairs, with the backward at twice the forward. A backend gets a time only
-if output and gradients are within twice the error of plain PyTorch in the same type. On a GPU the times come from
-CUDA-graph replay.
+The heads of the language model attend causally inside packed documents, those of the vision tower
+to all patches of their image. Two rows stand beside the backends of nanovlm_fast/attention.py:
+
+- `reference` computes as reference.py does: rows padded to nanoVLM's length or the longest
+  document, a mask, keys and values repeated for every query head. Masks and padded inputs are made
+  outside the timed part, because a model makes them once for all its layers.
+- `flex` is torch.compile's flex_attention with a block mask, which is also made outside.
+
+FLOPs count real query-key pairs, with the backward at twice the forward. A backend is timed only if
+its output and gradients are within twice the error of plain PyTorch in the same dtype. On a GPU the
+times come from CUDA-graph replay.
 """
 
 from __future__ import annotations
@@ -36,12 +40,16 @@ from nanovlm_fast.device import pick_device
 from nanovlm_fast.ranges import Range
 
 LENGTHS = (16, 48, 81, 128, 256, 1024)
-FOR_TIMES = {"forward": 1, "backward": 2, "both": 3}  # FLOPs, in forwards
+FOR_TIMES = {"forward": 1, "backward": 2, "both": 3}  # FLOPs as multiples of a forward
 
 
 @dataclass
 class Case:
-    """Documents of these lengths; rows of the reference are `row` long. q (T, n_heads, D); k, v (T, n_kv_heads, D)."""
+    """Documents of the given lengths; `row` is the length of the reference's padded rows.
+
+    q is (T, n_heads, D); k and v are (T, n_kv_heads, D). `heads` is (n_heads, n_kv_heads) and
+    `width` is D.
+    """
 
     name: str
     lengths: list[int]
@@ -61,24 +69,26 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Of a forward: the two products of all pairs of a query and a key that it sees."""
+        """FLOPs of a forward: two products for every query and each key that it attends to."""
         pairs = sum(n * (n + 1) // 2 if self.causal else n * n for n in self.lengths)
         return 4 * pairs * self.heads[0] * self.width
 
     def make(self, dtype: torch.dtype, device: torch.device) -> Inputs:
-        q, kv = self.heads
+        q_heads, kv_heads = self.heads
         generator = torch.Generator(device).manual_seed(0)
-        tensors = [
-            torch.randn(self.tokens, heads, self.width, generator=generator, device=device).to(dtype)
-            for heads in (q, kv, kv, q)
-        ]
+
+        def random(heads: int) -> Tensor:
+            shape = (self.tokens, heads, self.width)
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+        q, k, v, grad = (random(heads) for heads in (q_heads, kv_heads, kv_heads, q_heads))
         starts = torch.tensor([0, *self.lengths], device=device).cumsum(0, dtype=torch.int32)
-        return Inputs(self, *tensors, starts)
+        return Inputs(self, q, k, v, grad, starts)
 
 
 @dataclass
 class Inputs:
-    """Packed q, k, v, the gradient of the output, and the documents' starts; the same padded for the reference."""
+    """Packed q, k, v, the gradient of the output and the documents' starts; padded on request."""
 
     case: Case
     q: Tensor
@@ -89,23 +99,29 @@ class Inputs:
 
     @functools.cached_property
     def slots(self) -> Tensor:
-        """(T,) where a packed token lies in the padded rows."""
+        """(T,) index of each packed token in the flattened padded rows."""
         return padded_slots(self.cu_seqlens, self.case.row, self.case.tokens)
 
     @functools.cached_property
     def mask(self) -> Tensor | None:
-        """(B, 1, row, row), as reference.py makes it for left-aligned rows; None where nothing is masked."""
+        """(B, 1, row, row) as reference.py makes it for left-aligned rows; None without masking."""
+        # Without a mask SDPA may take a faster kernel; the reference gets that where it can.
         if not self.case.causal and self.case.waste == 0:
             return None
-        row, device = self.case.row, self.q.device
+        row = self.case.row
+        device = self.q.device
         valid = torch.arange(row, device=device) < self.cu_seqlens.diff()[:, None]
         seen = torch.ones(row, row, dtype=torch.bool, device=device)
         seen = seen.tril() if self.case.causal else seen
-        return ((seen & valid[:, None, :]) | torch.eye(row, dtype=torch.bool, device=device))[:, None]
+        # A padding position attends to itself, as in reference.py: a row that attends to nothing
+        # would be NaN.
+        visible = (seen & valid[:, None, :]) | torch.eye(row, dtype=torch.bool, device=device)
+        return visible[:, None]
 
     def pad(self, x: Tensor) -> Tensor:
         """(T, heads, D) -> (B, heads, row, D), zeros where there is no token."""
-        rows = x.new_zeros(len(self.case.lengths) * self.case.row, *x.shape[1:]).index_copy(0, self.slots, x)
+        rows = x.new_zeros(len(self.case.lengths) * self.case.row, *x.shape[1:])
+        rows = rows.index_copy(0, self.slots, x)
         return rows.view(-1, self.case.row, *x.shape[1:]).transpose(1, 2).contiguous()
 
     def unpad(self, x: Tensor) -> Tensor:
@@ -114,7 +130,10 @@ class Inputs:
 
 @dataclass
 class Provider:
-    """`call(q, k, v)` on packed tensors, or on padded rows; `only_graphs` is what cannot be timed in turn otherwise."""
+    """`call(q, k, v)` takes packed tensors, or padded rows if `padded`.
+
+    `only_graphs`: outside a CUDA graph it cannot be timed interleaved with the others.
+    """
 
     call: Callable
     padded: bool = False
@@ -127,7 +146,10 @@ def repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """(B, heads, S, D) -> the same, written out: the truth in float32, the yardstick in bfloat16."""
+    """Attention written out, (B, heads, S, D) -> the same.
+
+    In float32 it is the truth; in the test's dtype its error is the yardstick for the backends.
+    """
     k, v = repeat_heads(q, k, v)
     scores = q @ k.mT / q.shape[-1] ** 0.5
     scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
@@ -145,15 +167,19 @@ def reference_of(inputs: Inputs) -> Provider:
 def flex_of(inputs: Inputs) -> Provider:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    torch._dynamo.reset()  # a case has a mask and shapes of its own
-    tokens, device, causal = inputs.case.tokens, inputs.q.device, inputs.case.causal
-    document = torch.searchsorted(inputs.cu_seqlens, torch.arange(tokens, device=device), right=True)
+    torch._dynamo.reset()  # each case has its own mask and shapes
+    tokens = inputs.case.tokens
+    device = inputs.q.device
+    causal = inputs.case.causal
+    positions = torch.arange(tokens, device=device)
+    document = torch.searchsorted(inputs.cu_seqlens, positions, right=True)
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         same = document[query] == document[key]
         return same & (query >= key) if causal else same
 
     blocks = create_block_mask(sees, None, None, tokens, tokens, device=device)
+    # Uncompiled flex_attention computes every score, without using the block mask.
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     grouped = inputs.q.shape[1] > inputs.k.shape[1]
 
@@ -167,10 +193,13 @@ def flex_of(inputs: Inputs) -> Provider:
 
 
 def backend_of(name: str, inputs: Inputs) -> Provider:
-    """Raises ValueError if it cannot run here."""
+    """The backend of nanovlm_fast/attention.py; raises ValueError if it cannot run here."""
     _, attend = choose_attention(name, inputs.q.device, inputs.q.dtype)
-    cu_seqlens, longest, causal = inputs.cu_seqlens, max(inputs.case.lengths), inputs.case.causal
-    # FlashAttention-3 and 4 replace the kernel under varlen_attn for the whole process, but not in a recorded graph
+    cu_seqlens = inputs.cu_seqlens
+    longest = max(inputs.case.lengths)
+    causal = inputs.case.causal
+    # FlashAttention-3 and 4 replace the kernel under varlen_attn for the whole process. A recorded
+    # CUDA graph keeps the kernel that it was recorded with, so only graphs can take turns.
     swaps = name.startswith("torch_")
     return Provider(lambda q, k, v: attend(q, k, v, cu_seqlens, longest, causal), only_graphs=swaps)
 
@@ -182,8 +211,10 @@ PROVIDERS: dict[str, Callable[[Inputs], Provider]] = {
 }
 
 
-def results_of(provider: Provider, inputs: Inputs, dtype: torch.dtype | None = None) -> list[Tensor]:
-    """Output and gradients of q, k and v at the real tokens, packed."""
+def results_of(
+    provider: Provider, inputs: Inputs, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """Output and the gradients of q, k and v at the real tokens, packed."""
     tensors = [x.to(dtype) if dtype else x for x in (inputs.q, inputs.k, inputs.v, inputs.grad)]
     q, k, v, grad = (inputs.pad(x) if provider.padded else x for x in tensors)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
@@ -193,15 +224,17 @@ def results_of(provider: Provider, inputs: Inputs, dtype: torch.dtype | None = N
 
 
 def measure(case: Case, repeats: int, device: torch.device, progress: Callable) -> dict:
-    """The case's sizes, and for every provider {'error': why} or {pass: {median, quartiles, flops_per_s}}."""
+    """The sizes of the case, and per provider {'error': why} or {pass: {..., flops_per_s}}."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     inputs = case.make(dtype, device)
     yardstick = Provider(lambda q, k, v: plain(q, k, v, inputs.mask), padded=True)
-    truth, allowed = results_of(yardstick, inputs, torch.float32), results_of(yardstick, inputs)
+    truth = results_of(yardstick, inputs, torch.float32)
+    allowed = results_of(yardstick, inputs)
 
     def here(stream: torch.cuda.Stream | None) -> dict:
         moved = 2 * (inputs.q.nbytes + inputs.k.nbytes)
-        timer, rows = Timer(moved, stream), {}
+        timer = Timer(moved, stream)
+        rows = {}
         for name, make in PROVIDERS.items():
             rows[name] = add(timer, name, make, inputs, truth, allowed)
             progress()
@@ -211,46 +244,76 @@ def measure(case: Case, repeats: int, device: torch.device, progress: Callable) 
             rows[name] |= times
         return rows
 
-    sizes = {"documents": len(case.lengths), "tokens": case.tokens, "longest": max(case.lengths), "row": case.row}
-    sizes |= {"heads": case.heads, "head_dim": case.width, "causal": case.causal, "dtype": str(dtype)[6:]}
-    return {**sizes, "padded_waste": case.waste, "flops": case.flops, "providers": on_stream(here, device)}
+    return {
+        "documents": len(case.lengths),
+        "tokens": case.tokens,
+        "longest": max(case.lengths),
+        "row": case.row,
+        "heads": case.heads,
+        "head_dim": case.width,
+        "causal": case.causal,
+        "dtype": str(dtype).removeprefix("torch."),
+        "padded_waste": case.waste,
+        "flops": case.flops,
+        "providers": on_stream(here, device),
+    }
 
 
-def add(timer: Timer, name: str, make: Callable, inputs: Inputs, truth: list[Tensor], allowed: list[Tensor]) -> dict:
-    """Compare the provider and hand it to the timer; what its row begins with."""
+def add(
+    timer: Timer,
+    name: str,
+    make: Callable,
+    inputs: Inputs,
+    truth: list[Tensor],
+    allowed: list[Tensor],
+) -> dict:
+    """Check a provider and add it to the timer; return the first entries of its row."""
     try:
         provider = make(inputs)
         if wrong := within_rule(truth, allowed, results_of(provider, inputs)):
             return {"error": wrong}
         tensors = {n: getattr(inputs, n) for n in ("q", "k", "v")}
-        graph = timer.add(name, provider.call, {n: inputs.pad(x) if provider.padded else x for n, x in tensors.items()})
+        if provider.padded:
+            tensors = {n: inputs.pad(x) for n, x in tensors.items()}
+        graph = timer.add(name, provider.call, tensors)
         if provider.only_graphs and not graph:
             timer.drop(name)
-            return {"error": "cannot be recorded as a CUDA graph, so not timed in turn with the others"}
+            why = "cannot be recorded as a CUDA graph, so not timed in turn with the others"
+            return {"error": why}
         return {"graph": graph}
-    except Exception as error:  # a backend that cannot run is a row of the table, not the end of it
+    except Exception as error:  # a backend that cannot run is a row of the table, not its end
         return {"error": str(error) if isinstance(error, ValueError) else in_a_line(error)}
     finally:
+        # The next backend must find the kernel that varlen_attn started with.
         if name.startswith("torch_") and inputs.q.is_cuda:
             torch.nn.attention.restore_flash_attention_impl()
 
 
 def cases(config: VLMConfig, tokens: int, images: int) -> list[Case]:
-    """The language model on `tokens` tokens in documents of each length and in mixed ones; the tower on `images`."""
-    seed_row, heads = config.image_tokens + config.lm_max_length, (config.lm_n_heads, config.lm_n_kv_heads)
+    """The language model on `tokens` tokens, in documents of each length and in mixed ones.
+
+    The last case is the vision tower on `images` images.
+    """
+    row = config.image_tokens + config.lm_max_length
+    heads = (config.lm_n_heads, config.lm_n_kv_heads)
     lengths = {str(n): split(tokens, [n]) for n in LENGTHS}
-    text = sum(draw_lengths(np.random.default_rng(0), -(-tokens // config.image_tokens), config.lm_max_length))
-    lengths["mixed"] = split(tokens, (config.image_tokens + text).tolist())
+    # More documents than fit even if each were an image without text; `split` takes what it needs.
+    count = -(-tokens // config.image_tokens)
+    prompts, answers = draw_lengths(np.random.default_rng(0), count, config.lm_max_length)
+    mixed = config.image_tokens + prompts + answers
+    lengths["mixed"] = split(tokens, mixed.tolist())
     found = [
-        Case(f"language, {name}", documents, max(seed_row, *documents), heads, config.head_dim, True)
-        for name, documents in lengths.items()
+        Case(f"language, {name}", cut, max(row, *cut), heads, config.head_dim, True)
+        for name, cut in lengths.items()
     ]
-    patches, heads = config.grid**2, (config.vit_n_heads, config.vit_n_heads)
-    return [*found, Case("vision", [patches] * images, patches, heads, config.vit_hidden_dim // heads[0], False)]
+    patches = config.grid**2
+    heads = (config.vit_n_heads, config.vit_n_heads)
+    width = config.vit_hidden_dim // config.vit_n_heads
+    return [*found, Case("vision", [patches] * images, patches, heads, width, False)]
 
 
 def split(tokens: int, lengths: list[int]) -> list[int]:
-    """Documents of these lengths, again and again, until there are so many tokens; the last is cut."""
+    """Documents of these lengths, repeated until they hold `tokens` tokens; the last is cut."""
     documents: list[int] = []
     while tokens:
         documents.append(min(tokens, lengths[len(documents) % len(lengths)]))
@@ -259,7 +322,8 @@ def split(tokens: int, lengths: list[int]) -> list[int]:
 
 
 def table(results: dict[str, dict]) -> str:
-    head = " ".join(f"{name:>11}" for name in (*(f"{part} us" for part in PASSES), "GFLOP/s", "of padded"))
+    columns = (*(f"{part} us" for part in PASSES), "GFLOP/s", "of padded")
+    head = " ".join(f"{name:>11}" for name in columns)
     lines = [f"{'case':15} {'waste':>5} {'backend':10} {head}"]
     for name, result in results.items():
         against = result["providers"]["reference"].get("both")

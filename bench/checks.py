@@ -1,10 +1,11 @@
-"""The tests that need a GPU, as a result file: what passed, failed and was skipped, and which kernels are red.
+"""The tests that need a GPU, as a result file: counts, failures, and which kernels are red.
 
     python -m bench.checks                              pytest -m "gpu and not slow"
     python -m bench.checks -- tests/test_attention.py   options and files after -- go to pytest
 
-A red kernel gets no time from bench.kernels on the same device and commit; every other piece is measured all the same.
-Exit code 1 if a test failed, or if pytest was stopped or died before its end.
+A kernel is red if one of its tests failed. bench.kernels does not time a red kernel on the same
+device and commit; everything else is still measured. Exit code 1 if a test failed, or if pytest was
+stopped or died before its end.
 """
 
 from __future__ import annotations
@@ -28,26 +29,28 @@ from nanovlm_fast.device import pick_device
 from nanovlm_fast.ranges import Range
 
 HERE = ROOT.parent.parent
-PATIENCE = 10.0  # seconds that pytest has to end once it is told to stop
-INTERRUPTED = 2  # pytest's exit code
+PATIENCE = 10.0  # seconds that pytest has to end after it was interrupted
+INTERRUPTED = 2  # the exit code of pytest after Ctrl-C
 
 
 def run(options: list[str], limit: float) -> tuple[int, dict]:
-    """pytest's exit code, and what became of the tests; after `limit` seconds it is interrupted."""
-    call = [sys.executable, "-m", "pytest", "-v", "-p", "bench.pytest_log", "-m", "gpu and not slow"]
-    call += ["--continue-on-collection-errors"]
+    """Run pytest for at most `limit` seconds; return its exit code and the outcome of the tests."""
+    call = [sys.executable, "-m", "pytest", "-v", "-p", "bench.pytest_log"]
+    call += ["-m", "gpu and not slow", "--continue-on-collection-errors"]
     if importlib.util.find_spec("pytest_timeout"):
         call += ["--timeout", "120"]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.jsonl"
         paths = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
         env = {**os.environ, "PYTEST_LOG": str(log), "PYTHONPATH": paths}
-        env.pop("PYTEST_XDIST_WORKER", None)  # of a worker that tests this
+        # Set if this runs inside a worker of pytest-xdist; the log would then stay empty.
+        env.pop("PYTEST_XDIST_WORKER", None)
         process = subprocess.Popen([*call, *options], cwd=HERE, env=env)
         try:
             code = process.wait(limit)
         except (subprocess.TimeoutExpired, KeyboardInterrupt) as stop:
             process.send_signal(signal.SIGINT)
+            # SIGINT lets pytest end the test and report; a kernel that hangs needs SIGKILL.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(PATIENCE)
             process.kill()
@@ -58,12 +61,19 @@ def run(options: list[str], limit: float) -> tuple[int, dict]:
 
 
 def summary(lines: list[str]) -> dict:
-    """What bench/pytest_log.py wrote, as the result file's content. A test that was stopped is none of the counts."""
+    """The content of the result file from the lines of bench/pytest_log.py.
+
+    A test that was stopped before its end is in none of the counts.
+    """
     cases: dict[str, dict] = {}
     for case in map(json.loads, lines):
-        if cases.get(case["test"], {}).get("outcome") != "failed":  # a teardown may fail after the test has passed
+        # A failure is kept: the teardown may fail after the test itself has passed, or pass after.
+        if cases.get(case["test"], {}).get("outcome") != "failed":
             cases[case["test"]] = case
-    kinds = {kind: [c for c in cases.values() if c["outcome"] == kind] for kind in ("passed", "failed", "skipped")}
+    kinds = {
+        kind: [c for c in cases.values() if c["outcome"] == kind]
+        for kind in ("passed", "failed", "skipped")
+    }
     failures = [{"test": case["test"], "message": case["message"]} for case in kinds["failed"]]
     files = {Path(failure["test"].split("::")[0]).stem for failure in failures}
     red = [kernel.name for kernel in KERNELS if f"test_{kernel.name}" in files]
@@ -74,19 +84,24 @@ def summary(lines: list[str]) -> dict:
 
 
 def red_kernels(device: torch.device, out: Path | None) -> set[str]:
-    """Kernels whose tests failed on this device at this commit, so far as a result file says so."""
+    """Kernels whose tests failed on this device at this commit, as far as a result file says so."""
     file = place("tests", device, out)
     if not file.exists():
         return set()
     result = read(file)
-    return set(result.get("red", ())) if result.get("commit") == facts(device)["commit"] else set()
+    if result.get("commit") != facts(device)["commit"]:
+        return set()  # it was about other code
+    return set(result.get("red", ()))
 
 
 def check_rows(result: dict) -> list[tuple[str, ...]]:
     """The table of bench/README.md."""
     counts = tuple(f"{result[kind]:,}" for kind in ("passed", "failed", "skipped"))
     rows = [("tests", "passed", "failed", "skipped"), ("all", *counts)]
-    return rows + [(failure["test"], "-", failure["message"] or "failed", "-") for failure in result["failures"]]
+    return rows + [
+        (failure["test"], "-", failure["message"] or "failed", "-")
+        for failure in result["failures"]
+    ]
 
 
 def make_parser() -> Parser:

@@ -1,9 +1,10 @@
-"""Compiles every kernel ahead of time for sm_90, on any machine, and reads what came out of the assembler.
+"""Compiles every kernel ahead of time for sm_90, on any machine, and reads the assembler's output.
 
 python -m bench.codegen                    a table
 python -m bench.codegen --json             the same as JSON
-python -m bench.codegen --only swiglu      of some kernels
-python -m bench.codegen --write            the table, and the result file that kernels/README.md is written from
+python -m bench.codegen --only swiglu      selected kernels
+python -m bench.codegen --write            the table, and the result file that kernels/README.md
+                                           is written from
 """
 
 from __future__ import annotations
@@ -26,29 +27,38 @@ from nanovlm_fast.command import Parser, reports_errors
 
 TARGET = GPUTarget("cuda", 90, 32)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-REGISTERS, WARPS, BLOCKS, SHARED = 65536, 64, 32, 227 * 1024  # of one multiprocessor of sm_90
+# Limits of one multiprocessor of sm_90.
+REGISTERS = 65536
+WARPS = 64
+BLOCKS = 32
+SHARED = 227 * 1024
 
 
 def compile_for_sm90(spec: dict) -> dict:
     """Compile one entry of a kernel's `aot()`: {kernel, signature, launch, constexprs}.
 
-    `launch` holds the constexprs and num_warps / num_stages that the kernel is launched with. Pointers and integers are
-    declared divisible by 16, as Triton finds them at the seed's sizes. Returns registers, spilled and local bytes,
-    shared memory, instruction counts and theoretical occupancy.
+    `launch` holds the constexprs and num_warps / num_stages of the launch. Pointers and integers
+    are declared divisible by 16, which is what Triton finds at nanoVLM's sizes. Returns registers,
+    spilled and local bytes, shared memory, instruction counts and theoretical occupancy.
     """
-    kernel, launch = spec["kernel"], dict(spec["launch"])
+    kernel = spec["kernel"]
+    launch = dict(spec["launch"])
     options = {name: launch.pop(name) for name in ("num_warps", "num_stages") if name in launch}
     constexprs = launch | spec["constexprs"]
     signature = {name: spec["signature"].get(name, "constexpr") for name in kernel.arg_names}
-    if missing := [name for name, kind in signature.items() if kind == "constexpr" and name not in constexprs]:
+    untyped = [name for name, kind in signature.items() if kind == "constexpr"]
+    if missing := [name for name in untyped if name not in constexprs]:
         raise ValueError(f"{kernel.__name__}: no type and no value for {', '.join(missing)}")
     divisible = {
-        (i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*" or kind[0] == "i"
+        (i,): [["tt.divisibility", 16]]
+        for i, kind in enumerate(signature.values())
+        if kind[0] in "*i"
     }
     source = ASTSource(kernel, signature, constexprs, divisible)
     compiled = triton.compile(source, target=TARGET, options=options)
     sass = disassemble(compiled.asm["cubin"])
-    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    warps = compiled.metadata.num_warps
+    shared = compiled.metadata.shared
     usage = resources(compiled.asm["cubin"])
     return {
         "kernel": kernel.__name__,
@@ -57,8 +67,12 @@ def compile_for_sm90(spec: dict) -> dict:
         "shared": shared,
         **usage,
         "occupancy": occupancy(usage["registers"], warps, shared),
+        # Local loads and stores are spills, or arrays whose indices the assembler does not know.
         "local_instructions": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        "wide_loads": len(re.findall(r"\bLDG(?:\.\w+)*\.128\b|\bLDGSTS(?:\.\w+)*\.128\b|\bUTMALDG", sass)),
+        # 128-bit loads, those that copy to shared memory, and loads by the TMA unit.
+        "wide_loads": len(
+            re.findall(r"\bLDG(?:\.\w+)*\.128\b|\bLDGSTS(?:\.\w+)*\.128\b|\bUTMALDG", sass)
+        ),
         "loads": len(re.findall(r"\b(?:LDG|LDGSTS|UTMALDG)\b", sass)),
         "wide_stores": len(re.findall(r"\bSTG(?:\.\w+)*\.128\b|\bUTMASTG", sass)),
         "stores": len(re.findall(r"\b(?:STG|UTMASTG)\b", sass)),
@@ -68,8 +82,12 @@ def compile_for_sm90(spec: dict) -> dict:
 
 
 def narrow_offsets(ttir: str) -> list[str]:
-    """Tiles of pointers that are moved by 32-bit offsets: these overflow in tensors of 2^31 elements and more."""
-    moves = re.findall(r"tt\.addptr [^:]*: tensor<((?:\d+x)+\d+)x!tt\.ptr<\w+>>, tensor<(?:\d+x)+\d+x(i\d+)>", ttir)
+    """Tiles of pointers that are moved by 32-bit offsets.
+
+    Such offsets overflow in tensors of 2^31 elements and more.
+    """
+    pointers = r"tt\.addptr [^:]*: tensor<((?:\d+x)+\d+)x!tt\.ptr<\w+>>"
+    moves = re.findall(pointers + r", tensor<(?:\d+x)+\d+x(i\d+)>", ttir)
     return [shape for shape, kind in moves if kind != "i64"]
 
 
@@ -86,29 +104,35 @@ def disassemble(cubin: bytes) -> str:
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """Registers a thread, and bytes of stack and local memory a thread (spills live there)."""
+    """Registers per thread, and bytes of stack and local memory per thread (spills live there)."""
     text = _tool("cuobjdump", "-res-usage", cubin=cubin)
     found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
     return {"registers": found["REG"], "stack": found["STACK"], "local": found["LOCAL"]}
 
 
 def occupancy(registers: int, warps: int, shared: int) -> float:
-    """Warps that fit a multiprocessor, as a share of 64: registers come in units of 8 a thread (256 a warp)."""
+    """Share of the 64 warps of a multiprocessor that fit at once.
+
+    Registers are allocated in units of 8 per thread (256 per warp); a block takes 1 KB of shared
+    memory more than it declares.
+    """
     by_registers = REGISTERS // (-(-registers // 8) * 8 * 32) // warps
     by_shared = SHARED // (shared + 1024) if shared else BLOCKS
     return min(by_registers, by_shared, BLOCKS, WARPS // warps) * warps / WARPS
 
 
 def table(rows: list[dict]) -> str:
-    lines = [
-        f"{'kernel':36} {'regs':>4} {'stack':>5} {'shared':>8} {'warps':>5} {'stages':>6} {'occ.':>5} {'128-bit':>9} "
-        f"{'wgmma':>5}"
-    ]
+    columns = (
+        f"{'kernel':36} {'regs':>4} {'stack':>5} {'shared':>8} {'warps':>5} {'stages':>6} "
+        f"{'occ.':>5} {'128-bit':>9} {'wgmma':>5}"
+    )
+    lines = [columns]
     for row in rows:
         wide = f"{row['wide_loads']}/{row['loads']} {row['wide_stores']}/{row['stores']}"
         lines.append(
-            f"{row['kernel']:36} {row['registers']:>4} {row['stack']:>5} {row['shared']:>8,} {row['warps']:>5} "
-            f"{row['stages']:>6} {row['occupancy']:>5.0%} {wide:>9} {row['wgmma']:>5}"
+            f"{row['kernel']:36} {row['registers']:>4} {row['stack']:>5} {row['shared']:>8,} "
+            f"{row['warps']:>5} {row['stages']:>6} {row['occupancy']:>5.0%} {wide:>9} "
+            f"{row['wgmma']:>5}"
         )
     return "\n".join(lines)
 

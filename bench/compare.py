@@ -1,11 +1,12 @@
-"""What got better or worse from one result file to another, beyond the noise: times, peak memory, the loader's rates.
+"""What got better or worse between two result files, beyond the noise: times, memory, loader rates.
 
     python -m bench.compare before.json after.json
-    python -m bench.compare before.json after.json --threshold 0.02      what counts as a regression: 2% more
+    python -m bench.compare before.json after.json --threshold 0.02    2% more is a regression
 
-Exit code 0: nothing of A is worse in B by more than the threshold and the noise. 1: something is, or has lost its value
-because it failed. 2: the files cannot be compared: another suite, work, device or schema, or nothing in them that can.
-What was read once, a peak or a stage's rate, has no noise to go by: it is compared with the threshold alone.
+Exit code 0: no value of A is worse in B by more than the threshold and the noise. 1: one is, or has
+no value in B because it failed. 2: the files cannot be compared: they differ in suite, work, device
+or schema, or have nothing in common. A value that was read once (a peak, the rate of a stage) has
+no noise estimate and is compared with the threshold alone.
 """
 
 from __future__ import annotations
@@ -22,14 +23,25 @@ from bench.timing import Difference, difference
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.ranges import Range
 
-# what a time is of: where these differ, times do not compare
-SETTINGS = ("preset", "layers", "data", "samples", "work", "sizes", "dtype", "small", "options", "image_size")
+# What a time depends on: where these differ, times must not be compared.
+SETTINGS = (
+    "preset",
+    "layers",
+    "data",
+    "samples",
+    "work",
+    "sizes",
+    "dtype",
+    "small",
+    "options",
+    "image_size",
+)
 NOT_THERE = "not in B"
 
 
 @dataclass(frozen=True)
 class Row:
-    """`gain`: how many times as good B is as A; None if B has no value, and then `why`."""
+    """`gain`: how many times as good B is as A; None if B has no value, for the reason `why`."""
 
     name: str
     unit: str
@@ -43,25 +55,36 @@ class Row:
         """Share of time or memory that B takes more, beyond the noise; infinite if it failed."""
         if self.gain is None:
             return float("inf") if self.why.startswith("failed") else 0.0
+        # The ratio of the medians, but only where the interval excludes that nothing changed.
         return 0.0 if self.gain.same else 1 / self.gain.ratio - 1
 
 
 def checked(before: Path, after: Path, any_device: bool) -> tuple[dict, dict]:
-    """Both files. Raises OSError, or ValueError if they are no results of the same suite, work and device."""
-    a, b = load(before), load(after)
-    suites = [result["suite"] for result in (a, b) if "suite" in result]  # older files do not name theirs
+    """Load both files.
+
+    Raises OSError, or ValueError if they are not results of the same suite, work and device.
+    """
+    a = load(before)
+    b = load(after)
+    # Older files do not name their suite, so they are only compared by what they measured.
+    suites = [result["suite"] for result in (a, b) if "suite" in result]
     if len(set(suites)) > 1:
         raise ValueError(f"they are results of different suites: {suites[0]} and {suites[1]}")
     if a["device"] != b["device"] and not any_device:
-        raise ValueError(f"different devices: {a['device']} and {b['device']} (--any-device compares all the same)")
+        raise ValueError(
+            f"different devices: {a['device']} and {b['device']} "
+            "(--any-device compares all the same)"
+        )
     for name in SETTINGS:
         if a.get(name) != b.get(name):
-            raise ValueError(f"they measured different things: {name} is {a.get(name)} and {b.get(name)}")
+            raise ValueError(
+                f"they measured different things: {name} is {a.get(name)} and {b.get(name)}"
+            )
     return a, b
 
 
 def settings(result: dict, path: tuple[str, ...]) -> list[Any]:
-    """What the measurement at `path` is of, from all that encloses it."""
+    """The settings of the measurement at `path`, collected from everything that encloses it."""
     found: list[Any] = []
     for part in path:
         result = result[part]
@@ -70,7 +93,7 @@ def settings(result: dict, path: tuple[str, ...]) -> list[Any]:
 
 
 def at(result: dict, path: tuple[str, ...]) -> dict:
-    """What is at the path; an empty dict if nothing is, and {'error'} of what encloses it if that failed."""
+    """The entry at the path; {} if there is none, {'error': why} if what encloses it failed."""
     for part in path:
         if "error" in result:
             return {"error": result["error"]}
@@ -81,18 +104,25 @@ def at(result: dict, path: tuple[str, ...]) -> dict:
 
 
 def speed(before: dict, after: dict) -> Difference:
-    """From all times where both rows have them, else from their quartiles; a bare median counts as exact."""
+    """How many times as fast `after` is: from all times if both rows have them, else quartiles.
+
+    A row with a median alone counts as exact.
+    """
     noise = before.get("noise", 0.0) + after.get("noise", 0.0)
     if "seconds" in before and "seconds" in after:
         return difference(after["seconds"], before["seconds"], noise)
-    (a_low, a_high), (b_low, b_high) = (
-        (row.get("lower_quartile", row["median"]), row.get("upper_quartile", row["median"])) for row in (before, after)
-    )
-    return Difference(before["median"] / after["median"], a_low / b_high / (1 + noise), a_high / b_low * (1 + noise))
+    a_low, a_high = _quartiles(before)
+    b_low, b_high = _quartiles(after)
+    ratio = before["median"] / after["median"]
+    return Difference(ratio, a_low / b_high / (1 + noise), a_high / b_low * (1 + noise))
+
+
+def _quartiles(row: dict) -> tuple[float, float]:
+    return row.get("lower_quartile", row["median"]), row.get("upper_quartile", row["median"])
 
 
 def readings(result: dict) -> Iterator[tuple[tuple[str, ...], str, list[float]]]:
-    """(names on the way, unit, values) of what is no time: peaks of bench.memory, rates of bench.dataloader."""
+    """(path, unit, values) of what is no time: peaks of bench.memory, rates of bench.dataloader."""
     for name, row in result.get("peaks", {}).items():
         for samples, found in row.items():
             if "peak_mib" in found:
@@ -107,24 +137,30 @@ def readings(result: dict) -> Iterator[tuple[tuple[str, ...], str, list[float]]]
 def compare_readings(a: dict, b: dict) -> Iterator[Row]:
     there = {path: values for path, _, values in readings(b)}
     for path, unit, before in readings(a):
-        after, name = there.get(path), ".".join(path)
+        after = there.get(path)
+        name = ".".join(path)
         if after is None:
             error = at(b, path).get("error")
             why = f"failed in B: {error}" if error else NOT_THERE
             yield Row(name, unit, statistics.median(before), None, None, why)
             continue
+        # `difference` compares times, of which less is better; rates go in the other way round.
         less, more = (after, before) if unit == "MiB" else (before, after)
-        gain, why = difference(less, more), ""  # a rate's share is a time's, turned round
+        gain = difference(less, more)
+        why = ""
         if len(before) == len(after) == 1:
-            gain, why = Difference(gain.ratio, gain.ratio, gain.ratio), "single reading"
+            gain = Difference(gain.ratio, gain.ratio, gain.ratio)
+            why = "single reading"
         yield Row(name, unit, statistics.median(before), statistics.median(after), gain, why)
 
 
 def compare(a: dict, b: dict) -> list[Row]:
-    """A row for each value of A, what lost most first."""
+    """A row for each value of A, the largest losses first."""
     rows = list(compare_readings(a, b))
     for path, before in measurements(a):
-        after, name = at(b, path), ".".join(part for part in path if part not in ("variants", "kernels", "providers"))
+        after = at(b, path)
+        # These levels of the file carry no information for a reader of the table.
+        name = ".".join(part for part in path if part not in ("variants", "kernels", "providers"))
         if "median" not in after:
             why = f"failed in B: {after['error']}" if "error" in after else NOT_THERE
             rows.append(Row(name, "ms", before["median"] * 1e3, None, None, why))
@@ -138,10 +174,14 @@ def compare(a: dict, b: dict) -> list[Row]:
 
 def table(rows: list[Row], threshold: float) -> str:
     width = max([11, *(len(row.name) for row in rows)])
-    lines = [f"{'measurement':{width}} {'A':>11} {'B':>11} {'':9}  {'gain of B (interval)':24} verdict"]
+    head = (
+        f"{'measurement':{width}} {'A':>11} {'B':>11} {'':9}  {'gain of B (interval)':24} verdict"
+    )
+    lines = [head]
     for row in rows:
         if row.gain is None:
-            lines.append(f"{row.name:{width}} {row.before:>11,.3f} {'-':>11} {row.unit:9}  {'':24} {row.why}")
+            values = f"{row.before:>11,.3f} {'-':>11} {row.unit:9}"
+            lines.append(f"{row.name:{width}} {values}  {'':24} {row.why}")
             continue
         better, worse = ("less", "more") if row.unit == "MiB" else ("faster", "slower")
         verdict = "" if row.gain.same else better if row.gain.ratio > 1 else worse

@@ -1,11 +1,12 @@
-"""The data path: samples/s of every stage, and of the whole loader decoding on the fly against prepared shards.
+"""The data path: samples/s of every stage, and of the whole loader: on the fly against prepared.
 
     python -m bench.dataloader
 
-Made data: JPEG photographs of 640 x 480 with a question each, in Parquet of the Cauldron's schema. Stages run alone in
-this process. The loader gives whole packed batches, copied to the device, with 0, 1, ... worker processes; both ways
-take turns. No decoded picture is kept between epochs, and the files lie in the page cache for both. No time is reported
-unless both ways give the same batches.
+The data is made here: JPEG photographs of 640 x 480 with one question each, in Parquet with The
+Cauldron's schema. The stages run alone in this process. The loader yields whole packed batches,
+copied to the device, with 0, 1, ... worker processes. Decoding on the fly and reading prepared
+shards take turns; no decoded image is kept between epochs, and the files are in the page cache for
+both. No time is reported unless both give the same batches.
 """
 
 from __future__ import annotations
@@ -35,91 +36,128 @@ from nanovlm_fast.config import TrainConfig, VLMConfig, preset
 from nanovlm_fast.data import prepare
 from nanovlm_fast.data.images import load_image
 from nanovlm_fast.data.sources import load_source, make_tokenizer
-from nanovlm_fast.data.stream import PackedStream, SampleLoader, initial_states, loader, measure_budget
+from nanovlm_fast.data.stream import (
+    PackedStream,
+    SampleLoader,
+    initial_states,
+    loader,
+    measure_budget,
+)
 from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.device import pick_device
-from nanovlm_fast.packing import Budget, pack
+from nanovlm_fast.packing import Budget, PackedBatch, pack
 from nanovlm_fast.ranges import Range
 
-WIDTH, HEIGHT = 640, 480
-RATE = 2320.0  # samples/s that an H100 should train nanovlm-222m at
-TOKENS = 8 * 324  # of a batch: 32 samples of the recipe's 81
+WIDTH = 640
+HEIGHT = 480
+RATE = 2320.0  # samples/s at which an H100 should train nanovlm-222m
+TOKENS = 8 * 324  # per batch: 32 samples of the recipe's 81 tokens
 
 
 def make_photographs(folder: Path, count: int) -> float:
-    """Write `count` rows of cuts of matplotlib's portrait, with sensor noise; returns the mean bytes of a JPEG."""
+    """Write `count` rows of JPEG photographs; return the mean bytes of a JPEG.
+
+    They are random crops of matplotlib's portrait with sensor noise: the noise gives files of the
+    size of real photographs, which a smooth picture would not.
+    """
     from datasets import Dataset, Features, Sequence, Value
     from datasets import Image as ImageFeature
     from matplotlib import get_data_path
 
     with Image.open(Path(get_data_path()) / "sample_data" / "grace_hopper.jpg") as file:
         portrait = file.convert("RGB")
-    rng, files = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    files: list[dict[str, Any]] = []
     for _ in range(count):
-        left, top = rng.integers(0, portrait.width - 400), rng.integers(0, portrait.height - 300)
-        cut = portrait.crop((left, top, left + 400, top + 300)).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+        left = rng.integers(0, portrait.width - 400)
+        top = rng.integers(0, portrait.height - 300)
+        cut = portrait.crop((left, top, left + 400, top + 300))
+        cut = cut.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
         noisy = np.asarray(cut) + rng.normal(0, 4, (HEIGHT, WIDTH, 3))
         buffer = io.BytesIO()
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=85)
         files.append({"bytes": buffer.getvalue(), "path": None})
     asked = "What does photograph number {} of this collection show, and who is in it?"
-    texts = [[{"user": asked.format(i), "assistant": "A naval officer.", "source": "made"}] for i in range(count)]
-    features = Features(
-        {"images": Sequence(ImageFeature()), "texts": [{n: Value("string") for n in ("user", "assistant", "source")}]}
-    )
-    rows = Dataset.from_dict({"images": [[file] for file in files], "texts": texts}, features=features)
+    texts = [
+        [{"user": asked.format(i), "assistant": "A naval officer.", "source": "made"}]
+        for i in range(count)
+    ]
+    text = {name: Value("string") for name in ("user", "assistant", "source")}
+    features = Features({"images": Sequence(ImageFeature()), "texts": [text]})
+    columns = {"images": [[file] for file in files], "texts": texts}
+    rows = Dataset.from_dict(columns, features=features)
     rows.to_parquet(folder / "train.parquet")
     return statistics.mean(len(file["bytes"]) for file in files)
 
 
 def configs(args: argparse.Namespace) -> tuple[VLMConfig, TrainConfig]:
-    """The recipe's sizes, with a tokenizer that is made here."""
+    """The recipe's sizes, with a small tokenizer that is trained here, without a download."""
     model, train = preset("nanovlm-222m")
-    model = dataclasses.replace(model, vit_img_size=args.image_size, lm_tokenizer="train", lm_vocab_size=1024)
-    room = 8 * (model.image_tokens + 79)
-    return model, dataclasses.replace(train, max_steps=1, tokens_per_batch=max(TOKENS, room), max_seqlen=room // 8)
+    model = dataclasses.replace(
+        model, vit_img_size=args.image_size, lm_tokenizer="train", lm_vocab_size=1024
+    )
+    room = 8 * (model.image_tokens + 79)  # eight samples fit, however large the images are
+    tokens = max(TOKENS, room)
+    return model, dataclasses.replace(
+        train, max_steps=1, tokens_per_batch=tokens, max_seqlen=room // 8
+    )
 
 
 def sample_loader(data: str, model: VLMConfig, train: TrainConfig, workers: int) -> SampleLoader:
-    """Of a data set; it keeps no decoded picture."""
+    """The loader of a data set, without its cache of decoded images."""
     source = load_source(data, "train")
-    text = TextProcessor(make_tokenizer(model, source), model.prompt, model.image_tokens, train.turns)
+    tokenizer = make_tokenizer(model, source)
+    text = TextProcessor(tokenizer, model.prompt, model.image_tokens, train.turns)
     load = SampleLoader(source, model, dataclasses.replace(train, data=data, workers=workers), text)
     load.cache_room = 0
     return load
 
 
 def same_batches(loads: list[SampleLoader], budget: Budget, count: int = 4) -> bool:
-    """Whether both ways give the same first batches."""
-    streams = (itertools.islice(PackedStream(load, budget, initial_states(1)), count) for load in loads)
-    return all(
-        a.packed.names == b.packed.names
-        and all(torch.equal(getattr(a.packed, n), getattr(b.packed, n)) for n in ("images", "input_ids", "labels"))
-        for a, b in zip(*streams, strict=True)
-    )
+    """Whether all loaders give the same first `count` batches."""
+    streams = [PackedStream(load, budget, initial_states(1)) for load in loads]
+    first = (itertools.islice(stream, count) for stream in streams)
+    return all(same_batch(a.packed, b.packed) for a, b in zip(*first, strict=True))
 
 
-def stages(fly: SampleLoader, prepared: SampleLoader, budget: Budget, device: torch.device, args) -> dict[str, float]:
-    """Samples/s of each stage alone, medians."""
+def same_batch(a: PackedBatch, b: PackedBatch) -> bool:
+    """Whether two batches hold the same samples, pixels, tokens and labels."""
+    fields = ("images", "input_ids", "labels")
+    return a.names == b.names and all(torch.equal(getattr(a, n), getattr(b, n)) for n in fields)
+
+
+def stages(
+    fly: SampleLoader,
+    prepared: SampleLoader,
+    budget: Budget,
+    device: torch.device,
+    args: argparse.Namespace,
+) -> dict[str, float]:
+    """Median samples/s of each stage alone."""
     indices = range(min(len(fly.source), 128))
     examples = [fly.source[i] for i in indices]
     samples = [fly.load(i) for i in indices][: budget.tokens // max(fly.load(0).tokens, 1)]
     model = fly.model
-    packed = pack(samples, budget, model.image_tokens, model.vit_img_size)
+    size = model.vit_img_size
+    packed = pack(samples, budget, model.image_tokens, size)
     if device.type == "cuda":
-        packed = packed.pin_memory()
+        packed = packed.pin_memory()  # as the loader does, so that the copy is asynchronous
 
     def tokenise() -> None:
-        fly.text.seen.clear()
+        fly.text.seen.clear()  # tokenised texts are cached; every repeat must do the work
         for example in examples:
             fly.text.documents(example.turns, 1)
 
+    def decode() -> None:
+        for example in examples:
+            load_image(example.images[0], size)
+
     work: dict[str, tuple[int, Callable[[], object]]] = {
         "read": (len(examples), lambda: [fly.source[i] for i in indices]),
-        "decode and resize": (len(examples), lambda: [load_image(e.images[0], model.vit_img_size) for e in examples]),
+        "decode and resize": (len(examples), decode),
         "tokenise": (len(examples), tokenise),
         "read prepared": (len(examples), lambda: [prepared.load(i) for i in indices]),
-        "pack": (len(samples), lambda: pack(samples, budget, model.image_tokens, model.vit_img_size)),
+        "pack": (len(samples), lambda: pack(samples, budget, model.image_tokens, size)),
     }
     if device.type == "cuda":
         work["copy to device"] = (len(samples), lambda: packed.to(device))
@@ -128,12 +166,15 @@ def stages(fly: SampleLoader, prepared: SampleLoader, budget: Budget, device: to
 
 
 def loader_rate(load: SampleLoader, budget: Budget, device: torch.device, seconds: float) -> float:
-    """Samples/s of the whole loader, once its queues are filled and emptied."""
+    """Samples/s of the whole loader in its steady state."""
     workers = load.train.workers
-    batches = iter(loader(PackedStream(load, budget, initial_states(max(workers, 1))), device.type == "cuda"))
+    stream = PackedStream(load, budget, initial_states(max(workers, 1)))
+    batches = iter(loader(stream, device.type == "cuda"))
+    # Skip what the workers' queues held before the clock starts: those batches cost no time now.
     for _ in range(6 * workers + 2):
         next(batches)
-    start, samples = time.perf_counter(), 0
+    start = time.perf_counter()
+    samples = 0
     while (elapsed := time.perf_counter() - start) < seconds:
         packed = next(batches).packed
         packed.to(device)
@@ -144,48 +185,69 @@ def loader_rate(load: SampleLoader, budget: Budget, device: torch.device, second
 
 
 def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
-    """Everything that goes into the result file. Raises ValueError if the two ways do not give the same."""
+    """The content of the result file; raises ValueError if the two ways differ in a batch."""
     (folder / "data").mkdir()
     mean_bytes = make_photographs(folder / "data", args.pictures)
     model, train = configs(args)
-    options = f"--preset nanovlm-222m --data {folder / 'data'} --out {folder / 'shards'} --workers 1 --shard-samples 64"
-    sizes = "--vision= --language= "  # no weights are needed
-    sizes += f"--vit-img-size {args.image_size} --lm-tokenizer train --lm-vocab-size {model.lm_vocab_size}"
-    if prepare.main(f"{options} {sizes}".split()):
+    options = ["--preset", "nanovlm-222m", "--workers", "1", "--shard-samples", "64"]
+    options += ["--data", str(folder / "data"), "--out", str(folder / "shards")]
+    options += ["--vision=", "--language="]  # no weights are needed
+    options += ["--vit-img-size", str(args.image_size)]
+    options += ["--lm-tokenizer", "train", "--lm-vocab-size", str(model.lm_vocab_size)]
+    if prepare.main(options):
         raise ValueError("the data could not be prepared")
     names = {"on the fly": str(folder / "data"), "prepared": f"prepared:{folder / 'shards'}"}
     loads = {name: sample_loader(data, model, train, 0) for name, data in names.items()}
     budget = measure_budget(loads["on the fly"], train)
+    # A speed-up is only reported for a loader that gives the same data.
     if not same_batches(list(loads.values()), budget):
         raise ValueError("the two ways do not give the same batches; no time is reported")
     result: dict[str, Any] = {
-        "data": {"pictures": args.pictures, "width": WIDTH, "height": HEIGHT, "mean_jpeg_bytes": mean_bytes},
+        "data": {
+            "pictures": args.pictures,
+            "width": WIDTH,
+            "height": HEIGHT,
+            "mean_jpeg_bytes": mean_bytes,
+        },
         "image_size": args.image_size,
         "samples_per_batch": budget.tokens // loads["on the fly"].load(0).tokens,
         "stages": stages(loads["on the fly"], loads["prepared"], budget, device, args),
         "loader": {name: {str(n): [] for n in args.workers} for name in names},
     }
+    # Interleaved, so that drift of the machine affects all combinations alike.
     turns = list(itertools.product(range(args.repeats), args.workers, names))
     for _, workers, name in tqdm(turns, desc="loader", leave=False):
         load = sample_loader(names[name], model, train, workers)
         result["loader"][name][str(workers)].append(loader_rate(load, budget, device, args.seconds))
-    medians = {name: {n: statistics.median(rates) for n, rates in by.items()} for name, by in result["loader"].items()}
-    result["samples_per_s"], result["rate"] = medians, args.rate
+    medians = {
+        name: {n: statistics.median(rates) for n, rates in by.items()}
+        for name, by in result["loader"].items()
+    }
+    result["samples_per_s"] = medians
+    result["rate"] = args.rate
     result["workers_for_rate"] = workers_for(medians, args.rate)
-    result["speedup"] = {n: medians["prepared"][n] / medians["on the fly"][n] for n in map(str, args.workers)}
+    result["speedup"] = {
+        n: medians["prepared"][n] / medians["on the fly"][n] for n in map(str, args.workers)
+    }
     return result
 
 
 def workers_for(samples_per_s: dict[str, dict[str, float]], rate: float) -> dict[str, int]:
-    """Worker processes that feed `rate` samples/s, each way, if all do what one does; empty if one was not tried."""
-    return {way: math.ceil(rate / rates["1"]) for way, rates in samples_per_s.items() if "1" in rates}
+    """Worker processes that feed `rate` samples/s, each way, if all are as fast as one alone.
+
+    Empty for a way that was not measured with one worker.
+    """
+    return {
+        way: math.ceil(rate / rates["1"]) for way, rates in samples_per_s.items() if "1" in rates
+    }
 
 
 def table(result: dict[str, Any]) -> str:
     lines = [f"{name:18} {rate:>12,.0f} samples/s" for name, rate in result["stages"].items()]
     lines.append(f"{'workers':18} {'on the fly':>12} {'prepared':>12} {'times':>7}")
     for workers, gain in result["speedup"].items():
-        fly, prepared = (result["samples_per_s"][name][workers] for name in ("on the fly", "prepared"))
+        fly = result["samples_per_s"]["on the fly"][workers]
+        prepared = result["samples_per_s"]["prepared"][workers]
         lines.append(f"{workers:18} {fly:>12,.0f} {prepared:>12,.0f} {gain:>7.1f}")
     if needed := result["workers_for_rate"]:
         each = ", ".join(f"{count} {way}" for way, count in needed.items())

@@ -1,17 +1,22 @@
-"""Greedy generation: ours, the padded reference without a cache, and transformers on the same weights.
+"""Greedy generation on the same weights: ours, the padded reference, and transformers.
 
-    python -m bench.generate                     on a GPU the seed's model; on a CPU two layers a tower of it
+    python -m bench.generate                     nanoVLM's model; on a CPU two layers of each tower
     python -m bench.generate --batches 1,256
 
-A batch is that many images with a prompt each, of lengths drawn like The Cauldron's. `ours` is nanovlm_fast's generate:
-a packed prefill and a KV cache. `reference` goes through the whole padded sequence for every token, as nanoVLM v0.1
-does. `transformers` is LlamaForCausalLM with our language weights and its own KV cache, fed embeddings of left-padded
-prompts, images encoded by our tower. All three compute in the type that evaluation does. Nobody stops at an end of
-sequence, so all make the same number of tokens. Weights are random, unless --checkpoint names some.
+A batch of size n is n images with one prompt each, whose lengths are drawn like The Cauldron's.
 
-A variant gets a time only if what it says is the float32 reference's greedy choice at every token, given what the
-variant said before. In bfloat16, where close calls go either way, a reply's tokens may on average miss the largest
-logit by twice what rounding moves the reference's own logits.
+- `ours` is nanovlm_fast's generate: a packed prefill and a KV cache.
+- `reference` runs the whole padded sequence for every token, without a cache, as nanoVLM v0.1.
+- `transformers` is LlamaForCausalLM with our language weights and its own KV cache. It gets the
+  embeddings of left-padded prompts, with images encoded by our tower.
+
+All three compute in the dtype of evaluation. No end of sequence stops a reply, so all generate the
+same number of tokens. Weights are random unless --checkpoint names some.
+
+A variant is timed only if every token of its replies is the float32 reference's greedy choice,
+given the variant's own previous tokens. In bfloat16, rounding decides close calls: there the logits
+of a reply's tokens may on average be below the largest logit by twice what rounding moves the
+reference's own logits.
 """
 
 from __future__ import annotations
@@ -20,12 +25,14 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bench.kernels import in_a_line
 from bench.results import write
 from bench.timing import interleave, summary
 from bench.workload import cauldron_like, load_work
@@ -41,17 +48,24 @@ from nanovlm_fast.ops import choose_ops
 from nanovlm_fast.packing import IGNORE, Budget, Document, Sample, pack, pad
 from nanovlm_fast.ranges import Range
 
-FLOOR = 1e-3  # of the logits' standard deviation: by how much float32 may miss the largest one
-NEVER = -1  # an end of sequence that no model says
+FLOOR = 1e-3  # how far below the largest logit float32 may choose, in standard deviations of logits
+NEVER = -1  # an end-of-sequence id that no model produces
 
 
 class Models:
     """One set of weights in three implementations."""
 
-    def __init__(self, config: VLMConfig, device: torch.device, dtype: torch.dtype, checkpoint: str = ""):
-        self.device, self.dtype, self.autocast = device, dtype, autocast_to(dtype, device)
-        torch.manual_seed(0)
-        ours = load_pretrained(checkpoint)[0] if checkpoint else far_from_uniform(VisionLanguageModel(config))
+    def __init__(
+        self, config: VLMConfig, device: torch.device, dtype: torch.dtype, checkpoint: str = ""
+    ):
+        self.device = device
+        self.dtype = dtype
+        self.autocast = autocast_to(dtype, device)
+        torch.manual_seed(0)  # the result file does not hold the weights, so they are reproducible
+        if checkpoint:
+            ours = load_pretrained(checkpoint)[0]
+        else:
+            ours = far_from_uniform(VisionLanguageModel(config))
         self.config = ours.config
         ours.ops = choose_ops("auto", device, "auto", dtype)
         state = ours.reference_state_dict()
@@ -63,56 +77,69 @@ class Models:
 
 
 def far_from_uniform(model: VisionLanguageModel) -> VisionLanguageModel:
-    """Wider weights than a model starts from: a wrong key or position changes what it says."""
+    """Draw weights wider than at initialisation.
+
+    With nearly uniform attention a wrong key or position would not change the generated tokens.
+    """
     for weight in model.parameters():
         if weight.dim() > 1:
             torch.nn.init.normal_(weight, std=2 * weight[0].numel() ** -0.5)
     return model
 
 
-def llama(config: VLMConfig, state: dict[str, Tensor]) -> torch.nn.Module:
+def llama(config: VLMConfig, state: dict[str, Tensor]) -> Any:
     """transformers' LlamaForCausalLM with the language weights of a reference's state dict."""
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     sizes = {theirs: getattr(config, ours) for ours, theirs in LANGUAGE_FIELDS.items()}
-    rope = {"rope_type": "default", "rope_theta": config.lm_re_base}
+    rope: Any = {"rope_type": "default", "rope_theta": config.lm_re_base}
     model = LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters=rope))
-    names = {f"decoder.{ours}": f"model.{theirs}" for ours, theirs in language_names(config.lm_n_blocks).items()}
+    language = language_names(config.lm_n_blocks)
+    names = {f"decoder.{ours}": f"model.{theirs}" for ours, theirs in language.items()}
     names["decoder.head.weight"] = "lm_head.weight"
     model.load_state_dict({theirs: state[ours] for ours, theirs in names.items()})
+    # No eos, and a pad token only so that generate does not warn about a missing one.
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)
     return model
 
 
 class Prompts:
-    """`batch` prompts, an image each: packed, and as left-padded rows of text."""
+    """`batch` prompts with one image each: packed, and as left-padded rows of text."""
 
     def __init__(self, models: Models, batch: int):
-        config, device = models.config, models.device
+        config = models.config
+        device = models.device
         samples = [without_answer(sample) for sample in cauldron_like(config, batch)]
         self.batch = batch
         rows = pad(samples, max(len(s.documents[0]) for s in samples) - config.image_tokens)
-        self.input_ids, self.mask = rows.input_ids.to(device), rows.attention_mask.to(device)
-        self.pixels = ((rows.images[:, 0].float() / 255 - config.image_mean) / config.image_std).to(device)
+        self.input_ids = rows.input_ids.to(device)
+        self.mask = rows.attention_mask.to(device)
+        pixels = rows.images[:, 0].float() / 255
+        self.pixels = ((pixels - config.image_mean) / config.image_std).to(device)
         self.images = rows.images[:, 0].to(device)
         self.longest = max(sample.tokens for sample in samples)
         budget = Budget(sum(s.tokens for s in samples), batch, batch, 0, self.longest)
         self.packed = pack(samples, budget, config.image_tokens, config.vit_img_size).to(device)
+        # Where packed tokens go in rows that are padded on the left, as generation needs them.
         lengths = [sample.tokens for sample in samples]
-        self.right = torch.cat([torch.arange(self.longest - n, self.longest) for n in lengths]).to(device)
+        right = [torch.arange(self.longest - n, self.longest) for n in lengths]
+        self.right = torch.cat(right).to(device)
         self.row = torch.arange(batch).repeat_interleave(torch.tensor(lengths)).to(device)
         self.documents = []
         for i, (document,) in enumerate(sample.documents for sample in samples):
-            shown = np.where(document.image_rows >= 0, document.image_rows + i * config.image_tokens, -1)
+            # `generate` gets all images at once, so rows count on from image to image.
+            rows_shown = document.image_rows + i * config.image_tokens
+            shown = np.where(document.image_rows >= 0, rows_shown, -1)
             self.documents.append(Document(document.input_ids, shown, document.labels))
 
 
 def without_answer(sample: Sample) -> Sample:
-    """The sample's question alone."""
+    """The sample with its question alone."""
     (document,) = sample.documents
     end = int(np.argmax(document.labels != IGNORE)) + 1
     labels = np.full(end, IGNORE, np.int64)
-    return Sample(sample.name, sample.images, [Document(document.input_ids[:end], document.image_rows[:end], labels)])
+    question = Document(document.input_ids[:end], document.image_rows[:end], labels)
+    return Sample(sample.name, sample.images, [question])
 
 
 # ---- the variants: (models, prompts, new tokens) -> (batch, new tokens)
@@ -124,7 +151,8 @@ def by_ours(models: Models, prompts: Prompts, new: int) -> Tensor:
 
 @torch.inference_mode()
 def by_reference(models: Models, prompts: Prompts, new: int) -> Tensor:
-    model, tokens = models.padded, []
+    model = models.padded
+    tokens = []
     x, valid = start_of(model, prompts)
     for _ in range(new):
         token = model.decoder.head(model.decoder(x, valid)[:, -1]).argmax(-1, keepdim=True)
@@ -136,11 +164,13 @@ def by_reference(models: Models, prompts: Prompts, new: int) -> Tensor:
 
 @torch.inference_mode()
 def by_transformers(models: Models, prompts: Prompts, new: int) -> Tensor:
-    packed, batch = prompts.packed, prompts.batch
+    packed = prompts.packed
+    batch = prompts.batch
     embedded = models.ours.embed(packed.input_ids, packed.image_rows, packed.images)
     rows = embedded.new_zeros(batch, prompts.longest, embedded.shape[1])
     mask = packed.input_ids.new_zeros(batch, prompts.longest)
-    rows[prompts.row, prompts.right], mask[prompts.row, prompts.right] = embedded, 1
+    rows[prompts.row, prompts.right] = embedded
+    mask[prompts.row, prompts.right] = 1
     return models.llama.generate(inputs_embeds=rows, attention_mask=mask, max_new_tokens=new).cpu()
 
 
@@ -152,7 +182,7 @@ VARIANTS: dict[str, Callable[[Models, Prompts, int], Tensor]] = {
 
 
 def start_of(model: reference.VisionLanguageModel, prompts: Prompts) -> tuple[Tensor, Tensor]:
-    """The padded prompts' embeddings (B, S, C), image first, and which of them are real (B, S)."""
+    """Embeddings of the padded prompts (B, S, C), image first, and which are real tokens (B, S)."""
     images = model.MP(model.vision_encoder(prompts.pixels))
     x = torch.cat([images, model.decoder.token_embedding(prompts.input_ids)], dim=1)
     return x, torch.cat([prompts.mask.new_ones(images.shape[:2]), prompts.mask], dim=1).bool()
@@ -162,57 +192,75 @@ def start_of(model: reference.VisionLanguageModel, prompts: Prompts) -> tuple[Te
 
 
 class Gate:
-    """Whether replies are greedy, by the float32 reference that reads them."""
+    """Checks whether replies are greedy: the float32 reference reads them."""
 
     def __init__(self, models: Models, prompts: Prompts, new: int):
-        self.models, self.prompts = models, prompts
+        self.models = models
+        self.prompts = prompts
         with models.autocast():
             self.expected = by_reference(models, prompts, new)
             rounded = self.logits(self.expected)
         exact = self.exact_logits(self.expected)
+        # Twice what rounding alone moves the logits; nothing where the dtype is float32.
         self.allowed = (2 * (rounded - exact).abs().mean() / exact.std()).item() + FLOOR
 
     @torch.inference_mode()
     def logits(self, replies: Tensor) -> Tensor:
-        """(B, new, V): what each token of the replies was chosen by."""
-        model, replies = self.models.padded, replies.to(self.models.device)
+        """(B, new, V): the logits from which each token of the replies was chosen."""
+        model = self.models.padded
+        replies = replies.to(self.models.device)
         x, valid = start_of(model, self.prompts)
         x = torch.cat([x, model.decoder.token_embedding(replies[:, :-1])], dim=1)
         valid = torch.cat([valid, valid.new_ones(replies[:, :-1].shape)], dim=1)
         return model.decoder.head(model.decoder(x, valid)[:, -replies.shape[1] :]).float()
 
     def exact_logits(self, replies: Tensor) -> Tensor:
+        # The caller computes under autocast; the judge must not.
         with torch.autocast(self.models.device.type, enabled=False):
             return self.logits(replies)
 
     def __call__(self, replies: Tensor) -> dict[str, float | bool]:
-        """By how much the worst reply misses the largest logits, in their standard deviations, and the verdict."""
-        same = (replies == self.expected).float().mean().item() if replies.shape == self.expected.shape else 0.0
+        """How far the worst reply is below the largest logits, and the verdict.
+
+        The unit is the standard deviation of the logits.
+        """
         if replies.shape != self.expected.shape:
-            return {"missed_by": float("inf"), "allowed": self.allowed, "same_tokens": same, "passed": False}
-        logits = self.exact_logits(replies)
-        chosen = logits.gather(-1, replies.to(logits.device)[..., None])[..., 0]
-        missed = ((logits.amax(-1) - chosen).mean(1).max() / logits.std()).item()
-        return {"missed_by": missed, "allowed": self.allowed, "same_tokens": same, "passed": missed <= self.allowed}
+            missed = float("inf")
+            same = 0.0
+        else:
+            logits = self.exact_logits(replies)
+            chosen = logits.gather(-1, replies.to(logits.device)[..., None])[..., 0]
+            # Per reply the mean over its tokens: a wrong cache misses everywhere, rounding rarely.
+            missed = ((logits.amax(-1) - chosen).mean(1).max() / logits.std()).item()
+            same = (replies == self.expected).float().mean().item()
+        return {
+            "missed_by": missed,
+            "allowed": self.allowed,
+            "same_tokens": same,
+            "passed": missed <= self.allowed,
+        }
 
 
 def measure(models: Models, batch: int, new: int, repeats: int, progress: Callable) -> dict:
-    """The rows of one batch size: {'error': why} or times to the first token and to all, in seconds, and rates."""
+    """The rows of one batch size: {'error': why}, or times to the first and to all tokens."""
     prompts = Prompts(models, batch)
-    gate, rows = Gate(models, prompts, new), {}
+    gate = Gate(models, prompts, new)
+    rows: dict[str, dict[str, Any]] = {}
     calls: dict[int, dict[str, Callable]] = {1: {}, new: {}}
     with models.autocast():
         for name, variant in VARIANTS.items():
             progress()
             try:
                 parity = gate(variant(models, prompts, new))
-            except Exception as error:  # a variant that cannot run is a row of the table, not the end of it
-                rows[name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+            except Exception as error:  # a variant that cannot run is a row of the table
+                rows[name] = {"error": in_a_line(error)}
                 continue
             rows[name] = {"parity": parity}
             if not parity["passed"]:
-                missed = "misses the reference's largest logits by {missed_by:.1e} standard deviations".format(**parity)
-                rows[name]["error"] = f"{missed}, allowed {parity['allowed']:.1e}"
+                rows[name]["error"] = (
+                    f"misses the reference's largest logits by {parity['missed_by']:.1e} standard "
+                    f"deviations, allowed {parity['allowed']:.1e}"
+                )
                 continue
             for tokens, some in calls.items():
                 some[name] = lambda v=variant, n=tokens: v(models, prompts, n)
@@ -222,25 +270,28 @@ def measure(models: Models, batch: int, new: int, repeats: int, progress: Callab
             first, whole = (summary(seconds[tokens][name]) for tokens in (1, new))
             row |= {"first_token": first, "all_tokens": whole, "seconds": seconds[new][name]}
             row["tokens_per_s"] = batch * new / whole["median"]
-            decoding = whole["median"] - first["median"]  # at toy sizes it drowns in the noise of both
-            row["decode_tokens_per_s"] = batch * (new - 1) / decoding if decoding > 0.05 * whole["median"] else None
+            # Without the prefill; at toy sizes the difference drowns in the noise of both times.
+            decoding = whole["median"] - first["median"]
+            enough = decoding > 0.05 * whole["median"]
+            row["decode_tokens_per_s"] = batch * (new - 1) / decoding if enough else None
     return {"longest_prompt": prompts.longest, "new_tokens": new, "variants": rows}
 
 
 def table(batches: dict[str, dict]) -> str:
-    head = " ".join(
-        f"{name:>14}" for name in ("first token ms", "all tokens ms", "tokens/s", "decoding", "same tokens")
-    )
+    columns = ("first token ms", "all tokens ms", "tokens/s", "decoding", "same tokens")
+    head = " ".join(f"{name:>14}" for name in columns)
     lines = [f"{'batch':>5} {'variant':12} {head}"]
     for batch, result in batches.items():
         for name, row in result["variants"].items():
             if "error" in row:
                 lines.append(f"{batch:>5} {name:12} {row['error']}")
                 continue
-            times = " ".join(f"{row[part]['median'] * 1e3:>14,.1f}" for part in ("first_token", "all_tokens"))
+            parts = ("first_token", "all_tokens")
+            times = " ".join(f"{row[part]['median'] * 1e3:>14,.1f}" for part in parts)
             decoding = f"{row['decode_tokens_per_s']:,.0f}" if row["decode_tokens_per_s"] else "-"
             rates = f"{row['tokens_per_s']:>14,.0f} {decoding:>14}"
-            lines.append(f"{batch:>5} {name:12} {times} {rates} {row['parity']['same_tokens']:>14.1%}")
+            same = f"{row['parity']['same_tokens']:>14.1%}"
+            lines.append(f"{batch:>5} {name:12} {times} {rates} {same}")
     return "\n".join(lines)
 
 

@@ -1,19 +1,32 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, most valuable first, in one call of under ten minutes.
-#     bash bench/gpu_all.sh [--out FOLDER] [--stages tests,kernels,...] [--device DEVICE] [--seconds N] [--quick] [--again]
-# Each stage writes its result and its log under FOLDER (default bench/results) as soon as it is done; a stage that is
-# done is not run again by the next call, unless with --again: what has found no time left is what the next call does.
-# A stage that fails stops no other; a kernel whose tests fail gets no time in the stage kernels, the others do.
-# --quick --device cpu rehearses all of it anywhere.
+#     bash bench/gpu_all.sh [--out FOLDER] [--stages tests,kernels,...] [--device DEVICE]
+#                           [--seconds N] [--quick] [--again]
+# Each stage writes its result and its log under FOLDER (default bench/results) when it is done. The
+# next call does not run it again, unless with --again; it runs the stages that had no time left.
+# A stage that fails does not stop the others. A kernel whose tests fail is not timed in the stage
+# kernels; the others are. --quick --device cpu rehearses everything on any machine.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 all=facts,tests,kernels,attention,train_step,memory,generate,profile,roofline,dataloader,sanitize,race
-out=bench/results device=cuda budget=570 left=570 quick="" again="" python=${PYTHON:-python3} stages=$all
+out=bench/results
+device=cuda
+budget=570 # seconds: the whole call stays below ten minutes
+left=570
+quick=""
+again=""
+python=${PYTHON:-python3}
+stages=$all
 while [ $# -gt 0 ]; do
     case $1 in
         --out | --stages | --device | --seconds)
             [ $# -gt 1 ] || { echo "error: $1 needs a value" >&2; exit 2; }
-            case $1 in --out) out=$2 ;; --stages) stages=$2 ;; --device) device=$2 ;; --seconds) budget=$2 ;; esac
+            case $1 in
+                --out) out=$2 ;;
+                --stages) stages=$2 ;;
+                --device) device=$2 ;;
+                --seconds) budget=$2 ;;
+            esac
             shift ;;
         --quick) quick=--quick ;;
         --again) again=yes ;;
@@ -23,47 +36,65 @@ while [ $# -gt 0 ]; do
 done
 mkdir -p "$out/logs" || exit 1
 
-command_of() { # the command of a stage, the seconds it may take, and those it should not begin without
+# Set `run` to the command of a stage, `limit` to the seconds it may take, and `least` to the
+# seconds without which it is not worth starting.
+command_of() {
     limit=240 least=20
     run=("$python" -m bench --only "$1" --device "$device" --out "$out" $quick)
     case $1 in
         facts | kernels | attention | memory | generate | profile | roofline | dataloader) ;;
         train_step) limit=420 ;;
-        tests) limit=280 # what a pytest that is stopped at its limit had found is written
-            run=("$python" -m bench.checks --limit "$((left < limit ? left - 30 : limit - 30))" --device "$device" --out "$out" --)
-            # compiling a few hundred variants of kernels is work for all cores
+        tests)
+            limit=280
+            # Stopped half a minute earlier by itself, so that it can still write what it has found.
+            local seconds=$((left < limit ? left - 30 : limit - 30))
+            run=("$python" -m bench.checks --limit "$seconds" --device "$device" --out "$out" --)
+            # Six workers compile hundreds of kernel variants at once; more threads each would only
+            # compete for the cores.
             export TORCHINDUCTOR_COMPILE_THREADS=2
             if [ -n "$quick" ]; then run+=(tests/test_attention.py)
             elif "$python" -c "import xdist" 2>/dev/null; then run+=(-n 6); fi ;;
-        sanitize) limit=120; run=(bash bench/sanitize.sh memcheck)
+        sanitize)
+            limit=120
+            run=(bash bench/sanitize.sh memcheck)
             [ -n "$quick" ] && run=(true) ;;
-        race) limit=$budget least=120 # its state is kept: what found no time goes on in the next call
-            run=("$python" -m bench.race --preset nanovlm-222m --wall-s "$((left - 30))" --device "$device" --out "$out")
-            [ -n "$quick" ] && run=("$python" -m bench.race --preset tiny --quick --device "$device" --out "$out") least=20 ;;
+        race)
+            # Its state is saved, so the next call continues a race that found no time to finish.
+            limit=$budget least=120
+            run=("$python" -m bench.race --preset nanovlm-222m --wall-s "$((left - 30))")
+            [ -n "$quick" ] && run=("$python" -m bench.race --preset tiny --quick) least=20
+            run+=(--device "$device" --out "$out") ;;
         *) echo "error: no stage $1; there are ${all//,/, }" >&2
             exit 2 ;;
     esac
 }
 
-for stage in ${stages//,/ }; do command_of "$stage"; done # a misspelt stage stops everything before it starts
+# Once for all stages before the first one runs: a misspelt name must not be noticed minutes later.
+for stage in ${stages//,/ }; do command_of "$stage"; done
 failed=() unfinished=()
 for stage in ${stages//,/ }; do
     log="$out/logs/$stage"
     [ -z "$again" ] && [ -e "$log.done" ] && { echo "== $stage: done before"; continue; }
     left=$((budget - SECONDS))
     command_of "$stage"
-    [ "$left" -lt "$least" ] && { echo "== $stage: no time left"; unfinished+=("$stage"); continue; }
+    if [ "$left" -lt "$least" ]; then
+        echo "== $stage: no time left"
+        unfinished+=("$stage")
+        continue
+    fi
     echo "== $stage: ${run[*]}"
     start=$SECONDS
+    # SIGINT first: Python can then write what it has. A process on a hung device needs SIGKILL.
     timeout -s INT -k 15 "$((limit < left ? limit : left))" "${run[@]}" >"$log.log" 2>&1
     code=$?
     said="$((SECONDS - start)) s: $(tail -n 1 "$log.log")"
     case $code in
         0) touch "$log.done"; echo "   ok, $said" ;;
-        75) unfinished+=("$stage"); echo "   goes on in the next call, $said" ;;
+        75) # EX_TEMPFAIL: its own time was up
+            unfinished+=("$stage"); echo "   continues in the next call, $said" ;;
         *) failed+=("$stage"); echo "   FAILED after $said (see $log.log)" ;;
     esac
 done
-[ ${#unfinished[@]} -eq 0 ] || echo "not finished, the next call goes on: ${unfinished[*]}" >&2
+[ ${#unfinished[@]} -eq 0 ] || echo "not finished, the next call continues: ${unfinished[*]}" >&2
 [ ${#failed[@]} -eq 0 ] || echo "failed: ${failed[*]}" >&2
 [ ${#failed[@]} -eq 0 ] && [ ${#unfinished[@]} -eq 0 ]

@@ -1,12 +1,14 @@
-"""The same training, four ways: does the fast model learn what the reference learns, step by step?
+"""The same training, four ways: does the fast model learn what the reference learns, at every step?
 
     python -m bench.loss_curves
-    python -m bench.loss_curves --tokens 20480 --kernels all      on a GPU; fewer where a CPU's bfloat16 is slow
+    python -m bench.loss_curves --tokens 20480 --kernels all    on a GPU; fewer tokens on CPUs whose
+                                                                bfloat16 is slow
 
-The padded reference and the packed model, each in float32 and under bfloat16 autocast, start from the same weights and
-see the same questions in the same order. Every seed draws other weights and another order. The yardstick is what a seed
-changes: a variant passes if its smoothed loss stays, at every step, nearer to the same seed's reference in float32 than
-the reference's seeds lie apart around that step. Exit code 1 if a packed variant does not.
+The padded reference and the packed model, each in float32 and under bfloat16 autocast, start from
+the same weights and see the same questions in the same order. Each random seed draws other weights
+and another order. The yardstick is what a change of seed does: a variant passes if at every step
+its smoothed loss is closer to the float32 reference of the same seed than the reference's seeds are
+to each other around that step. Exit code 1 if a packed variant does not pass.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,25 +43,35 @@ from nanovlm_fast.ranges import Range
 
 TRUTH = "reference float32"
 VARIANTS = (TRUTH, "reference bfloat16", "packed float32", "packed bfloat16")
-SPAN = 10  # steps, the time constant of the smoothing
+SPAN = 10  # steps: the time constant of the smoothing
 
 
 class Data:
-    """The training split as batches of samples, in an order that a seed draws."""
+    """The training split as batches of samples, in an order that depends on the random seed."""
 
     def __init__(self, args: argparse.Namespace):
         self.model, train = preset(args.preset)
-        self.train = dataclasses.replace(train, data=args.data, tokens_per_batch=args.tokens, augment="none")
+        # Without augmentation: both models must see the same pixels.
+        self.train = dataclasses.replace(
+            train, data=args.data, tokens_per_batch=args.tokens, augment="none"
+        )
         self.source = load_source(args.data, "train")
         tokenizer = Tokenizer.train(texts(self.source, self.model.prompt), self.model.lm_vocab_size)
-        self.text = TextProcessor(tokenizer, self.model.prompt, self.model.image_tokens, "independent")
+        # One document per question, because the padded reference knows no conversations.
+        self.text = TextProcessor(
+            tokenizer, self.model.prompt, self.model.image_tokens, "independent"
+        )
         self.budget = measure_budget(self.loader(0), self.train)
 
     def loader(self, seed: int) -> SampleLoader:
-        return SampleLoader(self.source, self.model, dataclasses.replace(self.train, seed=seed), self.text)
+        train = dataclasses.replace(self.train, seed=seed)
+        return SampleLoader(self.source, self.model, train, self.text)
 
     def batches(self, seed: int, steps: int) -> Iterator[list[Sample]]:
-        load, packer, position = self.loader(seed), Packer(self.budget), 0
+        """The first `steps` batches, packed as the training run's stream packs them."""
+        load = self.loader(seed)
+        packer = Packer(self.budget)
+        position = 0
         for _ in range(steps):
             while len(packer.buffer) < self.train.look_ahead:
                 packer.add(load(position))
@@ -67,15 +80,23 @@ class Data:
 
 
 class Training:
-    """One variant: its model, its optimizer (AdamW, at the preset's rates) and its type."""
+    """One variant: its model, its optimizer (AdamW with the preset's rates) and its dtype."""
 
-    def __init__(self, variant: str, start: VisionLanguageModel, data: Data, args: argparse.Namespace):
-        self.name, self.config, self.train, self.budget = variant, data.model, data.train, data.budget
+    def __init__(
+        self, variant: str, start: VisionLanguageModel, data: Data, args: argparse.Namespace
+    ):
+        self.name = variant
+        self.config = data.model
+        self.train = data.train
+        self.budget = data.budget
+        self.device = torch.device(args.device)
         which, dtype = variant.split()
-        self.packed, self.device = which == "packed", torch.device(args.device)
+        self.packed = which == "packed"
+        self.model: nn.Module
         if self.packed:
-            self.model: nn.Module = VisionLanguageModel(self.config, choose_ops(args.kernels, self.device))
-            self.model.load_reference_state_dict(start.reference_state_dict())
+            packed = VisionLanguageModel(self.config, choose_ops(args.kernels, self.device))
+            packed.load_reference_state_dict(start.reference_state_dict())
+            self.model = packed
         else:
             self.model = reference.VisionLanguageModel(self.config)
             self.model.load_state_dict(start.reference_state_dict())
@@ -86,24 +107,35 @@ class Training:
             "vision_encoder": self.train.lr_vision,
             "decoder": self.train.lr_language,
         }
-        groups = [dict(params=list(getattr(self.model, n).parameters()), lr=r, peak_lr=r) for n, r in rates.items()]
-        betas, decay = (0.9, self.train.beta2), self.train.weight_decay
+        groups = [
+            dict(params=list(getattr(self.model, name).parameters()), lr=rate, peak_lr=rate)
+            for name, rate in rates.items()
+        ]
+        betas = (0.9, self.train.beta2)
+        decay = self.train.weight_decay
         self.optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=decay, fused=True)
 
     def loss(self, samples: list[Sample]) -> torch.Tensor:
         """Mean over the labelled tokens."""
         config = self.config
         if self.packed:
-            batch = pack(samples, self.budget, config.image_tokens, config.vit_img_size).trimmed().to(self.device)
+            batch = pack(samples, self.budget, config.image_tokens, config.vit_img_size)
+            batch = batch.trimmed().to(self.device)  # no padding: neither side computes any here
             return self.model(batch) / batch.n_labels
+        # Rows as long as nanoVLM's, or as the longest document if that is longer.
         longest = max(int((d.image_rows < 0).sum()) for s in samples for d in s.documents)
         rows = pad(samples, max(config.lm_max_length, longest))
         pixels = (rows.images.to(self.device).float() / 255 - config.image_mean) / config.image_std
-        ids, mask, targets = (t.to(self.device) for t in (rows.input_ids, rows.attention_mask, rows.targets))
+        ids = rows.input_ids.to(self.device)
+        mask = rows.attention_mask.to(self.device)
+        targets = rows.targets.to(self.device)
         return self.model(ids, pixels, mask, targets)[1]
 
     def step(self, samples: list[Sample], step: int, steps: int) -> float:
-        """Optimizer step number `step` of `steps`, from 0; returns the loss before it. ValueError if not finite."""
+        """Optimizer step number `step` of `steps`, from 0; return the loss before it.
+
+        Raises ValueError if the loss is not finite.
+        """
         lr = lr_factor(step / steps, (step + 1) / steps, self.train.warmup, self.train.min_lr)
         set_lr([self.optimizer], lr)
         with self.autocast():
@@ -113,19 +145,22 @@ class Training:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        # Comparisons with NaN are False, so a diverged curve would pass as close to the reference.
         if not math.isfinite(loss.item()):
-            raise ValueError(f"{self.name}: the loss is {loss.item()} in step {step + 1} of {steps}")
+            raise ValueError(
+                f"{self.name}: the loss is {loss.item()} in step {step + 1} of {steps}"
+            )
         return loss.item()
 
 
 def train_all(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], Data]:
-    """Loss of every variant, (seeds, steps); the variants take each step in turn."""
+    """Losses of every variant, (seeds, steps). The variants take turns at each step."""
     data = Data(args)
     curves = {variant: np.zeros((args.seeds, args.steps)) for variant in VARIANTS}
     with tqdm(total=args.seeds * args.steps, unit="step", dynamic_ncols=True) as bar:
         for seed in range(args.seeds):
             torch.manual_seed(seed)
-            start = VisionLanguageModel(data.model)
+            start = VisionLanguageModel(data.model)  # the weights that all variants start from
             trainings = [Training(variant, start, data, args) for variant in VARIANTS]
             for step, samples in enumerate(data.batches(seed, args.steps)):
                 for training in trainings:
@@ -136,48 +171,70 @@ def train_all(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], Data]:
 
 
 def smooth(curves: np.ndarray) -> np.ndarray:
-    """Exponential moving mean along the last axis, over SPAN steps or all there are so far."""
-    out, total, weight = np.empty_like(curves), 0.0, 0.0
+    """Exponential moving mean along the last axis, over SPAN steps or as many as there are."""
+    out = np.empty_like(curves)
+    keep = 1 - 1 / SPAN
+    total = np.zeros(curves.shape[:-1])
+    weight = 0.0  # normalises the mean while fewer than SPAN steps are in it
     for step in range(curves.shape[-1]):
-        total, weight = (1 - 1 / SPAN) * total + curves[..., step], (1 - 1 / SPAN) * weight + 1
+        total = keep * total + curves[..., step]
+        weight = keep * weight + 1
         out[..., step] = total / weight
     return out
 
 
 def seed_spread(truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(seeds, steps) smoothed -> how far seeds lie apart at each step, and at most within SPAN steps of it."""
+    """How far the seeds lie apart, from smoothed losses (seeds, steps).
+
+    Returns two (steps,) arrays: the distance at each step, and the largest one within SPAN steps.
+    """
     here = truth.max(0) - truth.min(0)
-    return here, np.array([here[max(0, step - SPAN) : step + SPAN + 1].max() for step in range(len(here))])
+    windows = (here[max(0, step - SPAN) : step + SPAN + 1] for step in range(len(here)))
+    return here, np.array([window.max() for window in windows])
 
 
 def judge(curves: dict[str, np.ndarray]) -> dict:
-    """Every variant and seed against the reference in float32; `passed` asks it of the packed ones.
+    """Compare every variant and seed with the float32 reference.
 
-    `share` is the largest difference of the smoothed curves over all steps, in spreads of the reference's seeds. The
-    spread is the largest within SPAN steps: where a few curves cross they are near by chance. `share_of_same_step` has
-    the crossings in it.
+    `passed` is about the packed variants alone. `share` is the largest difference of the smoothed
+    curves over all steps, relative to the spread of the reference's seeds. The spread is the
+    largest within SPAN steps: where a few curves happen to cross, they are close by chance.
+    `share_of_same_step` uses the spread of the same step, crossings included.
     """
     truth = smooth(curves[TRUTH])
     here, spread = seed_spread(truth)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for variant in VARIANTS[1:]:
         for seed, difference in enumerate(np.abs(smooth(curves[variant]) - truth)):
             shares = difference / np.maximum(spread, 1e-12)
             worst = int(shares.argmax())
-            rows.append({
-                "variant": variant, "seed": seed, "share": round(float(shares[worst]), 5), "at_step": worst + 1,
-                "difference": round(float(difference[worst]), 7), "spread": round(float(spread[worst]), 7),
-                "largest_difference": round(float(difference.max()), 7),
-                "share_of_same_step": round(float((difference / np.maximum(here, 1e-12)).max()), 5),
-                "passed": bool(shares[worst] <= 1),
-            })  # fmt: skip
-    return {"passed": all(row["passed"] for row in rows if row["variant"].startswith("packed")), "rows": rows}
+            rows.append(
+                {
+                    "variant": variant,
+                    "seed": seed,
+                    "share": round(float(shares[worst]), 5),
+                    "at_step": worst + 1,
+                    "difference": round(float(difference[worst]), 7),
+                    "spread": round(float(spread[worst]), 7),
+                    "largest_difference": round(float(difference.max()), 7),
+                    "share_of_same_step": round(
+                        float((difference / np.maximum(here, 1e-12)).max()), 5
+                    ),
+                    "passed": bool(shares[worst] <= 1),
+                }
+            )
+    return {
+        "passed": all(row["passed"] for row in rows if row["variant"].startswith("packed")),
+        "rows": rows,
+    }
 
 
 def draw(file: Path, curves: dict[str, np.ndarray]) -> None:
-    """Left the smoothed curves of all variants and seeds, right their differences against the spread of the seeds."""
+    """Left: smoothed curves of all variants and seeds. Right: differences against the spread."""
     plt = pyplot()
-    styles = dict(zip(VARIANTS, (("#afb8c1", 4.5), ("#bc4c00", 1.6), ("#1a7f37", 1.6), ("#1f6feb", 1.0)), strict=True))
+    # (colour, line width): the truth is wide and pale, so that curves on top of it stay visible.
+    lines = (("#afb8c1", 4.5), ("#bc4c00", 1.6), ("#1a7f37", 1.6), ("#1f6feb", 1.0))
+    styles = dict(zip(VARIANTS, lines, strict=True))
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), constrained_layout=True)
     truth = smooth(curves[TRUTH])
     steps = np.arange(1, truth.shape[1] + 1)
@@ -188,8 +245,12 @@ def draw(file: Path, curves: dict[str, np.ndarray]) -> None:
             if variant != TRUTH:
                 right.plot(steps, np.abs(curve - truth[seed]), color=colour, lw=1.0, label=label)
     here, spread = seed_spread(truth)
-    right.fill_between(steps, spread, 10, color="#eaeef2", label="further than seeds are apart", zorder=0)
-    right.plot(steps, here, color="#57606a", lw=1.5, ls=":", label="spread of the seeds at the step")
+    right.fill_between(
+        steps, spread, 10, color="#eaeef2", label="further than seeds are apart", zorder=0
+    )
+    right.plot(
+        steps, here, color="#57606a", lw=1.5, ls=":", label="spread of the seeds at the step"
+    )
     left.set(title=f"training loss, {len(truth)} seeds", xlabel="step", yscale="log")
     right.set(title="difference from the reference in float32", xlabel="step", yscale="log")
     right.set_ylim(1e-8, 10)
@@ -197,10 +258,16 @@ def draw(file: Path, curves: dict[str, np.ndarray]) -> None:
         axis.margins(x=0.01)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    handles = {
-        label: line for axis in (left, right) for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    handles: dict[
+        str, Any
+    ] = {}  # by label: both axes show the same variants, the legend lists each once
+    for axis in (left, right):
+        handles |= {
+            label: line for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        }
+    figure.legend(
+        handles.values(), handles, loc="outside lower center", ncols=3, fontsize=9, frameon=False
+    )
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
@@ -208,8 +275,9 @@ def draw(file: Path, curves: dict[str, np.ndarray]) -> None:
 def table(verdict: dict) -> str:
     lines = [f"{'':20} {'seed':>4} {'difference':>11} {'spread':>9} {'share':>7} {'at step':>7}"]
     for row in verdict["rows"]:
-        numbers = f"{row['difference']:>11.2e} {row['spread']:>9.2e} {row['share']:>7.1%} {row['at_step']:>7}"
-        lines.append(f"{row['variant']:20} {row['seed']:>4} {numbers}")
+        difference = f"{row['difference']:>11.2e} {row['spread']:>9.2e}"
+        share = f"{row['share']:>7.1%} {row['at_step']:>7}"
+        lines.append(f"{row['variant']:20} {row['seed']:>4} {difference} {share}")
     return "\n".join(lines)
 
 

@@ -1,13 +1,14 @@
-"""Peak memory of a training step against samples a step: the reference, and ours with each recomputation policy.
+"""Peak memory of a training step by samples per step: the reference, and ours per recompute policy.
 
-    python -m bench.memory                       on a GPU the seed's model; on a CPU two layers a tower of it
+    python -m bench.memory                       nanoVLM's model; on a CPU two layers of each tower
     python -m bench.memory --samples 1,256
 
-A peak is all that a process which trains with nothing else would hold: weights, gradients, optimizer state, activations
-and the batch; on a CPU without its interpreter. Each variant has a fresh process, where it takes two steps at each
-number of samples, fewest first; what does not fit is a row. It is measured only if its loss and gradients agreed with
-the reference's in the same run. Eagerly, ours takes the most; `--compile default` is what the preset trains with, and
-costs a minute of compiling a peak. Beside it stands what nanoVLM published for an H100.
+A peak is all the memory of a process that does nothing but train: weights, gradients, optimizer
+state, activations and the batch; on a CPU without the interpreter itself. Each variant runs in a
+fresh process, two steps at each number of samples, fewest first. What does not fit is a row that
+says so. A variant is measured only if its loss and gradients agreed with the reference's in the
+same run. Without torch.compile ours takes the most; `--compile default` is what the preset trains
+with, and costs a minute of compilation per peak. The table adds what nanoVLM published for an H100.
 """
 
 from __future__ import annotations
@@ -31,16 +32,17 @@ from nanovlm_fast.device import pick_device, pick_dtype
 from nanovlm_fast.ranges import Range
 from nanovlm_fast.recompute import POLICIES
 
-# rows of 128 positions; in units of 2^20 bytes, which its script calls MB; None: out of memory (huggingface/nanoVLM)
+# huggingface/nanoVLM's numbers for rows of 128 positions, in units of 2^20 bytes (its script calls
+# them MB); None: out of memory.
 PUBLISHED_MIB = {1: 4400, 64: 18600, 128: 34000, 256: 64900, 512: None}
 NO_ROOM = "out of memory"
 VARIANTS = ("reference", *POLICIES)
 
 
 def peak_of_process(make: Callable[..., Step], *args: object) -> float | None:
-    """MiB that two steps of `make(*args)`, a function that pickles, take in a process of their own.
+    """MiB that two steps of `make(*args)` take in their own process; `make` must pickle.
 
-    None where the system does not tell (not Linux). Raises RuntimeError if the process fails.
+    None where the system does not report it (not Linux). Raises RuntimeError if the process fails.
     """
     if not Path("/proc/self/status").exists():
         return None
@@ -48,19 +50,23 @@ def peak_of_process(make: Callable[..., Step], *args: object) -> float | None:
 
 
 def in_a_process(call: Callable, *args: object) -> Any:
-    """`call(*args)` in a fresh process, whatever it returns. Raises RuntimeError, in one line, if it fails."""
+    """Return `call(*args)` of a fresh process; raise RuntimeError, in one line, if it fails."""
     (result,) = from_a_process(_once, call, *args)
     return result
 
 
 def from_a_process(generator: Callable[..., Iterator], *args: object) -> Iterator[Any]:
-    """What `generator(*args)` yields in a fresh process, as it comes. Raises RuntimeError, in one line, if it fails."""
+    """Yield what `generator(*args)` yields in a fresh process, as it arrives.
+
+    Raises RuntimeError, in one line, if it fails.
+    """
+    # spawn, not fork: a forked child would inherit the parent's memory, and cannot use CUDA.
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(sender, generator, *args), daemon=True)
     with keeping_interrupts():
         process.start()
-    sender.close()
+    sender.close()  # the child holds the only writing end, so its death ends the stream
     try:
         while True:
             value, error, more = receiver.recv()
@@ -72,7 +78,7 @@ def from_a_process(generator: Callable[..., Iterator], *args: object) -> Iterato
     except KeyboardInterrupt:
         process.kill()
         raise
-    except EOFError:  # it was killed, as systems do that have no memory left
+    except EOFError:  # the system kills a process when no memory is left
         raise RuntimeError(f"{NO_ROOM}, or else killed") from None
     finally:
         receiver.close()
@@ -96,24 +102,30 @@ def _once(call: Callable, *args: object) -> Iterator[Any]:
 
 
 def _peak_of_made(make: Callable[..., Step], *args: object) -> float:
+    # A function of its own, because a lambda cannot be sent to the process.
     return peak_of(make(*args))
 
 
 def in_use(device: torch.device) -> int:
-    """Bytes: what tensors hold of a GPU, or the whole process of a CPU's memory."""
+    """Bytes in use: by tensors on a GPU, by the whole process on a CPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else _resident("VmRSS")
 
 
 def peak_of(step: Step, before: int | None = None) -> float:
-    """MiB of the step's weights and of all that two steps take beside what was `in_use` with the weights alone."""
+    """MiB of the step's weights and of everything else that two steps take.
+
+    `before` is what was `in_use` with the weights alone (default: what is in use now). Two steps,
+    because the optimizer allocates its state in the first one.
+    """
     device = next(step.model.parameters()).device
     weights = sum(p.numel() * p.element_size() for p in step.model.parameters())
     before = in_use(device) if before is None else before
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # memory that earlier steps left cached is not this step's
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        with contextlib.suppress(OSError):  # start the high-water mark anew, where the kernel lets us
+        # Restart the high-water mark of the process, where the kernel permits it.
+        with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
     step()
     step()
@@ -122,7 +134,7 @@ def peak_of(step: Step, before: int | None = None) -> float:
 
 
 def _resident(field: str) -> int:
-    """Bytes, from this process's status."""
+    """Bytes, from the status of this process."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[field].split()[0]) * 2**10
 
@@ -138,19 +150,25 @@ def make_bench(args: argparse.Namespace, samples: int) -> Workbench:
 
 
 def make_step(bench: Workbench, variant: str, compile: str) -> Step:
-    return Padded(bench) if variant == "reference" else Packed(bench, Recipe(recompute=variant, compile=compile))
+    if variant == "reference":
+        return Padded(bench)
+    return Packed(bench, Recipe(recompute=variant, compile=compile))
 
 
 def check(args: argparse.Namespace) -> dict[str, dict]:
-    """Whether each variant takes the reference's step, on two samples."""
+    """Whether each variant makes the same step as the reference, on two samples."""
     bench = make_bench(args, 2)
     judge = Judge(Padded(bench), bench.dtype, args.tolerance)
     return {variant: judge(make_step(bench, variant, args.compile)) for variant in VARIANTS}
 
 
 def peaks(args: argparse.Namespace, variant: str) -> Iterator[float]:
-    """MiB of one variant at each number of samples, fewest first; it has the process and the device to itself."""
+    """MiB of one variant at each number of samples, fewest first.
+
+    It has the process and the device to itself. Fewest first, because a high-water mark only rises.
+    """
     bench = make_bench(args, args.samples[0])
+    # Drop the model that this variant does not use, so that it is not part of the peak.
     if variant == "reference":
         bench.packed, bench.optimizers = None, []
     else:
@@ -162,10 +180,16 @@ def peaks(args: argparse.Namespace, variant: str) -> Iterator[float]:
 
 
 def compare(args: argparse.Namespace, device: torch.device) -> tuple[dict, Path]:
-    """All peaks, the file written after each."""
+    """Measure all peaks; write the file after each, so that a killed run keeps what it has."""
     found: dict[str, dict[str, dict]] = {variant: {} for variant in VARIANTS}
-    result = {"preset": args.preset, "layers": args.layers, "data": args.data, "compile": args.compile}
-    result |= {"dtype": str(pick_dtype(args.dtype, device))[6:], "published_mib": PUBLISHED_MIB}
+    result: dict[str, Any] = {
+        "preset": args.preset,
+        "layers": args.layers,
+        "data": args.data,
+        "compile": args.compile,
+        "dtype": str(pick_dtype(args.dtype, device)).removeprefix("torch."),
+        "published_mib": PUBLISHED_MIB,
+    }
     with tqdm(total=1 + len(args.samples) * len(VARIANTS), desc="peaks", leave=False) as bar:
         result |= {"parity": in_a_process(check, args), "peaks": found}
         bar.update()
@@ -178,7 +202,7 @@ def compare(args: argparse.Namespace, device: torch.device) -> tuple[dict, Path]
 
 
 def rows_of(args: argparse.Namespace, variant: str, parity: dict) -> Iterator[tuple[int, dict]]:
-    """(samples, row): a peak, or why there is none; what did not fit is not tried with more samples."""
+    """(samples, row) with a peak, or the error; what did not fit is not tried with more samples."""
     left = list(args.samples)
     try:
         if not parity["passed"]:
@@ -187,21 +211,26 @@ def rows_of(args: argparse.Namespace, variant: str, parity: dict) -> Iterator[tu
             yield left.pop(0), {"peak_mib": mib}
     except RuntimeError as error:
         for i, samples in enumerate(left):
-            yield samples, {"error": f"{error} with fewer" if i and str(error).startswith(NO_ROOM) else str(error)}
+            fewer = i and str(error).startswith(NO_ROOM)
+            yield samples, {"error": f"{error} with fewer" if fewer else str(error)}
 
 
 def table(result: dict) -> str:
-    """MiB, a line a variant, a column a number of samples; what went wrong below."""
+    """MiB: one line per variant, one column per number of samples; errors are listed below."""
+
+    def line(name: str, cells: list[str]) -> str:
+        return f"{name:38}" + "".join(f"{cell:>10}" for cell in cells)
+
     columns = list(next(iter(result["peaks"].values())))
     names = {v: v if v == "reference" else f"ours, recompute {v}" for v in VARIANTS}
-    lines = [f"{'peak MiB, samples a step':38}" + "".join(f"{samples:>10}" for samples in columns)]
+    lines = [line("peak MiB, samples per step", columns)]
     for variant, rows in result["peaks"].items():
         cells = [f"{row['peak_mib']:,.0f}" if "peak_mib" in row else "-" for row in rows.values()]
-        lines.append(f"{names[variant]:38}" + "".join(f"{cell:>10}" for cell in cells))
+        lines.append(line(names[variant], cells))
     if result["preset"] == "nanovlm-222m" and not result["layers"]:
         known = [PUBLISHED_MIB.get(int(samples), 0) for samples in columns]
         cells = [NO_ROOM[:6] if mib is None else f"{mib:,}" if mib else "" for mib in known]
-        lines.append(f"{'nanoVLM, published, on an H100':38}" + "".join(f"{cell:>10}" for cell in cells))
+        lines.append(line("nanoVLM, published, on an H100", cells))
     for variant, rows in result["peaks"].items():
         for samples, row in rows.items():
             if "error" in row:

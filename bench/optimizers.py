@@ -2,8 +2,8 @@
 
     python -m bench.optimizers
 
-Whole runs of train.py that differ in the optimizer alone. AdamW's learning rate is the best of three, tried on the
-first seed; Muon's is the preset's. Writes optimizers.json after every run.
+Whole runs of train.py that differ only in the optimizer. AdamW's learning rate is the best of three
+that are tried on the first seed; Muon's is the preset's. optimizers.json is written after each run.
 """
 
 from __future__ import annotations
@@ -26,19 +26,24 @@ from nanovlm_fast.ranges import Range
 
 SEEDS = (0, 1, 2)
 ADAMW_RATES = (1e-3, 2e-3, 4e-3)
-WINDOW = 10  # log lines that a loss is averaged over
+WINDOW = 10  # log lines over which a loss is averaged
 
 
 def run(optimizer: str, seed: int, options: list[str], rate: float | None = None) -> dict:
-    """One training run: its losses and held-out accuracies by step. Raises RuntimeError if it fails."""
-    rates = [part for name in ("projector", "vision", "language") for part in (f"--lr-{name}", str(rate))]
+    """One training run: its losses and held-out accuracies by step.
+
+    Raises RuntimeError if the run fails.
+    """
+    command = ["--optimizer", optimizer, "--seed", str(seed), "--no-final-eval"]
+    if rate:
+        for name in ("projector", "vision", "language"):
+            command += [f"--lr-{name}", str(rate)]
+    command += options  # last, so that options of the caller win
     with tempfile.TemporaryDirectory() as folder:
-        command = ["--optimizer", optimizer, "--seed", str(seed), "--no-final-eval", *(rates if rate else []), *options]
-        done = subprocess.run(
-            [sys.executable, str(TRAIN), "--out", f"{folder}/run", *command], stdout=subprocess.DEVNULL
-        )
-        if done.returncode:
-            raise RuntimeError(f"train.py {' '.join(command)} failed with exit code {done.returncode}")
+        call = [sys.executable, str(TRAIN), "--out", f"{folder}/run", *command]
+        code = subprocess.run(call, stdout=subprocess.DEVNULL).returncode
+        if code:
+            raise RuntimeError(f"train.py {' '.join(command)} failed with exit code {code}")
         lines = read_metrics(Path(folder) / "run")
     return {
         "optimizer": optimizer,
@@ -50,10 +55,11 @@ def run(optimizer: str, seed: int, options: list[str], rate: float | None = None
 
 
 def smoothed(record: dict) -> list[tuple[int, float]]:
-    """(step, mean loss of the last WINDOW log lines)."""
+    """(step, mean loss of the last WINDOW log lines) for every log line."""
     losses = [loss for _, loss in record["loss"]]
     return [
-        (step, statistics.fmean(losses[max(0, i - WINDOW + 1) : i + 1])) for i, (step, _) in enumerate(record["loss"])
+        (step, statistics.fmean(losses[max(0, i - WINDOW + 1) : i + 1]))
+        for i, (step, _) in enumerate(record["loss"])
     ]
 
 
@@ -62,10 +68,10 @@ def final_loss(record: dict) -> float:
 
 
 def steps_to(record: dict, loss: float) -> int | None:
-    """Steps until the smoothed loss is at most `loss` and stays there; None if it never is."""
+    """Steps until the smoothed loss is at most `loss` and stays there; None if it never does."""
     reached = None
     for step, value in smoothed(record):
-        if value > loss:
+        if value > loss:  # it rose again, so an earlier step does not count
             reached = None
         elif reached is None:
             reached = step
@@ -73,23 +79,30 @@ def steps_to(record: dict, loss: float) -> int | None:
 
 
 def verdict(runs: list[dict]) -> list[dict]:
-    """For each seed: AdamW's (best rate) last loss, its steps, and the steps in which Muon got there."""
+    """Per seed: the final loss of AdamW at its best rate, and the steps Muon needed to reach it."""
     rows = []
     for seed in SEEDS:
         adamw = [r for r in runs if r["optimizer"] == "adamw" and r["seed"] == seed]
         muon = [r for r in runs if r["optimizer"] == "muon" and r["seed"] == seed]
         if adamw and muon:
             best = min(adamw, key=final_loss)
-            row = {"seed": seed, "loss": final_loss(best), "muon_loss": final_loss(muon[0])}
-            row |= {"steps": best["loss"][-1][0], "muon_steps": steps_to(muon[0], final_loss(best))}
-            row |= {"accuracy": best["accuracy"][-1][1], "muon_accuracy": muon[0]["accuracy"][-1][1]}
+            row = {
+                "seed": seed,
+                "loss": final_loss(best),
+                "muon_loss": final_loss(muon[0]),
+                "steps": best["loss"][-1][0],
+                "muon_steps": steps_to(muon[0], final_loss(best)),
+                "accuracy": best["accuracy"][-1][1],
+                "muon_accuracy": muon[0]["accuracy"][-1][1],
+            }
             rows.append(row)
     return rows
 
 
 def compare(options: list[str], device: torch.device, out: Path | None) -> dict:
-    """All runs, saved as they come."""
-    plan = [("muon", SEEDS[0], None), *(("adamw", SEEDS[0], rate) for rate in ADAMW_RATES)]
+    """All runs, written to the result file as they finish."""
+    plan: list[tuple[str, int, float | None]] = [("muon", SEEDS[0], None)]
+    plan += [("adamw", SEEDS[0], rate) for rate in ADAMW_RATES]
     runs: list[dict] = []
     result: dict = {}
     with tqdm(total=len(plan) + 2 * (len(SEEDS) - 1), desc="runs", unit="run") as bar:
@@ -97,9 +110,11 @@ def compare(options: list[str], device: torch.device, out: Path | None) -> dict:
             optimizer, seed, rate = plan.pop(0)
             runs.append(run(optimizer, seed, options, rate))
             bar.update()
+            # All rates have been tried on the first seed: the other seeds use the best one.
             if not plan and len(runs) == 1 + len(ADAMW_RATES):
                 best = min((r for r in runs if r["optimizer"] == "adamw"), key=final_loss)["lr"]
-                plan = [(name, s, lr) for s in SEEDS[1:] for name, lr in (("muon", None), ("adamw", best))]
+                for seed in SEEDS[1:]:
+                    plan += [("muon", seed, None), ("adamw", seed, best)]
             result = {"options": options, "runs": runs, "verdict": verdict(runs)}
             write("optimizers", device, result, out)
     return result

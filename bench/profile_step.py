@@ -1,18 +1,18 @@
-"""Where the time of one of our steps goes, kernel by kernel, as the device runs them: compiled as train.py compiles.
+"""Where the time of one of our steps goes, kernel by kernel, compiled as train.py compiles it.
 
-    python -m bench.profile_step --preset nanovlm-222m          batch 256 on a GPU
-    python -m bench.profile_step --reference --trace            the padded reference; and a trace for Perfetto
+    python -m bench.profile_step --preset nanovlm-222m          batch 256 on a GPU python -m
+    bench.profile_step --reference --trace            the padded reference; a Perfetto trace
 
-`bench.roofline --measure` sums the uncompiled step by kind, to hold it against the floor; this is the step as it runs.
-`idle` is the share of a step, timed without the profiler, in which no kernel ran: launches, waiting, the host. On a CPU
-the rows are PyTorch's operators.
+`bench.roofline --measure` sums the uncompiled step by kind, to compare it with the floor; this
+suite shows the step as it runs. `idle` is the share of a step, timed without the profiler, in which
+no kernel ran: launches, waiting, the host. On a CPU the rows are PyTorch's operators.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -28,40 +28,53 @@ from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import pick_device, pick_dtype
 from nanovlm_fast.ranges import Range
 
-KINDS = {  # kernels of the device by what their names hold -> kind; the first that fits
+KINDS = {  # kind -> what the names of its kernels contain; the first that matches
     "attention": ("flash", "fmha", "attention", "attn"),
     "product": ("gemm", "nvjet", "cutlass", "xmma", "cublas"),
     "optimizer": ("adam", "multi_tensor"),
     "copy": ("memcpy", "memset"),
 }
 OURS = tuple(f"_{kernel.name}" for kernel in KERNELS)
-REGIONS = ("Optimizer.", "ProfilerStep", "Torch-Compiled", "## ")  # spans over kernels that have rows of their own
-KEPT = 60  # rows of the result file
+# Spans around kernels that have rows of their own; counting both would double their time.
+REGIONS = ("Optimizer.", "ProfilerStep", "Torch-Compiled", "## ")
+KEPT = 60  # rows in the result file
 
 
 def kernel_kind(name: str) -> str:
-    if name.startswith("triton_"):  # the compiler's; what it fused is in the name and would look like the rest
+    """The kind of a kernel, by its name."""
+    # First: Inductor lists what it fused in the name, which would match other kinds below.
+    if name.startswith("triton_"):
         return "compiled"
     if name.startswith(OURS):
         return "ours"
     lower = name.lower()
-    return next((kind for kind, parts in KINDS.items() if any(part in lower for part in parts)), "other")
+    for kind, parts in KINDS.items():
+        if any(part in lower for part in parts):
+            return kind
+    return "other"
 
 
 def make_step(args: argparse.Namespace, device: torch.device) -> Step:
     work = load_work(args.preset, args.data, args.samples, args.layers, device.type == "cuda")
     bench = Workbench(work, device, pick_dtype("auto", device))
-    return Padded(bench) if args.reference else Packed(bench, Recipe(compile=args.compile, kernels=args.kernels))
+    if args.reference:
+        return Padded(bench)
+    return Packed(bench, Recipe(compile=args.compile, kernels=args.kernels))
 
 
-def profiled_rows(step: Step, device: torch.device, steps: int, trace_file: Path | None) -> list[dict]:
-    """One row a kernel (on a CPU an operator): name, kind, calls and seconds of one step; dearest first."""
+def profiled_rows(
+    step: Step, device: torch.device, steps: int, trace_file: Path | None
+) -> list[dict]:
+    """One row per kernel (on a CPU per operator): name, kind, calls and seconds per step.
+
+    The most expensive ones come first.
+    """
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as trace:
         for _ in range(steps):
             step()
-        synchronize()
+        synchronize()  # inside the profiler, which otherwise misses the kernels still queued
     if trace_file:
         trace_file.parent.mkdir(parents=True, exist_ok=True)
         trace.export_chrome_trace(str(trace_file))
@@ -70,42 +83,59 @@ def profiled_rows(step: Step, device: torch.device, steps: int, trace_file: Path
         if on_gpu != (event.device_type == torch.autograd.DeviceType.CUDA):
             continue
         time = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        if time > 0 and not getattr(event, "is_user_annotation", False) and not event.key.startswith(REGIONS):
-            kind = kernel_kind(event.key) if on_gpu else kind_of(event.key)
-            row = {"name": event.key[:200], "kind": kind, "calls": event.count / steps, "seconds": time / steps / 1e6}
+        annotation = getattr(event, "is_user_annotation", False) or event.key.startswith(REGIONS)
+        if time > 0 and not annotation:
+            row = {
+                "name": event.key[:200],
+                "kind": kernel_kind(event.key) if on_gpu else kind_of(event.key),
+                "calls": event.count / steps,
+                "seconds": time / steps / 1e6,
+            }
             rows.append(row)
     return sorted(rows, key=lambda row: -row["seconds"])
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> dict:
+    """The content of the result file; with --trace also a trace in logs/ beside the results."""
     step = make_step(args, device)
     timed = summary(interleave({"step": step}, args.repeats, warmup=3)["step"])
-    trace_file = place("", device, args.out).parent.parent / "logs" / f"{name_of(args)}_trace.json.gz"
+    logs = place("", device, args.out).parent.parent / "logs"
+    trace_file = logs / f"{name_of(args)}_trace.json.gz"
     rows = profiled_rows(step, device, args.steps, trace_file if args.trace else None)
-    busy, kinds = sum(row["seconds"] for row in rows), Counter()
+    busy = sum(row["seconds"] for row in rows)
+    kinds: dict[str, float] = defaultdict(float)
     for row in rows:
         kinds[row["kind"]] += row["seconds"]
-    idle = max(0.0, 1 - busy / timed["median"]) if device.type == "cuda" else None
-    by_kind = dict(kinds.most_common())
     return {
-        "preset": args.preset, "layers": args.layers, "variant": "reference" if args.reference else "ours",
-        "compile": "none" if args.reference else args.compile, "step": timed, "busy_seconds": busy, "idle": idle,
-        "by_kind": by_kind, "kernels": rows[:KEPT], "kernels_in_all": len(rows),
-    }  # fmt: skip
+        "preset": args.preset,
+        "layers": args.layers,
+        "variant": "reference" if args.reference else "ours",
+        "compile": "none" if args.reference else args.compile,
+        "step": timed,
+        "busy_seconds": busy,
+        # Kernels may overlap on two streams, and then their sum exceeds the step.
+        "idle": max(0.0, 1 - busy / timed["median"]) if device.type == "cuda" else None,
+        "by_kind": dict(sorted(kinds.items(), key=lambda item: -item[1])),
+        "kernels": rows[:KEPT],
+        "kernels_in_all": len(rows),
+    }
 
 
 def profile_rows(result: dict) -> list[tuple[str, ...]]:
-    """The table of bench/README.md: the kinds, then the ten dearest kernels."""
+    """The table of bench/README.md: the kinds, then the ten most expensive kernels."""
     busy = result["busy_seconds"]
-    rows = [("kernel", "kind", "calls a step", "ms a step", "share")]
+    rows: list[tuple[str, ...]] = [("kernel", "kind", "calls per step", "ms per step", "share")]
     for kind, seconds in result["by_kind"].items():
         rows.append(("all", kind, "-", f"{seconds * 1e3:,.2f}", f"{seconds / busy:.1%}"))
     for row in result["kernels"][:10]:
         name = row["name"] if len(row["name"]) <= 60 else f"{row['name'][:57]}..."
-        times = (f"{row['calls']:,.0f}", f"{row['seconds'] * 1e3:,.2f}", f"{row['seconds'] / busy:.1%}")
-        rows.append((f"`{name.replace('`', '')}`", row["kind"], *times))
+        calls = f"{row['calls']:,.0f}"
+        time = f"{row['seconds'] * 1e3:,.2f}"
+        share = f"{row['seconds'] / busy:.1%}"
+        rows.append((f"`{name.replace('`', '')}`", row["kind"], calls, time, share))
     if result["idle"] is not None:
-        rows.append(("no kernel", "idle", "-", f"{result['idle'] * result['step']['median'] * 1e3:,.2f}", "-"))
+        time = f"{result['idle'] * result['step']['median'] * 1e3:,.2f}"
+        rows.append(("no kernel", "idle", "-", time, "-"))
     return rows
 
 

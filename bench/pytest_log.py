@@ -1,6 +1,7 @@
-"""A pytest plugin: a line of JSON for every outcome, written as it comes, so that a run that is killed leaves its own.
+"""A pytest plugin that writes one line of JSON per outcome, at once: a killed run leaves its log.
 
-`bench.checks` loads it. It imports nothing: what it imported would be there before the tests choose how kernels run.
+`bench.checks` loads it. It imports nothing of the project: a module imported here would be loaded
+before the tests choose how kernels run.
 """
 
 import json
@@ -8,6 +9,7 @@ import os
 
 
 def pytest_runtest_logreport(report):
+    # A test has three phases; setup and teardown only count where they do not pass.
     if report.when == "call" or report.outcome != "passed":
         _write(report.nodeid, report.outcome, report.longrepr, report.duration)
 
@@ -18,11 +20,16 @@ def pytest_collectreport(report):
 
 
 def _write(test, outcome, said, seconds):
-    if "PYTEST_XDIST_WORKER" in os.environ:  # the process that started the workers hears it too
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the main process receives the same report
         return
     crash = getattr(said, "reprcrash", None)
-    lines = (crash.message if crash else said[2] if isinstance(said, tuple) else str(said or "")).splitlines()
-    lines = [line.strip() for line in lines if line.strip()]
-    said = (lines[0] if crash or outcome == "skipped" else lines[-1])[:200] if lines else ""
+    text = said[2] if isinstance(said, tuple) else str(said or "")  # a skip: (file, line, reason)
+    if crash:
+        text = crash.message
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    message = ""
+    if lines:  # the first line says what went wrong; in a traceback the last one does
+        message = (lines[0] if crash or outcome == "skipped" else lines[-1])[:200]
+    row = {"test": test, "outcome": outcome, "message": message, "seconds": seconds}
     with open(os.environ["PYTEST_LOG"], "a") as file:
-        file.write(json.dumps({"test": test, "outcome": outcome, "message": said, "seconds": seconds}) + "\n")
+        file.write(json.dumps(row) + "\n")

@@ -1,30 +1,34 @@
-"""From scratch to 95% of easy-VQA's test split: padded nanoVLM against ours, wall-clock.
+"""From scratch to 95% of easy-VQA's test split: seconds of training, padded nanoVLM against ours.
 
     python -m bench.race                                      preset tiny
-    python -m bench.race --preset nanovlm-222m --wall-s 540   nanoVLM's 222M model at 224 x 224, from random weights
-    python -m bench.race --preset nanovlm-222m --only reference --wall-s 540     one side; the other's curve stays
-    python -m bench.race -- --max-steps 800                   options after -- are train.py's, for both sides
+    python -m bench.race --preset nanovlm-222m --wall-s 540   the 222M model from random weights
+    python -m bench.race --only reference --wall-s 540        one side; the other's curve is kept
+    python -m bench.race -- --max-steps 800                   options after -- go to both trainings
 
-Both sides start from the same weights and take the same packed batches from the same loader, in the same order, with
-the same optimizer, schedule and clipping; so they learn alike, step by step, and differ in what a step costs. The
-reference unpacks a batch on the device into nanoVLM v0.1's left-padded rows, an encoding of its picture for every
-question, takes the head over every position and reads the loss at every step. It is spared v0.1's loader, its copies of
-float images and its unfused optimizer, and under the data set's curriculum its rows are only those asked: the ratio is
-a lower bound. Ours is what train.py runs, compiled where the preset is. Weights are float32, under bfloat16 autocast on
-a GPU.
+Both sides start from the same weights and train on the same packed batches from the same loader, in
+the same order, with the same optimizer, schedule and clipping. They therefore learn the same, step
+by step, and differ in what a step costs. The reference unpacks a batch on the device into nanoVLM
+v0.1's left-padded rows, with one encoding of the image per question, runs the head over every
+position and reads the loss at every step. It is spared v0.1's loader, its copies of float images
+and its unfused optimizer, and under the data set's curriculum its rows hold only the questions that
+are asked: the ratio is a lower bound. Ours is what train.py runs, compiled where the preset is.
+Weights are float32, under bfloat16 autocast on a GPU.
 
-The recipe is what preset tiny learns easy-VQA with: Muon for the matrices, at a rate of 0.02, because AdamW does not
-get there (`bench.optimizers`: 70 to 84% held out after 586 steps at the best of three rates, Muon 99%), and because
-Muon's update has the same spectral norm whatever the width, so that the rate should carry from 64 to 768. The 222M
-model takes nanoVLM's sizes, tiny's initialisation (see `embedding_std`) and centred pixels, a tokenizer made from the
-data (the vocabulary keeps its 49,152 rows), and as many questions a step as fit the reference's memory. At that size
-the recipe has not been run yet: rate (`-- --muon-scale 10`) and length (`-- --max-steps 2400`) are guesses.
+The recipe is the one with which preset tiny learns easy-VQA. It uses Muon for the matrices, at a
+rate of 0.02, for two reasons. AdamW does not reach the target (`bench.optimizers`: 70 to 84% held
+out after 586 steps at the best of three rates; Muon 99%). And Muon's update has the same spectral
+norm at any width, so the rate should carry over from width 64 to 768. The 222M model takes
+nanoVLM's sizes, tiny's initialisation (see `embedding_std`) and centred pixels, a tokenizer trained
+on the data (the vocabulary keeps its 49,152 rows), and as many questions per step as fit the
+reference's memory. At that size the recipe has not been run yet: its rate (`-- --muon-scale 10`)
+and length (`-- --max-steps 2400`) are guesses.
 
-The clock counts training only, data wait included, and no compiling, warming up or evaluating. Every --eval-every steps
-some pictures of the test split are asked by greedy generation, always the same ones; a side has reached the target once
-the whole test split confirms it, and stops. What did not get there within --budget-s or the schedule is "not reached".
-The result file is written after every evaluation. A side that --wall-s or --budget-s cut off goes on where it was in
-the next call (--again begins anew): exit code 75 says that --wall-s left something to do.
+The clock counts training only: waiting for data is included; compilation, warm-up and evaluation
+are not. Every --eval-every steps a fixed subset of the test images is evaluated by greedy
+generation. A side has reached the target, and stops, once the whole test split confirms it. A side
+that does not reach it within --budget-s or the schedule is "not reached". The result file is
+written after every evaluation. A side that --wall-s or --budget-s interrupted continues in the next
+call (--again starts over); exit code 75 says that --wall-s left something to do.
 """
 
 from __future__ import annotations
@@ -39,6 +43,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,8 +56,17 @@ from bench.results import ROOT, facts, place, read, write
 from bench.timing import synchronize
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.config import TrainConfig, VLMConfig, parse_config
-from nanovlm_fast.data.sources import Subset, load_source, make_tokenizer
-from nanovlm_fast.data.stream import Feed, PackedStream, SampleLoader, advance, initial_states, loader, measure_budget
+from nanovlm_fast.data.sources import Source, Subset, load_source, make_tokenizer
+from nanovlm_fast.data.stream import (
+    Feed,
+    PackedStream,
+    SampleLoader,
+    StreamBatch,
+    advance,
+    initial_states,
+    loader,
+    measure_budget,
+)
 from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.device import autocast_to, pick_device, pick_dtype
 from nanovlm_fast.evaluate import evaluate
@@ -61,23 +75,28 @@ from nanovlm_fast.optim import lr_factor, make_optimizers, set_lr
 from nanovlm_fast.packing import PackedBatch
 from nanovlm_fast.ranges import Range
 
-SIDES = ("fast", "reference")  # in this order: what is quick is there first
+SIDES = ("fast", "reference")  # the fast one first: its result is there when time runs out
+MAKERS: dict[str, type[Fast] | type[Reference]] = {"fast": Fast, "reference": Reference}
 STATES = ROOT.parent.parent / "runs" / "race"
 UNFINISHED = 75  # exit code: EX_TEMPFAIL
-SHORTEST = 20.0  # seconds of a call that a side is not begun in
-# of the run, not of what is learnt
-NOT_SETTINGS = {"out", "resume", "overwrite", "dry_run", "device", "wandb", "wandb_project", "log_every", "save_every"}
+SHORTEST = 20.0  # seconds: a side is not started with less time than this left
+# Options that do not change what is learned: with other values it is still the same race.
+NOT_SETTINGS = {"out", "resume", "overwrite", "dry_run", "device", "wandb", "wandb_project"}
+NOT_SETTINGS |= {"log_every", "save_every"}
+# fmt: off
 RECIPES: dict[str, tuple[str, ...]] = {
     "tiny": ("--max-steps", "500", "--eval-every", "25"),
     "nanovlm-222m": (
-        *("--vision", "", "--language", "", "--eval", "", "--lm-tokenizer", "train", "--init", "scratch"),
-        *("--image-mean", "0.875", "--image-std", "0.25", "--turns", "independent", "--max-seqlen", "0"),
-        *("--tokens-per-batch", "14336", "--max-steps", "1200", "--eval-every", "50", "--workers", "4"),
-        *("--optimizer", "muon", "--muon-scale", "20", "--beta2", "0.98", "--clip", "1.0"),
-        *("--lr-projector", "1e-3", "--lr-vision", "1e-3", "--lr-language", "1e-3", "--warmup", "0.04"),
-        *("--min-lr", "0.0"),
+        "--vision", "", "--language", "", "--eval", "", "--lm-tokenizer", "train",
+        "--init", "scratch", "--image-mean", "0.875", "--image-std", "0.25",
+        "--turns", "independent", "--max-seqlen", "0", "--tokens-per-batch", "14336",
+        "--max-steps", "1200", "--eval-every", "50", "--workers", "4",
+        "--optimizer", "muon", "--muon-scale", "20", "--beta2", "0.98", "--clip", "1.0",
+        "--lr-projector", "1e-3", "--lr-vision", "1e-3", "--lr-language", "1e-3",
+        "--warmup", "0.04", "--min-lr", "0.0",
     ),
 }
+# fmt: on
 QUICK = ("--max-steps", "4", "--eval-every", "2", "--tokens-per-batch", "768", "--workers", "0")
 
 
@@ -85,43 +104,56 @@ class Race:
     """What both sides share, and the result file."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.born = args, time.perf_counter()
+        self.args = args
+        self.born = time.perf_counter()
         self.config, self.train = configs(args)
         self.device = pick_device(args.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self.dtype = pick_dtype(self.train.dtype, self.device)
         self.autocast = autocast_to(self.dtype, self.device)
-        source, self.test = load_source(args.data, "train"), load_source(args.data, "test")
+        source = load_source(args.data, "train")
+        self.test = load_source(args.data, "test")
+        # Spread over the split, and fixed: every point of both curves is about the same images.
         asked = np.unique(np.linspace(0, len(self.test) - 1, args.test_images).astype(int))
         self.asked = Subset(self.test, asked)
         self.tokenizer = make_tokenizer(self.config, source)
-        text = TextProcessor(self.tokenizer, self.config.prompt, self.config.image_tokens, self.train.turns)
+        text = TextProcessor(
+            self.tokenizer, self.config.prompt, self.config.image_tokens, self.train.turns
+        )
         self.load = SampleLoader(source, self.config, self.train, text)
         self.budget = measure_budget(self.load, self.train)
-        self.setting = Setting(self.config, self.train, self.budget, self.device, self.dtype, self.autocast)
+        self.setting = Setting(
+            self.config, self.train, self.budget, self.device, self.dtype, self.autocast
+        )
         values = {**dataclasses.asdict(self.config), **dataclasses.asdict(self.train)}
         values = {name: value for name, value in values.items() if name not in NOT_SETTINGS}
         values |= {"target": args.target, "test_images": len(asked), "dtype": str(self.dtype)[6:]}
-        self.settings = json.loads(json.dumps(values))  # as a file gives them back
-        name = args.name or ("race" if args.preset == "tiny" else f"race_{args.preset}")
-        self.name, self.file = name, place(name, self.device, args.out)
+        # Through JSON, so that they compare equal to settings that were read from a file.
+        self.settings = json.loads(json.dumps(values))
+        self.name = args.name or ("race" if args.preset == "tiny" else f"race_{args.preset}")
+        self.file = place(self.name, self.device, args.out)
         self.sides: dict[str, dict] = {}
         self.ran = False
+        # Sides of two races must not be compared, so results with other settings are dropped.
         if self.file.exists() and (before := read(self.file)).get("settings") == self.settings:
-            self.sides = before["sides"]  # of another race nothing is kept
+            self.sides = before["sides"]
 
     def save(self) -> None:
         result = {
-            "preset": self.args.preset, "data": self.args.data, "target": self.args.target, "small": self.args.quick,
-            "train_options": [*train_options(self.args)], "settings": self.settings,
+            "preset": self.args.preset,
+            "data": self.args.data,
+            "target": self.args.target,
+            "small": self.args.quick,
+            "train_options": [*train_options(self.args)],
+            "settings": self.settings,
             "budget": dataclasses.asdict(self.budget),
             "sides": {side: self.sides[side] for side in SIDES if side in self.sides},
-        }  # fmt: skip
+        }
         write(self.name, self.device, {**result, **verdict(self.sides)}, self.args.out)
 
     def start(self) -> dict[str, Tensor]:
-        """The weights that both sides begin with, under the reference's names."""
+        """The weights that both sides start with, under the reference's names."""
         torch.manual_seed(self.train.seed)
         model = VisionLanguageModel(self.config)
         if (std := embedding_std(self.config)) is not None:
@@ -129,9 +161,10 @@ class Race:
         return model.reference_state_dict()
 
     def run(self, side: str) -> None:
-        """Train it to the target, or to the end of what it may take. Raises ValueError if its loss is not finite."""
-        before, budget = self.sides.get(side, {}), self.args.budget_s
-        done = before.get("ended") in ("reached", "schedule") or 0 < budget <= before.get("seconds", 0.0)
+        """Train a side to the target or its end; raise ValueError if its loss is not finite."""
+        before = self.sides.get(side, {})
+        spent = 0 < self.args.budget_s <= before.get("seconds", 0.0)
+        done = before.get("ended") in ("reached", "schedule") or spent
         if done and not self.args.again:
             print(f"{side}: done before")
             return
@@ -144,6 +177,7 @@ class Race:
             with WATCH:
                 runner.go()
         finally:
+            # The next side must find neither the compiled graphs nor the memory of this one.
             torch._dynamo.reset()
             gc.collect()
             if self.device.type == "cuda":
@@ -151,27 +185,30 @@ class Race:
 
 
 def embedding_std(config: VLMConfig) -> float | None:
-    """What a wide model's tied embedding begins with under `init=scratch`; None: what it has.
+    """Standard deviation of a wide model's tied embedding under `init=scratch`; None: unchanged.
 
-    While the branches are zero, a tied head gives a token's own row a logit of std x width: 6.4 in preset tiny, but 58
-    at a width of 576, where the loss began at 58.8 (ln V is 10.8). This keeps tiny's.
+    At initialisation the branches are zero, and a tied head gives a token's own row a logit of
+    std x width. That is 6.4 in preset tiny but 58 at a width of 576, where the loss started at 58.8
+    (ln V is 10.8). This keeps tiny's 6.4.
     """
     wide = config.init == "scratch" and config.lm_tie_weights and config.lm_hidden_dim > 64
     return 6.4 / config.lm_hidden_dim if wide else None
 
 
 class Runner:
-    """One side: its model and optimizers, its place in the data, and its record in the result file."""
+    """One side: its model, optimizers, position in the data and record in the result file."""
 
     def __init__(self, race: Race, side: str):
         began = time.perf_counter()
-        self.race, self.name = race, side
-        self.side = {"fast": Fast, "reference": Reference}[side](race.setting, race.start())
-        self.optimizers = make_optimizers(self.side.model, race.train)
-        self.states, self.step = initial_states(max(race.train.workers, 1)), 0
-        commit = facts(race.device)["commit"]
+        self.race = race
+        self.name = side
+        self.side = MAKERS[side](race.setting, race.start())
+        model: Any = self.side.model  # the reference's has what `make_optimizers` needs as well
+        self.optimizers = make_optimizers(model, race.train)
+        self.states = initial_states(max(race.train.workers, 1))
+        self.step = 0
         self.record: dict = {
-            "commit": commit,
+            "commit": facts(race.device)["commit"],
             "calls": 1,
             "seconds": 0.0,
             "questions": 0,
@@ -185,42 +222,57 @@ class Runner:
         batches = iter(loader(self.stream, pin_memory=race.device.type == "cuda"))
         self.feed = Feed(batches, race.device, trim=self.side.trim)
         self.side.warm_up()
-        self.held = next(self.feed)  # the workers have begun
+        # One batch ahead, so that the start of the workers is not on the clock.
+        self.held: tuple[StreamBatch, PackedBatch] | None = next(self.feed)
         synchronize()
         self.record |= {**self.side.about, "ready_s": time.perf_counter() - began}
 
     def resume(self) -> None:
-        """Go on from the state of a call that was cut off in the same race, if there is one."""
+        """Continue from the state of an interrupted call of the same race, if there is one."""
         if not self.state_file.exists():
             return
         state = torch.load(self.state_file, map_location=self.race.device, weights_only=True)
-        if state["settings"] != self.race.settings or state["record"]["commit"] != self.record["commit"]:
-            print(f"{self.name}: {self.state_file} is of another race or commit; beginning anew")
+        same_commit = state["record"]["commit"] == self.record["commit"]
+        if state["settings"] != self.race.settings or not same_commit:
+            print(f"{self.name}: {self.state_file} is of another race or commit; starting over")
             return
         self.side.model.load_state_dict(state["model"])
         for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(values)
-        self.states, self.step, self.record = state["states"], state["step"], state["record"]
+        self.states = state["states"]
+        self.step = state["step"]
+        self.record = state["record"]
         self.record["calls"] += 1
-        print(f"{self.name}: goes on after step {self.step}, {self.record['seconds']:.0f} s")
+        print(f"{self.name}: continues after step {self.step}, {self.record['seconds']:.0f} s")
 
     def keep(self) -> None:
         """Write the state that `resume` reads."""
         self.state_file.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.state_file.with_suffix(".tmp")
-        state = {"settings": self.race.settings, "record": self.record, "states": self.states, "step": self.step}
-        state |= {"model": self.side.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers]}
+        state = {
+            "settings": self.race.settings,
+            "record": self.record,
+            "states": self.states,
+            "step": self.step,
+            "model": self.side.model.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
+        }
+        # Written beside the file and renamed: a kill must not destroy the state that is there.
         torch.save(state, temporary)
         os.replace(temporary, self.state_file)
 
     def go(self) -> None:
-        """The loop."""
-        race, train, record = self.race, self.race.train, self.record
+        """The training loop."""
+        race = self.race
+        train = race.train
+        record = self.record
+        # The clock starts in the past by what earlier calls have trained.
         started = time.perf_counter() - record["seconds"]
         while self.step < train.max_steps:
             batch, packed = self.held or next(self.feed)
-            self.held, self.states = None, advance(self.states, batch)
-            if not packed.n_labels:
+            self.held = None
+            self.states = advance(self.states, batch)
+            if not packed.n_labels:  # a step without a label would only divide by zero
                 continue
             loss = self.optimizer_step(packed)
             record["questions"] += packed.n_documents
@@ -230,11 +282,11 @@ class Runner:
                 over = "wall"
             at_end = self.step == train.max_steps
             if self.step % train.eval_every == 0 or over or at_end:
-                synchronize()
+                synchronize()  # the clock must not stop before the queued kernels have run
                 record["seconds"] = time.perf_counter() - started
                 record["ended"] = over or ("schedule" if at_end else "running")
                 self.evaluate(loss.item())
-                started = time.perf_counter() - record["seconds"]  # that was not training
+                started = time.perf_counter() - record["seconds"]  # evaluation is not training
                 if record["reached"] or over:
                     break
         if record.get("ended") in ("budget", "wall"):
@@ -244,7 +296,8 @@ class Runner:
 
     def optimizer_step(self, batch: PackedBatch) -> Tensor:
         train = self.race.train
-        before, after = self.step / train.max_steps, (self.step + 1) / train.max_steps
+        before = self.step / train.max_steps
+        after = (self.step + 1) / train.max_steps
         set_lr(self.optimizers, lr_factor(before, after, train.warmup, train.min_lr))
         loss = self.side.backward(batch)
         if train.clip:
@@ -256,8 +309,9 @@ class Runner:
         return loss
 
     def evaluate(self, loss: float) -> None:
-        """A point of the curve, and the whole test split where the pictures asked are at the target."""
-        race, record = self.race, self.record
+        """Add a point to the curve; check the whole test split if the subset is at the target."""
+        race = self.race
+        record = self.record
         if not math.isfinite(loss):
             record["ended"] = f"the loss was {loss} at step {self.step}"
             race.sides[self.name] = record
@@ -265,18 +319,25 @@ class Runner:
             raise ValueError(f"{self.name}: {record['ended']}")
         model = self.side.to_evaluate()
 
-        def accuracy(source: Subset) -> tuple[float, int]:
+        def accuracy(source: Source) -> tuple[float, int]:
             with race.autocast():
                 found = evaluate(model, race.tokenizer, source, race.train.turns)
             return found.accuracy, found.total
 
         right, total = accuracy(race.asked)
-        point = {"step": self.step, "seconds": record["seconds"], "questions": record["questions"], "loss": loss}
-        point |= {"accuracy": right, "asked": total}
+        point = {
+            "step": self.step,
+            "seconds": record["seconds"],
+            "questions": record["questions"],
+            "loss": loss,
+            "accuracy": right,
+            "asked": total,
+        }
         if right >= race.args.target:
             point["whole"], point["asked_whole"] = accuracy(race.test)
             if point["whole"] >= race.args.target:
-                record["reached"], record["ended"] = point, "reached"
+                record["reached"] = point
+                record["ended"] = "reached"
         record["points"].append(point)
         race.sides[self.name] = record
         race.save()
@@ -286,9 +347,11 @@ class Runner:
 
 
 def verdict(sides: dict[str, dict]) -> dict[str, float]:
-    """How many times as fast ours is: to the target if both got there, and a step of the same batches.
+    """How many times as fast ours is: to the target if both reached it, and per step.
 
-    `at_least` is a bound where only ours got there and the reference has trained for longer.
+    The steps are compared up to the last one that both recorded; they are on the same batches.
+    `at_least` is a lower bound for when only ours reached the target and the reference has trained
+    for longer.
     """
     found: dict[str, float] = {}
     if not all(side in sides for side in SIDES):
@@ -298,10 +361,12 @@ def verdict(sides: dict[str, dict]) -> dict[str, float]:
         found["speedup"] = reference["reached"]["seconds"] / fast["reached"]["seconds"]
     elif fast["reached"] and reference["seconds"] > fast["reached"]["seconds"]:
         found["at_least"] = reference["seconds"] / fast["reached"]["seconds"]
-    times = [{point["step"]: point["seconds"] for point in side["points"]} for side in (fast, reference)]
-    if common := times[0].keys() & times[1].keys():
+    fast_seconds = {point["step"]: point["seconds"] for point in fast["points"]}
+    reference_seconds = {point["step"]: point["seconds"] for point in reference["points"]}
+    if common := fast_seconds.keys() & reference_seconds.keys():
         last = max(common)
-        found |= {"same_steps": last, "same_steps_times": times[1][last] / times[0][last]}
+        ratio = reference_seconds[last] / fast_seconds[last]
+        found |= {"same_steps": last, "same_steps_times": ratio}
     return found
 
 
@@ -310,13 +375,17 @@ NAMES = {"fast": "ours", "reference": "padded reference (nanoVLM v0.1)"}
 
 def race_rows(result: dict) -> list[tuple[str, ...]]:
     """The table of bench/README.md."""
-    rows = [(f"to {result['target']:.0%} of the test split", "seconds of training", "steps", "questions seen",
-             "questions/s", "best of the pictures asked")]  # fmt: skip
+    head = (f"to {result['target']:.0%} of the test split", "seconds of training", "steps")
+    rows: list[tuple[str, ...]] = [
+        (*head, "questions seen", "questions/s", "best of the pictures asked")
+    ]
     for name, side in result["sides"].items():
         end = side["reached"] or {"seconds": side["seconds"], "questions": side["questions"]}
         steps = f"{side['points'][-1]['step']:,}" if side["points"] else "-"
         best = max((point["accuracy"] for point in side["points"]), default=0.0)
-        seconds = f"**{end['seconds']:,.1f}**" if side["reached"] else f"not reached in {end['seconds']:,.0f}"
+        seconds = f"not reached in {end['seconds']:,.0f}"
+        if side["reached"]:
+            seconds = f"**{end['seconds']:,.1f}**"
         rate = f"{end['questions'] / max(end['seconds'], 1e-9):,.0f}"
         rows.append((NAMES[name], seconds, steps, f"{end['questions']:,}", rate, f"{best:.1%}"))
     for name in NAMES.keys() - result["sides"].keys():
@@ -325,14 +394,15 @@ def race_rows(result: dict) -> list[tuple[str, ...]]:
 
 
 def outcome(result: dict) -> str:
-    """In a few words, for a line of the README."""
+    """The result in a few words, for a line of the README."""
     sides = result["sides"]
 
     def seconds(side: str) -> str:
         if side not in sides:
             return "not measured yet"
-        reached = sides[side]["reached"]
-        return f"{reached['seconds']:,.0f} s" if reached else f"not reached in {sides[side]['seconds']:,.0f} s"
+        if reached := sides[side]["reached"]:
+            return f"{reached['seconds']:,.0f} s"
+        return f"not reached in {sides[side]['seconds']:,.0f} s"
 
     gain = f"**{result['speedup']:.1f}x**: " if "speedup" in result else ""
     gain = gain or (f"**over {result['at_least']:.1f}x**: " if "at_least" in result else "")
@@ -342,16 +412,24 @@ def outcome(result: dict) -> str:
 def train_options(args: argparse.Namespace) -> tuple[str, ...]:
     """train.py's options for this race."""
     quick = QUICK if args.quick else ()
-    return ("--preset", args.preset, "--data", args.data, *RECIPES.get(args.preset, ()), *quick, *args.train)
+    recipe = RECIPES.get(args.preset, ())
+    return ("--preset", args.preset, "--data", args.data, *recipe, *quick, *args.train)
 
 
 def configs(args: argparse.Namespace) -> tuple[VLMConfig, TrainConfig]:
-    """Read as train.py reads them. Raises ValueError for what a race cannot be; exits on an option that is wrong."""
+    """The configuration, read as train.py reads it; exits on a wrong option.
+
+    Raises ValueError for a configuration that both sides cannot train.
+    """
     config, train = parse_config([*train_options(args)])
     if args.data not in ("easy_vqa", "synthetic") or train.turns != "independent":
-        raise ValueError("a race needs one picture a question: --data easy_vqa or synthetic, --turns independent")
+        raise ValueError(
+            "a race needs one image per question: --data easy_vqa or synthetic, --turns independent"
+        )
     if train.max_steps < 1 or train.eval_every < 1 or train.accumulate != 1:
-        raise ValueError("a race needs --max-steps and --eval-every of at least 1, and --accumulate 1")
+        raise ValueError(
+            "a race needs --max-steps and --eval-every of at least 1, and --accumulate 1"
+        )
     return config, train
 
 

@@ -9,65 +9,82 @@ from bench.race import outcome
 from bench.results import ROOT, load
 from bench.timing import difference
 
-Rows = list[tuple[str, ...]]  # of a table, the first is its head
+Rows = list[tuple[str, ...]]  # of a table; the first row is its head
 
 
 def markdown(rows: Rows) -> str:
+    """A table; `|` in a cell would end it, so it becomes a slash."""
     lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
 
 
 def table(results: Path = ROOT) -> str:
-    """The README's table: a row a measurement, the newest of its kind and device, with machine and commit."""
-    rows = [("what", "measured", "on", "commit", "command")]
+    """The README's table: a row per measurement, the newest of its kind, with device and commit."""
+    rows: Rows = [("what", "measured", "on", "commit", "command")]
     for run in newest(results, "train_tiny*"):
         sight = f"sees **{run['sees']:.1%}** · blind {run['blind']:.1%}"
         minutes = f"{run['train_seconds'] / 60:.1f} min of training"
         what = f"easy-VQA test split, {run['questions']:,} questions, exact match by generation"
-        rows.append((what, f"{sight}, {minutes}", run["device"], run["commit"][:7], f"`{run['train_command']}`"))
-        if run["options"]:  # other seeds and lengths
+        measured = f"{sight}, {minutes}"
+        command = f"`{run['train_command']}`"
+        rows.append((what, measured, run["device"], run["commit"][:7], command))
+        if run["options"]:  # runs with another seed or length: one row is enough
             continue
-        packing = f"{run['packing']:.1%} filled; {run['data_wait']:.1%} of the time waiting for data"
+            continue
+        packing = f"{run['packing']:.1%} filled"
+        packing += f"; {run['data_wait']:.1%} of the time waiting for data"
         rows.append(("its token budget", packing, run["device"], run["commit"][:7], "the same run"))
     rows += [race_row(race) for race in newest(results, "race*")]
     rows += [step_row(step) for step in newest(results, "train_step*")]
     rows += [peer_row(peer) for peer in newest(results, "peer*")]
     rows += [curves_row(run) for run in newest(results, "loss_curves")]
-    for loader in newest(results, "dataloader"):
-        (few, slow), (best, fast) = (
-            max(loader["samples_per_s"][way].items(), key=lambda item: item[1]) for way in ("on the fly", "prepared")
-        )
-        what = "data loader, photographs of 640 x 480, best number of workers: prepared shards against decoding"
-        measured = f"**{fast / slow:.1f}x**: {fast:,.0f} ({best} workers) against {slow:,.0f} samples/s ({few} workers)"
-        rows.append((what, measured, loader["device"], loader["commit"][:7], "`python -m bench.dataloader`"))
+    rows += [loader_row(loader) for loader in newest(results, "dataloader")]
     return markdown(rows)
 
 
 def newest(results: Path, pattern: str) -> list[dict]:
-    """Of each result file's name the newest on a GPU, and on a CPU where no GPU has one."""
+    """Of the result files with one name, the newest on a GPU; on a CPU where there is none."""
     found: dict[tuple[str, bool], dict] = {}
     for file in sorted(results.glob(f"*/{pattern}.json")):
         result = load(file)
         key = file.stem, "driver" in result
         if key not in found or result["date"] > found[key]["date"]:
             found[key] = result
-    return [result for (name, on_gpu), result in sorted(found.items()) if on_gpu or (name, True) not in found]
+    return [
+        result
+        for (name, on_gpu), result in sorted(found.items())
+        if on_gpu or (name, True) not in found
+    ]
 
 
 def race_row(race: dict) -> tuple[str, ...]:
     """A result of bench.race."""
-    what = f"`{race['preset']}` from scratch to {race['target']:.0%} of easy-VQA's test split, ours against padded"
+    what = f"`{race['preset']}` from scratch to {race['target']:.0%} of easy-VQA's test split"
+    what += ", ours against padded"
     return what, outcome(race), race["device"], race["commit"][:7], f"`{race['command']}`"
 
 
+def loader_row(loader: dict) -> tuple[str, ...]:
+    """A result of bench.dataloader, each way with its best number of workers."""
+    rates = loader["samples_per_s"]
+    few, slow = max(rates["on the fly"].items(), key=lambda item: item[1])
+    best, fast = max(rates["prepared"].items(), key=lambda item: item[1])
+    what = "data loader, photographs of 640 x 480, best number of workers: "
+    what += "prepared shards against decoding"
+    measured = f"**{fast / slow:.1f}x**: {fast:,.0f} ({best} workers)"
+    measured += f" against {slow:,.0f} samples/s ({few} workers)"
+    return what, measured, loader["device"], loader["commit"][:7], "`python -m bench.dataloader`"
+
+
 def step_row(step: dict) -> tuple[str, ...]:
-    """A result of bench.train_step: ours against its reference, and against that compiled where it was."""
+    """A result of bench.train_step: ours against the reference, also against it compiled."""
     theirs = step["variants"].get("reference", {})
     ours = step["variants"].get("ours") or step["variants"]["packed"]  # its name in older files
     depth = step.get("layers", 0)
     layers = f" cut to {depth} layer{'s' * (depth > 1)} a tower" if depth else ""
     questions = step["work"]["questions"]
-    what = f"optimizer step of `{step['preset']}`{layers} on the same {questions:,} questions, against padded"
+    what = f"optimizer step of `{step['preset']}`{layers} on the same {questions:,} questions"
+    what += ", against padded"
 
     def both(name: str, form: Callable[[float], str]) -> str:
         return " against ".join(form(row[name]) if name in row else "-" for row in (ours, theirs))
@@ -75,9 +92,11 @@ def step_row(step: dict) -> tuple[str, ...]:
     compiled = step.get("speedup_over_compiled")
     gain = f"**{step['speedup']:.1f}x**" if "speedup" in step else "-"
     gain += f" ({compiled:.1f}x with the reference compiled)" if compiled else ""
-    gain += f": {both('questions_per_s', lambda rate: f'{rate:,.{1 if rate < 100 else 0}f}')} questions/s"
+    questions_per_s = both("questions_per_s", lambda rate: f"{rate:,.{1 if rate < 100 else 0}f}")
+    gain += f": {questions_per_s} questions/s"
     gain += f", MFU {both('mfu', '{:.1%}'.format)}" if "mfu" in ours else ""
-    gain += f", {both('peak_mib', '{:,.0f}'.format)} MiB; gradients agree to {step['parity']['gradient']:.0e}"
+    gain += f", {both('peak_mib', '{:,.0f}'.format)} MiB"
+    gain += f"; gradients agree to {step['parity']['gradient']:.0e}"
     return what, gain, step["device"], step["commit"][:7], f"`{step['command']}`"
 
 
@@ -98,50 +117,62 @@ def peer_row(peer: dict) -> tuple[str, ...]:
 
 def curves_row(run: dict) -> tuple[str, ...]:
     """A result of bench.loss_curves."""
-    what = (
-        f"loss of `{run['preset']}` over {run['steps']} steps, largest distance from the padded float32 reference, as"
-    )
-    what += f" a share of what {run['seeds']} seeds differ by within {run['smoothing']} steps"
-    worst = " · ".join(
-        f"{variant} **{max(row['share'] for row in run['rows'] if row['variant'] == variant):.1%}**"
-        for variant in ("packed float32", "packed bfloat16", "reference bfloat16")
-    )
-    return what, worst, run["device"], run["commit"][:7], "`python -m bench.loss_curves`"
+    what = f"loss of `{run['preset']}` over {run['steps']} steps, largest distance from the padded "
+    what += f"float32 reference, as a share of what {run['seeds']} seeds differ by within "
+    what += f"{run['smoothing']} steps"
+    parts = []
+    for variant in ("packed float32", "packed bfloat16", "reference bfloat16"):
+        worst = max(row["share"] for row in run["rows"] if row["variant"] == variant)
+        parts.append(f"{variant} **{worst:.1%}**")
+    command = "`python -m bench.loss_curves`"
+    return what, " · ".join(parts), run["device"], run["commit"][:7], command
+
+
+SHOWN_MODES = (
+    "DDP float32, overlapped, ring or tree",
+    "DDP float32, no overlap, ring or tree",
+    "FSDP2 float32, overlapped",
+)
 
 
 def scale(results: Path = ROOT) -> str:
-    """What communication costs, of a step and of its bytes."""
+    """What communication costs: efficiencies by the model, and counted bytes of a step."""
     rows: Rows = [("what", "figure", "command")]
     for result in newest(results, "scaling"):
-        compute, traffic = result["compute"], (result.get("traffic") or {"rows": {}})["rows"]
+        compute = result["compute"]
+        traffic = (result.get("traffic") or {"rows": {}})["rows"]
         kind = "measured" if compute["measured"] else compute["source"]
         command = f"`{result['command']}`"
-        for name in ("DDP float32, overlapped, ring or tree", "DDP float32, no overlap, ring or tree",
-                     "FSDP2 float32, overlapped"):  # fmt: skip
+        for name in SHOWN_MODES:
             mode = result["modes"][name]
-            sizes = " · ".join(f"{int(n):,} GPUs {mode['weak'][n]['efficiency']:.1%}" for n in ("8", "64", "1024"))
+            shares = {n: mode["weak"][n]["efficiency"] for n in ("8", "64", "1024")}
+            sizes = " · ".join(f"{int(n):,} GPUs {share:.1%}" for n, share in shares.items())
             below = f"from {mode['below']:,} GPUs on" if mode["below"] else "never up to 1,024"
-            rows.append((f"model: efficiency, {name}", f"{sizes}; under {result['enough']:.0%}: {below}", command))
-        step = f"{compute['seconds'] * 1e3:.1f} ms at {compute['samples']:,} samples a GPU ({kind})"
+            figure = f"{sizes}; under {result['enough']:.0%}: {below}"
+            rows.append((f"model: efficiency, {name}", figure, command))
+        step = f"{compute['seconds'] * 1e3:.1f} ms at {compute['samples']:,} samples a GPU"
+        step += f" ({kind})"
         rows.append(("the step that the model rests on", step, command))
         for name in ("DDP", "DDP, 4 micro-steps", "FSDP"):
             if name in traffic:
                 row = traffic[name]
                 what = f"counted: bytes that 2 gloo processes send a step, {name}"
-                rows.append((what, f"{row['sent'] / 1e6:.3f} MB, {row['ratio']:.3f}x the formula", command))
+                sent = f"{row['sent'] / 1e6:.3f} MB, {row['ratio']:.3f}x the formula"
+                rows.append((what, sent, command))
     return markdown(rows) if len(rows) > 1 else "Not measured yet."
 
 
 def reliability(results: Path = ROOT) -> str:
-    """Kills survived and what a long run holds."""
+    """Kills that were survived, and what a long run holds."""
     rows: Rows = [("what", "measured", "on", "commit", "command")]
     for result in newest(results, "reliability"):
         where = result["device"], result["commit"][:7], f"`{result['command']}`"
         for row in result["kills"]:
-            what = f"{row['kills']} kills of a run of {row['steps']} steps in {row['processes']} process"
-            what += "es" * (row["processes"] > 1)
+            what = f"{row['kills']} kills of a run of {row['steps']} steps in {row['processes']}"
+            what += " processes" if row["processes"] > 1 else " process"
             again = row["steps_repeated"]
-            found = f"losses equal: **{'yes' if row['losses_equal'] else 'no'}**; {row['in_a_save']} in a save; "
+            found = f"losses equal: **{'yes' if row['losses_equal'] else 'no'}**; "
+            found += f"{row['in_a_save']} in a save; "
             found += f"steps repeated after a kill: {again['median']:g}, at most {again['most']}"
             rows.append((what, found, *where))
         if soak := result.get("soak"):

@@ -1,10 +1,11 @@
-"""Does a run survive? Killed at random moments and resumed; and resumed again and again while its memory is watched.
+"""Does a run survive kills at random moments, and does its memory stay level over resumes?
 
-python -m bench.reliability              25 kills in 1 and in 2 processes, then 2,000 steps of soak
-python -m bench.reliability --quick      3 kills, 60 steps
+    python -m bench.reliability              25 kills in 1 and in 2 processes, 2,000 steps of soak
+    python -m bench.reliability --quick      3 kills, 60 steps
 
-Kills are SIGKILL, of all processes or of one rank of two, every third in the middle of a save. The losses of the run
-that was killed must be those of one that was not, to the bit; a row that is not so ends with an error.
+Kills are SIGKILL, of all processes or of one rank of two; every third one falls in the middle of a
+save. The losses of the killed run must equal those of an undisturbed run, to the bit; anything else
+ends with an error. The soak resumes a run many times in one process and records what it holds.
 """
 
 from __future__ import annotations
@@ -32,84 +33,108 @@ from nanovlm_fast.device import pick_device
 from nanovlm_fast.metrics import read_metrics
 
 HERE = Path(__file__).resolve().parent.parent
-SMALL = (  # a model whose steps take milliseconds
-    "--vit-img-size 32 --vit-hidden-dim 32 --vit-inter-dim 64 --vit-n-heads 2 --vit-n-blocks 1 --lm-hidden-dim 32 "
-    "--lm-inter-dim 64 --lm-n-heads 2 --lm-n-kv-heads 1 --lm-n-blocks 1 --mp-pixel-shuffle-factor 2 --look-ahead 16 "
-    "--tokens-per-batch 512 --val-samples 0 --log-every 1 --save-every 3 --data synthetic:32 "
-    "--no-final-eval --device cpu"
+# A model whose steps take milliseconds, so that kills are not mostly spent waiting for steps.
+SMALL = (
+    "--vit-img-size 32 --vit-hidden-dim 32 --vit-inter-dim 64 --vit-n-heads 2 --vit-n-blocks 1 "
+    "--lm-hidden-dim 32 --lm-inter-dim 64 --lm-n-heads 2 --lm-n-kv-heads 1 --lm-n-blocks 1 "
+    "--mp-pixel-shuffle-factor 2 --look-ahead 16 --tokens-per-batch 512 --val-samples 0 "
+    "--log-every 1 --save-every 3 --data synthetic:32 --no-final-eval --device cpu"
 ).split()
-PATIENCE = 240.0  # seconds that one life may take
+PATIENCE = 240.0  # seconds that one attempt may take
 
 
 def command(run: Path, processes: int, options: list[str]) -> list[str]:
-    """train.py, under torchrun where there are several processes."""
+    """The command of train.py, under torchrun if there are several processes."""
     runner = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return [sys.executable, *(runner if processes > 1 else []), "train.py", "--out", str(run), *options]
+    launcher = runner if processes > 1 else []
+    return [sys.executable, *launcher, "train.py", "--out", str(run), *options]
 
 
 def start(run: Path, processes: int, options: list[str]) -> subprocess.Popen:
-    """A life of the run, as leader of a process group; what it prints is added to RUN.log."""
+    """Start or resume the run as leader of a process group; its output is appended to RUN.log.
+
+    The group lets `kill` reach torchrun, all ranks and their data workers at once.
+    """
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
     with run.with_suffix(".log").open("ab") as log:
         call = command(run, processes, options)
-        return subprocess.Popen(call, cwd=HERE, env=env, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(
+            call, cwd=HERE, env=env, stdout=log, stderr=log, start_new_session=True
+        )
 
 
 def losses(run: Path) -> dict[int, float]:
-    """Step -> loss of metrics.jsonl."""
+    """Losses by step, from metrics.jsonl."""
     if not (run / "metrics.jsonl").exists():
         return {}
     return {line["step"]: line["loss"] for line in read_metrics(run) if "loss" in line}
 
 
 def ranks_of(torchrun: int) -> list[int]:
-    """Process ids of torchrun's children that train."""
+    """Process ids of torchrun's children that run train.py."""
     found = Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()
     return [int(pid) for pid in found if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
-def kill(process: subprocess.Popen, run: Path, in_a_save: bool, one_rank: bool, rng: random.Random) -> bool:
-    """Let the life make progress, then SIGKILL it; False if the run was over before."""
-    before, deadline = len(losses(run)), time.monotonic() + PATIENCE
-    while process.poll() is None and len(losses(run)) in (0, before) and time.monotonic() < deadline:
+def kill(
+    process: subprocess.Popen, run: Path, in_a_save: bool, one_rank: bool, rng: random.Random
+) -> bool:
+    """Let the run make progress, then SIGKILL it; return False if it had ended before that."""
+    before = len(losses(run))
+    deadline = time.monotonic() + PATIENCE
+    # Progress is a new loss: a run that is killed before it would never end.
+    while process.poll() is None and len(losses(run)) in (0, before):
+        if time.monotonic() >= deadline:
+            break
         time.sleep(0.005)
     time.sleep(rng.uniform(0, 0.5))
+    # A checkpoint is written into a folder .tmp-*; the kill must hit while that folder exists.
     while in_a_save and process.poll() is None and time.monotonic() < deadline:
         if any((run / "checkpoints").glob(".tmp-*")):
             break
     if process.poll() is not None:
         return False
     if one_rank and (ranks := ranks_of(process.pid)):
-        os.kill(rng.choice(ranks), signal.SIGKILL)  # torchrun ends the others
+        os.kill(rng.choice(ranks), signal.SIGKILL)  # torchrun then ends the other ranks
     else:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait(60)
     return True
 
 
-def kills(folder: Path, processes: int, count: int, steps: int, seed: int = 0) -> dict[str, Any]:
-    """Kill a run of `steps` steps `count` times, resume it each time, and compare it with one left alone.
+def end_of_log(run: Path) -> str:
+    return run.with_suffix(".log").read_text()[-2000:]
 
-    Raises RuntimeError if a life fails, the run was over too early, or a loss differs.
+
+def kills(folder: Path, processes: int, count: int, steps: int, seed: int = 0) -> dict[str, Any]:
+    """Kill a run `count` times, resume it each time, and compare it with an undisturbed run.
+
+    Raises RuntimeError if an attempt fails, the run ends too early, or a loss differs.
     """
-    rng, began = random.Random(seed), time.monotonic()
-    plain, broken = folder / f"plain{processes}", folder / f"broken{processes}"
+    rng = random.Random(seed)
+    began = time.monotonic()
+    plain = folder / f"plain{processes}"
+    broken = folder / f"broken{processes}"
     options = [*SMALL, "--max-steps", str(steps), "--auto-resume"]
     if start(plain, processes, options).wait(PATIENCE):
-        raise RuntimeError(f"the run left alone failed:\n{plain.with_suffix('.log').read_text()[-2000:]}")
-    lost, in_saves = [], 0
+        raise RuntimeError(f"the undisturbed run failed:\n{end_of_log(plain)}")
+    lost: list[
+        int
+    ] = []  # steps per kill that were done after the last checkpoint, so must be repeated
+    in_saves = 0
     for number in range(count):
         process = start(broken, processes, options)
         in_a_save = number % 3 == 2
-        if not kill(process, broken, in_a_save, one_rank=processes > 1 and number % 2 == 1, rng=rng):
-            raise RuntimeError(f"life {number} was over:\n{broken.with_suffix('.log').read_text()[-2000:]}")
+        one_rank = processes > 1 and number % 2 == 1
+        if not kill(process, broken, in_a_save, one_rank, rng):
+            raise RuntimeError(f"the run ended before kill {number}:\n{end_of_log(broken)}")
         in_saves += any((broken / "checkpoints").glob(".tmp-*"))
-        found = sorted((broken / "checkpoints").glob("step-*")) if (broken / "checkpoints").exists() else []
-        lost.append(len(losses(broken)) - (int(found[-1].name[5:]) if found else 0))
+        saved = [int(step.name[5:]) for step in (broken / "checkpoints").glob("step-*")]
+        lost.append(len(losses(broken)) - max(saved, default=0))
     if code := start(broken, processes, options).wait(PATIENCE):
-        raise RuntimeError(f"the last life: exit code {code}\n{broken.with_suffix('.log').read_text()[-2000:]}")
+        raise RuntimeError(f"the last attempt: exit code {code}\n{end_of_log(broken)}")
     if losses(broken) != losses(plain) or len(losses(plain)) != steps:
-        raise RuntimeError("the run that was killed has other losses than the one left alone")
+        raise RuntimeError("the losses of the killed run differ from those of the undisturbed run")
     return {
         "processes": processes,
         "kills": count,
@@ -122,13 +147,13 @@ def kills(folder: Path, processes: int, count: int, steps: int, seed: int = 0) -
 
 
 def resources() -> dict[str, int]:
-    """Of this process and its children: resident bytes of each, open files, processes, threads."""
+    """What this process and its children hold: bytes, open files, processes, threads."""
     children = [
         int(pid)
         for task in Path("/proc/self/task").iterdir()
         for pid in (task / "children").read_text().split()
-        if Path(f"/proc/{pid}").exists()
     ]
+    children = [pid for pid in children if Path(f"/proc/{pid}").exists()]  # may have ended since
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     device = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     return {
@@ -141,30 +166,40 @@ def resources() -> dict[str, int]:
 
 
 def soak(run: Path, steps: int, every: int, options: list[str]) -> dict[str, Any]:
-    """Train preset tiny in this process, in resumes of `every` steps; what it held after each.
+    """Train preset tiny in this process, resumed every `every` steps; record what it holds then.
 
-    `growth` is the second half's mean over that of the quarter before it, less one: the first quarter warms caches up.
+    `growth` compares the mean of the last half with that of the quarter before it, as a share of
+    the latter. The first quarter does not count, because caches are still filling.
     """
+    # train.py is a script beside the packages, so it is loaded by its path.
     spec = importlib.util.spec_from_file_location("train_py", HERE / "train.py")
+    assert spec is not None and spec.loader is not None
     loop = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loop)
-    samples, began = [], time.monotonic()
+    samples = []
+    began = time.monotonic()
     for end in range(every, steps + 1, every):
-        argv = ["--out", str(run), "--max-steps", str(end), "--val-samples", "0", "--auto-resume", *options]
+        argv = ["--out", str(run), "--max-steps", str(end), "--val-samples", "0", "--auto-resume"]
+        argv += options
         trainer = loop.Trainer(*parse_config(argv))
         trainer.train()
         trainer.watchdog.stop()
         assert trainer.state["step"] == end
         del trainer
-        gc.collect()  # as the loop does whenever it saves: what it held is garbage in cycles until then
+        # Cycles hold much of it until a collection, which the loop does at every save as well.
+        gc.collect()
         samples.append(resources())
     quarter = max(len(samples) // 4, 1)
 
     def mean(name: str, part: list[dict[str, int]]) -> float:
         return statistics.mean(sample[name] for sample in part)
 
-    settled, late = samples[quarter : 2 * quarter], samples[-2 * quarter :]
-    growth = {name: mean(name, late) / mean(name, settled) - 1 if mean(name, settled) else 0.0 for name in samples[0]}
+    settled = samples[quarter : 2 * quarter]
+    late = samples[-2 * quarter :]
+    growth: dict[str, float] = {}
+    for name in samples[0]:
+        base = mean(name, settled)
+        growth[name] = mean(name, late) / base - 1 if base else 0.0
     return {
         "steps": steps,
         "resumes": len(samples) - 1,

@@ -1,4 +1,4 @@
-"""Result files: what was measured, and on what, with which versions, at which commit, by which command."""
+"""Result files: what was measured, on which device, with which versions, commit and command."""
 
 from __future__ import annotations
 
@@ -20,22 +20,25 @@ from bench.machine import WATCH, query_gpu
 from nanovlm_fast.device import device_name
 
 ROOT = Path(__file__).resolve().parent / "results"
-SCHEMA = 1  # of what `facts` and the rows of times look like; a file without it is of schema 1
+# Version of the layout of `facts` and of rows of times; a file without the entry has version 1.
+SCHEMA = 1
+# Without these a number cannot be traced to what produced it; `load` refuses such a file.
 NEEDED = ("device", "date", "commit", "command", "python", "torch")
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """Everything a reader needs to run it again."""
+    """Everything a reader needs in order to repeat the measurement."""
+    # Results are not code: those of one stage of gpu_all.sh must not make the tree of the next one
+    # count as changed.
+    status = ["git", "status", "--porcelain", "--untracked-files=no", "--", ":/"]
+    status += [":(top,exclude)bench/results"]
     values: dict[str, Any] = {
         "schema": SCHEMA,
         "device": device_name(device),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        # a copy of the tree without its history says by the environment what it is a copy of
+        # A copy of the tree without its history is told its commit by the environment.
         "commit": os.environ.get("NANOVLM_FAST_COMMIT") or _output("git", "rev-parse", "HEAD"),
-        # results are no code: those of the stage before do not make the next one's tree another
-        "clean": not _output(
-            "git", "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)bench/results"
-        ),
+        "clean": not _output(*status),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -53,15 +56,17 @@ def facts(device: torch.device) -> dict[str, Any]:
 
 
 def _output(*command: str) -> str:
+    """What a command prints; 'unknown' if it fails or is not there."""
+    where = Path(__file__).parent
     try:
-        where = Path(__file__).parent
-        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=where).stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=where)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return done.stdout.strip()
 
 
 def _loaded_driver() -> str:
-    """Where nvidia-smi is missing: the version of the kernel's module."""
+    """The driver's version from its kernel module, for machines without nvidia-smi."""
     try:
         found = re.search(r"\s(\d+\.\d+[\d.]*)\s", Path("/proc/driver/nvidia/version").read_text())
     except OSError:
@@ -76,17 +81,22 @@ def place(name: str, device: torch.device, out: Path | None = None) -> Path:
 
 
 def write(name: str, device: torch.device, result: dict[str, Any], out: Path | None = None) -> Path:
-    """Write the result to its `place`, whole or not at all; returns the file. Raises as `write_file`."""
+    """Write the result to its `place`, whole or not at all; return the file.
+
+    Raises the errors of `write_file`.
+    """
     return write_file(place(name, device, out), {"suite": name, **facts(device), **result})
 
 
 def write_file(file: Path, result: dict[str, Any]) -> Path:
-    """Replace the file by the result in one go: what was there before stays if anything fails, a full disk too.
+    """Replace the file by the result at once; if anything fails, the old file stays.
 
-    Raises OSError if it cannot be written, and ValueError if the file there is none of this version's results.
+    Raises OSError if it cannot be written, and ValueError if the existing file is not a result of
+    this version.
     """
     if file.exists():
-        read(file)
+        read(file)  # refuses to overwrite what is not a result file
+    # Written beside the file and then renamed: a full disk or a kill leaves no half-written result.
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -94,27 +104,32 @@ def write_file(file: Path, result: dict[str, Any]) -> Path:
         os.replace(temporary, file)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, f"{error.strerror}; what was there before is untouched", str(file)) from error
+        why = f"{error.strerror}; what was there before is untouched"
+        raise OSError(error.errno, why, str(file)) from error
     return file
 
 
 def read(file: Path) -> dict[str, Any]:
-    """A result file as it is. Raises OSError, and ValueError if it is none, or of a schema not known here."""
+    """A result file as it is.
+
+    Raises OSError, or ValueError if it is not a result file or has an unknown schema.
+    """
     try:
         result = json.loads(file.read_text())
     except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
+        raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(result, dict):
-        raise ValueError(f"{file} is no result file")
+        raise ValueError(f"{file} is not a result file")
     if (schema := result.get("schema", SCHEMA)) != SCHEMA:
         raise ValueError(
-            f"{file} is of schema {schema}, this version knows {SCHEMA}: move it away, or use another --out"
+            f"{file} is of schema {schema}, this version knows {SCHEMA}: "
+            "move it away, or use another --out"
         )
     return result
 
 
 def load(file: Path) -> dict[str, Any]:
-    """`read`, and a ValueError if the file does not say where it comes from."""
+    """`read`, and a ValueError if the file does not say where its numbers come from."""
     result = read(file)
     needed = (*NEEDED, "driver", "triton") if "NVIDIA" in str(result.get("device")) else NEEDED
     if missing := [name for name in needed if not result.get(name) or result[name] == "unknown"]:
@@ -122,8 +137,10 @@ def load(file: Path) -> dict[str, Any]:
     return result
 
 
-def measurements(result: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
-    """(names on the way, row) of everything in a result that was timed: rows with a `median`, in seconds."""
+def measurements(
+    result: Any, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """(path of names, row) for every timed row of a result: those with a `median`, in seconds."""
     if isinstance(result, dict):
         if isinstance(result.get("median"), (int, float)):
             yield path, result

@@ -1,12 +1,15 @@
-"""The floor of a training step: every operator with its FLOPs, its fewest bytes, and the bound that binds.
+"""The floor of a training step: every operator's FLOPs, fewest bytes, and which of the two binds.
 
-    python -m bench.roofline                     this machine's measured rates, preset nanovlm-222m at 256 samples
-    python -m bench.roofline --device h100       an H100's, wherever this runs
-    python -m bench.roofline --measure           beside it the time of each kind of operator in a profiled step
+    python -m bench.roofline                     this machine's measured rates, nanovlm-222m, 256
+    samples python -m bench.roofline --device h100       an H100's rates, on any machine python -m
+    bench.roofline --measure           with the time of each kind of operator in a step
 
-An operator here is what one kernel could do: a matrix product, a norm with its residual addition, an activation. Each
-reads its inputs once and writes its outputs once. What is no matrix product could also run inside one that is next to
-it and cost nothing: the last table ranks what that would save. FLOPs are those of `metrics.step_flops`.
+An operator here is what one kernel could do: a matrix product, a norm with its residual addition,
+an activation. It reads its inputs once and writes its outputs once. An operator that is not a
+matrix product could also be fused into a product next to it and cost nothing: the last table ranks
+what that would save. FLOPs are those of `metrics.step_flops`.
+
+Sizes: c is the width of a tower, rows the positions it processes, w the bytes of an activation.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +31,13 @@ from nanovlm_fast.config import VLMConfig, preset
 from nanovlm_fast.device import pick_device, pick_dtype
 from nanovlm_fast.ranges import Range
 
-STREAM = 4  # bytes of an element of the residual stream and its gradient, and of weights' gradients: float32
+# Bytes per element of the residual stream, its gradient and the weights' gradients: float32.
+STREAM = 4
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device can do: FLOP/s of dense products, bytes/s read and written."""
+    """What a device can do: FLOP/s of dense products, bytes/s read and written together."""
 
     name: str
     flops: float
@@ -41,13 +45,17 @@ class Rates:
     element: int = 2  # bytes of an activation
 
 
-# products: what a large bfloat16 product reaches (the data sheet says 989e12); memory: 90% of 3.35e12
+# Products: what a large bfloat16 product reaches in practice (the data sheet says 989e12).
+# Memory: 90% of the data sheet's 3.35e12.
 H100 = Rates("NVIDIA H100 SXM (table)", 798e12, 3.0e12)
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one step: images, real tokens, labelled tokens, and query-key pairs that the causal mask lets through."""
+    """Sizes of one step: images, real tokens, labelled tokens, query-key pairs.
+
+    The pairs are those that the causal mask permits.
+    """
 
     images: int
     tokens: int
@@ -58,12 +66,13 @@ class Counts:
     def of_samples(config: VLMConfig, samples: int, text: int, labels: int) -> Counts:
         """`samples` documents of one image and `text` text tokens, `labels` of them labelled."""
         length = config.image_tokens + text
-        return Counts(samples, samples * length, samples * labels, samples * length * (length + 1) // 2)
+        pairs = samples * length * (length + 1) // 2
+        return Counts(samples, samples * length, samples * labels, pairs)
 
 
 @dataclass(frozen=True)
 class Operator:
-    """All calls of one operator in a step: FLOPs and bytes are their sums."""
+    """All calls of one operator in a step: FLOPs and bytes are sums over the calls."""
 
     part: str
     name: str
@@ -74,7 +83,7 @@ class Operator:
     bytes: int
 
     def floor(self, rates: Rates) -> float:
-        """Seconds."""
+        """Seconds that the device needs at least: computing and moving memory can overlap."""
         return max(self.flops / rates.flops, self.bytes / rates.bandwidth)
 
     def bound(self, rates: Rates) -> str:
@@ -83,97 +92,148 @@ class Operator:
 
 def operators(config: VLMConfig, work: Counts, element: int = 2) -> list[Operator]:
     """Forward and backward of every operator, and the optimizer's update."""
-    vision, language = list(_vision(config, work, element)), list(_language(config, work, element))
-    parameters = sum(n for *_, n in _parameters(config))
-    adamw = Operator("optimizer", "AdamW", "optimizer", "update", 1, 0, 28 * parameters)  # p, m, v, g in; p, m, v out
+    vision = list(_vision(config, work, element))
+    language = list(_language(config, work, element))
+    parameters = sum(n for _, n in _parameters(config))
+    # AdamW reads parameter, both moments and gradient, and writes all but the gradient: 7 float32.
+    adamw = Operator("optimizer", "AdamW", "optimizer", "update", 1, 0, 28 * parameters)
     return [*vision, *language, adamw]
 
 
-def _product(part: str, name: str, calls: int, rows: int, k: int, n: int, w: int, pixels: bool = False):
-    """(rows, k) @ (k, n), and the gradients of both; `pixels` are bytes and take no gradient."""
-    flops, data_in = 2 * rows * k * n, rows * k * (1 if pixels else w)
+def _product(
+    part: str, name: str, calls: int, rows: int, k: int, n: int, w: int, pixels: bool = False
+) -> Iterator[Operator]:
+    """(rows, k) @ (k, n), and the gradients of both; pixels are bytes and need no gradient."""
+    flops = 2 * rows * k * n
+    data_in = rows * k * (1 if pixels else w)
     forward = data_in + w * (k * n + rows * n)
     weight = data_in + w * rows * n + STREAM * k * n
     data = 0 if pixels else w * (rows * n + k * n + rows * k)
+    backward_flops = flops * (2 - pixels)
     yield Operator(part, name, "product", "forward", calls, calls * flops, calls * forward)
-    yield Operator(part, name, "product", "backward", calls, calls * flops * (2 - pixels), calls * (weight + data))
+    moved = calls * (weight + data)
+    yield Operator(part, name, "product", "backward", calls, calls * backward_flops, moved)
 
 
-def _moves(part: str, name: str, kind: str, calls: int, forward: int, backward: int):
-    """An operator that only moves memory: bytes of one call."""
+def _moves(
+    part: str, name: str, kind: str, calls: int, forward: int, backward: int
+) -> Iterator[Operator]:
+    """An operator that only moves memory; `forward` and `backward` are the bytes of one call."""
     yield Operator(part, name, kind, "forward", calls, 0, calls * forward)
     yield Operator(part, name, kind, "backward", calls, 0, calls * backward)
 
 
-def _attention(part: str, calls: int, flops: int, query: int, key: int, w: int):
-    """q, k, v in and out; backward reads those and both gradients of the output's side, and writes three."""
-    yield Operator(part, "attention", "attention", "forward", calls, calls * flops, calls * w * 2 * (query + key))
-    yield Operator(part, "attention", "attention", "backward", calls, calls * 2 * flops, calls * w * 4 * (query + key))
+def _attention(
+    part: str, calls: int, flops: int, query: int, key: int, w: int
+) -> Iterator[Operator]:
+    """Forward: q, k, v in, output out. Backward: those and the output's gradient in, three out."""
+    moved = calls * w * (query + key)
+    name = kind = "attention"
+    yield Operator(part, name, kind, "forward", calls, calls * flops, 2 * moved)
+    yield Operator(part, name, kind, "backward", calls, calls * 2 * flops, 4 * moved)
 
 
-def _norm(part: str, calls: int, elements: int, w: int):
-    """With the residual addition: branch and stream in, both out; backward has the stream's gradient too."""
-    return _moves(part, "norm + residual", "norm", calls, elements * 2 * (w + STREAM), elements * (2 * w + 3 * STREAM))
+def _norm(part: str, calls: int, elements: int, w: int) -> Iterator[Operator]:
+    """A norm with the residual addition: branch and stream in, both out.
+
+    The backward also has the gradient of the stream.
+    """
+    forward = elements * 2 * (w + STREAM)
+    backward = elements * (2 * w + 3 * STREAM)
+    return _moves(part, "norm + residual", "norm", calls, forward, backward)
 
 
 def _vision(config: VLMConfig, work: Counts, w: int) -> Iterator[Operator]:
-    c, inner, layers, patches = config.vit_hidden_dim, config.vit_inter_dim, config.vit_n_blocks, config.grid**2
+    c = config.vit_hidden_dim
+    inner = config.vit_inter_dim
+    layers = config.vit_n_blocks
+    patches = config.grid**2
     rows = work.images * patches
-    yield from _product("vision", "patch embedding", 1, rows, 3 * config.vit_patch_size**2, c, w, pixels=True)
+    patch = 3 * config.vit_patch_size**2
+    yield from _product("vision", "patch embedding", 1, rows, patch, c, w, pixels=True)
     yield from _norm("vision", 2 * layers + 1, rows * c, w)
     yield from _product("vision", "qkv", layers, rows, c, 3 * c, w)
     yield from _attention("vision", layers, 4 * work.images * patches**2 * c, rows * c, rows * c, w)
     yield from _product("vision", "out", layers, rows, c, c, w)
     yield from _product("vision", "fc1", layers, rows, c, inner, w)
-    yield from _moves("vision", "GELU", "activation", layers, 2 * w * rows * inner, 3 * w * rows * inner)
+    size = w * rows * inner
+    yield from _moves("vision", "GELU", "activation", layers, 2 * size, 3 * size)
     yield from _product("vision", "fc2", layers, rows, inner, c, w)
-    shuffled, n = c * config.mp_pixel_shuffle_factor**2, config.lm_hidden_dim
-    yield from _product("projector", "pixel shuffle + projection", 1, work.images * config.image_tokens, shuffled, n, w)
+    shuffled = c * config.mp_pixel_shuffle_factor**2
+    tokens = work.images * config.image_tokens
+    name = "pixel shuffle + projection"
+    yield from _product("projector", name, 1, tokens, shuffled, config.lm_hidden_dim, w)
 
 
 def _language(config: VLMConfig, work: Counts, w: int) -> Iterator[Operator]:
-    c, inner, layers, rows = config.lm_hidden_dim, config.lm_inter_dim, config.lm_n_blocks, work.tokens
+    c = config.lm_hidden_dim
+    inner = config.lm_inter_dim
+    layers = config.lm_n_blocks
+    rows = work.tokens
     kv = config.lm_n_kv_heads * config.head_dim
     table = config.lm_vocab_size * c
-    spliced = rows * c * 2 * STREAM  # rows of the table or of the images in, the stream out
-    yield from _moves("language", "embedding + images", "gather", 1, spliced, rows * c * (STREAM + w) + STREAM * table)
+    # Rows of the table or of the images in, the stream out; the table's gradient is dense.
+    spliced = rows * c * 2 * STREAM
+    gradient = rows * c * (STREAM + w) + STREAM * table
+    yield from _moves("language", "embedding + images", "gather", 1, spliced, gradient)
     yield from _norm("language", 2 * layers + 1, rows * c, w)
     yield from _product("language", "qkv", layers, rows, c, c + 2 * kv, w)
-    yield from _moves("language", "rotary", "rotary", layers, 2 * w * rows * (c + kv), 2 * w * rows * (c + kv))
+    turned = 2 * w * rows * (c + kv)  # queries and keys, read and written
+    yield from _moves("language", "rotary", "rotary", layers, turned, turned)
     yield from _attention("language", layers, 4 * work.pairs * c, rows * c, rows * kv, w)
     yield from _product("language", "out", layers, rows, c, c, w)
     yield from _product("language", "gate_up", layers, rows, c, 2 * inner, w)
-    yield from _moves("language", "SwiGLU", "activation", layers, 3 * w * rows * inner, 5 * w * rows * inner)
+    size = w * rows * inner
+    yield from _moves("language", "SwiGLU", "activation", layers, 3 * size, 5 * size)
     yield from _product("language", "down", layers, rows, inner, c, w)
-    # the logits stay on the chip: hidden rows and table in; backward writes both gradients
-    flops, read = 2 * work.labels * table, w * (work.labels * c + table)
-    yield Operator("language", "head + cross-entropy", "product", "forward", 1, flops, read)
-    yield Operator("language", "head + cross-entropy", "product", "backward", 1, 2 * flops, 2 * read + STREAM * table)
+    # The logits stay on the chip: hidden rows and the table in; the backward writes both gradients.
+    flops = 2 * work.labels * table
+    read = w * (work.labels * c + table)
+    name = "head + cross-entropy"
+    yield Operator("language", name, "product", "forward", 1, flops, read)
+    written = 2 * read + STREAM * table
+    yield Operator("language", name, "product", "backward", 1, 2 * flops, written)
 
 
 def _parameters(config: VLMConfig) -> Iterator[tuple[str, int]]:
-    """(name, elements), without building the weights."""
+    """(name, elements) of every parameter; on the meta device, which allocates no weights."""
     from nanovlm_fast.model import VisionLanguageModel
 
     with torch.device("meta"):
-        yield from ((name, p.numel()) for name, p in VisionLanguageModel(config).named_parameters())
+        model = VisionLanguageModel(config)
+    for name, parameter in model.named_parameters():
+        yield name, parameter.numel()
 
 
 def measured_rates(device: torch.device, repeats: int = 10) -> Rates:
-    """Of this machine: a large copy, and a large square product in the type that training computes in."""
+    """This machine's rates: a large copy, and a large square product in the training dtype."""
     on_gpu = device.type == "cuda"
-    dtype, size, megabytes = (torch.bfloat16, 8192, 1024) if on_gpu else (torch.float32, 2048, 256)
-    source = torch.empty(megabytes * 2**20, dtype=torch.uint8, device=device)
-    target, a, b = torch.empty_like(source), *(torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    size = 8192 if on_gpu else 2048
+    copied = (1024 if on_gpu else 256) * 2**20  # far more than any cache holds
+    source = torch.empty(copied, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
     calls = {"copy": lambda: target.copy_(source), "product": lambda: a @ b}
-    seconds = {name: summary(times)["median"] for name, times in interleave(calls, repeats, warmup=2).items()}
-    name = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    bandwidth = 2 * source.numel() / seconds["copy"]
-    return Rates(f"{name} (measured)", 2 * size**3 / seconds["product"], bandwidth, a.element_size())
+    times = interleave(calls, repeats, warmup=2)
+    flops = 2 * size**3 / summary(times["product"])["median"]
+    bandwidth = 2 * copied / summary(times["copy"])["median"]
+    name = f"CPU, {torch.get_num_threads()} threads"
+    if on_gpu:
+        name = torch.cuda.get_device_name(device)
+    return Rates(f"{name} (measured)", flops, bandwidth, a.element_size())
 
 
-KINDS = {  # operators of PyTorch by what their names hold -> kind
-    "product": ("aten::mm", "aten::addmm", "aten::bmm", "pixel_shuffle_proj", "linear_cross_entropy", "log_softmax"),
+KINDS = {  # kind -> what the names of its PyTorch operators contain; the first that matches
+    "product": (
+        "aten::mm",
+        "aten::addmm",
+        "aten::bmm",
+        "pixel_shuffle_proj",
+        "linear_cross_entropy",
+        "log_softmax",
+    ),
     "attention": ("scaled_dot_product", "flash_attn", "varlen_attn"),
     "norm": ("layer_norm", "rms_norm"),
     "activation": ("gelu", "silu", "swiglu"),
@@ -184,33 +244,46 @@ KINDS = {  # operators of PyTorch by what their names hold -> kind
 
 
 def kind_of(name: str) -> str:
-    """The kind of a profiled operator; copies, casts, additions and all else that the floor lacks: other."""
-    return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other")
+    """The kind of a profiled operator.
+
+    "other" is everything that the floor does not contain: copies, casts, separate additions.
+    """
+    for kind, parts in KINDS.items():
+        if any(part in name for part in parts):
+            return kind
+    return "other"
 
 
-def profiled(step: Callable[[], None], device: torch.device, steps: int = 3) -> dict[str, float]:
-    """Seconds of one step by kind: of the device's kernels on a GPU, of the operators themselves on a CPU."""
+def profiled(step: Callable[[], object], device: torch.device, steps: int = 3) -> dict[str, float]:
+    """Seconds per step by kind: of kernels on a GPU, of the operators themselves on a CPU."""
     from torch.profiler import ProfilerActivity, profile
 
-    step()
+    step()  # the first step allocates the optimizer's state
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as trace:
         for _ in range(steps):
             step()
-    kinds: Counter[str] = Counter()
+    kinds: dict[str, float] = defaultdict(float)
     for event in trace.key_averages():
         time = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        if event.device_type == torch.autograd.DeviceType.CPU:  # kernels are counted under what launched them
+        # Kernels are counted under the operators that launched them, not by themselves again.
+        if event.device_type == torch.autograd.DeviceType.CPU:
             kinds[kind_of(event.key)] += time / steps / 1e6
     return dict(kinds)
 
 
-def measured_step(args: argparse.Namespace, device: torch.device) -> tuple[Counts, dict[str, float]]:
-    """What the drawn samples hold, and the profiled seconds of ours by kind, uncompiled: a compiler mixes the kinds."""
+def measured_step(
+    args: argparse.Namespace, device: torch.device | None
+) -> tuple[Counts, dict[str, float]]:
+    """The sizes of drawn samples, and the profiled seconds of our step by kind.
+
+    The step is not compiled, because a compiler fuses operators of different kinds.
+    """
     from bench.variants import Packed, Recipe, Workbench
     from bench.workload import load_work
 
+    assert device is not None  # None is a table of rates, with which --measure is refused
     work = load_work(args.preset, "cauldron_like", args.samples, args.layers)
     pairs = sum(len(document) * (len(document) + 1) // 2 for document in work.documents)
     step = Packed(Workbench(work, device, pick_dtype("auto", device)), Recipe(compile="none"))
@@ -219,14 +292,15 @@ def measured_step(args: argparse.Namespace, device: torch.device) -> tuple[Count
 
 
 def by_kind(found: list[Operator], rates: Rates) -> dict[str, float]:
-    kinds: Counter[str] = Counter()
+    """Seconds of the floor by kind."""
+    kinds: dict[str, float] = defaultdict(float)
     for operator in found:
         kinds[operator.kind] += operator.floor(rates)
     return dict(kinds)
 
 
 def table(found: list[Operator], rates: Rates) -> str:
-    """Every operator, dearest first."""
+    """Every operator, the most expensive first."""
     total = sum(operator.floor(rates) for operator in found)
     work = f"{'calls':>5} {'GFLOP':>9} {'MB':>9} {'floor us':>10} {'share':>6}  bound"
     lines = [f"{'part':10} {'operator':28} {'pass':9} {work}"]
@@ -234,23 +308,30 @@ def table(found: list[Operator], rates: Rates) -> str:
         floor = operator.floor(rates)
         names = f"{operator.part:10} {operator.name:28} {operator.direction:9} {operator.calls:>5}"
         work = f"{operator.flops / 1e9:>9,.1f} {operator.bytes / 1e6:>9,.0f}"
-        lines.append(f"{names} {work} {floor * 1e6:>10,.0f} {floor / total:>6.1%}  {operator.bound(rates)}")
+        lines.append(
+            f"{names} {work} {floor * 1e6:>10,.0f} {floor / total:>6.1%}  {operator.bound(rates)}"
+        )
     return "\n".join(lines)
 
 
 def worth_fusing(found: list[Operator], rates: Rates) -> list[tuple[str, float]]:
-    """(operator, seconds of its floor) of all that could run inside a product next to it, dearest first."""
-    saved: Counter[str] = Counter()
+    """(operator, seconds of its floor) for all that could be fused into a product next to it.
+
+    The most expensive come first.
+    """
+    saved: dict[str, float] = defaultdict(float)
     for operator in found:
         if operator.kind in ("norm", "activation", "rotary", "gather"):
-            saved[f"{operator.name} ({operator.part}, {operator.direction})"] += operator.floor(rates)
-    return saved.most_common()
+            name = f"{operator.name} ({operator.part}, {operator.direction})"
+            saved[name] += operator.floor(rates)
+    return sorted(saved.items(), key=lambda item: -item[1])
 
 
 def summarised(config: VLMConfig, work: Counts, rates: Rates) -> dict:
-    """What the result file holds."""
+    """The content of the result file."""
     found = operators(config, work, rates.element)
-    floor, flops = sum(o.floor(rates) for o in found), sum(o.flops for o in found)
+    floor = sum(o.floor(rates) for o in found)
+    flops = sum(o.flops for o in found)
     rows = [vars(o) | {"floor": o.floor(rates), "bound": o.bound(rates)} for o in found]
     return {
         "rates": vars(rates),

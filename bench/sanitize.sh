@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
-# compute-sanitizer over one small forward and backward of every kernel: out-of-bounds accesses and races.
+# compute-sanitizer over one small forward and backward of every kernel: finds out-of-bounds
+# accesses and races.
 #     bash bench/sanitize.sh [tool ...]        default: memcheck racecheck
 set -euo pipefail
 cd "$(dirname "$0")/.."
-command -v compute-sanitizer >/dev/null || { echo "error: compute-sanitizer (part of CUDA) is not on the PATH" >&2; exit 1; }
+command -v compute-sanitizer >/dev/null || {
+    echo "error: compute-sanitizer (part of CUDA) is not on the PATH" >&2
+    exit 1
+}
 launches=$(mktemp --suffix=.py)
 trap 'rm -f "$launches"' EXIT
 cat >"$launches" <<'PYTHON'
@@ -12,7 +16,7 @@ import torch
 from bench.kernels import results_of
 from bench.registry import KERNELS, ours
 
-# sizes that go round the pipelined loops more than once
+# Sizes that make more than one iteration of the pipelined loops: races appear between iterations.
 LARGER = {
     "rms_norm": dict(m=4500, n=576, residual=torch.float32),
     "layer_norm": dict(m=2500, n=768, residual=torch.float32),
@@ -29,6 +33,9 @@ PYTHON
 for tool in "${@:-memcheck racecheck}"; do
     for one in $tool; do
         echo "== $one"
-        PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$one" --error-exitcode 1 "${PYTHON:-python3}" "$launches"
+        # Without PyTorch's cache every tensor is its own allocation, so that a read past its end is
+        # noticed instead of landing in a neighbour.
+        PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+            compute-sanitizer --tool "$one" --error-exitcode 1 "${PYTHON:-python3}" "$launches"
     done
 done

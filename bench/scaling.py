@@ -1,34 +1,45 @@
-"""What a step costs on 1 to 1,024 GPUs: a model of its communication, and the bytes it sends, counted on two processes.
+"""What a step costs on 1 to 1,024 GPUs: a model of its communication, checked by counting bytes.
 
     python -m bench.scaling                      table, verdict, traffic, result file
     python -m bench.scaling --steps 0            without counting traffic
 
-A model, not a measurement: no run of more than one GPU stands behind these times. It adds up
+This is a model, not a measurement: no run on more than one GPU stands behind these times. It adds
+up the following parts.
 
-- the step of one GPU: of a committed GPU result of bench.train_step where there is one, else the floor that
-  bench.roofline finds for an H100, which no step reaches (a slower step hides more, so this is the hard case). The
-  roofline also says how the step divides into forward, backward and update;
-- DDP's buckets: of the model's own gradients in the order in which a backward on the meta device makes them, closed at
-  25 MiB, the first at 1 MiB. The tied table's gradient comes when the language model is through, with the vision
-  tower's backward still to go. Within the language model, the projector and the vision tower gradients come evenly. A
-  bucket is reduced once it is full and the one before is through; what lasts longer than the backward is exposed;
-- a collective in nodes of eight GPUs, NVLink inside and a network card a GPU between: reduce inside, each GPU its
-  eighth between the nodes, gather inside, one after the other. Bytes over bandwidth, and hops: a ring's grow with the
-  nodes, a tree's, which NCCL has for all-reduce alone and takes where it is faster, with their logarithm;
-- FSDP2 (`shard`): a unit a block, gathered for the forward and again for the backward while the unit before computes,
-  gradients reduce-scattered, the update on a GPU's share alone.
+- The step of one GPU: from a committed GPU result of bench.train_step if there is one, else the
+  floor that bench.roofline computes for an H100. No step reaches that floor, and a slower step
+  hides more communication, so the floor is the hard case. The roofline also says how the step
+  divides into forward, backward and update.
+- DDP's buckets: the model's own gradients, in the order in which a backward on the meta device
+  produces them, in buckets that close at 25 MiB, the first at 1 MiB. The tied table's gradient
+  arrives when the language model is done, with the backward of the vision tower still to come.
+  Within the language model, the projector and the vision tower, gradients arrive evenly. A bucket
+  is reduced once it is full and the previous one is done; what continues after the backward is
+  exposed.
+- A collective in nodes of eight GPUs, with NVLink inside and one network card per GPU between
+  nodes: reduce inside, exchange each GPU's eighth between the nodes, gather inside, one after the
+  other.
+  Each phase costs bytes over bandwidth, and hops. The hops of a ring grow with the number of nodes,
+  those of a tree with its logarithm; NCCL has trees for all-reduce alone and takes them where they
+  are faster.
+- FSDP2 (`shard`): one unit per block. A unit is gathered for the forward, and again for the
+  backward, while the previous unit computes. Gradients are reduce-scattered, and a GPU updates only
+  its own share.
 
-"No overlap" is what a backward compiled to one graph gets: its gradients appear together at its end. Dynamo's
-`optimize_ddp` splits that graph at the buckets. Left out: SMs and memory bandwidth that NCCL takes from the step,
-stragglers, the data path, NVLink SHARP (faster inside a node), a network that is shared or blocks (slower).
+"No overlap" is the case of a backward compiled into one graph: its gradients all appear at its end.
+Dynamo's `optimize_ddp` splits that graph at the buckets. Left out are the SMs and memory bandwidth
+that NCCL takes from the step, stragglers, the data path, NVLink SHARP (faster inside a node), and
+networks that are shared or blocking (slower).
 
-Weak scaling: the same samples on every GPU. Strong scaling: the same samples in all, so ever fewer on a GPU, and the
-roofline's step for those. Efficiency is one GPU's time over that of n (strong: over n times it).
+Weak scaling: the same number of samples on every GPU. Strong scaling: the same number in total, so
+ever fewer per GPU, with the roofline's step for those. Efficiency is the time of one GPU over that
+of n (strong: over n times that of n).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import sys
 from collections.abc import Iterator
@@ -52,32 +63,40 @@ from nanovlm_fast.warmup import full_batch
 GPUS = tuple(2**i for i in range(11))
 ENOUGH = 0.9  # efficiency
 NODE = 8  # GPUs
-TEXT, LABELS = 32, 12  # tokens of a sample, as bench.roofline takes them
-BUCKET, FIRST_BUCKET = 25 * 2**20, 2**20  # bytes; DDP's bucket_cap_mb and its first bucket
+TEXT = 32  # tokens per sample, as in bench.roofline
+LABELS = 12
+BUCKET = 25 * 2**20  # bytes: DDP's bucket_cap_mb
+FIRST_BUCKET = 2**20  # DDP starts with a small one, so that communication begins early
 TABLE = "decoder.token_embedding.weight"
-PARTS = {"decoder": "language", "MP": "projector", "vision_encoder": "vision"}  # module -> the roofline's part
-LAUNCH = 8.4e-6  # seconds of a collective before its first hop: NCCL's model, src/graph/tuning.cc, baseLat, ring Simple
+# Module -> the roofline's name for that part of the model.
+PARTS = {"decoder": "language", "MP": "projector", "vision_encoder": "vision"}
+# Seconds before a collective's first hop: NCCL's src/graph/tuning.cc, baseLat, ring, Simple.
+LAUNCH = 8.4e-6
 
 
 @dataclass(frozen=True)
 class Link:
-    """Bytes/s that a GPU sends while it receives as many, and the seconds of a hop."""
+    """Bytes/s that a GPU sends while it receives as many, and seconds per hop."""
 
     name: str
     bandwidth: float
     hop: float
 
 
-# NVLink 4: 450e9 on the line; what is left of it after the protocol: NVIDIA in github.com/NVIDIA/nccl-tests/issues/212
-# NDR: 400 Gb/s on the line; 46 to 48 GB/s a card is what to expect: NVIDIA in github.com/NVIDIA/nccl-tests/issues/290
-# hops: NCCL's own model, src/graph/tuning.cc, hwLat of the Simple protocol (ring: 3.4 and 14; tree between nodes: 14)
+# NVLink 4: 450e9 on the line; 370e9 is left after the protocol, according to NVIDIA in
+# github.com/NVIDIA/nccl-tests/issues/212. NDR: 400 Gb/s on the line; 46 to 48 GB/s per card can be
+# expected, according to NVIDIA in github.com/NVIDIA/nccl-tests/issues/290. Hops: NCCL's own model,
+# src/graph/tuning.cc, hwLat of the Simple protocol (ring: 3.4 and 14; tree between nodes: 14).
 NVLINK = Link("NVLink 4", 370e9, 3.4e-6)
 INFINIBAND = Link("InfiniBand NDR, a card a GPU", 47e9, 14e-6)
 
 
 @dataclass(frozen=True)
 class Mode:
-    """How gradients travel: `element` bytes each; a `tree` between the nodes is all-reduce's where it is faster."""
+    """How gradients travel: `element` bytes each.
+
+    `tree`: all-reduce may use a tree between the nodes where that is faster.
+    """
 
     name: str
     shard: bool = False
@@ -87,11 +106,14 @@ class Mode:
 
 
 def modes() -> list[Mode]:
+    """Every combination of sharding, gradient dtype, overlap and algorithm."""
     found = []
     for kind, element in (("float32", 4), ("bfloat16", 2)):
         for overlap in (True, False):
             rest = f"{kind}, {'overlapped' if overlap else 'no overlap'}"
-            found += [Mode(f"DDP {rest}, ring{' or tree' * t}", False, element, overlap, t) for t in (True, False)]
+            for tree in (True, False):
+                name = f"DDP {rest}, ring{' or tree' * tree}"
+                found.append(Mode(name, False, element, overlap, tree))
             found.append(Mode(f"FSDP2 {rest}", True, element, overlap))
     return sorted(found, key=lambda mode: (mode.shard, not mode.overlap, not mode.tree))
 
@@ -100,26 +122,31 @@ def modes() -> list[Mode]:
 
 
 def sent_bytes(payload: float, gpus: int, passes: int) -> float:
-    """Bytes that each GPU sends: a ring's all-gather or reduce-scatter is a pass, all-reduce is two."""
+    """Bytes that each GPU sends; a ring's all-gather or reduce-scatter is a pass, all-reduce 2."""
     return passes * (gpus - 1) / gpus * payload
 
 
 def collective_seconds(payload: float, gpus: int, passes: int, tree: bool = False) -> float:
-    """Seconds of one: launch, then in each pass the node's ring and the nodes' ring or tree, one after the other.
+    """Seconds of one collective: the launch, then `passes` times the node's and the nodes' phase.
 
-    Up to a node any number of GPUs, then whole nodes.
+    The phase inside the node is a ring; that between nodes is a ring or a tree. `gpus` is any
+    number up to a node, then whole nodes.
     """
     if gpus == 1 or not payload:
         return 0.0
-    inside, nodes = min(gpus, NODE), math.ceil(gpus / NODE)
+    inside = min(gpus, NODE)
+    nodes = math.ceil(gpus / NODE)
 
     def one(link: Link, hops: int, sent: float) -> float:
         return hops * link.hop + sent / link.bandwidth
 
     between = one(INFINIBAND, nodes - 1, sent_bytes(payload / inside, nodes, 1))
-    if tree:  # its inner nodes pass all of it on
+    if tree:  # the inner nodes of a tree pass the whole payload on
         between = min(between, one(INFINIBAND, math.ceil(math.log2(nodes)), payload / inside))
-    return LAUNCH + passes * (one(NVLINK, inside - 1, sent_bytes(payload, inside, 1)) + (between if nodes > 1 else 0.0))
+    if nodes == 1:
+        between = 0.0
+    within = one(NVLINK, inside - 1, sent_bytes(payload, inside, 1))
+    return LAUNCH + passes * (within + between)
 
 
 # ---- the step of one GPU
@@ -127,7 +154,7 @@ def collective_seconds(payload: float, gpus: int, passes: int, tree: bool = Fals
 
 @dataclass(frozen=True)
 class Compute:
-    """Seconds of one GPU's step, by part of the model: {part: seconds}; and where they come from."""
+    """Seconds of one GPU's step, {part of the model: seconds}, and where the numbers come from."""
 
     forward: dict[str, float]
     backward: dict[str, float]
@@ -141,8 +168,13 @@ class Compute:
         return sum(self.forward.values()) + sum(self.backward.values()) + self.update
 
     def scaled(self, factor: float) -> Compute:
-        forward, backward = ({part: factor * s for part, s in d.items()} for d in (self.forward, self.backward))
-        return dataclasses.replace(self, forward=forward, backward=backward, update=factor * self.update)
+        """The same step, slower by `factor` in all its parts."""
+        return dataclasses.replace(
+            self,
+            forward={part: factor * seconds for part, seconds in self.forward.items()},
+            backward={part: factor * seconds for part, seconds in self.backward.items()},
+            update=factor * self.update,
+        )
 
 
 def floor_of(config: VLMConfig, samples: int) -> Compute:
@@ -162,19 +194,23 @@ def floor_of(config: VLMConfig, samples: int) -> Compute:
 
 
 def measured_step(preset_name: str, results: Path = ROOT) -> tuple[float, int, str] | None:
-    """(seconds, samples, source) of ours in the newest GPU result of bench.train_step for the whole model, if any."""
+    """(seconds, samples, source) of our step in the newest GPU result of bench.train_step, if any.
+
+    Only results of the whole model count, not those of fewer layers.
+    """
     found = []
     for file in results.glob("*/train_step*.json"):
         step = load(file)
         ours = step["variants"].get("ours", {})
-        if "driver" in step and step["preset"] == preset_name and not step.get("layers") and "median" in ours:
+        whole = step["preset"] == preset_name and not step.get("layers")
+        if "driver" in step and whole and "median" in ours:  # only GPU results name a driver
             source = f"bench.train_step on {step['device']}, {step['commit'][:7]}"
             found.append((step["date"], ours["median"], step["work"]["images"], source))
     return max(found)[1:] if found else None
 
 
 def compute_of(config: VLMConfig, preset_name: str, samples: int, results: Path = ROOT) -> Compute:
-    """The measured step, divided as the roofline divides it; without one the roofline's for `samples` samples."""
+    """The measured step, divided as the roofline divides it; without one, the roofline's step."""
     step = measured_step(preset_name, results)
     if step is None:
         return floor_of(config, samples)
@@ -187,23 +223,36 @@ def compute_of(config: VLMConfig, preset_name: str, samples: int, results: Path 
 
 
 def gradients(config: VLMConfig) -> list[tuple[str, int]]:
-    """(name, elements) in the order in which the backward makes them; nothing is computed."""
+    """(name, elements) in the order in which the backward produces them.
+
+    The backward runs on the meta device, so nothing is computed or allocated.
+    """
     length = config.image_tokens + 8
+    budget = Budget(tokens=length, documents=1, images=1, labels=4, max_seqlen=length)
+    order: list[tuple[str, int]] = []
+
+    def record(name: str, parameter: torch.Tensor) -> None:
+        order.append((name, parameter.numel()))
+
     with torch.device("meta"):
-        model, order = VisionLanguageModel(config), []
+        model = VisionLanguageModel(config)
         for name, parameter in model.named_parameters():
-            parameter.register_post_accumulate_grad_hook(lambda p, name=name: order.append((name, p.numel())))
-        batch = full_batch(Budget(tokens=length, documents=1, images=1, labels=4, max_seqlen=length), config)
-        model(batch.to("meta")).backward()
+            parameter.register_post_accumulate_grad_hook(functools.partial(record, name))
+        model(full_batch(budget, config).to("meta")).backward()
     return order
 
 
 def ready_times(order: list[tuple[str, int]], backward: dict[str, float]) -> list[float]:
-    """When each gradient is there, in seconds of the backward; parts one after the other, evenly within each."""
+    """When each gradient is complete, in seconds since the backward began.
+
+    The parts follow one another, and gradients arrive evenly within each. The tied table takes no
+    time of its own: its gradient is complete with the language model's.
+    """
     size = dict.fromkeys(backward, 0)
     for name, elements in order:
         size[PARTS[name.split(".")[0]]] += elements * (name != TABLE)
-    clock, times = 0.0, []
+    clock = 0.0
+    times = []
     for name, elements in order:
         part = PARTS[name.split(".")[0]]
         clock += backward[part] * elements * (name != TABLE) / size[part]
@@ -212,17 +261,21 @@ def ready_times(order: list[tuple[str, int]], backward: dict[str, float]) -> lis
 
 
 def buckets(sizes: list[int], cap: int = BUCKET, first: int = FIRST_BUCKET) -> list[list[int]]:
-    """DDP's: indices of gradients of so many bytes. One is closed by the gradient that fills it, however large.
+    """DDP's buckets, as indices of gradients of the given bytes.
 
-    They are those of its second step on; with a bucket_cap_mb of one's own the first is no smaller (`first` = `cap`).
+    The gradient that fills a bucket closes it, however large it is. These are the buckets from the
+    second step on. If bucket_cap_mb is set, the first bucket is no smaller (`first` = `cap`).
     """
-    found, current, filled = [], [], 0
+    found: list[list[int]] = []
+    current: list[int] = []
+    filled = 0
     for i, size in enumerate(sizes):
         current.append(i)
         filled += size
         if filled >= (cap if found else first):
             found.append(current)
-            current, filled = [], 0
+            current = []
+            filled = 0
     return [*found, current] if current else found
 
 
@@ -230,23 +283,32 @@ def buckets(sizes: list[int], cap: int = BUCKET, first: int = FIRST_BUCKET) -> l
 
 
 def ddp_seconds(compute: Compute, order: list[tuple[str, int]], gpus: int, mode: Mode) -> float:
-    """Buckets of float32 gradients; in bfloat16 they travel as half the bytes."""
-    times, end = ready_times(order, compute.backward), sum(compute.backward.values())
+    """A DDP step: compute, and the part of the communication that the backward does not hide.
+
+    Buckets are cut by float32 sizes; in bfloat16 the same buckets travel as half the bytes.
+    """
+    times = ready_times(order, compute.backward)
+    end = sum(compute.backward.values())
     done = 0.0
     for bucket in buckets([4 * elements for _, elements in order]):
         payload = mode.element * sum(order[i][1] for i in bucket)
         ready = times[bucket[-1]] if mode.overlap else end
         done = max(done, ready) + collective_seconds(payload, gpus, 2, mode.tree)
+    # One GPU sends nothing; its buckets are complete when the backward is.
     exposed = max(done - end, 0.0) if gpus > 1 else 0.0
     return compute.seconds + exposed
 
 
-def units(order: list[tuple[str, int]], compute: Compute) -> tuple[int, list[tuple[int, float, float]]]:
-    """Elements of FSDP's root, and (elements, forward, backward seconds) of its blocks in the order of the forward.
+def units(
+    order: list[tuple[str, int]], compute: Compute
+) -> tuple[int, list[tuple[int, float, float]]]:
+    """Elements of FSDP's root, and (elements, forward, backward seconds) of each block.
 
-    A part's time is its blocks', evenly; the projector's, some percent, is left to the vision blocks before it.
+    The blocks are in the order of the forward and share the time of their part evenly. The
+    projector's time, a few percent, is added to the vision blocks before it.
     """
-    root, blocks = 0, {"vision_encoder": {}, "decoder": {}}
+    root = 0
+    blocks: dict[str, dict[str, int]] = {"vision_encoder": {}, "decoder": {}}
     for name, elements in reversed(order):
         part, *rest = name.split(".")
         if rest[0] == "blocks":
@@ -256,38 +318,55 @@ def units(order: list[tuple[str, int]], compute: Compute) -> tuple[int, list[tup
     seconds = {"vision_encoder": ("vision", "projector"), "decoder": ("language",)}
     found = []
     for part, sizes in blocks.items():
-        times = [sum(d[p] for p in seconds[part]) / len(sizes) for d in (compute.forward, compute.backward)]
-        found += [(elements, *times) for elements in sizes.values()]
+        forward = sum(compute.forward[p] for p in seconds[part]) / len(sizes)
+        backward = sum(compute.backward[p] for p in seconds[part]) / len(sizes)
+        found += [(elements, forward, backward) for elements in sizes.values()]
     return root, found
 
 
 def fsdp_seconds(compute: Compute, order: list[tuple[str, int]], gpus: int, mode: Mode) -> float:
-    """Gathers and reductions take turns on the links; a gather goes while the unit before computes."""
+    """An FSDP step: gathers and reductions take turns on the links.
+
+    With overlap, a unit is gathered while the previous one computes.
+    """
     if gpus == 1:
         return compute.seconds
     root, blocks = units(order, compute)
+    # (elements to gather, seconds to compute, elements to reduce): forward, then backward. The root
+    # is gathered first in both, and its gradients are complete last.
     jobs = [(root, 0.0, 0), *((size, forward, 0) for size, forward, _ in blocks)]
-    jobs += [(root, 0.0, 0), *((size, backward, size) for size, _, backward in reversed(blocks)), (0, 0.0, root)]
-    links = clock = start = 0.0  # when the links and the GPU are free; when the last unit began to compute
-    waiting = 0.0  # of the reduction of the unit before, which the next gather goes in front of
+    jobs += [(root, 0.0, 0)]
+    jobs += [(size, backward, size) for size, _, backward in reversed(blocks)]
+    jobs += [(0, 0.0, root)]
+    links = 0.0  # when the links are free
+    clock = 0.0  # when the GPU is free
+    start = 0.0  # when the previous unit began to compute
+    waiting = 0.0  # seconds of the previous unit's reduction, which lets the next gather go first
     for gathered, seconds, reduced in jobs:
-        gather, scatter = (collective_seconds(mode.element * size, gpus, 1) for size in (gathered, reduced))
+        gather = collective_seconds(mode.element * gathered, gpus, 1)
+        scatter = collective_seconds(mode.element * reduced, gpus, 1)
         links = max(links, start if mode.overlap else clock) + gather
         start = max(clock, links)
         if waiting:
             links = max(links, clock) + waiting
             start = start if mode.overlap else links
-        clock, waiting = start + seconds, scatter
+        clock = start + seconds
+        waiting = scatter
     return max(links, clock) + waiting + compute.update / gpus
 
 
 def step_seconds(compute: Compute, order: list[tuple[str, int]], gpus: int, mode: Mode) -> float:
-    return (fsdp_seconds if mode.shard else ddp_seconds)(compute, order, gpus, mode)
+    step = fsdp_seconds if mode.shard else ddp_seconds
+    return step(compute, order, gpus, mode)
 
 
 def weak(compute: Compute, order: list[tuple[str, int]], mode: Mode) -> dict[str, dict[str, float]]:
-    """By GPUs: seconds, seconds that communication adds, efficiency, bytes that a GPU sends in a step."""
-    payload, rows = mode.element * sum(elements for _, elements in order), {}
+    """Weak scaling, by GPUs.
+
+    Seconds, the seconds that communication adds, efficiency, and the bytes a GPU sends per step.
+    """
+    payload = mode.element * sum(elements for _, elements in order)
+    rows = {}
     for gpus in GPUS:
         seconds = step_seconds(compute, order, gpus, mode)
         own = compute.seconds - compute.update * (1 - 1 / gpus) * mode.shard
@@ -301,42 +380,54 @@ def weak(compute: Compute, order: list[tuple[str, int]], mode: Mode) -> dict[str
 
 
 def shares(config: VLMConfig, compute: Compute) -> dict[int, Compute]:
-    """By GPUs: the step of one that has its share of the samples. It shrinks as its floor does."""
+    """By GPUs: one GPU's step with its share of the samples. It shrinks as its floor does."""
     factor = compute.seconds / floor_of(config, compute.samples).seconds
     evenly = [gpus for gpus in GPUS if compute.samples % gpus == 0]
     return {gpus: floor_of(config, compute.samples // gpus).scaled(factor) for gpus in evenly}
 
 
-def strong(parts: dict[int, Compute], order: list[tuple[str, int]], mode: Mode) -> dict[str, dict[str, float]]:
-    """By GPUs: samples on each, seconds, efficiency, and what it were if communication took no time (`links_free`)."""
+def strong(
+    parts: dict[int, Compute], order: list[tuple[str, int]], mode: Mode
+) -> dict[str, dict[str, float]]:
+    """Strong scaling, by GPUs; `links_free` is the efficiency if communication were free."""
     rows = {}
     for gpus, local in parts.items():
-        seconds, ideal = step_seconds(local, order, gpus, mode), parts[1].seconds / gpus
-        efficiency, free = ideal / seconds, ideal / local.seconds
-        rows[str(gpus)] = dict(samples=local.samples, seconds=seconds, efficiency=efficiency, links_free=free)
+        seconds = step_seconds(local, order, gpus, mode)
+        ideal = parts[1].seconds / gpus
+        rows[str(gpus)] = {
+            "samples": local.samples,
+            "seconds": seconds,
+            "efficiency": ideal / seconds,
+            "links_free": ideal / local.seconds,
+        }
     return rows
 
 
 def falls_below(rows: dict[str, dict[str, float]]) -> int | None:
-    """The first number of GPUs, of those looked at, whose efficiency is not enough."""
+    """The smallest modelled number of GPUs whose efficiency is below ENOUGH, if there is one."""
     return next((int(gpus) for gpus, row in rows.items() if row["efficiency"] < ENOUGH), None)
 
 
 def modelled(preset_name: str, samples: int, results: Path = ROOT) -> dict:
-    """What the result file holds, but for the traffic."""
+    """The content of the result file, without the traffic."""
     config, _ = preset(preset_name)
-    compute, order = compute_of(config, preset_name, samples, results), gradients(config)
-    found = {mode.name: {**dataclasses.asdict(mode), "weak": weak(compute, order, mode)} for mode in modes()}
+    compute = compute_of(config, preset_name, samples, results)
+    order = gradients(config)
+    found = {}
     for mode in modes():
-        found[mode.name]["below"] = falls_below(found[mode.name]["weak"])
+        rows = weak(compute, order, mode)
+        found[mode.name] = {**dataclasses.asdict(mode), "weak": rows, "below": falls_below(rows)}
     parts = shares(config, compute)
-    fixed = {mode.name: strong(parts, order, mode) for mode in modes() if mode.tree and mode.element == 4}
-    sizes = [4 * sum(order[i][1] for i in bucket) for bucket in buckets([4 * elements for _, elements in order])]
+    usual = [mode for mode in modes() if mode.tree and mode.element == 4]
+    fixed = {mode.name: strong(parts, order, mode) for mode in usual}
+    bytes_ = [4 * elements for _, elements in order]
+    sizes = [sum(bytes_[i] for i in bucket) for bucket in buckets(bytes_)]
+    links = {"node": NODE, "launch": LAUNCH, "inside": vars(NVLINK), "between": vars(INFINIBAND)}
     return {
         "preset": preset_name,
-        "timed": False,  # a model
+        "timed": False,  # a model, not a measurement
         "compute": {**dataclasses.asdict(compute), "seconds": compute.seconds},
-        "links": {"node": NODE, "launch": LAUNCH, "inside": vars(NVLINK), "between": vars(INFINIBAND)},
+        "links": links,
         "parameters": sum(elements for _, elements in order),
         "bucket_bytes": sizes,
         "enough": ENOUGH,
@@ -353,25 +444,32 @@ def verdict(below: int | None) -> str:
 
 
 def table(result: dict) -> Iterator[str]:
-    """Lines: three tables of all modes by GPUs, then strong scaling."""
+    """Lines of text: three tables of all modes by GPUs, then strong scaling."""
     compute = result["compute"]
-    yield f"{result['preset']}, {compute['samples']} samples a GPU: {compute['seconds'] * 1e3:.1f} ms a step"
+    step = f"{compute['seconds'] * 1e3:.1f} ms per step"
+    yield f"{result['preset']}, {compute['samples']} samples per GPU: {step}"
     yield f"  {compute['source']}"
-    forms = {"seconds": ("ms a step", 1e3, ".1f"), "exposed": ("ms of them for communication", 1e3, ".2f")}
-    forms["efficiency"] = ("% efficiency", 100, ".1f")
+    forms = {
+        "seconds": ("ms per step", 1e3, ".1f"),
+        "exposed": ("ms of them for communication", 1e3, ".2f"),
+        "efficiency": ("% efficiency", 100, ".1f"),
+    }
     for column, (title, unit, form) in forms.items():
         yield f"\n{title:40}" + "".join(f"{gpus:>8,}" for gpus in GPUS)
         for name, mode in result["modes"].items():
-            yield f"{name:40}" + "".join(f"{unit * row[column]:>8{form}}" for row in mode["weak"].values())
-    yield f"\n{'efficiency':40}{f'under {ENOUGH:.0%}':>20}{'MB a GPU sends, 8 GPUs':>26}"
+            rows = mode["weak"].values()
+            yield f"{name:40}" + "".join(f"{unit * row[column]:>8{form}}" for row in rows)
+    yield f"\n{'efficiency':40}{f'under {ENOUGH:.0%}':>20}{'MB sent per GPU, 8 GPUs':>26}"
     for name, mode in result["modes"].items():
-        yield f"{name:40}{verdict(mode['below']):>20}{mode['weak'][str(NODE)]['sent'] / 1e6:>26,.0f}"
+        sent = mode["weak"][str(NODE)]["sent"] / 1e6
+        yield f"{name:40}{verdict(mode['below']):>20}{sent:>26,.0f}"
     head = ("GPUs", "samples", "ms", "efficiency", "links free")
     yield f"\n{'strong scaling':40}" + "".join(f"{part:>11}" for part in head)
     for name, rows in result["strong"].items():
         for gpus, row in rows.items():
             efficiency = f"{row['efficiency']:>11.1%}{row['links_free']:>11.1%}"
-            yield f"{name:40}{gpus:>11}{row['samples']:>11}{row['seconds'] * 1e3:>11.1f}{efficiency}"
+            times = f"{row['samples']:>11}{row['seconds'] * 1e3:>11.1f}"
+            yield f"{name:40}{gpus:>11}{times}{efficiency}"
 
 
 def make_parser() -> Parser:

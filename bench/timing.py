@@ -1,8 +1,9 @@
-"""How times are taken: variants in turn, in one process, many times; medians, how far they scatter, what differs.
+"""How times are taken: variants interleaved in one process, medians, their scatter and differences.
 
-No distribution is assumed. A median's interval comes from order statistics; of two medians' ratio, from both intervals.
-A variant timed against itself in the same rounds (`self_check`) shows what the machine makes of no difference at all,
-and that widens what is reported.
+No distribution is assumed. The confidence interval of a median comes from order statistics, that of
+the ratio of two medians from both intervals. A variant that is timed against itself in the same
+rounds (`self_check`) shows what difference the machine reports where there is none; that share
+widens every reported interval.
 """
 
 from __future__ import annotations
@@ -10,29 +11,30 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from bench.machine import WATCH
 
-AGAIN = "self-check"  # the first variant, a second time
+AGAIN = "self-check"  # the name under which the first variant is timed a second time
 
 
 def interleave(
-    variants: dict[str, Callable[[], object]],
+    variants: Mapping[str, Callable[[], object]],
     repeats: int,
     warmup: int = 1,
     deadline: float = math.inf,
     progress: Callable[[], object] = lambda: None,
     self_check: bool = False,
 ) -> dict[str, list[float]]:
-    """Seconds of every call, device work included, after `warmup` rounds that do not count.
+    """Return the seconds of every call, device work included, after `warmup` uncounted rounds.
 
-    The variants take turns, and each round begins with another one: A B C, B C A, C A B, ... After `deadline`, of
-    `time.perf_counter`, no round begins but the first three that count. With `self_check` the first variant takes part
-    twice; its second times are under `AGAIN`, for `noise_of`. What the machine does meanwhile goes to the result file.
+    The variants take turns, and each round starts with the next one: A B C, B C A, C A B, ...
+    At least three rounds are counted; after `deadline` (of `time.perf_counter`) no further round
+    begins. With `self_check` the first variant runs twice per round; its second times are under
+    `AGAIN`, for `noise_of`. What the machine does meanwhile is recorded for the result file.
     """
     calls = list(variants.items())
     if self_check and calls:
@@ -42,12 +44,13 @@ def interleave(
         for round_ in range(warmup + repeats):
             if round_ >= warmup + 3 and time.perf_counter() > deadline:
                 break
+            # Rotating the order spreads drift (heat, other processes) evenly over the variants.
             first = round_ % max(len(calls), 1)
             for name, call in calls[first:] + calls[:first]:
-                synchronize()
+                synchronize()  # work of the previous variant must not run into this one's time
                 start = time.perf_counter()
                 call()
-                synchronize()
+                synchronize()  # a CUDA call returns before its kernels have run
                 if round_ >= warmup:
                     seconds[name].append(time.perf_counter() - start)
                 progress()
@@ -60,9 +63,9 @@ def synchronize() -> None:
 
 
 def noise_of(seconds: dict[str, list[float]]) -> float:
-    """What the self-check of `interleave` found: by what share the medians of one and the same variant differ.
+    """How much the medians of two timings of the same variant differ, as a share.
 
-    Takes the self-check's times out of `seconds`.
+    Removes the self-check's times from `seconds`.
     """
     again = statistics.median(seconds.pop(AGAIN))
     first = statistics.median(next(iter(seconds.values())))
@@ -70,8 +73,11 @@ def noise_of(seconds: dict[str, list[float]]) -> float:
 
 
 def summary(seconds: list[float], noise: float | None = None) -> dict[str, float]:
-    """Median, quartiles, 5th and 95th percentile, in seconds; `noise` of the self-check if there was one."""
-    cuts = statistics.quantiles(seconds, n=20, method="inclusive") if len(seconds) > 1 else seconds * 19
+    """Median, quartiles, 5th and 95th percentile in seconds; `noise` of the self-check if given."""
+    if len(seconds) > 1:
+        cuts = statistics.quantiles(seconds, n=20, method="inclusive")
+    else:
+        cuts = seconds * 19  # `quantiles` refuses a single value
     values = {
         "median": statistics.median(seconds),
         "lower_quartile": cuts[4],
@@ -83,15 +89,18 @@ def summary(seconds: list[float], noise: float | None = None) -> dict[str, float
 
 
 def interval(seconds: list[float], level: float = 0.95) -> tuple[float, float]:
-    """(low, high) around the median, which lies inside with probability `level`: two order statistics.
+    """(low, high) that holds the true median with probability `level`: two order statistics.
 
-    The true median is below the k-th smallest of n independent values as seldom as n throws of a coin show fewer than k
-    heads. Where n is too small for the level these are the smallest and the largest; below three values, 0 and inf.
+    The true median lies below the k-th smallest of n independent values with the probability that
+    n throws of a coin show fewer than k heads. Where n is too small for the level, the smallest and
+    the largest value are returned; below three values, 0 and inf.
     """
-    ordered, n = sorted(seconds), len(seconds)
+    ordered = sorted(seconds)
+    n = len(seconds)
     if n < 3:
         return 0.0, math.inf
-    k, below = 1, 0.5**n  # `below`: the chance of fewer than k heads
+    k = 1
+    below = 0.5**n  # the probability of fewer than k heads
     while k < n // 2 and 2 * (below + math.comb(n, k) * 0.5**n) <= 1 - level:
         below += math.comb(n, k) * 0.5**n
         k += 1
@@ -100,7 +109,7 @@ def interval(seconds: list[float], level: float = 0.95) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Difference:
-    """`ratio`: how many times as fast; the truth lies in [low, high] with 95% and more."""
+    """`ratio`: how many times as fast; the true ratio lies in [low, high] with at least 95%."""
 
     ratio: float
     low: float
@@ -108,6 +117,7 @@ class Difference:
 
     @property
     def same(self) -> bool:
+        """Whether the measurement cannot tell the two apart."""
         return self.low <= 1 <= self.high
 
     def __str__(self) -> str:
@@ -117,11 +127,14 @@ class Difference:
 
 
 def difference(times: list[float], against: list[float], self_check: float = 0.0) -> Difference:
-    """How many times as fast `times` are as `against`: the ratio of the medians, from the seconds of both.
+    """How many times as fast `times` are as `against`, both in seconds: the ratio of the medians.
 
-    Both medians' intervals hold at once with 95% (each with 97.5%), so the ratio lies between those of their ends,
-    widened by the share that `self_check` (see `noise_of`) found between equal things.
+    The intervals of both medians hold at once with 95% (each with 97.5%), so the ratio lies between
+    the ratios of their ends. `self_check` (see `noise_of`) widens that: a difference which the
+    machine also shows between equal things is no difference.
     """
-    (low, high), (best, worst) = interval(times, 0.975), interval(against, 0.975)
-    ratio, wider = statistics.median(against) / statistics.median(times), 1 + self_check
+    low, high = interval(times, 0.975)
+    best, worst = interval(against, 0.975)
+    ratio = statistics.median(against) / statistics.median(times)
+    wider = 1 + self_check
     return Difference(ratio, best / high / wider, worst / low * wider if low else math.inf)

@@ -1,4 +1,4 @@
-"""A whole training run as a measurement: accuracy seeing and blind, wall-clock, the curve, and the pictures.
+"""A whole training run as a measurement: accuracy with and without images, time, curve, pictures.
 
 python -m bench.train_run                      the run of the README: preset tiny on easy-VQA
 python -m bench.train_run -- --epochs 32       options after -- go to train.py
@@ -24,7 +24,10 @@ TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 
 def measure(name: str, options: list[str], device: torch.device, out: Path | None) -> Path:
-    """Run train.py in a process of its own; returns the result file. Raises RuntimeError if the run fails."""
+    """Run train.py in its own process and write the result file; return the file.
+
+    Raises RuntimeError if the run fails.
+    """
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / name
         code = subprocess.run([sys.executable, str(TRAIN), "--out", str(run), *options]).returncode
@@ -32,6 +35,8 @@ def measure(name: str, options: list[str], device: torch.device, out: Path | Non
             raise RuntimeError(f"train.py {' '.join(options)} failed with exit code {code}")
         final = json.loads((run / "result.json").read_text())
         lines = read_metrics(run)
+        losses = [line for line in lines if line.get("loss") is not None]
+        rates = [line["tokens_per_s"] for line in lines if "tokens_per_s" in line]
         result = {
             "options": options,
             "train_command": " ".join(["python train.py", *options]),
@@ -43,11 +48,13 @@ def measure(name: str, options: list[str], device: torch.device, out: Path | Non
             "steps": final["step"],
             "packing": final["tokens"] / max(final["capacity"], 1),
             "data_wait": _mean([line["data_wait"] for line in lines if "data_wait" in line]),
-            "tokens_per_s": _mean([line["tokens_per_s"] for line in lines if "tokens_per_s" in line][-20:]),
-            "loss": [[line["seconds"], round(line["loss"], 5)] for line in lines if line.get("loss") is not None],
+            # The last 20 lines: the first ones include compilation and the start of the workers.
+            "tokens_per_s": _mean(rates[-20:]),
+            "loss": [[line["seconds"], round(line["loss"], 5)] for line in losses],
             "curve": [[line["seconds"], line["accuracy"]] for line in lines if "accuracy" in line],
         }
         file = write(name, device, result, out)
+        # The README shows these pictures; those of other runs are not kept.
         for picture in ("curves", "samples") if name == "train_tiny" else ():
             shutil.copy(run / f"{picture}.png", file.with_name(f"{name}_{picture}.png"))
     return file

@@ -1,25 +1,27 @@
-"""One optimizer step on the same samples: nanoVLM's padded way against ours, and ours without each of its techniques.
+"""One optimizer step on the same samples: nanoVLM's padded way, ours, and ours minus one technique.
 
-    python -m bench.train_step                                    preset tiny on easy-VQA
-    python -m bench.train_step --preset nanovlm-222m              the seed's model; batch 256 on a GPU
-    python -m bench.train_step --preset nanovlm-222m --layers 2   full width, two layers a tower: a CPU's share
+    python -m bench.train_step                                   preset tiny on easy-VQA
+    python -m bench.train_step --preset nanovlm-222m             nanoVLM's model; batch 256 on a GPU
+    python -m bench.train_step --preset nanovlm-222m --layers 2  two layers per tower, for a CPU
 
-`reference` trains as nanoVLM v0.1 does (bench/variants.py), `reference_compiled` is the same under torch.compile;
-`ours` is the fast path, on a GPU compiled and replayed as CUDA graphs. The other rows are ours with one technique
-switched off, or with recomputation. Every row is compared with the float32 reference in this process first, and gets a
-time only if losses and gradients agree. Tokens are real ones, image and text: padding never counts. A question is what
-nanoVLM calls a sample.
+`reference` trains as nanoVLM v0.1 does (bench/variants.py), `reference_compiled` is the same under
+torch.compile. `ours` is the fast path, on a GPU compiled and replayed as CUDA graphs. The other
+rows are ours with one technique switched off, or with recomputation. Every row is first compared
+with the float32 reference in this process, and timed only if loss and gradients agree. Tokens are
+real ones, image and text; padding never counts. A question is what nanoVLM calls a sample.
 
-Rows are timed in pairs, in turn: each together with ours, and what a technique is worth is the ratio within the pair.
-On a GPU the other half of the pairs is ours compiled but without graphs, which is the row `graphs`: graphs hold their
-memory for good, and beside the reference's 65 GB there may be no room for them. The price of that choice is small, for
-at the sizes of a GPU run the launches hide behind the work. Eager mode would be cheaper to ablate, and wrong: there a
-technique is worth what a compiler does as well.
+Rows are timed in interleaved pairs, each together with the base. What a technique is worth is the
+ratio within the pair. The base is ours; on a GPU it is ours compiled but without graphs, which is
+the row `graphs`. Graphs never release their memory, and there may be no room for them beside the
+reference's 65 GB. The choice costs little accuracy, because at the sizes of a GPU run the launches
+are hidden behind the work. An ablation in eager mode would be cheaper, but wrong: there a technique
+also gets credit for what a compiler would do anyway.
 
-Each compiled row costs about a minute of compiling before its first step, so `--budget-s` goes first to the references
-and ours, then to what compiles nothing anew; techniques that need a compilation of their own and no longer fit are
-listed as not run. A second run finds the compiler's cache. Once the budget is spent, a pair is timed three times. The
-result file is written after every row; bench.report draws it.
+A compiled row needs about a minute of compilation before its first step. `--budget-s` is therefore
+spent on the references and ours first, then on rows that need no new compilation. Techniques that
+need one and no longer fit are listed as not run; a second run finds the compiler's cache. When the
+budget is spent, a pair is still timed three times. The result file is written after every row;
+bench.report draws it.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import gc
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,11 +47,11 @@ from nanovlm_fast.metrics import peak_flops
 from nanovlm_fast.ranges import Range
 
 MAIN = ("reference", "reference_compiled", "ours")
-WARMUP = 1  # rounds of a pair that do not count
+WARMUP = 1  # uncounted rounds of a pair
 
 
 class Failed(RuntimeError):
-    """Ours does not compute the reference's step."""
+    """Our step differs from the reference's."""
 
 
 def make_bench(args: argparse.Namespace) -> Workbench:
@@ -66,18 +69,20 @@ def make_step(bench: Workbench, name: str, recipe: Recipe) -> Step:
 
 
 def make_alone(args: argparse.Namespace, name: str, recipe: Recipe) -> Step:
-    """The step in a process that has nothing but it."""
+    """The step in a process that holds nothing else."""
     torch.set_num_threads(args.threads or torch.get_num_threads())
     return make_step(make_bench(args), name, recipe)
 
 
 class Comparison:
-    """The rows of a result, one after the other."""
+    """Prepares, compares and times the rows of a result, one after the other."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.started = args, time.perf_counter()
+        self.args = args
+        self.started = time.perf_counter()
         self.bench = make_bench(args)
-        self.device, self.work = self.bench.device, self.bench.work
+        self.device = self.bench.device
+        self.work = self.bench.work
         self.peak_flops = peak_flops(self.device, self.bench.dtype)
         self.on_gpu = self.device.type == "cuda"
         self.ours = Recipe(attention=args.attention, kernels=args.kernels, compile=args.compile)
@@ -85,26 +90,29 @@ class Comparison:
         self.base_name = "graphs" if self.graphs else "ours"
         switches, unused = ablation(self.base, self.bench)
         if not self.graphs:
-            unused["graphs"] = f"--compile {args.compile}" if self.on_gpu else "there are none on a CPU"
+            why = f"--compile {args.compile}" if self.on_gpu else "there are none on a CPU"
+            unused["graphs"] = why
+        unknown = set(args.variants) - {*MAIN, "graphs", *switches, *unused, "all"}
+        if unknown:
+            known = ", ".join([*MAIN, "graphs", *switches])
+            raise ValueError(f"--variants {','.join(sorted(unknown))}: there are all, {known}")
         self.switches = {name: recipe for name, recipe in switches.items() if self.wanted(name)}
         self.rows: dict[str, dict] = {}
         self.slowest_compile = 0.0
-        self.result = {
+        operations = str(self.bench.forward_of(self.base)[0].ops)
+        self.result: dict[str, Any] = {
             "preset": args.preset,
             "layers": args.layers,
             "data": args.data,
             "work": self.work.summary(),
-            "dtype": str(self.bench.dtype)[6:],
-            "recipe": {**dataclasses.asdict(self.ours), "operations": str(self.bench.forward_of(self.base)[0].ops)},
+            "dtype": str(self.bench.dtype).removeprefix("torch."),
+            "recipe": {**dataclasses.asdict(self.ours), "operations": operations},
             "peak_flops": self.peak_flops,
             "variants": self.rows,
             "not_applicable": unused,
             "not_run": {},
         }
-        unknown = set(args.variants) - {*MAIN, "graphs", *switches, *unused, "all"}
-        if unknown:
-            known = ", ".join([*MAIN, "graphs", *switches])
-            raise ValueError(f"--variants {','.join(sorted(unknown))}: there are all, {known}")
+        self.stages = 1 + self.graphs + self.wanted("reference_compiled") + len(self.switches)
 
     @property
     def graphs(self) -> bool:
@@ -112,69 +120,90 @@ class Comparison:
 
     def wanted(self, name: str) -> bool:
         named = self.args.variants
-        if name == "reference_compiled" and not self.on_gpu:  # it can take a CPU ten minutes
+        if name == "reference_compiled" and not self.on_gpu:  # compiling can take a CPU ten minutes
             return name in named
         return name in named or "all" in named or (self.args.no_ablation and name in MAIN)
 
     def left(self) -> float:
-        """Seconds of the budget."""
+        """Seconds left of the budget."""
         return self.args.budget_s - (time.perf_counter() - self.started)
 
     def run(self) -> dict:
-        """Everything. Raises Failed if ours does not compute the reference's step."""
+        """Measure all rows. Raises Failed if our step differs from the reference's."""
+        work = self.result["work"]
         print(self.result["recipe"]["operations"])
-        print("step on {tokens:,} tokens, {padded_waste:.0%} of the padded rows wasted".format(**self.result["work"]))
+        waste = f"{work['padded_waste']:.0%} of the padded rows wasted"
+        print(f"step on {work['tokens']:,} tokens, {waste}")
         print(HEADER)
         self.judge = Judge(Padded(self.bench), self.bench.dtype, self.args.tolerance)
-        stages = 1 + self.graphs + self.wanted("reference_compiled") + len(self.switches)
         base = self.prepare(self.base_name, self.base)
         if base is None:
             raise Failed(self.rows[self.base_name]["error"])
-        self.compare("reference", self.base, base, stages)
-        if "median" not in self.rows[self.base_name]:  # there was no reference to be timed with
-            self.time({self.base_name: base}, time.perf_counter() + self.left() / stages)
+        self.compare("reference", self.base, base)
+        if "median" not in self.rows[self.base_name]:  # the reference failed, so no pair was timed
+            self.time({self.base_name: base}, time.perf_counter() + self.left() / self.stages)
         self.print_row(self.base_name)
         self.save()
         if self.wanted("reference_compiled"):
-            self.compare("reference_compiled", self.base, base, stages := stages - 1)
+            self.stages -= 1
+            self.compare("reference_compiled", self.base, base)
         elif "all" in self.args.variants:
-            self.result["not_run"]["reference_compiled"] = "on a CPU it is compiled when --variants names it"
-        self.bench.padded = None  # room on the device
+            why = "on a CPU it is compiled when --variants names it"
+            self.result["not_run"]["reference_compiled"] = why
+        self.bench.padded = None  # frees memory of the device for the graphs
         if self.graphs:
-            self.compare("ours", self.ours, base, stages := stages - 1)
-            if not self.rows["ours"].get("parity", {"passed": True})["passed"]:
-                raise Failed(self.rows["ours"]["error"])
-            if "error" in self.rows["ours"]:  # graphs could not be recorded: train.py would run without them
-                self.rows["ours"] = {**self.rows[self.base_name], "fell_back": self.rows["ours"]["error"]}
-                self.print_row("ours")
-                self.save()
+            self.stages -= 1
+            self.compare_graphs(base)
         for name, recipe in self.switches.items():
-            self.compare(name, recipe, base, stages := stages - 1)
+            self.stages -= 1
+            self.compare(name, recipe, base)
         return self.result
 
+    def compare_graphs(self, base: Step) -> None:
+        """The row `ours`. Where graphs cannot be recorded it is the base, as in train.py."""
+        self.compare("ours", self.ours, base)
+        row = self.rows["ours"]
+        if not row.get("parity", {"passed": True})["passed"]:
+            raise Failed(row["error"])
+        if "error" in row:
+            self.rows["ours"] = {**self.rows[self.base_name], "fell_back": row["error"]}
+            self.print_row("ours")
+            self.save()
+
     def prepare(self, name: str, recipe: Recipe) -> Step | None:
-        """Build the step, compare it, take it once; None, and the row says why, if anything of that fails."""
-        row = self.rows[name] = {}
-        began, compiled = time.perf_counter(), self.compiles(name, recipe)
+        """Build the step, compare it and run it once.
+
+        Returns None if any of that fails; the row then says why.
+        """
+        row: dict[str, Any] = {}
+        self.rows[name] = row
+        began = time.perf_counter()
+        compiled = self.compiles(name, recipe)
         before = self.allocated() if self.on_gpu else 0
         if not name.startswith("reference") and recipe.fused_optimizer:
-            before -= self.bench.optimizer_bytes()  # a part of what the step needs, if already there
+            # The shared optimizer's state may be there already, but is part of what a step needs.
+            before -= self.bench.optimizer_bytes()
         try:
             step = make_step(self.bench, name, recipe)
-            for _ in range(3 if recipe.compile == "reduce-overhead" else 1):  # plainly, recorded, replayed
+            # CUDA graphs run plainly, are recorded, and are replayed: all three must be right.
+            for _ in range(3 if recipe.compile == "reduce-overhead" else 1):
                 row["parity"] = self.judge(step)
             if not row["parity"]["passed"]:
-                row["error"] = "not the reference's step: {loss:.1e} in the loss, {gradient:.1e} in a gradient, " \
-                    "{of_allowed:.1f} times what is allowed".format(**row["parity"])  # fmt: skip
+                row["error"] = (
+                    "not the reference's step: {loss:.1e} in the loss, {gradient:.1e} in a "
+                    "gradient, {of_allowed:.1f} times what is allowed".format(**row["parity"])
+                )
                 return None
             step()
             if self.on_gpu:
                 weights = sum(p.numel() * p.element_size() for p in step.model.parameters())
                 row["peak_mib"] = (torch.cuda.max_memory_allocated() - before + weights) / 2**20
-            elif not compiled and (peak := peak_of_process(make_alone, self.args, name, recipe)) is not None:
-                row["peak_mib"] = peak  # with a compiler its own memory would be in it
+            elif not compiled:  # a compiler's own memory would be part of the peak
+                peak = peak_of_process(make_alone, self.args, name, recipe)
+                if peak is not None:
+                    row["peak_mib"] = peak
             return step
-        except Exception as error:  # a variant that cannot run is a row of the table, not the end of it
+        except Exception as error:  # a variant that cannot run is a row of the table, not its end
             row["error"] = reason(error)
             return None
         finally:
@@ -182,22 +211,33 @@ class Comparison:
                 self.slowest_compile = max(self.slowest_compile, time.perf_counter() - began)
 
     def allocated(self) -> int:
+        """Bytes of live tensors, after caches are emptied and the peak is reset."""
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
 
     def compiles(self, name: str, recipe: Recipe) -> bool:
-        """Whether the row waits for a compiler (ours without one technique may share what ours compiled)."""
-        same = dataclasses.replace(recipe, fused_optimizer=True, prefetch=True) == self.base and self.base_name != name
-        return name == "reference_compiled" or (name != "reference" and recipe.compile != "none" and not same)
+        """Whether the row waits for the compiler.
 
-    def compare(self, name: str, recipe: Recipe, base: Step, stages: int) -> None:
-        """Prepare the row and time it in turn with the base, in a `stages`-th of the time that is left."""
+        Ours without the fused optimizer or without prefetching runs the compiled code of the base.
+        """
+        if name.startswith("reference"):
+            return name == "reference_compiled"
+        shared = dataclasses.replace(recipe, fused_optimizer=True, prefetch=True) == self.base
+        return recipe.compile != "none" and not (shared and name != self.base_name)
+
+    def compare(self, name: str, recipe: Recipe, base: Step) -> None:
+        """Prepare the row and time it in turn with the base.
+
+        The time that is left is divided evenly among the stages that are left.
+        """
         if name not in MAIN and self.compiles(name, recipe) and self.left() < self.slowest_compile:
-            self.result["not_run"][name] = f"compiling it was over --budget-s {self.args.budget_s:.0f}"
+            why = f"compiling it was over --budget-s {self.args.budget_s:.0f}"
+            self.result["not_run"][name] = why
             return
-        step, deadline = self.prepare(name, recipe), time.perf_counter() + self.left() / stages
+        step = self.prepare(name, recipe)
+        deadline = time.perf_counter() + self.left() / self.stages
         if step is not None:
             try:
                 self.time({name: step, self.base_name: base}, deadline)
@@ -207,50 +247,58 @@ class Comparison:
         self.save()
 
     def time(self, steps: dict[str, Step], deadline: float) -> None:
-        """Enter the times of steps taken in turn, the last of them the base, which keeps those of its first time."""
+        """Time the steps in turn and enter the times; the base keeps those of its first pair."""
         seconds = interleave(steps, self.args.repeats, WARMUP, deadline)
         times = {name: summary(each) for name, each in seconds.items()}
-        for name, median in ((name, times[name]["median"]) for name in steps):
+        for name in steps:
+            median = times[name]["median"]
             if "median" not in self.rows[name]:
                 rates = self.work.rates(median, self.peak_flops)
                 self.rows[name] |= {**times[name], "seconds": seconds[name], **rates}
             if name != self.base_name:
-                self.rows[name] |= {"times_base": median / times[self.base_name]["median"]}
+                self.rows[name]["times_base"] = median / times[self.base_name]["median"]
                 self.rows[name]["base_seconds"] = seconds[self.base_name]
 
     def save(self) -> Path:
-        """Write what there is, with what the report reads: the parity of ours, and how much faster it is."""
+        """Write what there is so far; add what the report reads: our parity and speed-ups."""
         ours = self.rows.get("ours", {})
         if "median" in ours:
             self.result["parity"] = ours["parity"]
-            for key, name in (("speedup", "reference"), ("speedup_over_compiled", "reference_compiled")):
+            speedups = {"speedup": "reference", "speedup_over_compiled": "reference_compiled"}
+            for key, name in speedups.items():
                 if times := self.rows.get(name, {}).get("times_base"):
                     self.result[key] = times / ours.get("times_base", 1.0)
         return write(result_name(self.args), self.device, self.result, self.args.out)
 
     def print_row(self, name: str) -> None:
         row = self.rows[name]
-        label = name if name in MAIN else f"ours, {name}" if name.startswith("recompute") else f"ours without {name}"
+        label = f"ours without {name}"
+        if name in MAIN:
+            label = name
+        elif name.startswith("recompute"):
+            label = f"ours, {name}"
         if "median" not in row:
             print(f"{label:38} {row.get('error', '')}")
             return
-        times = " ".join(f"{row[part] * 1e3:>8,.1f}" for part in ("median", "lower_quartile", "upper_quartile"))
-        rates = (row[f"{what}_per_s"] for what in ("questions", "tokens", "labels", "images"))
-        rates = " ".join(f"{rate:>10,.{1 if rate < 100 else 0}f}" for rate in rates)
+        quartiles = ("median", "lower_quartile", "upper_quartile")
+        times = " ".join(f"{row[part] * 1e3:>8,.1f}" for part in quartiles)
+        rates = [row[f"{what}_per_s"] for what in ("questions", "tokens", "labels", "images")]
+        per_s = " ".join(f"{rate:>10,.{1 if rate < 100 else 0}f}" for rate in rates)
         mfu = f"{row['mfu']:>6.1%}" if "mfu" in row else f"{'-':>6}"
         memory = f"{row['peak_mib']:>9,.0f}" if "peak_mib" in row else f"{'-':>9}"
         share = f"{row.get('times_base', 1.0):>6.2f}"
-        print(f"{label:38} {times} {share} {rates} {mfu} {memory} {row['parity']['gradient']:>8.0e}")
+        parity = f"{row['parity']['gradient']:>8.0e}"
+        print(f"{label:38} {times} {share} {per_s} {mfu} {memory} {parity}")
 
 
 HEADER = (
-    f"{'':38} {'step ms':>8} {'quarter':>8} {'3/4':>8} {'x base':>6} {'quest./s':>10} {'tokens/s':>10} "
-    f"{'labels/s':>10} {'images/s':>10} {'MFU':>6} {'peak MiB':>9} {'gradient':>8}"
+    f"{'':38} {'step ms':>8} {'quarter':>8} {'3/4':>8} {'x base':>6} {'quest./s':>10} "
+    f"{'tokens/s':>10} {'labels/s':>10} {'images/s':>10} {'MFU':>6} {'peak MiB':>9} {'gradient':>8}"
 )
 
 
 def reason(error: Exception) -> str:
-    """A line for a row."""
+    """An error as a single line for a row."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:3])}"[:300]
 

@@ -167,7 +167,7 @@ def test_what_warns_in_a_result_is_in_the_summary(tmp_path):
     file.write_text(json.dumps({"speedup": {"2 workers": 3.0}}))
     assert list(runner.notes(file)) == []
     file.write_text("{")
-    assert "no JSON" in next(runner.notes(file))
+    assert "not JSON" in next(runner.notes(file))
 
 
 @pytest.mark.slow

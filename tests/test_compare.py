@@ -145,5 +145,5 @@ def test_a_file_without_anything_to_compare_says_so(result, run):
 def test_no_file_and_no_json(tmp_path, result, capsys):
     file = tmp_path / "a.json"
     file.write_text("{")
-    assert compare.main([str(file), str(file)]) == 2 and "no JSON" in capsys.readouterr().err
+    assert compare.main([str(file), str(file)]) == 2 and "not JSON" in capsys.readouterr().err
     assert compare.main([str(tmp_path / "b.json"), str(file)]) == 2 and "b.json" in capsys.readouterr().err

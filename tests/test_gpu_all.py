@@ -58,7 +58,7 @@ def test_a_stage_that_fails_is_named_and_the_others_run(tmp_path):
     python.chmod(0o755)
     result = gpu_all("--out", str(tmp_path), PYTHON=str(python))
     assert result.returncode == 1 and "failed: kernels\n" in result.stderr
-    assert "the next call goes on: race\n" in result.stderr and "the device is gone" in result.stdout
+    assert "the next call continues: race\n" in result.stderr and "the device is gone" in result.stdout
     done = {file.stem for file in (tmp_path / "logs").glob("*.done")}
     assert done == set(STAGES) - {"kernels", "race"}
     again = gpu_all("--out", str(tmp_path), PYTHON=str(python))
@@ -67,7 +67,7 @@ def test_a_stage_that_fails_is_named_and_the_others_run(tmp_path):
 
 def test_what_finds_no_time_is_left_for_the_next_call(tmp_path):
     result = gpu_all("--out", str(tmp_path), "--seconds", "5", "--stages", "roofline,race")
-    assert result.returncode == 1 and "the next call goes on: roofline race" in result.stderr
+    assert result.returncode == 1 and "the next call continues: roofline race" in result.stderr
     assert not list((tmp_path / "logs").iterdir())
 
 
