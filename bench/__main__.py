@@ -286,7 +286,7 @@ def make_parser() -> Parser:
     parser.add_argument("--only", default="", help="suites, separated by commas")
     parser.add_argument("--device", default="auto")
     parser.add_argument(
-        "--out", type=Path, help="folder of the result files (default: bench/results, quick: runs/bench)"
+        "--out", type=Path, help="folder of results (default: bench/results; quick: runs/bench)"
     )
     return parser
 
@@ -296,11 +296,13 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     out = (args.out or (QUICK_OUT if args.quick else ROOT)).resolve()
     outcomes: list[Outcome] = []
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the suite's process would outlive this one
-    suites, device = chosen(args.only), pick_device(args.device)
+    # SIGTERM as Ctrl-C: without that the suite's process would outlive this one.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    suites = chosen(args.only)
+    device = pick_device(args.device)
     out.mkdir(parents=True, exist_ok=True)
     for file in place("", device, out).parent.glob("*.json"):
-        read(file)  # nothing is measured that could not be written beside what is there
+        read(file)  # refuses early: a result could not be written beside files it cannot read
     try:
         run_all(suites, args.quick, str(device), out, outcomes)
     except KeyboardInterrupt:
@@ -309,7 +311,8 @@ def main(argv: list[str] | None = None) -> int:
     print(summary_table(outcomes, out))
     if not args.quick and out == ROOT:
         print("python -m bench.report writes these results into the tables")
-    return int(any(outcome.failed for outcome in outcomes) or all(o.seconds is None for o in outcomes))
+    none_ran = all(outcome.seconds is None for outcome in outcomes)
+    return int(none_ran or any(outcome.failed for outcome in outcomes))
 
 
 if __name__ == "__main__":

@@ -340,13 +340,21 @@ def table(results: dict[str, dict]) -> str:
 
 def make_parser() -> Parser:
     parser = Parser(prog="python -m bench.attention", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="documents of 81, mixed ones and the tower; few repeats")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="documents of 81 tokens, mixed ones and the vision tower; few repeats",
+    )
     parser.add_argument("--preset", default="nanovlm-222m", help="whose heads")
-    parser.add_argument("--tokens", type=Range(int), default=0, help="0: 20,736 on a GPU, 1,296 on a CPU")
-    parser.add_argument("--images", type=Range(int), default=0, help="for the tower; 0: 256 on a GPU, 4 on a CPU")
+    parser.add_argument(
+        "--tokens", type=Range(int), default=0, help="0: 20,736 on a GPU, 1,296 on a CPU"
+    )
+    parser.add_argument(
+        "--images", type=Range(int), default=0, help="for the tower; 0: 256 on a GPU, 4 on a CPU"
+    )
     parser.add_argument("--repeats", type=Range(int), default=0, help="0: 30, with --quick 5")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
+    parser.add_argument("--out", type=Path, help="folder of results (default: bench/results)")
     return parser
 
 
@@ -357,9 +365,12 @@ def main(argv: list[str] | None = None) -> int:
     on_gpu = device.type == "cuda"
     args.repeats = args.repeats or (5 if args.quick else 30)
     config, _ = preset(args.preset)
-    chosen = cases(config, args.tokens or (20736 if on_gpu else 1296), args.images or (256 if on_gpu else 4))
+    tokens = args.tokens or (20736 if on_gpu else 1296)
+    images = args.images or (256 if on_gpu else 4)
+    chosen = cases(config, tokens, images)
     if args.quick:
-        chosen = [case for case in chosen if case.name in ("language, 81", "language, mixed", "vision")]
+        quick = ("language, 81", "language, mixed", "vision")
+        chosen = [case for case in chosen if case.name in quick]
     results: dict[str, dict] = {}
     with tqdm(total=len(chosen) * len(PROVIDERS), desc="backends", leave=False) as bar:
         for case in chosen:

@@ -107,10 +107,15 @@ def check_rows(result: dict) -> list[tuple[str, ...]]:
 def make_parser() -> Parser:
     parser = Parser(prog="python -m bench.checks", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--limit", type=Range(float, above=0, most=1e9), default=600.0, help="seconds until pytest is stopped"
+        "--limit",
+        type=Range(float, above=0, most=1e9),
+        default=600.0,
+        help="seconds until pytest is stopped",
     )
-    parser.add_argument("--device", default="auto", help="where the result file belongs; pytest finds its own")
-    parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
+    parser.add_argument(
+        "--device", default="auto", help="where the result file belongs; pytest finds its own"
+    )
+    parser.add_argument("--out", type=Path, help="folder of results (default: bench/results)")
     return parser
 
 
@@ -125,7 +130,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"written: {file}")
     print("{passed} passed, {failed} failed, {skipped} skipped".format(**found), end="")
     print(f"; red kernels: {', '.join(found['red'])}" if found["red"] else "")
-    return int(code != 0 or (device.type == "cuda" and not found["passed"]))  # all of them skipped is no proof
+    # On a GPU a run that skipped every test proves nothing, so it does not succeed either.
+    all_skipped = device.type == "cuda" and not found["passed"]
+    return int(code != 0 or all_skipped)
 
 
 if __name__ == "__main__":

@@ -141,8 +141,10 @@ def make_parser() -> Parser:
     parser = Parser(prog="python -m bench.codegen", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--only", default="", help="kernels, separated by commas")
-    parser.add_argument("--write", action="store_true", help="write sm-90-ahead-of-time/codegen.json too")
-    parser.add_argument("--out", type=Path, default=ROOT, help="folder of the result files (default: bench/results)")
+    parser.add_argument("--write", action="store_true", help="also write the result file")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT, help="folder of results (default: bench/results)"
+    )
     return parser
 
 

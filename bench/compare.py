@@ -197,8 +197,15 @@ def make_parser() -> Parser:
     parser = Parser(prog="python -m bench.compare", description=__doc__.splitlines()[0])
     parser.add_argument("before", type=Path, metavar="A.json")
     parser.add_argument("after", type=Path, metavar="B.json")
-    parser.add_argument("--threshold", type=Range(float), default=0.05, help="share more that counts as a regression")
-    parser.add_argument("--any-device", action="store_true", help="compare results of different devices")
+    parser.add_argument(
+        "--threshold",
+        type=Range(float),
+        default=0.05,
+        help="share of more time or memory that counts as a regression",
+    )
+    parser.add_argument(
+        "--any-device", action="store_true", help="compare results of different devices"
+    )
     return parser
 
 
@@ -219,7 +226,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{name}: {warning}")
     regressions = [row.name for row in rows if row.worse_by > args.threshold]
     if regressions:
-        print(f"error: worse by more than {args.threshold:.0%}: {', '.join(regressions)}", file=sys.stderr)
+        names = ", ".join(regressions)
+        print(f"error: worse by more than {args.threshold:.0%}: {names}", file=sys.stderr)
     return int(bool(regressions))
 
 

@@ -258,17 +258,30 @@ def table(result: dict[str, Any]) -> str:
 def make_parser() -> Parser:
     parser = Parser(prog="python -m bench.dataloader", description=__doc__.splitlines()[0])
     parser.add_argument("--pictures", type=Range(int, least=1), default=512)
-    parser.add_argument("--image-size", type=Range(int, least=1), default=224, help="side of the model's square")
-    parser.add_argument("--workers", type=Range(int), nargs="+", default=[0, 1, 2], help="processes to measure with")
     parser.add_argument(
-        "--seconds", type=Range(float, above=0, most=1e9), default=5.0, help="of each measurement of the loader"
+        "--image-size",
+        type=Range(int, least=1),
+        default=224,
+        help="side of the model's square images",
+    )
+    parser.add_argument(
+        "--workers", type=Range(int), nargs="+", default=[0, 1, 2], help="processes to measure with"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=Range(float, above=0, most=1e9),
+        default=5.0,
+        help="per measurement of the loader",
     )
     parser.add_argument("--repeats", type=Range(int, least=1), default=5)
     parser.add_argument(
-        "--rate", type=Range(float, above=0), default=RATE, help="samples/s to feed: how many workers it takes"
+        "--rate",
+        type=Range(float, above=0),
+        default=RATE,
+        help="samples/s for which to compute the number of workers",
     )
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
+    parser.add_argument("--out", type=Path, help="folder of results (default: bench/results)")
     return parser
 
 

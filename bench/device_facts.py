@@ -136,7 +136,7 @@ def facts_rows(result: dict) -> list[tuple[str, ...]]:
 def make_parser() -> Parser:
     parser = Parser(prog="python -m bench.device_facts", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
+    parser.add_argument("--out", type=Path, help="folder of results (default: bench/results)")
     return parser
 
 
@@ -148,7 +148,8 @@ def main(argv: list[str] | None = None) -> int:
     file = write("facts", device, result, args.out)
     for what, measured in facts_rows(result)[1:]:
         print(f"{what:28} {measured}")
-    print("not installed:", ", ".join(name for name, version in result["packages"].items() if version is None) or "-")
+    missing = [name for name, version in result["packages"].items() if version is None]
+    print("not installed:", ", ".join(missing) or "-")
     print(f"written: {file}")
     return 0
 

@@ -297,20 +297,36 @@ def table(batches: dict[str, dict]) -> str:
 
 def make_parser() -> Parser:
     parser = Parser(prog="python -m bench.generate", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer batches, tokens and repeats; on a CPU preset tiny")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="fewer batches, tokens and repeats; on a CPU preset tiny",
+    )
     parser.add_argument("--preset", default="", help="default: nanovlm-222m")
     parser.add_argument(
-        "--layers", type=Range(int, least=-1), default=-1, help="of each tower; 0: the preset's, as on a GPU; CPU: 2"
+        "--layers",
+        type=Range(int, least=-1),
+        default=-1,
+        help="of each tower; 0: the preset's, as on a GPU; CPU: 2",
     )
-    parser.add_argument("--checkpoint", default="", help="weights, as nanovlm_fast.generate's; default: random ones")
     parser.add_argument(
-        "--batches", type=Range(int, least=1).several, help="prompts at once, separated by commas; 1,8,64, on a CPU 1,8"
+        "--checkpoint", default="", help="weights, as for nanovlm_fast.generate; default: random"
     )
-    parser.add_argument("--new-tokens", type=Range(int), default=0, help="0: 64 on a GPU, 16 on a CPU, 8 with --quick")
+    parser.add_argument(
+        "--batches",
+        type=Range(int, least=1).several,
+        help="numbers of prompts, comma-separated; default: 1,8,64; on a CPU 1,8",
+    )
+    parser.add_argument(
+        "--new-tokens",
+        type=Range(int),
+        default=0,
+        help="0: 64 on a GPU, 16 on a CPU, 8 with --quick",
+    )
     parser.add_argument("--repeats", type=Range(int), default=0, help="0: 10, with --quick 3")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
+    parser.add_argument("--out", type=Path, help="folder of results (default: bench/results)")
     return parser
 
 
@@ -333,13 +349,22 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     config = load_work(args.preset, "cauldron_like", 1, args.layers).config
     models = Models(config, args.device, pick_dtype(args.dtype, args.device), args.checkpoint)
-    result = {"preset": args.preset, "layers": args.layers, "checkpoint": args.checkpoint, "batches": {}}
-    result |= {"dtype": str(models.dtype)[6:], "operations": str(models.ours.ops)}
+    batches: dict[str, dict] = {}
+    result = {
+        "preset": args.preset,
+        "layers": args.layers,
+        "checkpoint": args.checkpoint,
+        "batches": batches,
+        "dtype": str(models.dtype).removeprefix("torch."),
+        "operations": str(models.ours.ops),
+    }
     with tqdm(total=len(args.batches) * len(VARIANTS), desc="variants", leave=False) as bar:
         for batch in args.batches:
-            result["batches"][str(batch)] = measure(models, batch, args.new_tokens, args.repeats, bar.update)
+            rows = measure(models, batch, args.new_tokens, args.repeats, bar.update)
+            batches[str(batch)] = rows
+            # After every batch, so that a run that dies later keeps what it has.
             file = write("generate", args.device, result, args.out)
-    print(table(result["batches"]))
+    print(table(batches))
     print(f"written: {file}")
     return 0
 

@@ -367,7 +367,7 @@ def make_parser() -> Parser:
     parser.add_argument("--small", action="store_true", help="toy sizes in float32: a rehearsal")
     parser.add_argument("--repeats", type=Range(int, least=1), default=30)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
+    parser.add_argument("--out", type=Path, help="folder of results (default: bench/results)")
     return parser
 
 
@@ -377,18 +377,25 @@ def main(argv: list[str] | None = None) -> int:
     device = pick_device(args.device)
     chosen = named(args.only)
     if device.type != "cuda" and not args.small:
-        raise ValueError("the kernels are measured on a GPU, and there is none: --small --device cpu rehearses")
+        raise ValueError(
+            "the kernels are measured on a GPU, and there is none; "
+            "--small --device cpu runs a rehearsal"
+        )
     args.red = red_kernels(device, args.out)
-    bandwidth, results = copy_bandwidth(device), {}
+    bandwidth = copy_bandwidth(device)
+    results: dict[str, dict] = {}
     for kernel in chosen:
-        more = {f"{kernel.name}, {label}": sizes for label, sizes in kernel.also.items()}
-        all_sizes = {kernel.name: kernel.small} if args.small else {kernel.name: kernel.sizes, **more}
+        all_sizes = {kernel.name: kernel.small}
+        if not args.small:
+            all_sizes = {kernel.name: kernel.sizes}
+            all_sizes |= {f"{kernel.name}, {label}": sizes for label, sizes in kernel.also.items()}
         for label, sizes in all_sizes.items():
             results[label] = measure(kernel, sizes, args, device)
             record = {"copy_bytes_per_s": bandwidth, "small": args.small, "kernels": results}
-            file = write("kernels", device, record, args.out)  # each result is safe as soon as it is there
+            # After every kernel: a later one may take the device, and this process, with it.
+            file = write("kernels", device, record, args.out)
     if args.small:
-        print("a rehearsal at toy sizes: it shows that everything runs and agrees, its times mean nothing")
+        print("a rehearsal at toy sizes: everything runs and agrees; the times mean nothing")
     print(table(results, bandwidth))
     print(f"written: {file}")
     return 0

@@ -287,14 +287,22 @@ def make_parser() -> Parser:
     parser.add_argument("--data", default="easy_vqa")
     parser.add_argument("--steps", type=Range(int, least=1), default=200)
     parser.add_argument(
-        "--seeds", type=Range(int, least=2), default=3, help="at least 2: their spread is the yardstick"
+        "--seeds",
+        type=Range(int, least=2),
+        default=3,
+        help="at least 2: their spread is the yardstick",
     )
     parser.add_argument(
-        "--tokens", type=Range(int, least=1), default=1024, help="tokens of a packed batch; more on a GPU"
+        "--tokens",
+        type=Range(int, least=1),
+        default=1024,
+        help="tokens per packed batch; more on a GPU",
     )
-    parser.add_argument("--kernels", default="none", help="Triton kernels of the packed model, as in train.py")
+    parser.add_argument(
+        "--kernels", default="none", help="Triton kernels of the packed model, as in train.py"
+    )
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
+    parser.add_argument("--out", type=Path, help="folder of results (default: bench/results)")
     return parser
 
 
@@ -306,16 +314,24 @@ def main(argv: list[str] | None = None) -> int:
     verdict = judge(curves)
     rounded = {variant: np.round(rows, 5).tolist() for variant, rows in curves.items()}
     result = {
-        "preset": args.preset, "data": args.data, "steps": args.steps, "seeds": args.seeds, "kernels": args.kernels,
-        "tokens_per_batch": args.tokens, "images_per_batch": data.budget.images, "smoothing": SPAN, **verdict,
+        "preset": args.preset,
+        "data": args.data,
+        "steps": args.steps,
+        "seeds": args.seeds,
+        "kernels": args.kernels,
+        "tokens_per_batch": args.tokens,
+        "images_per_batch": data.budget.images,
+        "smoothing": SPAN,
+        **verdict,
         "curves": rounded,
-    }  # fmt: skip
+    }
     file = write("loss_curves", torch.device(args.device), result, args.out)
     draw(file.with_suffix(".png"), curves)
     print(table(verdict))
     print(f"written: {file}")
     if not verdict["passed"]:
-        print("error: a packed variant is further from the reference than seeds are apart", file=sys.stderr)
+        why = "a packed variant is further from the reference than seeds are apart"
+        print(f"error: {why}", file=sys.stderr)
     return int(not verdict["passed"])
 
 

@@ -240,23 +240,30 @@ def table(result: dict) -> str:
 
 def make_parser() -> Parser:
     parser = Parser(prog="python -m bench.memory", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two numbers of samples; on a CPU of preset tiny")
+    parser.add_argument(
+        "--quick", action="store_true", help="two numbers of samples; on a CPU preset tiny"
+    )
     parser.add_argument("--preset", default="", help="default: nanovlm-222m")
     parser.add_argument(
-        "--layers", type=Range(int, least=-1), default=-1, help="of each tower; 0: the preset's, as on a GPU; CPU: 2"
+        "--layers",
+        type=Range(int, least=-1),
+        default=-1,
+        help="of each tower; 0: the preset's, as on a GPU; CPU: 2",
     )
     parser.add_argument("--data", default="cauldron_like", help="as bench.train_step's")
     parser.add_argument(
         "--samples",
         type=Range(int, least=1).several,
-        help="a step, separated by commas; 1,64,128,256,512; on a CPU 1,4,16",
+        help="per step, comma-separated; default: 1,64,128,256,512; on a CPU 1,4,16",
     )
     parser.add_argument("--compile", default="none", choices=("none", "default"), help="of ours")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--tolerance", type=Range(float), default=1e-4, help="relative, in float32")
-    parser.add_argument("--threads", type=Range(int), default=0, help="CPU threads; 0: PyTorch's choice")
+    parser.add_argument(
+        "--threads", type=Range(int), default=0, help="CPU threads; 0: PyTorch's choice"
+    )
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
+    parser.add_argument("--out", type=Path, help="folder of results (default: bench/results)")
     return parser
 
 
@@ -277,7 +284,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if not args.device.startswith("cuda") and not Path("/proc/self/status").exists():
-        raise ValueError("on a CPU this needs Linux, which says how much memory a process holds")
+        raise ValueError("on a CPU this needs Linux, which reports the memory of a process")
     result, file = compare(args, torch.device(args.device))
     print(table(result))
     print(f"written: {file}")

@@ -124,7 +124,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="python -m bench.optimizers", description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=Range(float, above=0), default=5.0)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
+    parser.add_argument("--out", type=Path, help="folder of results (default: bench/results)")
     return parser
 
 
@@ -137,8 +137,11 @@ def main(argv: list[str] | None = None) -> int:
     options = ["--epochs", str(args.epochs), "--device", str(device), *argv[split + 1 :]]
     result = compare(options, device, args.out)
     for row in result["verdict"]:
-        got = f"in {row['muon_steps']:,} steps" if row["muon_steps"] else f"never (its last is {row['muon_loss']:.4f})"
-        print(f"seed {row['seed']}: AdamW ends at {row['loss']:.4f} in {row['steps']:,} steps; Muon gets there {got}")
+        adamw = f"AdamW ends at {row['loss']:.4f} in {row['steps']:,} steps"
+        muon = f"in {row['muon_steps']:,} steps"
+        if not row["muon_steps"]:
+            muon = f"never (its last loss is {row['muon_loss']:.4f})"
+        print(f"seed {row['seed']}: {adamw}; Muon reaches that {muon}")
     return 0
 
 

@@ -72,11 +72,22 @@ class Case:
 class Peer:
     """nanoVLM in its own process. Everything it answers with an error raises ValueError, in one line."""
 
-    def __init__(self, checkout: Path, config: VLMConfig, weights: Path, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        checkout: Path,
+        config: VLMConfig,
+        weights: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        options = dict(config=vars(config), image_tokens=config.image_tokens, device=str(device), dtype=dtype)
-        options |= dict(checkout=str(checkout), weights=str(weights), threads=torch.get_num_threads())
+        options = dict(
+            config=vars(config), image_tokens=config.image_tokens, device=str(device), dtype=dtype
+        )
+        options |= dict(
+            checkout=str(checkout), weights=str(weights), threads=torch.get_num_threads()
+        )
         self.process = context.Process(target=serve, args=(theirs, options), daemon=True)
         with keeping_interrupts():
             self.process.start()
@@ -92,7 +103,9 @@ class Peer:
             result, error = self.connection.recv()
         except EOFError:
             self.process.join()
-            raise ValueError(f"nanoVLM's process ended with exit code {self.process.exitcode}") from None
+            raise ValueError(
+                f"nanoVLM's process ended with exit code {self.process.exitcode}"
+            ) from None
         if error:
             raise ValueError(error)
         return result
@@ -121,26 +134,40 @@ def rows_of(work: Work, length: int) -> dict[str, np.ndarray]:
     """Left-padded rows of `length` text tokens, with float images."""
     batch, config = pad(work.samples, length), work.config
     pixels = (batch.images[:, 0].float() / 255 - config.image_mean) / config.image_std
-    rows = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, targets=batch.targets, pixels=pixels)
+    rows = dict(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        targets=batch.targets,
+        pixels=pixels,
+    )
     return {name: tensor.numpy() for name, tensor in rows.items()}
 
 
 def of_one_length(work: Work) -> Work:
     """The first samples, their texts cut in front to the length of the shortest."""
     shown, samples = work.config.image_tokens, []
-    while sum(len(sample.documents) for sample in samples) < PARITY_QUESTIONS and len(samples) < len(work.samples):
+    while sum(len(sample.documents) for sample in samples) < PARITY_QUESTIONS and len(
+        samples
+    ) < len(work.samples):
         samples.append(work.samples[len(samples)])
     text = min(len(document) for sample in samples for document in sample.documents) - shown
 
     def cut(document: Document) -> Document:
         arrays = (document.input_ids, document.image_rows, document.labels)
-        return Document(*(np.concatenate([array[:shown], array[len(array) - text :]]) for array in arrays))
+        return Document(
+            *(np.concatenate([array[:shown], array[len(array) - text :]]) for array in arrays)
+        )
 
-    even = [dataclasses.replace(sample, documents=[cut(d) for d in sample.documents]) for sample in samples]
+    even = [
+        dataclasses.replace(sample, documents=[cut(d) for d in sample.documents])
+        for sample in samples
+    ]
     return dataclasses.replace(work, samples=even)
 
 
-def parity(peer: Peer, work: Work, device: torch.device, folder: Path, tolerance: float) -> dict[str, float | bool]:
+def parity(
+    peer: Peer, work: Work, device: torch.device, folder: Path, tolerance: float
+) -> dict[str, float | bool]:
     """Relative differences of loss and worst gradient on samples of one length, in float32.
 
     Raises ValueError where they are not small.
@@ -154,11 +181,15 @@ def parity(peer: Peer, work: Work, device: torch.device, folder: Path, tolerance
     if theirs.keys() != grads.keys():
         names = sorted(theirs.keys() ^ grads.keys())
         raise ValueError(f"nanoVLM's gradients are not of the same weights: {', '.join(names[:4])}")
-    worst = max(((grads[n] - g).norm() / g.norm().clamp(min=1e-12)).item() for n, g in theirs.items())
+    worst = max(
+        ((grads[n] - g).norm() / g.norm().clamp(min=1e-12)).item() for n, g in theirs.items()
+    )
     off = abs(loss - expected) / abs(expected)
     if not max(off, worst) <= tolerance:
         found = f"loss {off:.1e}, worst gradient {worst:.1e}, relative"
-        raise ValueError(f"nanoVLM and ours do not compute the same step ({found}); no time is reported")
+        raise ValueError(
+            f"nanoVLM and ours do not compute the same step ({found}); no time is reported"
+        )
     return {"loss": off, "gradient": worst, "passed": True}
 
 
@@ -180,7 +211,11 @@ def compare(args: argparse.Namespace) -> dict:
     result |= {"nanovlm": {}, "cases": {}}
     with tqdm(total=4 * len(args.cases), leave=False) as bar:
         for case in args.cases:
-            found = measure(args, case, lambda what, case=case: (bar.set_description(f"{case}: {what}"), bar.update()))
+            found = measure(
+                args,
+                case,
+                lambda what, case=case: (bar.set_description(f"{case}: {what}"), bar.update()),
+            )
             result["nanovlm"], result["dtype"] = found.pop("nanovlm"), found.pop("dtype")
             result["cases"][str(case)] = found
     return result
@@ -193,9 +228,14 @@ def measure(args: argparse.Namespace, case: Case, progress: Callable[[str], obje
     work, on_gpu = bench.work, bench.device.type == "cuda"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        state = {n: t.detach().cpu().contiguous().clone() for n, t in ours.model.reference_state_dict().items()}
+        state = {
+            n: t.detach().cpu().contiguous().clone()
+            for n, t in ours.model.reference_state_dict().items()
+        }
         save_file(state, folder / "weights.safetensors")
-        peer = Peer(args.nanovlm, work.config, folder / "weights.safetensors", bench.device, bench.dtype)
+        peer = Peer(
+            args.nanovlm, work.config, folder / "weights.safetensors", bench.device, bench.dtype
+        )
         try:
             progress("memory")
             peaks = {"nanovlm": peer.ask("peak", rows_of(work, work.text_length))}
@@ -203,14 +243,20 @@ def measure(args: argparse.Namespace, case: Case, progress: Callable[[str], obje
             progress("parity")
             agreement = parity(peer, work, bench.device, folder, args.tolerance)
             progress("steps")
-            seconds = interleave({"nanovlm": lambda: peer.ask("step"), "ours": ours}, args.repeats, warmup=2)
+            seconds = interleave(
+                {"nanovlm": lambda: peer.ask("step"), "ours": ours}, args.repeats, warmup=2
+            )
             losses = {"nanovlm": peer.ask("step"), "ours": ours.loss().item()}
         finally:
             peer.close()
     variants = {}
     for variant, times in seconds.items():
         median = summary(times)
-        row = {**median, "seconds": times, **work.rates(median["median"], peak_flops(bench.device, bench.dtype))}
+        row = {
+            **median,
+            "seconds": times,
+            **work.rates(median["median"], peak_flops(bench.device, bench.dtype)),
+        }
         variants[variant] = {**row, "peak_mib": peaks[variant], "loss": losses[variant]}
     return {
         "nanovlm": {"commit": commit_of(args.nanovlm), "interface": peer.interface},
@@ -228,15 +274,21 @@ def table(result: dict) -> str:
     lines.append(f"{'':10}" + "".join(f"{column:>14}" for column in columns))
     for name, case in result["cases"].items():
         work, agreement = case["work"], case["parity"]
-        lines.append(f"{name}: {work['questions']} questions, {work['padded_waste']:.0%} of nanoVLM's rows is padding")
+        lines.append(
+            f"{name}: {work['questions']} questions, {work['padded_waste']:.0%} of nanoVLM's rows is padding"
+        )
         for who, row in case["variants"].items():
             values = f"{row['median'] * 1e3:>14,.1f}{row['questions_per_s']:>14,.1f}{row['tokens_per_s']:>14,.0f}"
             lines.append(f"{who:10}{values}{row['peak_mib']:>14,.0f}{row['loss']:>14.4f}")
         worst = f"worst gradient {agreement['gradient']:.1e}"
-        lines.append(f"{'':10}without padding, in float32: loss {agreement['loss']:.1e}, {worst} (relative)")
+        lines.append(
+            f"{'':10}without padding, in float32: loss {agreement['loss']:.1e}, {worst} (relative)"
+        )
     for name, case in result["cases"].items():
         gain = gain_of(case["variants"])
-        lines.append(f"{name}: ours is {gain.ratio:.2f} times as fast ({gain.low:.2f}-{gain.high:.2f})")
+        lines.append(
+            f"{name}: ours is {gain.ratio:.2f} times as fast ({gain.low:.2f}-{gain.high:.2f})"
+        )
     return "\n".join(lines)
 
 
@@ -263,14 +315,26 @@ def read_cases(questions: str) -> list[Case]:
 
 def make_parser() -> Parser:
     parser = Parser(prog="python -m bench.peer", description=__doc__.splitlines()[0])
-    parser.add_argument("--nanovlm", type=Path, required=True, help="a checkout of huggingface/nanoVLM, v0.1 or main")
-    parser.add_argument("--quick", action="store_true", help="few samples and repeats; on a CPU preset tiny")
-    parser.add_argument("--preset", default="", help="default: nanovlm-222m")
     parser.add_argument(
-        "--layers", type=Range(int, least=-1), default=-1, help="of each tower; 0: the preset's, as on a GPU; CPU: 2"
+        "--nanovlm",
+        type=Path,
+        required=True,
+        help="a checkout of huggingface/nanoVLM, v0.1 or main",
     )
     parser.add_argument(
-        "--questions", default="1,10", help="per image, a case each; one without padding always comes first"
+        "--quick", action="store_true", help="few samples and repeats; on a CPU preset tiny"
+    )
+    parser.add_argument("--preset", default="", help="default: nanovlm-222m")
+    parser.add_argument(
+        "--layers",
+        type=Range(int, least=-1),
+        default=-1,
+        help="of each tower; 0: the preset's, as on a GPU; CPU: 2",
+    )
+    parser.add_argument(
+        "--questions",
+        default="1,10",
+        help="per image, a case each; one without padding always comes first",
     )
     parser.add_argument(
         "--samples",
@@ -278,13 +342,25 @@ def make_parser() -> Parser:
         default=0,
         help="questions per step, or nearly; 0: 128 on a GPU, which both processes share, 10 on a CPU",
     )
-    parser.add_argument("--compile", default="auto", choices=("auto", "none", "default"), help="ours; auto: on a GPU")
+    parser.add_argument(
+        "--compile",
+        default="auto",
+        choices=("auto", "none", "default"),
+        help="ours; auto: on a GPU",
+    )
     parser.add_argument("--repeats", type=Range(int), default=0, help="0: 15, with --quick 3")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    parser.add_argument("--tolerance", type=Range(float), default=1e-4, help="relative, on the loss and every gradient")
-    parser.add_argument("--threads", type=Range(int), default=0, help="CPU threads; 0: PyTorch's choice")
+    parser.add_argument(
+        "--tolerance",
+        type=Range(float),
+        default=1e-4,
+        help="relative, on the loss and every gradient",
+    )
+    parser.add_argument(
+        "--threads", type=Range(int), default=0, help="CPU threads; 0: PyTorch's choice"
+    )
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
+    parser.add_argument("--out", type=Path, help="folder of results (default: bench/results)")
     return parser
 
 

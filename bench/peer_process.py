@@ -58,7 +58,11 @@ def serve(connection: Connection, options: dict[str, Any]) -> None:
             connection.send((None, "nanoVLM is out of memory: fewer --samples"))
         except Exception as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            text = error if isinstance(error, ValueError) else f"{type(error).__name__}: {' '.join(lines[:2])}"
+            text = (
+                error
+                if isinstance(error, ValueError)
+                else f"{type(error).__name__}: {' '.join(lines[:2])}"
+            )
             connection.send((None, f"nanoVLM: {text}"))
         if nanovlm is None:
             return
@@ -86,10 +90,17 @@ class NanoVLM:
             raise ValueError(f"{checkout} is v0.2, or near it: {ONLY}")
         models = load("models.vision_language_model")
         self.device, self.image_tokens = torch.device(device), image_tokens
-        self.autocast, self.tokenizer = autocast_to(dtype, self.device), SimpleNamespace(image_token_id=0)
+        self.autocast, self.tokenizer = (
+            autocast_to(dtype, self.device),
+            SimpleNamespace(image_token_id=0),
+        )
         if hasattr(models, "get_tokenizer"):
             models.get_tokenizer = lambda *args, **options: self.tokenizer
-        values = {**config, "mp_image_token_length": image_tokens, "lm_base_vocab_size": config["lm_vocab_size"]}
+        values = {
+            **config,
+            "mp_image_token_length": image_tokens,
+            "lm_base_vocab_size": config["lm_vocab_size"],
+        }
         cfg = configs.VLMConfig(**{name: value for name, value in values.items() if name in known})
         options = inspect.signature(models.VisionLanguageModel).parameters
         own_weights = {"load_backbone": False} if "load_backbone" in options else {}
@@ -117,7 +128,9 @@ class NanoVLM:
         wide = {
             name: torch.stack(
                 [
-                    torch.cat([row[:pad], row.new_full((self.image_tokens,), fill[name]), row[pad:]])
+                    torch.cat(
+                        [row[:pad], row.new_full((self.image_tokens,), fill[name]), row[pad:]]
+                    )
                     for row, pad in zip(tensor, pads, strict=True)
                 ]
             )
@@ -136,7 +149,10 @@ class NanoVLM:
         with torch.backends.cudnn.flags(allow_tf32=False):
             loss = self.loss(laid_out)
             loss.backward()
-        found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in self.model.named_parameters()}
+        found = {
+            n: torch.zeros_like(p) if p.grad is None else p.grad
+            for n, p in self.model.named_parameters()
+        }
         save_file({name: grad.cpu().contiguous() for name, grad in found.items()}, file)
         self.optimizer.zero_grad(set_to_none=True)
         return loss.item()
@@ -174,7 +190,9 @@ class DecimalTokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [int(word) for word in text.split()]
 
-    def batch_encode_plus(self, texts: list[str], max_length: int, **options: object) -> dict[str, Tensor]:
+    def batch_encode_plus(
+        self, texts: list[str], max_length: int, **options: object
+    ) -> dict[str, Tensor]:
         """Rows of `max_length`, padded left and cut right; `options` ask for that."""
         input_ids = torch.zeros(len(texts), max_length, dtype=torch.int64)
         mask = torch.zeros_like(input_ids)
@@ -197,7 +215,9 @@ def collated(
     for ids, real, labels, image in zip(input_ids, attention_mask, targets, pixels, strict=True):
         text, answer = ids[real == 1].tolist(), int((labels != -100).sum())
         question = DecimalTokenizer.text(text[:-answer])
-        items.append({"image": image, "text_data": question, "answer": DecimalTokenizer.text(text[-answer:])})
+        items.append(
+            {"image": image, "text_data": question, "answer": DecimalTokenizer.text(text[-answer:])}
+        )
     batch = collator(DecimalTokenizer(), input_ids.shape[1])(items)
     return {name: batch["labels" if name == "targets" else name] for name in V01}
 
@@ -206,7 +226,9 @@ def load(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ValueError(f"{name} cannot be imported ({error}): install what the checkout's README asks for") from error
+        raise ValueError(
+            f"{name} cannot be imported ({error}): install what the checkout's README asks for"
+        ) from error
 
 
 def unused(ids: Tensor, vocabulary: int) -> int:
@@ -214,5 +236,7 @@ def unused(ids: Tensor, vocabulary: int) -> int:
     free = torch.ones(vocabulary, dtype=torch.bool)
     free[ids.unique()] = False
     if not free.any():
-        raise ValueError("the batch has every token id: none is left to mark images, take fewer --samples")
+        raise ValueError(
+            "the batch has every token id: none is left to mark images, take fewer --samples"
+        )
     return int(free.nonzero()[0])

@@ -148,17 +148,30 @@ def make_parser() -> Parser:
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--data", default="", help="as bench.train_step's")
     parser.add_argument(
-        "--samples", type=Range(int), default=0, help="a step; 0: 256 on a GPU, 16 on a CPU, 32 of a data set"
+        "--samples",
+        type=Range(int),
+        default=0,
+        help="per step; 0: 256 on a GPU, 16 on a CPU, 32 of a data set",
     )
-    parser.add_argument("--layers", type=Range(int), default=0, help="of each tower, at full width; 0: the preset's")
-    parser.add_argument("--reference", action="store_true", help="the padded reference and not ours")
-    parser.add_argument("--compile", default="auto", choices=("auto", "none", "default", "reduce-overhead"))
+    parser.add_argument(
+        "--layers", type=Range(int), default=0, help="of each tower, at full width; 0: the preset's"
+    )
+    parser.add_argument(
+        "--reference", action="store_true", help="profile the padded reference instead of ours"
+    )
+    parser.add_argument(
+        "--compile", default="auto", choices=("auto", "none", "default", "reduce-overhead")
+    )
     parser.add_argument("--kernels", default="auto", help="as train.py's")
     parser.add_argument("--steps", type=Range(int, least=1), default=2, help="under the profiler")
-    parser.add_argument("--repeats", type=Range(int, least=1), default=10, help="timed steps without it")
-    parser.add_argument("--trace", action="store_true", help="keep the trace: logs/profile_trace.json.gz beside it")
+    parser.add_argument(
+        "--repeats", type=Range(int, least=1), default=10, help="timed steps without it"
+    )
+    parser.add_argument(
+        "--trace", action="store_true", help="also write the trace to logs/profile_trace.json.gz"
+    )
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
+    parser.add_argument("--out", type=Path, help="folder of results (default: bench/results)")
     return parser
 
 
@@ -166,7 +179,8 @@ def make_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     device = pick_device(args.device)
-    if args.compile == "auto":  # `default` and not graphs: replayed kernels lose the names of who launched them
+    # `default` and not graphs: in a replay, kernels are not attributed to what launched them.
+    if args.compile == "auto":
         args.compile = "default" if device.type == "cuda" else "none"
     result = measure(args, device)
     file = write(name_of(args), device, result, args.out)

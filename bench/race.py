@@ -437,23 +437,20 @@ def make_parser() -> Parser:
     parser = Parser(prog="python -m bench.race", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--data", default="", help="easy_vqa (default) or synthetic")
-    parser.add_argument(
-        "--only", default="", choices=("", *SIDES), help="one side; the other stays as it is in the file"
-    )
-    parser.add_argument("--target", type=Range(float, above=0, most=1), default=0.95, help="accuracy on the test split")
-    parser.add_argument(
-        "--budget-s", type=Range(float), default=0.0, help="seconds of training for each side; 0: no limit"
-    )
-    parser.add_argument("--wall-s", type=Range(float), default=0.0, help="seconds of this call in all; 0: no limit")
-    parser.add_argument(
-        "--test-images", type=Range(int, least=1), default=200, help="pictures of the test split asked on the way"
-    )
-    parser.add_argument("--quick", action="store_true", help="a handful of steps on synthetic pictures: a rehearsal")
-    parser.add_argument("--again", action="store_true", help="begin anew, whatever is there")
-    parser.add_argument("--name", default="", help="of the result file; default: race, with the preset unless tiny")
-    parser.add_argument("--state", type=Path, help="folder of what was cut off (default: runs/race)")
+    parser.add_argument("--only", default="", choices=("", *SIDES), help="run only this side")
+    share = Range(float, above=0, most=1)
+    parser.add_argument("--target", type=share, default=0.95, help="accuracy on the test split")
+    limit = dict(type=Range(float), default=0.0)
+    parser.add_argument("--budget-s", **limit, help="seconds of training per side; 0: no limit")
+    parser.add_argument("--wall-s", **limit, help="seconds for this call; 0: no limit")
+    images = Range(int, least=1)
+    parser.add_argument("--test-images", type=images, default=200, help="per evaluation")
+    parser.add_argument("--quick", action="store_true", help="a few steps on synthetic images")
+    parser.add_argument("--again", action="store_true", help="start over, whatever there is")
+    parser.add_argument("--name", default="", help="of the result file; default: race[_PRESET]")
+    parser.add_argument("--state", type=Path, help="folder of interrupted runs (runs/race)")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
+    parser.add_argument("--out", type=Path, help="folder of results (default: bench/results)")
     return parser
 
 
@@ -483,7 +480,7 @@ def main(argv: list[str] | None = None) -> int:
     if not race.file.exists():
         return 1 if failed else UNFINISHED
     if race.ran:
-        race.save()  # once more: what the machine did meanwhile is known now
+        race.save()  # again, because the machine's readings are complete only now
     result = read(race.file)
     for row in race_rows(result):
         print(f"{row[0]:34} {row[1]:>24} {row[2]:>7} {row[3]:>15} {row[4]:>12} {row[5]:>28}")
@@ -494,7 +491,8 @@ def main(argv: list[str] | None = None) -> int:
     if failed:
         return 1
     cut = any(side.get("ended") == "wall" for side in result["sides"].values())
-    return UNFINISHED if args.wall_s and (cut or not (args.only or len(result["sides"]) == 2)) else 0
+    missing = not args.only and len(result["sides"]) < len(SIDES)
+    return UNFINISHED if args.wall_s and (cut or missing) else 0
 
 
 if __name__ == "__main__":

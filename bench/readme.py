@@ -104,7 +104,8 @@ def peer_row(peer: dict) -> tuple[str, ...]:
     """A result of bench.peer: the plain case beside the others."""
     depth = peer["layers"]
     layers = f" cut to {depth} layer{'s' * (depth > 1)} per tower" if depth else ""
-    what = f"optimizer step of `{peer['preset']}`{layers}, huggingface/nanoVLM's own code ({peer['nanovlm']['commit']})"
+    what = f"optimizer step of `{peer['preset']}`{layers}, huggingface/nanoVLM's own code "
+    what += f"({peer['nanovlm']['commit']})"
     what += " beside ours in turn: questions/s of ours over theirs"
     cases = []
     for name, case in peer["cases"].items():

@@ -213,7 +213,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="python -m bench.reliability", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
+    parser.add_argument("--out", type=Path, help="folder of results (default: bench/results)")
     return parser
 
 
@@ -227,10 +227,12 @@ def main(argv: list[str] | None = None) -> int:
         for processes in (1, 2):
             result["kills"].append(kills(Path(folder), processes, count, steps))
             print(json.dumps(result["kills"][-1]))
-            file = write("reliability", device, result, args.out)  # what is done is kept
+            # At once: the rest takes long, and an error there must not lose this.
+            file = write("reliability", device, result, args.out)
         options = ["--device", args.device, "--log-every", "50"]
         result["soak"] = soak(Path(folder) / "soak", soaked, every, options)
-        print(json.dumps({name: value for name, value in result["soak"].items() if name != "samples"}))
+        shown = {name: value for name, value in result["soak"].items() if name != "samples"}
+        print(json.dumps(shown))
         file = write("reliability", device, result, args.out)
     print(f"written: {file}")
     return 0

@@ -45,10 +45,7 @@ MARKS = marks("results")
 
 
 def kernel_table(results: Path = ROOT) -> str:
-    """The table of kernels/README.md.
-
-    A row per kernel: the fewest bytes and FLOPs, the assembler's resources, and GPU times if any.
-    """
+    """The table of kernels/README.md: least work, the assembler's resources, GPU times if any."""
     resources = "registers, shared memory, warps, occupancy on sm_90"
     rows: Rows = [("kernel, tests", "what it does", "forward; backward", resources, "GPU")]
     compiled: dict[str, list[str]] = {}
@@ -473,7 +470,7 @@ def stale_pictures(results: Path = ROOT) -> tuple[list[Figure], list[Path]]:
 
 def make_parser() -> Parser:
     parser = Parser(prog="python -m bench.report", description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 if something would change")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if outdated")
     return parser
 
 
@@ -485,7 +482,8 @@ def main(argv: list[str] | None = None) -> int:
     stale = [file for file, text in after.items() if text != file.read_text()]
     if args.check:
         for file in (*stale, *(figure.file("light") for figure in to_draw), *left_over):
-            print(f"{file} is out of date with bench/results: run python -m bench.report", file=sys.stderr)
+            how = "is out of date with bench/results: run python -m bench.report"
+            print(f"{file} {how}", file=sys.stderr)
         return int(bool(stale or to_draw or left_over))
     for file in stale:
         file.write_text(after[file])

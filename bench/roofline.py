@@ -349,13 +349,27 @@ def summarised(config: VLMConfig, work: Counts, rates: Rates) -> dict:
 def make_parser() -> Parser:
     parser = Parser(prog="python -m bench.roofline", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="nanovlm-222m")
-    parser.add_argument("--samples", type=Range(int, least=1), default=256, help="documents of one image")
-    parser.add_argument("--text", type=Range(int, least=1), default=32, help="text tokens of a document")
-    parser.add_argument("--labels", type=Range(int, least=1), default=12, help="labelled tokens of a document")
-    parser.add_argument("--device", default="auto", help="auto | cpu | cuda | h100 (its table, and no result file)")
-    parser.add_argument("--measure", action="store_true", help="profile the step too, on documents drawn like these")
-    parser.add_argument("--layers", type=Range(int), default=0, help="of each tower, at full width; 0: the preset's")
-    parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
+    parser.add_argument(
+        "--samples", type=Range(int, least=1), default=256, help="documents of one image"
+    )
+    parser.add_argument(
+        "--text", type=Range(int, least=1), default=32, help="text tokens per document"
+    )
+    parser.add_argument(
+        "--labels", type=Range(int, least=1), default=12, help="labelled tokens per document"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto | cpu | cuda | h100 (from a table; no result file)"
+    )
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="also profile the step, on documents drawn like these",
+    )
+    parser.add_argument(
+        "--layers", type=Range(int), default=0, help="of each tower, at full width; 0: the preset's"
+    )
+    parser.add_argument("--out", type=Path, help="folder of results (default: bench/results)")
     return parser
 
 
@@ -368,22 +382,27 @@ def main(argv: list[str] | None = None) -> int:
     if args.measure and args.device == "h100":
         raise ValueError("--measure needs the device itself, and --device h100 is a table")
     if args.labels > args.text:
-        raise ValueError(f"--labels {args.labels} --text {args.text}: no more labels than text")
+        raise ValueError(f"--labels {args.labels} exceeds --text {args.text}")
     device = None if args.device == "h100" else pick_device(args.device)
     rates = measured_rates(device) if device else H100
-    counts, seconds = Counts.of_samples(config, args.samples, args.text, args.labels), None
+    counts = Counts.of_samples(config, args.samples, args.text, args.labels)
+    seconds = None
     if args.measure:
         counts, seconds = measured_step(args, device)
     result = {**summarised(config, counts, rates), "measured_by_kind": seconds}
-    file = write("roofline", device, {"preset": args.preset, **result}, args.out) if device else None
+    file = None  # rates from a table are no result of a device
+    if device:
+        file = write("roofline", device, {"preset": args.preset, **result}, args.out)
     print(table(operators(config, Counts(**result["work"]), rates.element), rates))
     print(f"\n{rates.name}: {rates.flops / 1e12:,.2f} TFLOP/s, {rates.bandwidth / 1e9:,.0f} GB/s")
-    print(f"floor {result['floor_seconds'] * 1e3:,.1f} ms, {result['samples_per_s']:,.0f} samples/s")
-    print("inside the products next to them these would cost nothing:")
+    rate = f"{result['samples_per_s']:,.0f} samples/s"
+    print(f"floor {result['floor_seconds'] * 1e3:,.1f} ms, {rate}")
+    print("fused into the products next to them, these would cost nothing:")
     for name, saved in result["worth_fusing"]:
         print(f"  {saved * 1e3:8.2f} ms  {name}")
     if seconds:
-        print(f"\n{'kind':12} {'floor ms':>10} {'measured ms':>12} {'times':>7}   (profiled without a compiler)")
+        head = f"{'kind':12} {'floor ms':>10} {'measured ms':>12} {'times':>7}"
+        print(f"\n{head}   (profiled without a compiler)")
         for kind, time in sorted(seconds.items(), key=lambda item: -item[1]):
             floor = result["by_kind"].get(kind, 0.0)
             times = f"{time / floor:>7.1f}" if floor else f"{'-':>7}"

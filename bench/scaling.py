@@ -475,12 +475,13 @@ def table(result: dict) -> Iterator[str]:
 def make_parser() -> Parser:
     parser = Parser(prog="python -m bench.scaling", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="nanovlm-222m")
+    positive = Range(int, least=1)
+    parser.add_argument("--samples", type=positive, default=256, help="per GPU, if not measured")
     parser.add_argument(
-        "--samples", type=Range(int, least=1), default=256, help="on a GPU, where no measured step says how many"
+        "--steps", type=Range(int), default=5, help="steps to count bytes of; 0: none"
     )
-    parser.add_argument("--steps", type=Range(int), default=5, help="steps whose traffic is counted; 0: none")
-    parser.add_argument("--device", default="auto", help="whose folder the result goes to; nothing is timed")
-    parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
+    parser.add_argument("--device", default="auto", help="whose folder gets the result")
+    parser.add_argument("--out", type=Path, help="folder of results (default: bench/results)")
     return parser
 
 

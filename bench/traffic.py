@@ -244,8 +244,10 @@ def table(traffic: dict) -> str:
 
 def make_parser() -> Parser:
     parser = Parser(prog="python -m bench.traffic", description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=Range(int, least=1), default=5, help="steps of which the median counts")
-    parser.add_argument("--folder", help=argparse.SUPPRESS)  # of the process that starts the two
+    parser.add_argument(
+        "--repeats", type=Range(int, least=1), default=5, help="steps, of which the median counts"
+    )
+    parser.add_argument("--folder", help=argparse.SUPPRESS)  # set when this command calls itself
     parser.add_argument("--own", action="store_true", help=argparse.SUPPRESS)
     return parser
 

@@ -68,7 +68,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="python -m bench.train_run", description=__doc__.splitlines()[0])
     parser.add_argument("--name", default="train_tiny", help="name of the result file")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
+    parser.add_argument("--out", type=Path, help="folder of results (default: bench/results)")
     return parser
 
 
@@ -78,7 +78,9 @@ def main(argv: list[str] | None = None) -> int:
     split = argv.index("--") if "--" in argv else len(argv)
     args = make_parser().parse_args(argv[:split])
     device = pick_device(args.device)
-    options = argv[split + 1 :] if args.device == "auto" else [*argv[split + 1 :], "--device", args.device]
+    options = argv[split + 1 :]
+    if args.device != "auto":
+        options = [*options, "--device", args.device]
     file = measure(args.name, options, device, args.out)
     print(f"written: {file}")
     return 0

@@ -312,27 +312,45 @@ def result_name(args: argparse.Namespace) -> str:
 def make_parser() -> Parser:
     parser = Parser(prog="python -m bench.train_step", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="tiny")
-    parser.add_argument("--layers", type=Range(int), default=0, help="of each tower, at full width; 0: the preset's")
     parser.add_argument(
-        "--data", default="", help="as train.py's, or cauldron_like; default: easy_vqa for tiny, else that"
+        "--layers", type=Range(int), default=0, help="of each tower, at full width; 0: the preset's"
     )
     parser.add_argument(
-        "--samples", type=Range(int), default=0, help="a step; 0: 256 on a GPU, 16 on a CPU, 32 of a data set"
+        "--data",
+        default="",
+        help="as for train.py, or cauldron_like; default: easy_vqa for tiny, else cauldron_like",
     )
-    parser.add_argument("--variants", default="all", help="rows beside reference and ours, separated by commas")
-    parser.add_argument("--no-ablation", action="store_true", help="the references and ours alone")
-    parser.add_argument("--compile", default="auto", choices=("auto", "none", "default", "reduce-overhead"))
+    parser.add_argument(
+        "--samples",
+        type=Range(int),
+        default=0,
+        help="per step; 0: 256 on a GPU, 16 on a CPU, 32 of a data set",
+    )
+    parser.add_argument(
+        "--variants", default="all", help="rows beside reference and ours, separated by commas"
+    )
+    parser.add_argument("--no-ablation", action="store_true", help="only the references and ours")
+    parser.add_argument(
+        "--compile", default="auto", choices=("auto", "none", "default", "reduce-overhead")
+    )
     parser.add_argument("--kernels", default="auto", help="as train.py's")
     parser.add_argument("--attention", default="auto", help="as train.py's")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    parser.add_argument("--repeats", type=Range(int, least=1), default=15, help="timed rounds of a pair, at most")
     parser.add_argument(
-        "--budget-s", type=Range(float), default=0.0, help="seconds in all; 0: 240 on a GPU, 600 on a CPU"
+        "--repeats", type=Range(int, least=1), default=15, help="timed rounds of a pair, at most"
+    )
+    parser.add_argument(
+        "--budget-s",
+        type=Range(float),
+        default=0.0,
+        help="seconds in all; 0: 240 on a GPU, 600 on a CPU",
     )
     parser.add_argument("--tolerance", type=Range(float), default=1e-4, help="relative, in float32")
-    parser.add_argument("--threads", type=Range(int), default=0, help="CPU threads; 0: PyTorch's choice")
+    parser.add_argument(
+        "--threads", type=Range(int), default=0, help="CPU threads; 0: PyTorch's choice"
+    )
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, help="folder of the result files (default: bench/results)")
+    parser.add_argument("--out", type=Path, help="folder of results (default: bench/results)")
     return parser
 
 
@@ -361,9 +379,10 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"ours gets no time: {error}") from error
     for name, why in {**result["not_applicable"], **result["not_run"]}.items():
         print(f"{name}: {'not run' if name in result['not_run'] else 'not applicable'}, {why}")
-    for key, against in (("speedup", "the padded reference"), ("speedup_over_compiled", "it under torch.compile")):
+    rivals = {"speedup": "the padded reference", "speedup_over_compiled": "it under torch.compile"}
+    for key, rival in rivals.items():
         if key in result:
-            print(f"ours answers {result[key]:.1f} times as many questions a second as {against}")
+            print(f"ours answers {result[key]:.1f} times as many questions/s as {rival}")
     file = comparison.save()
     print(f"written: {file}")
     return 0
