@@ -111,7 +111,7 @@ def in_use(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else _resident("VmRSS")
 
 
-def peak_of(step: Step, before: int | None = None) -> float:
+def peak_of(step: Any, before: int | None = None) -> float:
     """MiB of the step's weights and of everything else that two steps take.
 
     `before` is what was `in_use` with the weights alone (default: what is in use now). Two steps,

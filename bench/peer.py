@@ -1,23 +1,27 @@
-"""huggingface/nanoVLM's own code beside ours: the same weights, samples and device, in turn.
+"""huggingface/nanoVLM's own code and ours, interleaved: the same weights, samples and device.
 
     git clone --branch v0.1 https://github.com/huggingface/nanoVLM
-    python -m bench.peer --nanovlm nanoVLM --questions 1,10     v0.1 or main; on a CPU two layers per tower
+    python -m bench.peer --nanovlm nanoVLM --questions 1,10    v0.1 or main
 
-Two things make ours faster than padded rows: rows without padding, and one encoding per image however many questions it
-has. So three cases are measured: one question per image with texts of one length, where there is neither gain; one
-question per image, in rows of 79 text tokens, as v0.1 trains; and ten. v0.1's own collator lays out its rows.
+Two things make ours faster than padded rows: rows without padding, and one encoding per image for
+any number of questions. Three cases are therefore measured: one question per image with texts of
+one length, where neither helps; one question per image in rows of 79 text tokens, as v0.1 trains;
+and ten questions per image. v0.1's own collator lays out its rows. A CPU gets two layers per tower.
 
-None of its code is here: a process of its own imports it from the checkout (bench/peer_process.py says what it needs
-there). Two details of v0.1 differ from ours on padded rows: it counts positions through the padding, and masks it only
-where its attention kernel does. So the loss and every gradient are compared in float32 on samples cut to one length,
-where there is no padding, and the times and peaks are taken on padded rows of uncut samples, as it trains. It gets the
-step of its train.py: rows and float images copied, AdamW unfused, the loss read. No time is reported without parity.
+None of nanoVLM's code is here. A separate process imports it from the checkout;
+bench/peer_process.py says what it needs there. Two details of v0.1 differ from ours on padded rows:
+it counts positions through the padding, and masks the padding only where its attention kernel does.
+The loss and every gradient are therefore compared in float32 on samples cut to one length, which
+have no padding. Times and peaks are taken on padded rows of uncut samples, as it trains. Its step
+is that of its train.py: rows and float images are copied, AdamW is unfused, the loss is read. No
+time is reported without parity.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import multiprocessing
 import subprocess
 import sys
@@ -42,15 +46,15 @@ from nanovlm_fast.command import Parser, keeping_interrupts, reports_errors
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.device import pick_device, pick_dtype
 from nanovlm_fast.metrics import peak_flops
-from nanovlm_fast.packing import Document, pad
+from nanovlm_fast.packing import Document, Sample, pad
 from nanovlm_fast.ranges import Range
 
-PARITY_QUESTIONS = 4
+PARITY_QUESTIONS = 4  # few, because float32 needs more memory than the timed steps
 
 
 @dataclass(frozen=True)
 class Case:
-    """What both train on. `even`: all texts are equally long and no row is longer, so that nothing is padding."""
+    """What both train on. `even`: all texts and rows have one length, so there is no padding."""
 
     questions: int  # per image
     even: bool = False
@@ -70,7 +74,7 @@ class Case:
 
 
 class Peer:
-    """nanoVLM in its own process. Everything it answers with an error raises ValueError, in one line."""
+    """nanoVLM in its own process. An error that it answers with raises ValueError, in one line."""
 
     def __init__(
         self,
@@ -80,18 +84,22 @@ class Peer:
         device: torch.device,
         dtype: torch.dtype,
     ):
+        # spawn: it imports modules named `models` and `data`, which must not reach this process.
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        options = dict(
-            config=vars(config), image_tokens=config.image_tokens, device=str(device), dtype=dtype
-        )
-        options |= dict(
-            checkout=str(checkout), weights=str(weights), threads=torch.get_num_threads()
-        )
+        options = {
+            "config": vars(config),
+            "image_tokens": config.image_tokens,
+            "device": str(device),
+            "dtype": dtype,
+            "checkout": str(checkout),
+            "weights": str(weights),
+            "threads": torch.get_num_threads(),
+        }
         self.process = context.Process(target=serve, args=(theirs, options), daemon=True)
         with keeping_interrupts():
             self.process.start()
-        theirs.close()
+        theirs.close()  # the process holds the only other end, so its death ends the stream
         self.interface = self.answer()
 
     def ask(self, command: str, *args: object) -> Any:
@@ -103,26 +111,26 @@ class Peer:
             result, error = self.connection.recv()
         except EOFError:
             self.process.join()
-            raise ValueError(
-                f"nanoVLM's process ended with exit code {self.process.exitcode}"
-            ) from None
+            ended = f"nanoVLM's process ended with exit code {self.process.exitcode}"
+            raise ValueError(ended) from None
         if error:
             raise ValueError(error)
         return result
 
     def close(self) -> None:
-        self.connection.close()  # ends its loop
+        self.connection.close()  # ends the loop of the process
         self.process.join()
 
 
 def check_checkout(checkout: Path) -> None:
-    """Raise ValueError unless the folder has the files that the other process imports."""
+    """Raise ValueError unless the folder has the files that the process imports."""
     if missing := [file for file in NEEDED if not (checkout / file).is_file()]:
         how = "it must be a checkout: git clone https://github.com/huggingface/nanoVLM"
         raise ValueError(f"--nanovlm {checkout} has no {' and no '.join(missing)}; {how}")
 
 
 def commit_of(checkout: Path) -> str:
+    """The checkout's tag or commit; 'unknown' if it is not a git repository."""
     try:
         command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--tags"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -132,34 +140,37 @@ def commit_of(checkout: Path) -> str:
 
 def rows_of(work: Work, length: int) -> dict[str, np.ndarray]:
     """Left-padded rows of `length` text tokens, with float images."""
-    batch, config = pad(work.samples, length), work.config
+    batch = pad(work.samples, length)
+    config = work.config
     pixels = (batch.images[:, 0].float() / 255 - config.image_mean) / config.image_std
-    rows = dict(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        targets=batch.targets,
-        pixels=pixels,
-    )
+    rows = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "targets": batch.targets,
+        "pixels": pixels,
+    }
     return {name: tensor.numpy() for name, tensor in rows.items()}
 
 
 def of_one_length(work: Work) -> Work:
-    """The first samples, their texts cut in front to the length of the shortest."""
-    shown, samples = work.config.image_tokens, []
-    while sum(len(sample.documents) for sample in samples) < PARITY_QUESTIONS and len(
-        samples
-    ) < len(work.samples):
-        samples.append(work.samples[len(samples)])
+    """The first samples, with the fronts of their texts cut to the length of the shortest."""
+    shown = work.config.image_tokens
+    samples: list[Sample] = []
+    for sample in work.samples:
+        if sum(len(taken.documents) for taken in samples) >= PARITY_QUESTIONS:
+            break
+        samples.append(sample)
     text = min(len(document) for sample in samples for document in sample.documents) - shown
 
-    def cut(document: Document) -> Document:
-        arrays = (document.input_ids, document.image_rows, document.labels)
-        return Document(
-            *(np.concatenate([array[:shown], array[len(array) - text :]]) for array in arrays)
-        )
+    def cut(array: np.ndarray) -> np.ndarray:
+        # The image tokens, and the end of the text, which holds the labels.
+        return np.concatenate([array[:shown], array[len(array) - text :]])
+
+    def shortened(document: Document) -> Document:
+        return Document(cut(document.input_ids), cut(document.image_rows), cut(document.labels))
 
     even = [
-        dataclasses.replace(sample, documents=[cut(d) for d in sample.documents])
+        dataclasses.replace(sample, documents=[shortened(d) for d in sample.documents])
         for sample in samples
     ]
     return dataclasses.replace(work, samples=even)
@@ -170,7 +181,7 @@ def parity(
 ) -> dict[str, float | bool]:
     """Relative differences of loss and worst gradient on samples of one length, in float32.
 
-    Raises ValueError where they are not small.
+    Raises ValueError if one exceeds the tolerance.
     """
     even = of_one_length(work)
     expected, grads = Packed(Workbench(even, device, torch.float32), Recipe()).gradients()
@@ -181,11 +192,10 @@ def parity(
     if theirs.keys() != grads.keys():
         names = sorted(theirs.keys() ^ grads.keys())
         raise ValueError(f"nanoVLM's gradients are not of the same weights: {', '.join(names[:4])}")
-    worst = max(
-        ((grads[n] - g).norm() / g.norm().clamp(min=1e-12)).item() for n, g in theirs.items()
-    )
+    errors = ((grads[n] - g).norm() / g.norm().clamp(min=1e-12) for n, g in theirs.items())
+    worst = max(error.item() for error in errors)
     off = abs(loss - expected) / abs(expected)
-    if not max(off, worst) <= tolerance:
+    if not max(off, worst) <= tolerance:  # not `>`, which is False for NaN
         found = f"loss {off:.1e}, worst gradient {worst:.1e}, relative"
         raise ValueError(
             f"nanoVLM and ours do not compute the same step ({found}); no time is reported"
@@ -197,7 +207,7 @@ def make_ours(args: argparse.Namespace, case: Case) -> tuple[Workbench, Packed]:
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     bench = Workbench(case.work(args), device, pick_dtype(args.dtype, device))
-    bench.padded = None  # nanoVLM's own takes its place
+    bench.padded = None  # nanoVLM's own model takes its place in memory
     return bench, Packed(bench, Recipe(compile=args.compile))
 
 
@@ -206,61 +216,73 @@ def peak_of_ours(args: argparse.Namespace, case: Case) -> float:
 
 
 def compare(args: argparse.Namespace) -> dict:
-    """All cases, parity of each before its times."""
-    result = {"preset": args.preset, "layers": args.layers, "dtype": "", "compile": args.compile}
-    result |= {"nanovlm": {}, "cases": {}}
+    """Measure all cases; return the content of the result file."""
+    cases: dict[str, dict] = {}
+    result: dict[str, Any] = {
+        "preset": args.preset,
+        "layers": args.layers,
+        "dtype": "",
+        "compile": args.compile,
+        "nanovlm": {},
+        "cases": cases,
+    }
     with tqdm(total=4 * len(args.cases), leave=False) as bar:
+
+        def progress(case: Case, what: str) -> None:
+            bar.set_description(f"{case}: {what}")
+            bar.update()
+
         for case in args.cases:
-            found = measure(
-                args,
-                case,
-                lambda what, case=case: (bar.set_description(f"{case}: {what}"), bar.update()),
-            )
-            result["nanovlm"], result["dtype"] = found.pop("nanovlm"), found.pop("dtype")
-            result["cases"][str(case)] = found
+            found = measure(args, case, functools.partial(progress, case))
+            result["nanovlm"] = found.pop("nanovlm")
+            result["dtype"] = found.pop("dtype")
+            cases[str(case)] = found
     return result
 
 
 def measure(args: argparse.Namespace, case: Case, progress: Callable[[str], object]) -> dict:
-    """Peaks, parity, then times of both in turn."""
+    """One case: peaks, then parity, then interleaved times of both."""
     progress("load")
     bench, ours = make_ours(args, case)
-    work, on_gpu = bench.work, bench.device.type == "cuda"
+    work = bench.work
+    on_gpu = bench.device.type == "cuda"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        state = {
-            n: t.detach().cpu().contiguous().clone()
-            for n, t in ours.model.reference_state_dict().items()
-        }
-        save_file(state, folder / "weights.safetensors")
-        peer = Peer(
-            args.nanovlm, work.config, folder / "weights.safetensors", bench.device, bench.dtype
-        )
+        weights = folder / "weights.safetensors"
+        state = ours.packed.reference_state_dict()
+        # Cloned: safetensors refuses tensors that share memory, as a tied table and head do.
+        state = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
+        save_file(state, weights)
+        peer = Peer(args.nanovlm, work.config, weights, bench.device, bench.dtype)
         try:
             progress("memory")
             peaks = {"nanovlm": peer.ask("peak", rows_of(work, work.text_length))}
+            # On a CPU a peak is that of a whole process, so ours needs a fresh one.
             peaks["ours"] = peak_of(ours) if on_gpu else in_a_process(peak_of_ours, args, case)
             progress("parity")
             agreement = parity(peer, work, bench.device, folder, args.tolerance)
             progress("steps")
-            seconds = interleave(
-                {"nanovlm": lambda: peer.ask("step"), "ours": ours}, args.repeats, warmup=2
-            )
+            calls: dict[str, Callable[[], object]] = {
+                "nanovlm": lambda: peer.ask("step"),
+                "ours": ours,
+            }
+            seconds = interleave(calls, args.repeats, warmup=2)
             losses = {"nanovlm": peer.ask("step"), "ours": ours.loss().item()}
         finally:
             peer.close()
     variants = {}
     for variant, times in seconds.items():
-        median = summary(times)
-        row = {
-            **median,
+        quartiles = summary(times)
+        variants[variant] = {
+            **quartiles,
             "seconds": times,
-            **work.rates(median["median"], peak_flops(bench.device, bench.dtype)),
+            **work.rates(quartiles["median"], peak_flops(bench.device, bench.dtype)),
+            "peak_mib": peaks[variant],
+            "loss": losses[variant],
         }
-        variants[variant] = {**row, "peak_mib": peaks[variant], "loss": losses[variant]}
     return {
         "nanovlm": {"commit": commit_of(args.nanovlm), "interface": peer.interface},
-        "dtype": str(bench.dtype)[6:],
+        "dtype": str(bench.dtype).removeprefix("torch."),
         "work": work.summary(),
         "parity": agreement,
         "variants": variants,
@@ -273,27 +295,25 @@ def table(result: dict) -> str:
     columns = ("step ms", "questions/s", "tokens/s", "peak MiB", "loss, padded")
     lines.append(f"{'':10}" + "".join(f"{column:>14}" for column in columns))
     for name, case in result["cases"].items():
-        work, agreement = case["work"], case["parity"]
-        lines.append(
-            f"{name}: {work['questions']} questions, {work['padded_waste']:.0%} of nanoVLM's rows is padding"
-        )
+        work = case["work"]
+        agreement = case["parity"]
+        waste = f"{work['padded_waste']:.0%} of nanoVLM's rows is padding"
+        lines.append(f"{name}: {work['questions']} questions, {waste}")
         for who, row in case["variants"].items():
-            values = f"{row['median'] * 1e3:>14,.1f}{row['questions_per_s']:>14,.1f}{row['tokens_per_s']:>14,.0f}"
+            rates = f"{row['questions_per_s']:>14,.1f}{row['tokens_per_s']:>14,.0f}"
+            values = f"{row['median'] * 1e3:>14,.1f}{rates}"
             lines.append(f"{who:10}{values}{row['peak_mib']:>14,.0f}{row['loss']:>14.4f}")
-        worst = f"worst gradient {agreement['gradient']:.1e}"
-        lines.append(
-            f"{'':10}without padding, in float32: loss {agreement['loss']:.1e}, {worst} (relative)"
-        )
+        errors = f"loss {agreement['loss']:.1e}, worst gradient {agreement['gradient']:.1e}"
+        lines.append(f"{'':10}without padding, in float32: {errors} (relative)")
     for name, case in result["cases"].items():
         gain = gain_of(case["variants"])
-        lines.append(
-            f"{name}: ours is {gain.ratio:.2f} times as fast ({gain.low:.2f}-{gain.high:.2f})"
-        )
+        interval = f"({gain.low:.2f}-{gain.high:.2f})"
+        lines.append(f"{name}: ours is {gain.ratio:.2f} times as fast {interval}")
     return "\n".join(lines)
 
 
 def gain_of(variants: dict[str, dict]) -> Difference:
-    """Questions/s of ours over theirs."""
+    """How many times as many questions/s ours answers as theirs."""
     return difference(variants["ours"]["seconds"], variants["nanovlm"]["seconds"])
 
 
@@ -303,7 +323,10 @@ def result_name(args: argparse.Namespace) -> str:
 
 
 def read_cases(questions: str) -> list[Case]:
-    """The plain case, then one for each number. Raises ValueError unless they are positive whole numbers."""
+    """The case without padding, then one for each number of questions.
+
+    Raises ValueError unless the numbers are positive whole numbers.
+    """
     try:
         numbers = [int(number) for number in questions.split(",")]
     except ValueError:
@@ -334,13 +357,13 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--questions",
         default="1,10",
-        help="per image, a case each; one without padding always comes first",
+        help="per image, one case each, after the case without padding",
     )
     parser.add_argument(
         "--samples",
         type=Range(int),
         default=0,
-        help="questions per step, or nearly; 0: 128 on a GPU, which both processes share, 10 on a CPU",
+        help="questions per step, rounded to whole images; 0: 128 on a GPU, 10 on a CPU",
     )
     parser.add_argument(
         "--compile",

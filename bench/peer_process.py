@@ -1,21 +1,23 @@
-"""The process that runs huggingface/nanoVLM from a checkout; it does what bench.peer asks for over a pipe.
+"""The process that runs huggingface/nanoVLM from a checkout, on commands of bench.peer over a pipe.
 
-Of the checkout it needs
+It needs these files of the checkout:
 
 | file | what |
 | --- | --- |
 | `models/config.py` | `VLMConfig`, a dataclass; it gets those of our fields that it has |
-| `models/vision_language_model.py` | `VisionLanguageModel(cfg)`, or `(cfg, load_backbone=False)`, with nanoVLM's keys |
+| `models/vision_language_model.py` | `VisionLanguageModel(cfg)`, or `(cfg, load_backbone=False)` |
 | `data/collators.py`, of v0.1 | `VQACollator(tokenizer, max_length)`, which lays out the rows |
 
-and of its `forward` one of two interfaces, both returning (logits, mean loss over the targets that are not -100):
+The model must have nanoVLM's keys, and its `forward` one of two interfaces. Both return (logits,
+mean loss over the targets that are not -100):
 
-    forward(input_ids, image, attention_mask=, targets=)     v0.1: image tokens go before the text
-    forward(input_ids, images, attention_mask=, targets=)    main: they replace the tokenizer's image tokens
+    forward(input_ids, image, attention_mask=, targets=)     v0.1: image tokens precede the text
+    forward(input_ids, images, attention_mask=, targets=)    main: they replace placeholder tokens
 
-v0.2 has v0.1's interface and main's rows; it is refused. No tokenizer is asked for from the hub: the token ids are made
-already. v0.1's collator gets a stand-in that reads ids from text, and the one that main downloads in its constructor is
-replaced: it is asked for the image token's id alone. That is an id no text of the batch has.
+v0.2 has v0.1's interface with main's rows; it is refused. No tokenizer is downloaded, because the
+token ids exist already. v0.1's collator gets a stand-in that reads ids from text. The tokenizer
+that main downloads in its constructor is replaced by a stand-in with the image token's id, which
+is an id that no text of the batch contains.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ ONLY = "only v0.1 and main are compared (git checkout v0.1, or main, in that fol
 
 
 def serve(connection: Connection, options: dict[str, Any]) -> None:
-    """Answer (result, None) or (None, error in a line) to the start and to every (command, arguments) after it."""
+    """Answer the start and every (command, arguments) with (result, None) or (None, error)."""
     nanovlm = None
     while True:
         try:
@@ -58,18 +60,19 @@ def serve(connection: Connection, options: dict[str, Any]) -> None:
             connection.send((None, "nanoVLM is out of memory: fewer --samples"))
         except Exception as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            text = (
-                error
-                if isinstance(error, ValueError)
-                else f"{type(error).__name__}: {' '.join(lines[:2])}"
-            )
+            text = f"{type(error).__name__}: {' '.join(lines[:2])}"
+            if isinstance(error, ValueError):
+                text = str(error)
             connection.send((None, f"nanoVLM: {text}"))
         if nanovlm is None:
             return
 
 
 class NanoVLM:
-    """The checkout's model with our weights. Called, it takes an optimizer step on the batch of the last `peak`."""
+    """The checkout's model with our weights.
+
+    A call takes an optimizer step on the batch of the last `peak`.
+    """
 
     def __init__(
         self,
@@ -85,17 +88,17 @@ class NanoVLM:
         sys.path.insert(0, checkout)
         configs = load("models.config")
         known = {field.name for field in dataclasses.fields(configs.VLMConfig)}
-        # image tokens among the text's, but one fixed square image: between the two releases that are compared
+        # Image tokens within the text, but images of one size: a version between v0.1 and main.
         if "mp_image_token_length" in known and "max_img_size" not in known:
             raise ValueError(f"{checkout} is v0.2, or near it: {ONLY}")
         models = load("models.vision_language_model")
-        self.device, self.image_tokens = torch.device(device), image_tokens
-        self.autocast, self.tokenizer = (
-            autocast_to(dtype, self.device),
-            SimpleNamespace(image_token_id=0),
-        )
+        self.device = torch.device(device)
+        self.image_tokens = image_tokens
+        self.autocast = autocast_to(dtype, self.device)
+        self.tokenizer = SimpleNamespace(image_token_id=0)
         if hasattr(models, "get_tokenizer"):
-            models.get_tokenizer = lambda *args, **options: self.tokenizer
+            # Through vars: mypy knows no attributes of a module that is imported by name.
+            vars(models)["get_tokenizer"] = lambda *args, **options: self.tokenizer
         values = {
             **config,
             "mp_image_token_length": image_tokens,
@@ -116,7 +119,7 @@ class NanoVLM:
         self.rows: dict[str, Tensor] = {}
 
     def lay_out(self, rows: dict[str, np.ndarray]) -> dict[str, Tensor]:
-        """What forward takes, on the host, and for main `image_token`."""
+        """The arguments of forward, on the host; for main also `image_token`."""
         tensors = {name: torch.from_numpy(array) for name, array in rows.items()}
         if self.collator:
             return collated(self.collator, **tensors)
@@ -125,17 +128,14 @@ class NanoVLM:
         token = unused(ids, self.model.decoder.token_embedding.num_embeddings)
         fill = {"input_ids": token, "attention_mask": 1, "targets": -100}
         pads = (tensors["attention_mask"] == 0).sum(1).tolist()
-        wide = {
-            name: torch.stack(
-                [
-                    torch.cat(
-                        [row[:pad], row.new_full((self.image_tokens,), fill[name]), row[pad:]]
-                    )
-                    for row, pad in zip(tensor, pads, strict=True)
-                ]
-            )
-            for name, tensor in tensors.items()
-        }
+
+        def widened(name: str, tensor: Tensor) -> Tensor:
+            """Insert the image's tokens between the padding and the text of every row."""
+            image = tensor.new_full((self.image_tokens,), fill[name])
+            rows = zip(tensor, pads, strict=True)
+            return torch.stack([torch.cat([row[:pad], image, row[pad:]]) for row, pad in rows])
+
+        wide = {name: widened(name, tensor) for name, tensor in tensors.items()}
         return {**wide, "images": pixels, "image_token": torch.tensor(token)}
 
     def loss(self, rows: dict[str, Tensor]) -> Tensor:
@@ -144,7 +144,7 @@ class NanoVLM:
         return self.model(**{name: tensor.to(self.device) for name, tensor in rows.items()})[1]
 
     def gradients(self, rows: dict[str, np.ndarray], file: str) -> float:
-        """The loss in float32; every gradient goes to the file, by the weight's name."""
+        """Return the loss in float32; write every gradient to the file, by the weight's name."""
         laid_out = self.lay_out(rows)
         with torch.backends.cudnn.flags(allow_tf32=False):
             loss = self.loss(laid_out)
@@ -158,11 +158,11 @@ class NanoVLM:
         return loss.item()
 
     def peak(self, rows: dict[str, np.ndarray]) -> float:
-        """Take the batch in and two steps on it; MiB of all that the process holds."""
+        """Store the batch and take two steps on it; return the MiB that the process holds."""
         self.rows = self.lay_out(rows)
         mib = peak_of(self)
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # the device is shared
+            torch.cuda.empty_cache()  # the device is shared with bench.peer's process
         return mib
 
     def step(self) -> float:
@@ -181,7 +181,7 @@ class NanoVLM:
 
 
 class DecimalTokenizer:
-    """In the place of v0.1's tokenizer, with what its collator calls: a text is token ids, a space after each."""
+    """Stands in for v0.1's tokenizer: a text is a list of token ids, each followed by a space."""
 
     @staticmethod
     def text(ids: list[int]) -> str:
@@ -193,7 +193,7 @@ class DecimalTokenizer:
     def batch_encode_plus(
         self, texts: list[str], max_length: int, **options: object
     ) -> dict[str, Tensor]:
-        """Rows of `max_length`, padded left and cut right; `options` ask for that."""
+        """Rows of `max_length`, padded on the left and cut on the right, as `options` request."""
         input_ids = torch.zeros(len(texts), max_length, dtype=torch.int64)
         mask = torch.zeros_like(input_ids)
         for row, text in enumerate(texts):
@@ -210,14 +210,14 @@ def collated(
     targets: Tensor,
     pixels: Tensor,
 ) -> dict[str, Tensor]:
-    """What v0.1's collator makes of the samples that these left-padded rows hold, under forward's names."""
+    """Rows by v0.1's collator, of the samples in these left-padded rows; named as in forward."""
     items = []
     for ids, real, labels, image in zip(input_ids, attention_mask, targets, pixels, strict=True):
-        text, answer = ids[real == 1].tolist(), int((labels != -100).sum())
+        text = ids[real == 1].tolist()
+        answer = int((labels != -100).sum())
         question = DecimalTokenizer.text(text[:-answer])
-        items.append(
-            {"image": image, "text_data": question, "answer": DecimalTokenizer.text(text[-answer:])}
-        )
+        reply = DecimalTokenizer.text(text[-answer:])
+        items.append({"image": image, "text_data": question, "answer": reply})
     batch = collator(DecimalTokenizer(), input_ids.shape[1])(items)
     return {name: batch["labels" if name == "targets" else name] for name in V01}
 
@@ -226,17 +226,14 @@ def load(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ValueError(
-            f"{name} cannot be imported ({error}): install what the checkout's README asks for"
-        ) from error
+        how = "install what the checkout's README lists"
+        raise ValueError(f"{name} cannot be imported ({error}): {how}") from error
 
 
 def unused(ids: Tensor, vocabulary: int) -> int:
-    """The lowest token id that the batch does not have."""
+    """The lowest token id that the batch does not contain."""
     free = torch.ones(vocabulary, dtype=torch.bool)
     free[ids.unique()] = False
     if not free.any():
-        raise ValueError(
-            "the batch has every token id: none is left to mark images, take fewer --samples"
-        )
+        raise ValueError("the batch has every token id, none is left for images: fewer --samples")
     return int(free.nonzero()[0])

@@ -440,7 +440,7 @@ def make_parser() -> Parser:
     parser.add_argument("--only", default="", choices=("", *SIDES), help="run only this side")
     share = Range(float, above=0, most=1)
     parser.add_argument("--target", type=share, default=0.95, help="accuracy on the test split")
-    limit = dict(type=Range(float), default=0.0)
+    limit: dict[str, Any] = dict(type=Range(float), default=0.0)
     parser.add_argument("--budget-s", **limit, help="seconds of training per side; 0: no limit")
     parser.add_argument("--wall-s", **limit, help="seconds for this call; 0: no limit")
     images = Range(int, least=1)

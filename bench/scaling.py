@@ -93,10 +93,7 @@ INFINIBAND = Link("InfiniBand NDR, a card a GPU", 47e9, 14e-6)
 
 @dataclass(frozen=True)
 class Mode:
-    """How gradients travel: `element` bytes each.
-
-    `tree`: all-reduce may use a tree between the nodes where that is faster.
-    """
+    """How gradients travel: `element` bytes each; a `tree` between nodes where it is faster."""
 
     name: str
     shard: bool = False
