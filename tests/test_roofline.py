@@ -79,7 +79,7 @@ def test_the_command(tmp_path, capsys):
     result = json.loads(file.read_text())
     assert result["floor_seconds"] > 0 and result["rates"]["bandwidth"] > 1e8 and {"commit", "command"} <= result.keys()
     assert roofline.main(["--device", "h100", "--out", str(tmp_path)]) == 0
-    assert "inside the products" in capsys.readouterr().out and len(list(tmp_path.rglob("*.json"))) == 1
+    assert "fused into the products" in capsys.readouterr().out and len(list(tmp_path.rglob("*.json"))) == 1
     assert roofline.main(["--labels", "40", "--device", "h100"]) == 1
     assert roofline.main(["--preset", "nano", "--device", "h100"]) == 1
 
