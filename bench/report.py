@@ -24,7 +24,7 @@ from bench.figures import THEMES, Figure, figures, source_of
 from bench.kernels import against_compile
 from bench.profile_step import profile_rows
 from bench.race import race_rows
-from bench.readme import Rows, markdown, reliability, scale, table
+from bench.readme import Rows, highlights, markdown, reliability, scale, table
 from bench.registry import KERNELS, NOTHING
 from bench.results import ROOT, load, measurements
 from bench.scaling import GPUS, NODE, verdict
@@ -46,7 +46,7 @@ MARKS = marks("results")
 
 def kernel_table(results: Path = ROOT) -> str:
     """The table of kernels/README.md: each kernel, its least work, what the assembler made of it, GPU times if any."""
-    head = ("kernel, tests", "what it does", "forward; backward", "registers, shared memory, warps, occupancy on sm_90")
+    head = ("file, tests", "what it does", "forward; backward", "registers, shared memory, warps, occupancy on sm_90")
     rows: Rows = [(*head, "GPU")]
     compiled: dict[str, list[str]] = {}
     for file in results.glob("*/codegen.json"):
@@ -58,7 +58,7 @@ def kernel_table(results: Path = ROOT) -> str:
         cost = kernel.module.cost(**kernel.sizes, dtype=torch.bfloat16)
         work = "; ".join(f"{cost[p][0] / 1e6:,.0f} MB, {cost[p][1] / 1e9:,.1f} GFLOP" for p in ("forward", "backward"))
         launches = "<br>".join(dict.fromkeys(compiled.get(kernel.name, ["-"])))
-        name = f"`{kernel.name}`, [tests](../tests/test_{kernel.name}.py)"
+        name = f"`{kernel.name}.py`, [tests](../tests/test_{kernel.name}.py)"
         rows.append((name, about, work, launches, gpu_times(kernel.name, results)))
     return markdown(rows)
 
@@ -381,9 +381,10 @@ def picture(figure: Figure) -> str:
 
 
 TABLES: dict[Path, dict[str, Callable[[], str]]] = {
-    README: {"results": table, "scale": scale, "reliability": reliability},
+    README: {"results": highlights},
     README.parent / "kernels" / "README.md": {"results": kernel_table},
-    README.parent / "bench" / "README.md": {"results": suites_page},
+    README.parent / "bench" / "README.md": {"summary": table, "results": suites_page},
+    README.parent / "nanovlm_fast" / "training" / "README.md": {"scale": scale, "reliability": reliability},
 }
 
 
