@@ -1,4 +1,8 @@
-"""The tables of README.md, from the committed result files; `bench.report` writes them."""
+"""The tables of the READMEs from the committed result files; `bench.report` writes them.
+
+`highlights` goes to README.md, `table` to bench/README.md, and `scale` and `reliability` go to
+nanovlm_fast/training/README.md.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +23,11 @@ def markdown(rows: Rows) -> str:
 
 
 def table(results: Path = ROOT) -> str:
-    """The README's table: a row per measurement, the newest of its kind, with device and commit."""
+    """The summary of bench/README.md: one row per measurement, the newest of its kind and device."""
     rows: Rows = [("what", "measured", "on", "commit", "command")]
     for run in newest(results, "train_tiny*"):
-        sight = f"sees **{run['sees']:.1%}** · blind {run['blind']:.1%}"
-        minutes = f"{run['train_seconds'] / 60:.1f} min of training"
-        what = f"easy-VQA test split, {run['questions']:,} questions, exact match by generation"
-        measured = f"{sight}, {minutes}"
-        command = f"`{run['train_command']}`"
-        rows.append((what, measured, run["device"], run["commit"][:7], command))
+        rows.append(run_row(run))
         if run["options"]:  # runs with another seed or length: one row is enough
-            continue
             continue
         packing = f"{run['packing']:.1%} filled"
         packing += f"; {run['data_wait']:.1%} of the time waiting for data"
@@ -40,6 +38,35 @@ def table(results: Path = ROOT) -> str:
     rows += [curves_row(run) for run in newest(results, "loss_curves")]
     rows += [loader_row(loader) for loader in newest(results, "dataloader")]
     return markdown(rows)
+
+
+def highlights(results: Path = ROOT) -> str:
+    """The three rows of README.md: a whole run, an optimizer step, the data loader; the commit is in `table`."""
+    rows: Rows = [("what", "measured", "on", "commit", "command")]
+    rows += [run_row(run) for run in newest(results, "train_tiny")]
+    rows += [step_row(step) for step in newest(results, "train_step")]
+    rows += [loader_row(loader) for loader in newest(results, "dataloader")]
+    return markdown([(what, measured, on, command) for what, measured, on, _, command in rows])
+
+
+def run_row(run: dict) -> tuple[str, ...]:
+    """A result of bench.train_run."""
+    what = f"easy-VQA test split, {run['questions']:,} questions, exact match by generation"
+    sight = f"sees **{run['sees']:.1%}** · blind {run['blind']:.1%}"
+    minutes = f"{run['train_seconds'] / 60:.1f} min of training"
+    return what, f"{sight}, {minutes}", run["device"], run["commit"][:7], f"`{run['train_command']}`"
+
+
+def loader_row(loader: dict) -> tuple[str, ...]:
+    """A result of bench.dataloader: prepared shards against decoding, each at its best."""
+    rates = loader["samples_per_s"]
+    few, slow = max(rates["on the fly"].items(), key=lambda item: item[1])
+    best, fast = max(rates["prepared"].items(), key=lambda item: item[1])
+    what = "data loader, photographs of 640 x 480, best number of workers: "
+    what += "prepared shards against decoding"
+    measured = f"**{fast / slow:.1f}x**: {fast:,.0f} ({best} workers) "
+    measured += f"against {slow:,.0f} samples/s ({few} workers)"
+    return what, measured, loader["device"], loader["commit"][:7], "`python -m bench.dataloader`"
 
 
 def newest(results: Path, pattern: str) -> list[dict]:

@@ -23,7 +23,7 @@ from bench.figures import THEMES, Figure, figures, source_of
 from bench.kernels import against_compile
 from bench.profile_step import profile_rows
 from bench.race import race_rows
-from bench.readme import Rows, markdown, reliability, scale, table
+from bench.readme import Rows, highlights, markdown, reliability, scale, table
 from bench.registry import KERNELS, NOTHING
 from bench.results import ROOT, load, measurements
 from bench.scaling import GPUS, NODE, verdict
@@ -47,7 +47,7 @@ MARKS = marks("results")
 def kernel_table(results: Path = ROOT) -> str:
     """The table of kernels/README.md: least work, the assembler's resources, GPU times if any."""
     resources = "registers, shared memory, warps, occupancy on sm_90"
-    rows: Rows = [("kernel, tests", "what it does", "forward; backward", resources, "GPU")]
+    rows: Rows = [("file, tests", "what it does", "forward; backward", resources, "GPU")]
     compiled: dict[str, list[str]] = {}
     for file in results.glob("*/codegen.json"):
         for row in load(file)["kernels"]:
@@ -61,7 +61,7 @@ def kernel_table(results: Path = ROOT) -> str:
         work = "; ".join(f"{b / 1e6:,.0f} MB, {flops / 1e9:,.1f} GFLOP" for b, flops in passes)
         # Kernels that are compiled for several cases with the same result appear once.
         launches = "<br>".join(dict.fromkeys(compiled.get(kernel.name, ["-"])))
-        name = f"`{kernel.name}`, [tests](../tests/test_{kernel.name}.py)"
+        name = f"`{kernel.name}.py`, [tests](../tests/test_{kernel.name}.py)"
         rows.append((name, about, work, launches, gpu_times(kernel.name, results)))
     return markdown(rows)
 
@@ -435,9 +435,10 @@ def picture(figure: Figure) -> str:
 
 
 TABLES: dict[Path, dict[str, Callable[[], str]]] = {
-    README: {"results": table, "scale": scale, "reliability": reliability},
+    README: {"results": highlights},
     README.parent / "kernels" / "README.md": {"results": kernel_table},
-    README.parent / "bench" / "README.md": {"results": suites_page},
+    README.parent / "bench" / "README.md": {"summary": table, "results": suites_page},
+    README.parent / "nanovlm_fast" / "training" / "README.md": {"scale": scale, "reliability": reliability},
 }
 
 

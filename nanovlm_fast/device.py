@@ -65,7 +65,10 @@ def be_deterministic() -> None:
 
 
 def autocast_to(dtype: torch.dtype, device: torch.device) -> Callable[[], AbstractContextManager]:
-    """Makes the context to compute in; what computes in which type under it is the README's section "Precision"."""
+    """Makes the context to compute in.
+
+    The section "Precision" of nanovlm_fast/model/README.md says what computes in which type.
+    """
     if dtype == torch.float32:
         return contextlib.nullcontext
     return lambda: torch.autocast(device.type, dtype)

@@ -22,6 +22,13 @@ def test_the_readmes_and_pictures_say_what_the_result_files_say(capsys):
     assert report.main(["--check"]) == 0, capsys.readouterr().err
 
 
+def test_the_front_page_has_three_rows_of_the_summary_without_their_commits():
+    summary = [line.split(" | ") for line in report.table().splitlines()]
+    shown = report.highlights().splitlines()[2:]
+    assert len(shown) == 3
+    assert not [row for row in shown if row.split(" | ") not in [[*r[:3], *r[4:]] for r in summary]]
+
+
 def test_every_committed_result_says_where_it_comes_from():
     files = sorted(report.ROOT.glob("*/*.json"))
     assert len(files) >= 5

@@ -1,4 +1,4 @@
-"""The README's precision policy, held against the dtypes that a bfloat16 training step really computes in."""
+"""The precision policy of model/README.md against the types that a bfloat16 step really computes in."""
 
 from __future__ import annotations
 
