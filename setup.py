@@ -5,6 +5,10 @@ where the repository root is on `sys.path` (`python train.py`, `python -m bench`
 installed package of the same name, and is not taken for one where none is installed.
 """
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
-setup(packages=["nanovlm_fast", "nanovlm_fast.data", "nanovlm_fast.kernels"])
+setup(
+    packages=sorted(
+        find_packages(include=["nanovlm_fast", "nanovlm_fast.*"]) + ["nanovlm_fast.kernels"]
+    )
+)

@@ -20,35 +20,32 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nanovlm_fast.build import build
-from nanovlm_fast.checkpoint import Checkpointer, newest_state
-from nanovlm_fast.config import TrainConfig, VLMConfig, check_run_folder, parse_config, save_run_config
-from nanovlm_fast.data.sources import load_source, make_tokenizer
+from nanovlm_fast.cli import parse_config
+from nanovlm_fast.config import TrainConfig, VLMConfig
+from nanovlm_fast.data.budget import measure_budget
+from nanovlm_fast.data.samples import SampleLoader
+from nanovlm_fast.data.sources.registry import load_source, make_tokenizer
 from nanovlm_fast.data.split import begin_again, split_run
-from nanovlm_fast.data.stream import (
-    Feed,
-    PackedStream,
-    SampleLoader,
-    advance,
-    batches_of,
-    deal,
-    initial_states,
-    measure_budget,
-    undeal,
-)
+from nanovlm_fast.data.stream import PackedStream, advance, deal, initial_states, undeal
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
+from nanovlm_fast.data.workers import batches_of
 from nanovlm_fast.device import autocast_to, be_deterministic, pick_device, pick_dtype
-from nanovlm_fast.distributed import World, reducing, unsharded, whole
-from nanovlm_fast.journal import Journal, Stopped
-from nanovlm_fast.metrics import Meter, StepStats, peak_flops, summary_table
-from nanovlm_fast.optim import lr_factor, set_lr, skip_if_not_finite
-from nanovlm_fast.packing import PackedBatch, pack
-from nanovlm_fast.plan import plan
-from nanovlm_fast.runs import beginning, hold
-from nanovlm_fast.signals import SAVED, Signals
-from nanovlm_fast.summary import score, summarise
-from nanovlm_fast.warmup import warm_up
-from nanovlm_fast.watchdog import Watchdog
+from nanovlm_fast.model.flops import peak_flops
+from nanovlm_fast.packing.batch import PackedBatch, pack
+from nanovlm_fast.ranks import World
+from nanovlm_fast.reporting.journal import Journal, Stopped
+from nanovlm_fast.reporting.metrics import Meter, StepStats, summary_table
+from nanovlm_fast.reporting.plan import plan
+from nanovlm_fast.reporting.summary import score, summarise
+from nanovlm_fast.runs import beginning, check_run_folder, hold, save_run_config
+from nanovlm_fast.training.build import build
+from nanovlm_fast.training.checkpoint import Checkpointer, newest_state
+from nanovlm_fast.training.feed import Feed
+from nanovlm_fast.training.optim import lr_factor, set_lr, skip_if_not_finite
+from nanovlm_fast.training.parallel import reducing, unsharded, whole
+from nanovlm_fast.training.signals import SAVED, Signals
+from nanovlm_fast.training.warmup import warm_up
+from nanovlm_fast.training.watchdog import Watchdog
 
 
 class Trainer:
@@ -73,7 +70,9 @@ class Trainer:
         if config.deterministic:
             be_deterministic()
         self.tokenizer = self.load_tokenizer(model_config, config)
-        text = TextProcessor(self.tokenizer, model_config.prompt, model_config.image_tokens, config.turns)
+        text = TextProcessor(
+            self.tokenizer, model_config.prompt, model_config.image_tokens, config.turns
+        )
         load = SampleLoader(self.train_source, model_config, config, text)
         self.watchdog.beat("measuring the budgets on the data")
         budget = measure_budget(load, config)
@@ -95,17 +94,23 @@ class Trainer:
         if checkpoint:
             begun, self.state = self.state, saved_state
             if missing := begun.keys() - self.state.keys():
-                raise ValueError(f"{checkpoint / 'state.json'}: no {', '.join(sorted(missing))}: of another version?")
+                raise ValueError(
+                    f"{checkpoint / 'state.json'}: no {', '.join(sorted(missing))}: of another version?"
+                )
         begin_again(self.state, split.record)
         self.state["stream"] = deal(self.state["stream"], self.world.rank, self.world.size)
         micro_batches = self.state["micro_batches"]
         self.accumulate, uneven = divmod(micro_batches, self.world.size)
         if uneven:
-            raise ValueError(f"{self.world.size} processes cannot share {micro_batches} micro-batches a step")
+            raise ValueError(
+                f"{self.world.size} processes cannot share {micro_batches} micro-batches a step"
+            )
         built = build(model_config, config, self.device, self.dtype, self.world, checkpoint)
         self.model, self.optimizers, self.step_model = built
         saved = self.state["step"] if checkpoint else None
-        self.checkpoints = Checkpointer(self.run, self.tokenizer, config.keep_checkpoints, self.world.first, saved)
+        self.checkpoints = Checkpointer(
+            self.run, self.tokenizer, config.keep_checkpoints, self.world.first, saved
+        )
         self.stats = StepStats(self.device, self.world, self.state["interval"])
         self.stream = PackedStream(load, budget, self.state["stream"], self.state["micro_batches"])
         self.total = self.stream.total  # examples
@@ -136,12 +141,18 @@ class Trainer:
         """The loop. Raises Stopped when the run cannot go on, and SystemExit(SAVED) once a signal's save is done."""
         config, state, alone = self.config, self.state, self.world.size == 1
         unit, total, done = (
-            ("step", config.max_steps, "step") if config.max_steps else ("image", self.total, "examples")
+            ("step", config.max_steps, "step")
+            if config.max_steps
+            else ("image", self.total, "examples")
         )
         batches = batches_of(self.stream, pin_memory=self.device.type == "cuda")
         feed = Feed(batches, self.device, trim=config.compile == "none" and alone)
         self.warm_up()
-        if state["evaluated"] != state["step"] and config.eval_every and state["step"] % config.eval_every == 0:
+        if (
+            state["evaluated"] != state["step"]
+            and config.eval_every
+            and state["step"] % config.eval_every == 0
+        ):
             self.validate()  # the run had ended in the middle of it
         started, meter = time.perf_counter() - state["seconds"], self.make_meter()
         gc.collect()
@@ -162,7 +173,9 @@ class Trainer:
                 bar.update(state[done] - bar.n)
                 if state["step"] % config.log_every == 0:
                     self.journal.finish_line(bar)
-                    self.journal.begin_line(meter.read(feed.waited(), self.world), lr, self.optimizers, self.stats)
+                    self.journal.begin_line(
+                        meter.read(feed.waited(), self.world), lr, self.optimizers, self.stats
+                    )
                 if config.eval_every and state["step"] % config.eval_every == 0:
                     self.validate()
                     started = time.perf_counter() - state["seconds"]  # that was not training time
@@ -181,7 +194,9 @@ class Trainer:
         self.save()
         self.checkpoints.wait()
         self.world.barrier()
-        self.journal.say(f"interrupted at step {self.state['step']}: saved; go on with --resume --out {self.run}")
+        self.journal.say(
+            f"interrupted at step {self.state['step']}: saved; go on with --resume --out {self.run}"
+        )
         raise SystemExit(SAVED)
 
     def warm_up(self) -> None:
@@ -189,16 +204,28 @@ class Trainer:
         self.watchdog.pause()
         graphs = self.config.compile == "reduce-overhead"
         if self.config.compile != "none" or self.device.type == "cuda" or self.world.size > 1:
-            warm_up(self.forward, self.model, self.stream.budget, self.autocast, rounds=3 if graphs else 1)
+            warm_up(
+                self.forward,
+                self.model,
+                self.stream.budget,
+                self.autocast,
+                rounds=3 if graphs else 1,
+            )
         # gradients that live in a graph's memory would be overwritten by the next micro-batch
         self.keep_gradients = graphs and self.accumulate > 1
         for parameter in self.model.parameters():
             if self.keep_gradients and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
-        self.journal.say(f"ready for the first step {time.perf_counter() - self.born:.1f} s after the start")
+        self.journal.say(
+            f"ready for the first step {time.perf_counter() - self.born:.1f} s after the start"
+        )
 
     def make_meter(self) -> Meter:
-        frozen = [name for name, part in self.model.named_children() if not next(part.parameters()).requires_grad]
+        frozen = [
+            name
+            for name, part in self.model.named_children()
+            if not next(part.parameters()).requires_grad
+        ]
         return Meter(self.model.config, peak_flops(self.device, self.dtype), frozen)
 
     def optimizer_step(self, micro_batches: list[PackedBatch], n_labels: int, lr: float) -> None:
@@ -215,7 +242,9 @@ class Trainer:
                     loss_sum = self.forward(batch)
                 (loss_sum / (n_labels / self.world.size)).backward()
             total += loss_sum.detach()
-        norm = whole(nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
+        norm = whole(
+            nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        )
         if self.config.clip:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip, norm)
         skipped = skip_if_not_finite(self.optimizers, norm)
@@ -224,7 +253,9 @@ class Trainer:
             optimizer.zero_grad(set_to_none=not self.keep_gradients)
         self.stats.add(total, n_labels, norm, skipped)
         self.state["step"] += 1
-        self.journal.recent.append((self.state["step"], [name for batch in micro_batches for name in batch.names]))
+        self.journal.recent.append(
+            (self.state["step"], [name for batch in micro_batches for name in batch.names])
+        )
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """The summed loss of a packed batch."""
@@ -235,7 +266,9 @@ class Trainer:
     def progress(self, steps: int = 0) -> float:
         """How far the run is, in [0, 1], by the examples taken or, with --max-steps, after so many `steps` more."""
         state, limit = self.state, self.config.max_steps
-        return min((state["step"] + steps) / limit if limit else state["examples"] / self.total, 1.0)
+        return min(
+            (state["step"] + steps) / limit if limit else state["examples"] / self.total, 1.0
+        )
 
     def next_batches(self, feed: Feed, meter: Meter) -> list[PackedBatch]:
         """This rank's micro-batches of one optimizer step, each with labels, on the device; fewer at the data's end."""
@@ -247,7 +280,11 @@ class Trainer:
                 break
             meter.add(batch.packed)
             self.state["stream"] = advance(self.state["stream"], batch)
-            tokens = [0, 0] if batch.curriculum else [batch.packed.n_tokens, batch.packed.input_ids.numel()]
+            tokens = (
+                [0, 0]
+                if batch.curriculum
+                else [batch.packed.n_tokens, batch.packed.input_ids.numel()]
+            )
             # while a curriculum lasts images, not tokens, are the limit
             self.taken = [a + b for a, b in zip(self.taken, [batch.consumed, *tokens], strict=True)]
             self.journal.hear(batch)
@@ -260,7 +297,9 @@ class Trainer:
 
         A rank whose data is at its end goes on with batches of padding until the last has no more: none waits.
         """
-        self.watchdog.beat(f"waiting for the other ranks before step {self.state['step'] + 1}", waiting=True)
+        self.watchdog.beat(
+            f"waiting for the other ranks before step {self.state['step'] + 1}", waiting=True
+        )
         mine = [
             sum(batch.n_labels for batch in micro_batches),
             len(self.journal.unheard),
@@ -274,10 +313,16 @@ class Trainer:
         if unheard:
             self.journal.note_skipped()
         # sharded, every forward needs all ranks; replicated, only the last backward does
-        needed = (self.accumulate if self.config.shard else 1) if self.world.size > 1 and n_labels else 0
+        needed = (
+            (self.accumulate if self.config.shard else 1) if self.world.size > 1 and n_labels else 0
+        )
         while len(micro_batches) < needed:
             config = self.model.config
-            micro_batches.append(pack([], self.stream.budget, config.image_tokens, config.vit_img_size).to(self.device))
+            micro_batches.append(
+                pack([], self.stream.budget, config.image_tokens, config.vit_img_size).to(
+                    self.device
+                )
+            )
         return n_labels
 
     def validate(self) -> None:
@@ -292,21 +337,34 @@ class Trainer:
             with self.autocast():
                 parts = self.tokenizer, self.val_source, self.benchmark, self.config, state
                 scores = score(model, *parts, self.watchdog.evaluating)
-            self.journal.write({"step": state["step"], **scores, "seconds": round(state["seconds"], 3)})
+            self.journal.write(
+                {"step": state["step"], **scores, "seconds": round(state["seconds"], 3)}
+            )
         self.watchdog.evaluated()
-        scored = {name: state[name] for name in ("bad", "best_step", "best_accuracy", "eval") if name in state}
+        scored = {
+            name: state[name]
+            for name in ("bad", "best_step", "best_accuracy", "eval")
+            if name in state
+        }
         state |= self.world.gather(scored)[0]
         self.save()
 
     def save(self) -> None:
         """Begin a checkpoint; raises Stopped or OSError for what the one before it met."""
-        self.watchdog.beat(f"waiting for the other ranks to save step {self.state['step']}", waiting=True)
+        self.watchdog.beat(
+            f"waiting for the other ranks to save step {self.state['step']}", waiting=True
+        )
         self.journal.finish_line()
-        stats, lr = self.stats.peek(), max(g["lr"] / g["peak_lr"] for o in self.optimizers for g in o.param_groups)
+        stats, lr = (
+            self.stats.peek(),
+            max(g["lr"] / g["peak_lr"] for o in self.optimizers for g in o.param_groups),
+        )
         state = {**self.state, "stream": undeal(self.world.gather(self.state["stream"]))}
         self.wait_for_checkpoint()
         advice = self.journal.advice(state["step"], lr)
-        self.checkpoints.save(self.model, self.optimizers, state, lambda: {"interval": stats()["kept"]}, advice)
+        self.checkpoints.save(
+            self.model, self.optimizers, state, lambda: {"interval": stats()["kept"]}, advice
+        )
         gc.collect()
 
     def wait_for_checkpoint(self) -> None:
@@ -323,7 +381,15 @@ class Trainer:
         """Curves, the test split seeing and blind, a grid of answers, and the summary."""
         model, accuracies = unsharded(self.model), {}
         if self.world.first:
-            parts = self.run, model, self.tokenizer, self.val_source, self.config, self.state, self.autocast
+            parts = (
+                self.run,
+                model,
+                self.tokenizer,
+                self.val_source,
+                self.config,
+                self.state,
+                self.autocast,
+            )
             accuracies = summarise(*parts, self.watchdog.evaluating)
         self.watchdog.evaluated()
         self.watchdog.stop()

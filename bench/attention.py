@@ -30,13 +30,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from bench.kernels import PASSES, Timer, in_a_line, on_stream, within_rule
-from bench.results import write
-from bench.workload import draw_lengths
-from nanovlm_fast.attention import LOAD, choose_attention, padded_slots
+from bench.harness.passes import PASSES, Timer, in_a_line, on_stream, within_rule
+from bench.harness.results import write
+from bench.subjects.workload import draw_lengths
 from nanovlm_fast.command import Parser, reports_errors
-from nanovlm_fast.config import VLMConfig, preset
+from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.device import pick_device
+from nanovlm_fast.model.attention import LOAD, choose_attention, padded_slots
+from nanovlm_fast.presets import preset
 from nanovlm_fast.ranges import Range
 
 LENGTHS = (16, 48, 81, 128, 256, 1024)

@@ -1,7 +1,7 @@
 """The tests that need a GPU, as a result file: counts, failures, and which kernels are red.
 
     python -m bench.checks                              pytest -m "gpu and not slow"
-    python -m bench.checks -- tests/test_attention.py   options and files after -- go to pytest
+    python -m bench.checks -- tests/model/test_attention.py   options and files after -- go to pytest
 
 A kernel is red if one of its tests failed. bench.kernels does not time a red kernel on the same
 device and commit; everything else is still measured. Exit code 1 if a test failed, or if pytest was
@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-from bench.registry import KERNELS
-from bench.results import ROOT, facts, place, read, write
+from bench.harness.results import ROOT, facts, place, read, write
+from bench.subjects.operators import KERNELS
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import pick_device
 from nanovlm_fast.ranges import Range
@@ -35,7 +35,7 @@ INTERRUPTED = 2  # the exit code of pytest after Ctrl-C
 
 def run(options: list[str], limit: float) -> tuple[int, dict]:
     """Run pytest for at most `limit` seconds; return its exit code and the outcome of the tests."""
-    call = [sys.executable, "-m", "pytest", "-v", "-p", "bench.pytest_log"]
+    call = [sys.executable, "-m", "pytest", "-v", "-p", "bench.harness.pytest_log"]
     call += ["-m", "gpu and not slow", "--continue-on-collection-errors"]
     if importlib.util.find_spec("pytest_timeout"):
         call += ["--timeout", "120"]

@@ -21,8 +21,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.registry import named
-from bench.results import ROOT, facts, write_file
+from bench.harness.results import ROOT, facts, write_file
+from bench.subjects.operators import named
 from nanovlm_fast.command import Parser, reports_errors
 
 TARGET = GPUTarget("cuda", 90, 32)

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.results import load, measurements
-from bench.timing import Difference, difference
+from bench.harness.results import load, measurements
+from bench.harness.timing import Difference, difference
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.ranges import Range
 

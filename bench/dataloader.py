@@ -29,23 +29,22 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from bench.results import write
-from bench.timing import interleave
+from bench.harness.results import write
+from bench.harness.timing import interleave
 from nanovlm_fast.command import Parser, reports_errors
-from nanovlm_fast.config import TrainConfig, VLMConfig, preset
+from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.data import prepare
+from nanovlm_fast.data.budget import measure_budget
 from nanovlm_fast.data.images import load_image
-from nanovlm_fast.data.sources import load_source, make_tokenizer
-from nanovlm_fast.data.stream import (
-    PackedStream,
-    SampleLoader,
-    initial_states,
-    loader,
-    measure_budget,
-)
+from nanovlm_fast.data.samples import SampleLoader
+from nanovlm_fast.data.sources.registry import load_source, make_tokenizer
+from nanovlm_fast.data.stream import PackedStream, initial_states
 from nanovlm_fast.data.text import TextProcessor
+from nanovlm_fast.data.workers import loader
 from nanovlm_fast.device import pick_device
-from nanovlm_fast.packing import Budget, PackedBatch, pack
+from nanovlm_fast.packing.batch import PackedBatch, pack
+from nanovlm_fast.packing.packer import Budget
+from nanovlm_fast.presets import preset
 from nanovlm_fast.ranges import Range
 
 WIDTH = 640

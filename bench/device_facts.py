@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from bench.machine import cpu_mhz, gpu_reading
-from bench.results import write
+from bench.harness.machine import cpu_mhz, gpu_reading
+from bench.harness.results import write
+from bench.harness.timing import interleave, summary
 from bench.roofline import measured_rates
-from bench.timing import interleave, summary
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import pick_device
 

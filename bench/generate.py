@@ -32,21 +32,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench.kernels import in_a_line
-from bench.results import write
-from bench.timing import interleave, summary
-from bench.workload import cauldron_like, load_work
-from nanovlm_fast import reference
-from nanovlm_fast.backbones import LANGUAGE_FIELDS, language_names
-from nanovlm_fast.checkpoint import load_pretrained
+from bench.harness.passes import in_a_line
+from bench.harness.results import write
+from bench.harness.timing import interleave, summary
+from bench.subjects.workload import cauldron_like, load_work
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.device import autocast_to, pick_device, pick_dtype
 from nanovlm_fast.generate import generate
-from nanovlm_fast.model import VisionLanguageModel
-from nanovlm_fast.ops import choose_ops
-from nanovlm_fast.packing import IGNORE, Budget, Document, Sample, pack, pad
+from nanovlm_fast.model import reference
+from nanovlm_fast.model.ops import choose_ops
+from nanovlm_fast.model.packed import VisionLanguageModel
+from nanovlm_fast.packing.batch import pack, pad
+from nanovlm_fast.packing.documents import IGNORE, Document, Sample
+from nanovlm_fast.packing.packer import Budget
 from nanovlm_fast.ranges import Range
+from nanovlm_fast.weights.folder import load_pretrained
+from nanovlm_fast.weights.names import LANGUAGE_FIELDS, language_names
 
 FLOOR = 1e-3  # how far below the largest logit float32 may choose, in standard deviations of logits
 NEVER = -1  # an end-of-sequence id that no model produces

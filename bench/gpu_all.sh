@@ -52,7 +52,7 @@ command_of() {
             # Six workers compile hundreds of kernel variants at once; more threads each would only
             # compete for the cores.
             export TORCHINDUCTOR_COMPILE_THREADS=2
-            if [ -n "$quick" ]; then run+=(tests/test_attention.py)
+            if [ -n "$quick" ]; then run+=(tests/model/test_attention.py)
             elif "$python" -c "import xdist" 2>/dev/null; then run+=(-n 6); fi ;;
         sanitize)
             limit=120

@@ -26,20 +26,23 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from bench.results import write
-from nanovlm_fast import reference
+from bench.harness.results import write
 from nanovlm_fast.command import Parser, reports_errors
-from nanovlm_fast.config import preset
-from nanovlm_fast.data.sources import load_source, texts
-from nanovlm_fast.data.stream import SampleLoader, measure_budget
+from nanovlm_fast.data.budget import measure_budget
+from nanovlm_fast.data.samples import SampleLoader
+from nanovlm_fast.data.sources.registry import load_source, texts
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
 from nanovlm_fast.device import autocast_to, pick_device
-from nanovlm_fast.model import VisionLanguageModel
-from nanovlm_fast.ops import choose_ops
-from nanovlm_fast.optim import lr_factor, set_lr
-from nanovlm_fast.packing import Packer, Sample, pack, pad
-from nanovlm_fast.pictures import pyplot
+from nanovlm_fast.model import reference
+from nanovlm_fast.model.ops import choose_ops
+from nanovlm_fast.model.packed import VisionLanguageModel
+from nanovlm_fast.packing.batch import pack, pad
+from nanovlm_fast.packing.documents import Sample
+from nanovlm_fast.packing.packer import Packer
+from nanovlm_fast.presets import preset
 from nanovlm_fast.ranges import Range
+from nanovlm_fast.reporting.pictures import pyplot
+from nanovlm_fast.training.optim import lr_factor, set_lr
 
 TRUTH = "reference float32"
 VARIANTS = (TRUTH, "reference bfloat16", "packed float32", "packed bfloat16")

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench.results import write
+from bench.harness.results import write
 from bench.train_run import TRAIN
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import pick_device
-from nanovlm_fast.metrics import read_metrics
 from nanovlm_fast.ranges import Range
+from nanovlm_fast.reporting.metrics import read_metrics
 
 SEEDS = (0, 1, 2)
 ADAMW_RATES = (1e-3, 2e-3, 4e-3)

@@ -36,17 +36,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from bench.memory import in_a_process, peak_of
-from bench.peer_process import NEEDED, serve
-from bench.results import write
-from bench.timing import Difference, difference, interleave, summary
-from bench.variants import Packed, Recipe, Workbench
-from bench.workload import Work, cauldron_like, load_work
+from bench.harness.processes import in_a_process, peak_of
+from bench.harness.results import write
+from bench.harness.timing import Difference, difference, interleave, summary
+from bench.subjects.peer_process import NEEDED, serve
+from bench.subjects.variants import Packed, Recipe, Workbench
+from bench.subjects.workload import Work, cauldron_like, load_work
 from nanovlm_fast.command import Parser, keeping_interrupts, reports_errors
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.device import pick_device, pick_dtype
-from nanovlm_fast.metrics import peak_flops
-from nanovlm_fast.packing import Document, Sample, pad
+from nanovlm_fast.model.flops import peak_flops
+from nanovlm_fast.packing.batch import pad
+from nanovlm_fast.packing.documents import Document, Sample
 from nanovlm_fast.ranges import Range
 
 PARITY_QUESTIONS = 4  # few, because float32 needs more memory than the timed steps

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.registry import KERNELS
-from bench.results import place, write
+from bench.harness.results import place, write
+from bench.harness.timing import interleave, summary, synchronize
 from bench.roofline import kind_of
-from bench.timing import interleave, summary, synchronize
-from bench.variants import Packed, Padded, Recipe, Step, Workbench
-from bench.workload import load_work
+from bench.subjects.operators import KERNELS
+from bench.subjects.variants import Packed, Padded, Recipe, Step, Workbench
+from bench.subjects.workload import load_work
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import pick_device, pick_dtype
 from nanovlm_fast.ranges import Range

@@ -49,31 +49,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.figures import race_to_target
-from bench.machine import WATCH
-from bench.race_sides import Fast, Reference, Setting
-from bench.results import ROOT, facts, place, read, write
-from bench.timing import synchronize
+from bench.harness.machine import WATCH
+from bench.harness.results import ROOT, facts, place, read, write
+from bench.harness.timing import synchronize
+from bench.pages.figures import race_to_target
+from bench.subjects.race_sides import Fast, Reference, Setting
+from nanovlm_fast.cli import parse_config
 from nanovlm_fast.command import Parser, reports_errors
-from nanovlm_fast.config import TrainConfig, VLMConfig, parse_config
-from nanovlm_fast.data.sources import Source, Subset, load_source, make_tokenizer
-from nanovlm_fast.data.stream import (
-    Feed,
-    PackedStream,
-    SampleLoader,
-    StreamBatch,
-    advance,
-    initial_states,
-    loader,
-    measure_budget,
-)
+from nanovlm_fast.config import TrainConfig, VLMConfig
+from nanovlm_fast.data.budget import measure_budget
+from nanovlm_fast.data.samples import SampleLoader
+from nanovlm_fast.data.sources.example import Source, Subset
+from nanovlm_fast.data.sources.registry import load_source, make_tokenizer
+from nanovlm_fast.data.stream import PackedStream, StreamBatch, advance, initial_states
 from nanovlm_fast.data.text import TextProcessor
+from nanovlm_fast.data.workers import loader
 from nanovlm_fast.device import autocast_to, pick_device, pick_dtype
 from nanovlm_fast.evaluate import evaluate
-from nanovlm_fast.model import VisionLanguageModel
-from nanovlm_fast.optim import lr_factor, make_optimizers, set_lr
-from nanovlm_fast.packing import PackedBatch
+from nanovlm_fast.model.packed import VisionLanguageModel
+from nanovlm_fast.packing.batch import PackedBatch
 from nanovlm_fast.ranges import Range
+from nanovlm_fast.training.feed import Feed
+from nanovlm_fast.training.optim import lr_factor, make_optimizers, set_lr
 
 SIDES = ("fast", "reference")  # the fast one first: its result is there when time runs out
 MAKERS: dict[str, type[Fast] | type[Reference]] = {"fast": Fast, "reference": Reference}

@@ -26,11 +26,11 @@ from typing import Any
 
 import torch
 
-from bench.results import write
+from bench.harness.results import write
+from nanovlm_fast.cli import parse_config
 from nanovlm_fast.command import Parser, reports_errors
-from nanovlm_fast.config import parse_config
 from nanovlm_fast.device import pick_device
-from nanovlm_fast.metrics import read_metrics
+from nanovlm_fast.reporting.metrics import read_metrics
 
 HERE = Path(__file__).resolve().parent.parent
 # A model whose steps take milliseconds, so that kills are not mostly spent waiting for steps.

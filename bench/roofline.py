@@ -24,11 +24,12 @@ from pathlib import Path
 
 import torch
 
-from bench.results import write
-from bench.timing import interleave, summary
+from bench.harness.results import write
+from bench.harness.timing import interleave, summary
 from nanovlm_fast.command import Parser, reports_errors
-from nanovlm_fast.config import VLMConfig, preset
+from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.device import pick_device, pick_dtype
+from nanovlm_fast.presets import preset
 from nanovlm_fast.ranges import Range
 
 # Bytes per element of the residual stream, its gradient and the weights' gradients: float32.
@@ -197,7 +198,7 @@ def _language(config: VLMConfig, work: Counts, w: int) -> Iterator[Operator]:
 
 def _parameters(config: VLMConfig) -> Iterator[tuple[str, int]]:
     """(name, elements) of every parameter; on the meta device, which allocates no weights."""
-    from nanovlm_fast.model import VisionLanguageModel
+    from nanovlm_fast.model.packed import VisionLanguageModel
 
     with torch.device("meta"):
         model = VisionLanguageModel(config)
@@ -280,8 +281,8 @@ def measured_step(
 
     The step is not compiled, because a compiler fuses operators of different kinds.
     """
-    from bench.variants import Packed, Recipe, Workbench
-    from bench.workload import load_work
+    from bench.subjects.variants import Packed, Recipe, Workbench
+    from bench.subjects.workload import load_work
 
     assert device is not None  # None is a table of rates, with which --measure is refused
     work = load_work(args.preset, "cauldron_like", args.samples, args.layers)

@@ -48,17 +48,18 @@ from pathlib import Path
 
 import torch
 
-from bench.results import ROOT, load, write
+from bench.harness.results import ROOT, load, write
 from bench.roofline import H100, Counts, operators
 from bench.traffic import measure
 from bench.traffic import table as traffic_table
 from nanovlm_fast.command import Parser, reports_errors
-from nanovlm_fast.config import VLMConfig, preset
+from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.device import pick_device
-from nanovlm_fast.model import VisionLanguageModel
-from nanovlm_fast.packing import Budget
+from nanovlm_fast.model.packed import VisionLanguageModel
+from nanovlm_fast.packing.packer import Budget
+from nanovlm_fast.presets import preset
 from nanovlm_fast.ranges import Range
-from nanovlm_fast.warmup import full_batch
+from nanovlm_fast.training.warmup import full_batch
 
 GPUS = tuple(2**i for i in range(11))
 ENOUGH = 0.9  # efficiency

@@ -35,11 +35,13 @@ import torch
 import torch.distributed as dist
 
 from nanovlm_fast.command import Parser, reports_errors
-from nanovlm_fast.config import VLMConfig, preset
-from nanovlm_fast.model import VisionLanguageModel
-from nanovlm_fast.packing import Budget, PackedBatch
+from nanovlm_fast.config import VLMConfig
+from nanovlm_fast.model.packed import VisionLanguageModel
+from nanovlm_fast.packing.batch import PackedBatch
+from nanovlm_fast.packing.packer import Budget
+from nanovlm_fast.presets import preset
 from nanovlm_fast.ranges import Range
-from nanovlm_fast.warmup import full_batch
+from nanovlm_fast.training.warmup import full_batch
 
 HERE = Path(__file__).resolve().parent.parent
 PROCESSES = 2

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from bench.results import write
+from bench.harness.results import write
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import pick_device
-from nanovlm_fast.metrics import read_metrics
+from nanovlm_fast.reporting.metrics import read_metrics
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 

@@ -36,14 +36,14 @@ from typing import Any
 
 import torch
 
-from bench.memory import peak_of_process
-from bench.results import write
-from bench.timing import interleave, summary
-from bench.variants import Judge, Packed, Padded, Recipe, Step, Workbench, ablation
-from bench.workload import load_work
+from bench.harness.processes import peak_of_process
+from bench.harness.results import write
+from bench.harness.timing import interleave, summary
+from bench.subjects.variants import Judge, Packed, Padded, Recipe, Step, Workbench, ablation
+from bench.subjects.workload import load_work
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import pick_device, pick_dtype
-from nanovlm_fast.metrics import peak_flops
+from nanovlm_fast.model.flops import peak_flops
 from nanovlm_fast.ranges import Range
 
 MAIN = ("reference", "reference_compiled", "ours")

@@ -26,7 +26,9 @@ def pick_device(name: str = "auto") -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {name}: only cpu and cuda are supported")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices")
+        raise ValueError(
+            f"--device {name}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
+        )
     return device
 
 

@@ -14,16 +14,17 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from nanovlm_fast.checkpoint import load_pretrained
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.data.images import load_image
-from nanovlm_fast.data.sources import Example, Source, load_source
+from nanovlm_fast.data.sources.example import Example, Source
+from nanovlm_fast.data.sources.registry import load_source
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
 from nanovlm_fast.device import autocast_to, pick_device, pick_dtype
 from nanovlm_fast.generate import generate, generator_of
-from nanovlm_fast.model import VisionLanguageModel
-from nanovlm_fast.packing import Document
+from nanovlm_fast.model.packed import VisionLanguageModel
+from nanovlm_fast.packing.documents import Document
 from nanovlm_fast.ranges import SEED
+from nanovlm_fast.weights.folder import load_pretrained
 
 BLANK = 127  # every pixel of a blanked image
 
@@ -36,7 +37,9 @@ class Evaluation:
     total: int = 0
     unreadable: list[str] = field(default_factory=list)  # why examples were left out
     too_long: list[str] = field(default_factory=list)  # questions without room for their answer
-    by_kind: dict[str, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))  # [correct, total]
+    by_kind: dict[str, list[int]] = field(
+        default_factory=lambda: defaultdict(lambda: [0, 0])
+    )  # [correct, total]
 
     @property
     def accuracy(self) -> float | None:
@@ -62,7 +65,10 @@ class Evaluation:
         return f"{said}; left out: {self.left_out}" if self.skipped else said
 
     def as_dict(self) -> dict:
-        kinds = {kind: {"accuracy": c / n, "questions": n} for kind, (c, n) in sorted(self.by_kind.items())}
+        kinds = {
+            kind: {"accuracy": c / n, "questions": n}
+            for kind, (c, n) in sorted(self.by_kind.items())
+        }
         return {
             "accuracy": self.accuracy,
             "correct": self.correct,
@@ -135,7 +141,9 @@ def evaluate(
     from tqdm import tqdm
 
     result = Evaluation()
-    text = TextProcessor(tokenizer, getattr(source, "prompt", model.config.prompt), model.config.image_tokens)
+    text = TextProcessor(
+        tokenizer, getattr(source, "prompt", model.config.prompt), model.config.image_tokens
+    )
     sampled_from = seed if style == "v0.1" else None
     was_training = model.training
     model.eval()
@@ -206,7 +214,9 @@ def evaluate_batch(
     size, tokenizer = model.config.vit_img_size, text.tokenizer
     device = next(model.parameters()).device
     images, questions = read_questions(model, text, source, indices, mode, result)
-    pixels = torch.from_numpy(np.stack(images) if images else np.zeros((0, 3, size, size), np.uint8))
+    pixels = torch.from_numpy(
+        np.stack(images) if images else np.zeros((0, 3, size, size), np.uint8)
+    )
     if blank_images:
         pixels = torch.full_like(pixels, BLANK)
     eos_id, sampling = tokenizer.eos_id, {}
@@ -219,7 +229,11 @@ def evaluate_batch(
     replies = generate(model, pixels.to(device), prompts, eos_id, limits, **sampling)
     right = getattr(source, "right", str.__eq__)
     for question, reply in zip(questions, replies, strict=True):
-        said = tokenizer.base.decode(reply, skip_special_tokens=True) if sampling else tokenizer.decode(reply)
+        said = (
+            tokenizer.base.decode(reply, skip_special_tokens=True)
+            if sampling
+            else tokenizer.decode(reply)
+        )
         correct = bool(right(said.strip(), question.answer))
         result.by_kind[question.kind][0] += correct
         result.by_kind[question.kind][1] += 1
@@ -260,15 +274,30 @@ def answer_samples(
 
 
 def make_parser() -> Parser:
-    parser = Parser(prog="python -m nanovlm_fast.evaluate", description="Score a model on a data set.")
+    parser = Parser(
+        prog="python -m nanovlm_fast.evaluate", description="Score a model on a data set."
+    )
     parser.add_argument(
-        "--checkpoint", help="run (its newest checkpoint), RUN/best, or model folder; default: the latest run"
+        "--checkpoint",
+        help="run (its newest checkpoint), RUN/best, or model folder; default: the latest run",
     )
     parser.add_argument("--data", default="easy_vqa", help="data set, named as for train.py")
     parser.add_argument("--split", default="test")
-    parser.add_argument("--turns", default="independent", choices=("independent", "chat", "first"), help="as trained")
-    parser.add_argument("--blank-images", action="store_true", help="hide the images: the question-only level")
-    parser.add_argument("--style", default="greedy", choices=("greedy", "v0.1"), help="v0.1: as nanoVLM published it")
+    parser.add_argument(
+        "--turns",
+        default="independent",
+        choices=("independent", "chat", "first"),
+        help="as trained",
+    )
+    parser.add_argument(
+        "--blank-images", action="store_true", help="hide the images: the question-only level"
+    )
+    parser.add_argument(
+        "--style",
+        default="greedy",
+        choices=("greedy", "v0.1"),
+        help="v0.1: as nanoVLM published it",
+    )
     parser.add_argument("--seed", type=SEED, default=0, help="of style v0.1")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--device", default="auto")

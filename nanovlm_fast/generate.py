@@ -14,15 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovlm_fast.attention import Attention, padded_slots
-from nanovlm_fast.checkpoint import load_pretrained
 from nanovlm_fast.command import Parser, reports_errors, utf8
 from nanovlm_fast.data.images import load_image
 from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.device import pick_device
-from nanovlm_fast.model import VisionLanguageModel
-from nanovlm_fast.packing import Budget, Document, PackedBatch, Sample, pack
+from nanovlm_fast.model.attention import Attention, padded_slots
+from nanovlm_fast.model.packed import VisionLanguageModel
+from nanovlm_fast.packing.batch import PackedBatch, pack
+from nanovlm_fast.packing.documents import Document, Sample
+from nanovlm_fast.packing.packer import Budget
 from nanovlm_fast.ranges import SEED, Range
+from nanovlm_fast.weights.folder import load_pretrained
 
 TEMPERATURE, TOP_K, TOP_P = Range(float), Range(int), Range(float, most=1)
 
@@ -47,7 +49,9 @@ class KVCache:
         cu_seqlens, max_seqlen = self.prompts.cu_seqlens, self.prompts.max_seqlen
         slots = padded_slots(cu_seqlens, max_seqlen, len(k))
         for cache, new in ((self.keys, k), (self.values, v)):
-            rows = new.new_zeros(self.n_prompts * max_seqlen, *new.shape[1:]).index_copy(0, slots, new)
+            rows = new.new_zeros(self.n_prompts * max_seqlen, *new.shape[1:]).index_copy(
+                0, slots, new
+            )
             rows = rows.view(self.n_prompts, max_seqlen, *new.shape[1:]).transpose(1, 2)
             cache.append(F.pad(rows, (0, 0, 0, self.room - max_seqlen)))
         return self.attend(q, k, v, cu_seqlens, max_seqlen, True)
@@ -59,7 +63,11 @@ class KVCache:
         self.values[layer][row, :, self.lengths] = v
         seen = torch.arange(self.keys[layer].shape[2], device=q.device) <= self.lengths[:, None]
         out = F.scaled_dot_product_attention(
-            q[:, :, None], self.keys[layer], self.values[layer], attn_mask=seen[:, None, None], enable_gqa=True
+            q[:, :, None],
+            self.keys[layer],
+            self.values[layer],
+            attn_mask=seen[:, None, None],
+            enable_gqa=True,
         )
         return out[:, :, 0]
 
@@ -164,7 +172,9 @@ def choose(
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
     if top_p < 1:
         ordered, order = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability ahead of each token
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(
+            -1
+        )  # probability ahead of each token
         ordered = ordered.masked_fill((before >= top_p) & (before > 0), float("-inf"))
         logits = torch.full_like(logits, float("-inf")).scatter(-1, order, ordered)
     probabilities = logits.softmax(-1)
@@ -181,11 +191,16 @@ def generator_of(device: torch.device, *numbers: int) -> torch.Generator:
 
 
 def make_parser() -> Parser:
-    parser = Parser(prog="python -m nanovlm_fast.generate", description="Ask a model about an image.")
-    parser.add_argument(
-        "--checkpoint", help="run (its newest checkpoint), RUN/best, folder, or hub name; default: the latest run"
+    parser = Parser(
+        prog="python -m nanovlm_fast.generate", description="Ask a model about an image."
     )
-    parser.add_argument("--image", action="append", default=[], help="image file; repeat for several in one prompt")
+    parser.add_argument(
+        "--checkpoint",
+        help="run (its newest checkpoint), RUN/best, folder, or hub name; default: the latest run",
+    )
+    parser.add_argument(
+        "--image", action="append", default=[], help="image file; repeat for several in one prompt"
+    )
     parser.add_argument(
         "--prompt",
         action="append",

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from lmms_eval.api.model import lmms
 
-from nanovlm_fast.checkpoint import load_pretrained
 from nanovlm_fast.data.images import load_image
 from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.device import autocast_to, pick_device, pick_dtype
 from nanovlm_fast.generate import generate, generator_of
-from nanovlm_fast.packing import Document
+from nanovlm_fast.packing.documents import Document
+from nanovlm_fast.weights.folder import load_pretrained
 
 
 def manifest() -> Any:
@@ -43,7 +43,11 @@ class NanoVLMFast(lmms):
         **more: Any,
     ):
         super().__init__()
-        if more := {name: value for name, value in more.items() if value is not None and name != "max_batch_size"}:
+        if more := {
+            name: value
+            for name, value in more.items()
+            if value is not None and name != "max_batch_size"
+        }:
             known = "checkpoint, device, batch_size, lm_tokenizer"
             raise ValueError(f"--model_args {', '.join(more)}: there are {known}")
         self.device = pick_device(device)
@@ -78,7 +82,9 @@ class NanoVLMFast(lmms):
         limits: list[int] = []
         for _, (context, _, doc_to_visual, doc_id, task, split) in batch:
             visuals = doc_to_visual(self.task_dict[task][split][doc_id]) or []
-            prompt = self.text.document([(context.replace("<image>", "").strip(), "")], len(visuals))
+            prompt = self.text.document(
+                [(context.replace("<image>", "").strip(), "")], len(visuals)
+            )
             room = config.lm_max_position_embeddings - len(prompt)
             if room < 1:
                 what = f"a prompt of {len(prompt)} tokens is too long for the model"
@@ -88,21 +94,31 @@ class NanoVLMFast(lmms):
             limits.append(min(settings.get("max_new_tokens") or 64, max(room, 0)))
             images += [load_image(visual, config.vit_img_size) for visual in visuals]
         size = config.vit_img_size
-        pixels = torch.from_numpy(np.stack(images) if images else np.zeros((0, 3, size, size), np.uint8))
+        pixels = torch.from_numpy(
+            np.stack(images) if images else np.zeros((0, 3, size, size), np.uint8)
+        )
         sampling = {}
         if settings.get("do_sample", bool(settings.get("temperature"))):
-            sampling = dict(temperature=settings.get("temperature") or 1.0, top_p=settings.get("top_p") or 1.0)
+            sampling = dict(
+                temperature=settings.get("temperature") or 1.0, top_p=settings.get("top_p") or 1.0
+            )
             sampling["generator"] = [generator_of(self.device, number) for number, _ in batch]
         with autocast_to(pick_dtype("auto", self.device), self.device)():
             pixels, eos_id = pixels.to(self.device), self.tokenizer.eos_id
             ids = generate(self.model, pixels, prompts, eos_id, limits, **sampling)
-        return [cut(self.tokenizer.decode(reply), settings.get("until") or []).strip() for reply in ids]
+        return [
+            cut(self.tokenizer.decode(reply), settings.get("until") or []).strip() for reply in ids
+        ]
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        raise NotImplementedError("nanovlm_fast answers by generation: tasks of output_type generate_until")
+        raise NotImplementedError(
+            "nanovlm_fast answers by generation: tasks of output_type generate_until"
+        )
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
-        raise NotImplementedError("nanovlm_fast answers one question at a time: tasks of output_type generate_until")
+        raise NotImplementedError(
+            "nanovlm_fast answers one question at a time: tasks of output_type generate_until"
+        )
 
 
 def cut(reply: str, until: str | list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,9 @@ DATA = ("data", "eval")  # see `split_data`
 
 def absolute_paths(options: Mapping[str, Any]) -> dict[str, str]:
     """Those of a configuration's options that may name a folder; a hub's and a data set's name stay as they are."""
-    found = {name: absolute(options[name]) for name in FOLDERS if isinstance(options.get(name), str)}
+    found = {
+        name: absolute(options[name]) for name in FOLDERS if isinstance(options.get(name), str)
+    }
     for name in DATA:
         if isinstance(options.get(name), str):
             before, place, after = split_data(options[name])
@@ -56,3 +59,10 @@ def inside(options: Mapping[str, Any], folder: Path) -> str | None:
         if os.path.isabs(place) and Path(place).resolve().is_relative_to(folder.resolve()):
             return f"--{name.replace('_', '-')} {options[name]}"
     return None
+
+
+def at_home(name: str) -> Path:
+    """The path with the home folder for `~`: a shell leaves that alone in --data jsonl:~/FOLDER."""
+    with contextlib.suppress(RuntimeError):  # ~NOBODY
+        return Path(name).expanduser()
+    return Path(name)

@@ -1,39 +1,41 @@
-"""A run's folder: one command writes there at a time, and what --overwrite replaces stays until it is replaced.
-
-    RUN/.lock        held by the command that writes there; its process, host and start, for others to read
-    RUN/.replaced    the run that --overwrite replaces, until the new one has its first checkpoint
-    RUN/.replacing   the same run on its way there or back: what lies in RUN beside this folder belongs to it too
-
-Whatever is killed at whatever moment, one of these two folders says what is whose, and the next command on RUN puts the
-old run back (`restore`). They lie inside RUN, which may be a mount or a link: a rename cannot leave the file system.
-"""
+"""The folder of a run: its configuration, and whether a command may write there."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import fcntl
+import json
 import os
 import shutil
 import socket
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from nanovlm_fast.config import TrainConfig, VLMConfig, check_types, fields_of
+from nanovlm_fast.files import read_json, write_whole
 
 if TYPE_CHECKING:
-    from nanovlm_fast.distributed import World
+    from nanovlm_fast.ranks import World
 
 LOCK, REPLACED, REPLACING = ".lock", ".replaced", ".replacing"
 OURS = (LOCK, REPLACED, REPLACING)
 # what a start writes before the first step, under the names of files that are still being written too
-BY_A_START = ("config.json", "tokenizer*.json", "special_tokens_map.json", "metrics.jsonl", "wandb", "checkpoints")
+BY_A_START = (
+    "config.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "metrics.jsonl",
+    "wandb",
+    "checkpoints",
+)
 LEFTOVERS = (".config.json", "hang-rank*.txt")  # of a start that was not even a run yet
 
 
 # ---- one command at a time
-
-
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Nobody else is in here with the same folder, which is made, and unmade if nothing was written into it.
@@ -51,7 +53,9 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # the folder is gone, or cannot be written to any more
+            with contextlib.suppress(
+                OSError
+            ):  # the folder is gone, or cannot be written to any more
                 (folder / LOCK).unlink()
             os.close(handle)
     finally:
@@ -73,7 +77,9 @@ def _take(file: Path) -> int:
                 f"{file.parent} is in use by {owner}: wait until it has ended, or let --out name another folder"
             ) from error
         except OSError as error:
-            print(f"warning: {file.parent} cannot be locked ({error.strerror}): no other command may write there")
+            print(
+                f"warning: {file.parent} cannot be locked ({error.strerror}): no other command may write there"
+            )
             return handle
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), os.stat(file)):
@@ -82,7 +88,11 @@ def _take(file: Path) -> int:
     now = datetime.datetime.now().isoformat(" ", "seconds")
     os.truncate(handle, 0)
     with contextlib.suppress(OSError):  # on a full disk the lock holds as well without it
-        os.pwrite(handle, f"process {os.getpid()} on host {socket.gethostname()} since {now}\n".encode(), 0)
+        os.pwrite(
+            handle,
+            f"process {os.getpid()} on host {socket.gethostname()} since {now}\n".encode(),
+            0,
+        )
     return handle
 
 
@@ -104,15 +114,16 @@ def hold(run: Path, world: World) -> Iterator[None]:
 
 
 # ---- what a folder holds
-
-
 def has_checkpoint(run: Path) -> bool:
     return any((run / "checkpoints").glob("step-*"))
 
 
 def is_stub(run: Path) -> bool:
     """Whether the run in the folder ended before its first logged step: there is nothing to keep or to go on from."""
-    log, known = run / "metrics.jsonl", (*BY_A_START, *LEFTOVERS, *(f".{name}" for name in BY_A_START))
+    log, known = (
+        run / "metrics.jsonl",
+        (*BY_A_START, *LEFTOVERS, *(f".{name}" for name in BY_A_START)),
+    )
     if has_checkpoint(run) or (log.exists() and log.stat().st_size):
         return False
     return all(any(fnmatch(entry.name, name) for name in known) for entry in entries(run))
@@ -120,7 +131,9 @@ def is_stub(run: Path) -> bool:
 
 def is_empty(run: Path) -> bool:
     """Whether there is no folder, or nothing in it but what a start leaves that was killed before it was a run."""
-    return not run.exists() or all(any(fnmatch(entry.name, name) for name in LEFTOVERS) for entry in entries(run))
+    return not run.exists() or all(
+        any(fnmatch(entry.name, name) for name in LEFTOVERS) for entry in entries(run)
+    )
 
 
 def entries(run: Path) -> list[Path]:
@@ -137,8 +150,6 @@ def standing(run: Path) -> Path:
 
 
 # ---- from one run to the next
-
-
 @contextlib.contextmanager
 def beginning(run: Path, resume: bool, world: World) -> Iterator[None]:
     """What is written in here begins or resumes a run; if it fails, the folder is again as it was before.
@@ -156,7 +167,9 @@ def beginning(run: Path, resume: bool, world: World) -> Iterator[None]:
             _clear(run)
         else:
             _move_aside(run)
-            print(f"{run}: the run in it is kept in {run / REPLACED} until the new one has a checkpoint")
+            print(
+                f"{run}: the run in it is kept in {run / REPLACED} until the new one has a checkpoint"
+            )
     try:  # from here on what lies in the folder is the new run's
         yield
     except BaseException:  # Ctrl-C too
@@ -211,3 +224,56 @@ def _clear(run: Path) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
+
+
+RUNS = Path("runs")
+
+
+def load_run_config(run: Path) -> dict[str, Any]:
+    """What `save_run_config` wrote, as one flat dict of option names and values. Raises ValueError if it is damaged."""
+    values = read_json(run / "config.json")
+    try:
+        for config_class in (VLMConfig, TrainConfig):
+            check_types(config_class, fields_of(config_class, values))
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{run / 'config.json'} is damaged: {error}") from error
+    return {**fields_of(VLMConfig, values), **fields_of(TrainConfig, values)}
+
+
+def save_run_config(run: Path, model: VLMConfig, train: TrainConfig) -> None:
+    values = {**dataclasses.asdict(model), **dataclasses.asdict(train)}
+    once = ("resume", "data_changed", "auto_resume", "overwrite", "dry_run")
+    values |= dict.fromkeys(once, False)
+    write_whole(run / "config.json", json.dumps(values, indent=2) + "\n")
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether the folder is one that train.py wrote."""
+    return (folder / "config.json").exists() and "preset" in load_run_config(folder)
+
+
+def check_run_folder(run: Path, config: TrainConfig) -> None:
+    """Raise ValueError unless `run` is new or empty, or a run that may be resumed or overwritten. Changes nothing.
+
+    What a start leaves that ended before its first logged step is as good as nothing.
+    """
+    if holds_run(run):
+        if not (config.resume or config.overwrite or is_stub(run)):
+            raise ValueError(
+                f"{run} holds a run: --resume continues it, --overwrite deletes it, --out names another"
+            )
+    elif not is_empty(run):
+        raise ValueError(f"{run} holds files that are no run: --out names another folder")
+
+
+def latest_run(runs: Path = RUNS) -> Path:
+    """The run folder under `runs` that was written to last. Raises FileNotFoundError if there is none."""
+    found = [run for run in runs.glob("*") if (standing(run) / "config.json").exists()]
+    if not found:
+        raise FileNotFoundError(f"no run under {runs}/; train one with: python train.py")
+    return max(
+        found,
+        key=lambda run: (
+            (run / "metrics.jsonl" if (run / "metrics.jsonl").exists() else run).stat().st_mtime
+        ),
+    )

@@ -51,17 +51,23 @@ def load_image(source: Path | str | bytes | np.ndarray | Image.Image, size: int)
     try:
         return square(source if isinstance(source, Image.Image) else opened(source), size)
     except Exception as error:  # damaged files raise whatever the decoder trips over: struct.error, SyntaxError ...
-        reason = str(error).split(" <_io.BytesIO")[0]  # the address of a buffer tells nobody anything
+        reason = str(error).split(" <_io.BytesIO")[
+            0
+        ]  # the address of a buffer tells nobody anything
         raise BadImage(f"image {name}: {printable(reason)}") from error
 
 
 def opened(source: Path | str | bytes) -> Image.Image:
     """A file or its bytes as an image, not decoded yet. Raises an error for what is too large or no file at all."""
-    if not isinstance(source, bytes) and not Path(source).is_file():  # reading a pipe or a device may never end
+    if (
+        not isinstance(source, bytes) and not Path(source).is_file()
+    ):  # reading a pipe or a device may never end
         raise ValueError("no such file")
     image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels are over {MAX_PIXELS}: a decompression bomb?")
+        raise ValueError(
+            f"{image.width} x {image.height} pixels are over {MAX_PIXELS}: a decompression bomb?"
+        )
     return image
 
 

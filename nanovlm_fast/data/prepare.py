@@ -23,18 +23,24 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from nanovlm_fast.cli import parse_config
 from nanovlm_fast.command import Parser, reports_errors
-from nanovlm_fast.config import TrainConfig, VLMConfig, parse_config, read_json
-from nanovlm_fast.data import shards
-from nanovlm_fast.data.hub import read_streaming
-from nanovlm_fast.data.sources import Example, Source, load_source, make_tokenizer
-from nanovlm_fast.data.stream import begin_worker, make_sample
+from nanovlm_fast.config import TrainConfig, VLMConfig
+from nanovlm_fast.data.samples import make_sample
+from nanovlm_fast.data.sources import shards
+from nanovlm_fast.data.sources.cauldron import read_streaming
+from nanovlm_fast.data.sources.example import Example, Source
+from nanovlm_fast.data.sources.registry import load_source, make_tokenizer
 from nanovlm_fast.data.text import TextProcessor
+from nanovlm_fast.data.workers import begin_worker
+from nanovlm_fast.files import read_json
 from nanovlm_fast.paths import absolute_paths
 from nanovlm_fast.ranges import Range
 from nanovlm_fast.runs import is_empty, locked
 
-Task = tuple[int, Iterable[int | Example | ValueError]]  # a shard's number, and its examples or where they are
+Task = tuple[
+    int, Iterable[int | Example | ValueError]
+]  # a shard's number, and its examples or where they are
 
 
 class ShardMaker(Dataset):
@@ -52,7 +58,9 @@ class ShardMaker(Dataset):
                     raise item
                 example = item if isinstance(item, Example) else self.source[item]
                 example = example.first() if self.text.mode == "first" else example
-                rows.append(shards.row_of(make_sample(example, self.image_size, self.text), example.turns))
+                rows.append(
+                    shards.row_of(make_sample(example, self.image_size, self.text), example.turns)
+                )
             except ValueError as error:
                 skipped.append(str(error))
         try:
@@ -71,18 +79,24 @@ def finished(folder: Path, plan: dict[str, Any]) -> dict[int, dict[str, Any]]:
     Raises ValueError if the folder holds something else, or what another command prepared.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    noted = next((folder / name for name in ("manifest.json", "plan.json") if (folder / name).exists()), None)
+    noted = next(
+        (folder / name for name in ("manifest.json", "plan.json") if (folder / name).exists()), None
+    )
     if noted is None:
         if not is_empty(folder):
             raise ValueError(f"{folder} holds other files: --out names another folder")
-        shards.replace_file(folder / "plan.json", lambda file: file.write_text(json.dumps(plan, indent=2)))
+        shards.replace_file(
+            folder / "plan.json", lambda file: file.write_text(json.dumps(plan, indent=2))
+        )
         return {}
     before = read_json(noted)
     for name, value in {**plan, **plan["processing"]}.items():
         had = {**before, **before.get("processing", {}), **absolute_paths(before)}.get(name)
         unknown = name == "fingerprint" and had is None  # of a version whose sources had none
         if name != "processing" and had != value and not unknown:
-            raise ValueError(f"{folder} was prepared with {name} {had!r} and not {value!r}: --out names another folder")
+            raise ValueError(
+                f"{folder} was prepared with {name} {had!r} and not {value!r}: --out names another folder"
+            )
     for leftover in folder.glob(".shard-*"):
         leftover.unlink()
     entries = before.get("shards") or [read_json(note) for note in folder.glob("shard-*.json")]
@@ -124,7 +138,9 @@ def prepare(model: VLMConfig, train: TrainConfig, args: argparse.Namespace) -> d
     folder, per_shard = args.out, args.shard_samples
     source = None if args.streaming else load_source(train.data, args.split)
     if source is None and model.lm_tokenizer == "train":
-        raise ValueError("--streaming reads the data once: give a tokenizer that exists, with --lm-tokenizer")
+        raise ValueError(
+            "--streaming reads the data once: give a tokenizer that exists, with --lm-tokenizer"
+        )
     tokenizer = make_tokenizer(model, source)
     text = TextProcessor(tokenizer, model.prompt, model.image_tokens, train.turns)
     plan = {
@@ -144,9 +160,14 @@ def prepare(model: VLMConfig, train: TrainConfig, args: argparse.Namespace) -> d
         examples: Any = read_streaming(train.data, args.split, skip=first_missing(done) * per_shard)
     else:
         examples = range(len(source))
-        needed, free = (len(source) - ready) * 3 * model.vit_img_size**2, shutil.disk_usage(folder).free
+        needed, free = (
+            (len(source) - ready) * 3 * model.vit_img_size**2,
+            shutil.disk_usage(folder).free,
+        )
         if needed > free:
-            raise ValueError(f"--out {folder}: an image each takes {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} are free")
+            raise ValueError(
+                f"--out {folder}: an image each takes {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} are free"
+            )
     maker = ShardMaker(source, model.vit_img_size, text, folder)
     made = DataLoader(
         maker,
@@ -174,10 +195,22 @@ def prepare(model: VLMConfig, train: TrainConfig, args: argparse.Namespace) -> d
     return write_manifest(folder, plan, [done[number] for number in sorted(done)])
 
 
-def write_manifest(folder: Path, plan: dict[str, Any], entries: list[dict[str, Any]]) -> dict[str, Any]:
-    totals = {name: sum(entry[name] for entry in entries) for name in ("samples", "tokens", "bytes")}
-    manifest = {**plan, **totals, "skipped": sum(len(entry["skipped"]) for entry in entries), "shards": entries}
-    shards.replace_file(folder / "manifest.json", lambda file: file.write_text(json.dumps(manifest, indent=2) + "\n"))
+def write_manifest(
+    folder: Path, plan: dict[str, Any], entries: list[dict[str, Any]]
+) -> dict[str, Any]:
+    totals = {
+        name: sum(entry[name] for entry in entries) for name in ("samples", "tokens", "bytes")
+    }
+    manifest = {
+        **plan,
+        **totals,
+        "skipped": sum(len(entry["skipped"]) for entry in entries),
+        "shards": entries,
+    }
+    shards.replace_file(
+        folder / "manifest.json",
+        lambda file: file.write_text(json.dumps(manifest, indent=2) + "\n"),
+    )
     for leftover in [folder / "plan.json", *folder.glob("shard-*.json")]:
         leftover.unlink(missing_ok=True)
     return manifest
@@ -192,7 +225,9 @@ def verify(folder: Path) -> None:
         if shards.sha256_of(folder / entry["file"]) != entry["sha256"]
     ]
     if wrong:
-        raise shards.DamagedShard(f"{folder}: damaged: {', '.join(wrong)}. Delete them and {shards.AGAIN}")
+        raise shards.DamagedShard(
+            f"{folder}: damaged: {', '.join(wrong)}. Delete them and {shards.AGAIN}"
+        )
 
 
 def _as_it_is(entry: dict[str, Any]) -> dict[str, Any]:
@@ -207,13 +242,26 @@ def make_parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
-    parser.add_argument("--split", default="train", help="train or test; test split: --out DIR/test")
     parser.add_argument(
-        "--workers", type=Range(int), default=len(os.sched_getaffinity(0)), help="processes; 0: in this one"
+        "--split", default="train", help="train or test; test split: --out DIR/test"
     )
-    parser.add_argument("--shard-samples", type=Range(int, least=1), default=512, help="examples in a shard")
-    parser.add_argument("--streaming", action="store_true", help="read a hub data set as it arrives, storing no copy")
-    parser.add_argument("--verify", action="store_true", help="only compare the shards with their checksums")
+    parser.add_argument(
+        "--workers",
+        type=Range(int),
+        default=len(os.sched_getaffinity(0)),
+        help="processes; 0: in this one",
+    )
+    parser.add_argument(
+        "--shard-samples", type=Range(int, least=1), default=512, help="examples in a shard"
+    )
+    parser.add_argument(
+        "--streaming",
+        action="store_true",
+        help="read a hub data set as it arrives, storing no copy",
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="only compare the shards with their checksums"
+    )
     return parser
 
 
@@ -230,8 +278,12 @@ def main(argv: list[str] | None = None) -> int:
             manifest = prepare(*parse_config(rest), args)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted: the same command goes on from here") from None
-    print(f"{manifest['samples']:,} samples, {manifest['tokens']:,} tokens, {manifest['bytes'] / 1e9:,.2f} GB")
-    print(f"{manifest['skipped']} unreadable left out · train with: python train.py --data prepared:{args.out}")
+    print(
+        f"{manifest['samples']:,} samples, {manifest['tokens']:,} tokens, {manifest['bytes'] / 1e9:,.2f} GB"
+    )
+    print(
+        f"{manifest['skipped']} unreadable left out · train with: python train.py --data prepared:{args.out}"
+    )
     return 0
 
 

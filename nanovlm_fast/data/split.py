@@ -15,8 +15,8 @@ import numpy as np
 from nanovlm_fast.config import TrainConfig
 from nanovlm_fast.data.images import printable
 from nanovlm_fast.data.same import Pictures
-from nanovlm_fast.data.sources import Example, Source, Subset
-from nanovlm_fast.distributed import World
+from nanovlm_fast.data.sources.example import Example, Source, Subset
+from nanovlm_fast.ranks import World
 
 
 @dataclass

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer as BaseTokenizer
 
-from nanovlm_fast.config import read_json, write_whole
 from nanovlm_fast.data.images import printable
-from nanovlm_fast.packing import IGNORE, Document
+from nanovlm_fast.files import read_json, write_whole
+from nanovlm_fast.packing.documents import IGNORE, Document
 
 EOS = "<|endoftext|>"  # where no file names one: SmolLM2's, and that of tokenizers made here
 TOKENS_MAP = "special_tokens_map.json"
@@ -87,7 +87,11 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         write_whole(folder / "tokenizer.json", self.base.to_str(pretty=True))
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos, "pad_token": self.eos}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": self.eos,
+            "pad_token": self.eos,
+        }
         write_whole(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
         (folder / TOKENS_MAP).unlink(missing_ok=True)  # another tokenizer's would be believed
 
@@ -95,7 +99,9 @@ class Tokenizer:
     def load(folder: Path) -> Tokenizer:
         """Read what `save` (or transformers) wrote. Raises FileNotFoundError without a tokenizer.json."""
         if not (folder / "tokenizer.json").exists():
-            raise FileNotFoundError(f"{folder} has no tokenizer.json; --lm-tokenizer names another tokenizer")
+            raise FileNotFoundError(
+                f"{folder} has no tokenizer.json; --lm-tokenizer names another tokenizer"
+            )
         file = folder / "tokenizer.json"
         eos, source = named_eos(folder)
         try:
@@ -120,7 +126,9 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # left out, it asks
+            loaded = AutoTokenizer.from_pretrained(
+                name, trust_remote_code=False
+            )  # left out, it asks
         except OSError as error:
             raise OSError(
                 f"tokenizer {name!r} could not be loaded from the Hugging Face hub. Give a local folder with its "
@@ -135,12 +143,17 @@ class Tokenizer:
 
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         if vocab_size <= len(alphabet):
-            raise ValueError(f"--lm-vocab-size must be over {len(alphabet)} (bytes and <eos>), got {vocab_size}")
+            raise ValueError(
+                f"--lm-vocab-size must be over {len(alphabet)} (bytes and <eos>), got {vocab_size}"
+            )
         base = BaseTokenizer(models.BPE())
         base.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         base.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=sorted(alphabet), show_progress=False
+            vocab_size=vocab_size,
+            special_tokens=[EOS],
+            initial_alphabet=sorted(alphabet),
+            show_progress=False,
         )
         base.train_from_iterator(texts, trainer)
         return Tokenizer(base)
@@ -177,8 +190,15 @@ class TextProcessor:
     seen before is not tokenised again.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: str, image_tokens: int, mode: str = "independent"):
-        self.tokenizer, self.prompt, self.image_tokens, self.mode = tokenizer, prompt, image_tokens, mode
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: str, image_tokens: int, mode: str = "independent"
+    ):
+        self.tokenizer, self.prompt, self.image_tokens, self.mode = (
+            tokenizer,
+            prompt,
+            image_tokens,
+            mode,
+        )
         longest_first = sorted(tokenizer.special_tokens, key=len, reverse=True)
         special = "|".join(map(re.escape, longest_first))
         self.prompt_parts = re.split(f"({special})", prompt) if special else [prompt]
@@ -215,7 +235,9 @@ class TextProcessor:
         rows = np.full(len(ids), -1, np.int32)
         rows[: n_images * self.image_tokens] = np.arange(n_images * self.image_tokens)
         labels = np.array([*targets[1:], IGNORE], np.int64)
-        return Document(np.array(ids, np.int64), rows, labels, "\n".join(question for question, _ in turns))
+        return Document(
+            np.array(ids, np.int64), rows, labels, "\n".join(question for question, _ in turns)
+        )
 
     def documents(self, turns: Sequence[Turn], n_images: int) -> list[Document]:
         if self.mode == "independent":

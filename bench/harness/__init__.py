@@ -1,0 +1,1 @@
+"""How a measurement is taken and kept: timing, machine, processes, result files."""

@@ -1,0 +1,394 @@
+"""The optimizer steps that bench.train_step compares, and the check that they are the same step.
+
+`Padded` is nanoVLM v0.1's way. `Packed` is ours, by a `Recipe` of techniques that can be switched
+one by one. All packed variants share one set of weights and, except for the unfused one, one
+optimizer. Learning rates are 0: an update costs the same, and every variant is timed on the weights
+with which it was compared.
+
+Shapes: padded rows are (B, text_length) with images (B, 3, H, W); a packed batch holds all tokens
+in one row (T,) and its images in (N, 3, H, W).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.subjects.workload import Work
+from nanovlm_fast.config import TrainConfig
+from nanovlm_fast.data.stream import StreamBatch
+from nanovlm_fast.device import autocast_to
+from nanovlm_fast.model import reference
+from nanovlm_fast.model.ops import choose_ops
+from nanovlm_fast.model.packed import VisionLanguageModel
+from nanovlm_fast.model.recompute import POLICIES
+from nanovlm_fast.packing.batch import PackedBatch, pack, pad
+from nanovlm_fast.packing.documents import IGNORE, Document, Sample
+from nanovlm_fast.packing.packer import Budget
+from nanovlm_fast.training.feed import Feed
+from nanovlm_fast.training.optim import make_optimizers, set_lr
+
+# Share of the float32 value by which bfloat16 may be off in any case: the reference in bfloat16
+# happens to hit some values exactly, and twice no error would allow none.
+FLOOR = 1e-3
+SLICE = 16  # rows at a time for the float32 reference, which may not fit the device's memory whole
+
+# A model, and a callable that runs it.
+Forward: TypeAlias = tuple[VisionLanguageModel, Callable[[PackedBatch], Tensor]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How `Packed` computes. The ablation changes one field at a time."""
+
+    packing: bool = True  # documents end to end; else each is padded to the longest possible one
+    shared_images: bool = True  # one encoding per image; else one per question
+    # The last MLP, head and loss run on labelled positions; else on all of them, as in v0.1.
+    labelled_head: bool = True
+    # uint8 images of the next batch are copied during a step; else float images, waited for.
+    prefetch: bool = True
+    fused_optimizer: bool = True
+    attention: str = "auto"
+    kernels: str = "auto"
+    compile: str = "none"
+    recompute: str = "none"
+
+
+class Workbench:
+    """What the variants share: the work, the device, the dtype, and the weights of both models."""
+
+    def __init__(self, work: Work, device: torch.device, dtype: torch.dtype, seed: int = 0):
+        self.work = work
+        self.device = device
+        self.dtype = dtype
+        self.autocast = autocast_to(dtype, device)
+        # TF32 would round the patches in the convolution of the float32 reference.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.manual_seed(seed)
+        self.packed: VisionLanguageModel | None = VisionLanguageModel(work.config)
+        for name, weight in self.packed.named_parameters():
+            # Branches that start at zero would hide errors in the gradients behind them.
+            if name.endswith("weight") and not weight.any():
+                nn.init.normal_(weight, std=0.02)
+        self.packed.to(device)
+        self.padded: SeedModel | None = SeedModel(work.config).to(device)
+        self.padded.load_state_dict(self.packed.reference_state_dict())
+        self.optimizers: list[torch.optim.Optimizer] = make_optimizers(self.packed, TrainConfig())
+        set_lr(self.optimizers, 0.0)  # see the module: every variant meets the same weights
+        self.forwards: dict[tuple[str, ...], Forward] = {}
+
+    def forward_of(self, recipe: Recipe) -> Forward:
+        """The packed model with a recipe's operations, and a callable that runs it, maybe compiled.
+
+        Recipes that agree in operations and compilation share both.
+        """
+        key = recipe.kernels, recipe.attention, recipe.recompute, recipe.compile
+        if key not in self.forwards:
+            assert self.packed is not None
+            model = copy.copy(self.packed)  # shallow: the same modules and weights
+            model.ops = choose_ops(
+                recipe.kernels, self.device, recipe.attention, self.dtype, recipe.recompute
+            )
+            step: Callable[[PackedBatch], Tensor] = model
+            step = model
+            if recipe.compile != "none":
+                torch._dynamo.config.recompile_limit = 64  # all variants compile the same function
+                step = torch.compile(model, fullgraph=True, dynamic=False, mode=recipe.compile)
+            self.forwards[key] = model, step
+        return self.forwards[key]
+
+    def optimizer_bytes(self) -> int:
+        """Bytes of the shared optimizer's state; 0 before its first step."""
+        states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
+        return sum(t.numel() * t.element_size() for state in states for t in state.values())
+
+
+class SeedModel(reference.VisionLanguageModel):
+    """The reference with nanoVLM v0.1's head.
+
+    The head runs over every position, image tokens included, and its output is sliced afterwards.
+    """
+
+    def forward(  # type: ignore[override]  # nanoVLM's loss alone, not (logits, loss)
+        self, input_ids: Tensor, images: Tensor, attention_mask: Tensor, targets: Tensor
+    ) -> Tensor:
+        """The mean cross-entropy over labelled positions."""
+        logits = self.decoder.head(self.hidden(input_ids, images, attention_mask))
+        logits = logits[:, -input_ids.shape[1] :].reshape(-1, logits.shape[-1])
+        return F.cross_entropy(logits, targets.reshape(-1), ignore_index=IGNORE)
+
+
+class Step:
+    """One variant. A call takes an optimizer step; `gradients` runs forward and backward alone."""
+
+    model: nn.Module
+
+    def __call__(self) -> object:
+        raise NotImplementedError
+
+    def loss(self) -> Tensor:
+        """The mean loss over the labelled tokens, of a batch that is copied from the host."""
+        raise NotImplementedError
+
+    def gradients(self) -> tuple[float, dict[str, Tensor]]:
+        """The loss, and every gradient under the reference's name; `clear` drops the gradients."""
+        loss = self.loss()
+        loss.backward()
+        return loss.item(), grads_of(self.model)
+
+    def clear(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+
+
+class Padded(Step):
+    """As nanoVLM v0.1 trains.
+
+    Left-padded rows, float images from pageable memory, unfused AdamW, and the loss read per step.
+    """
+
+    def __init__(self, bench: Workbench, compiled: bool = False):
+        assert bench.padded is not None
+        config = bench.work.config
+        self.bench = bench
+        self.padded = bench.padded
+        self.model = bench.padded
+        batch = pad(bench.work.samples, bench.work.text_length)
+        pixels = (batch.images.float() / 255 - config.image_mean) / config.image_std
+        self.rows = batch.input_ids, pixels, batch.attention_mask, batch.targets
+        self.step: Callable = torch.compile(self.padded) if compiled else self.padded
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0)
+
+    def loss(self) -> Tensor:
+        # From pageable memory, without a copy ahead: v0.1 has neither.
+        rows = [tensor.to(self.bench.device) for tensor in self.rows]
+        with self.bench.autocast():
+            return self.step(*rows)
+
+    def __call__(self) -> float:
+        loss = self.loss()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    def sliced_gradients(self, dtype: torch.dtype) -> tuple[float, dict[str, Tensor]]:
+        """`gradients` by the plain reference in `dtype`, a few rows at a time.
+
+        Slices are weighted by labelled tokens, so that they add up to the mean of the whole batch.
+        """
+        total = self.bench.work.counts["labels"]
+        device = self.bench.device
+        loss_sum = 0.0
+        for rows in zip(*(tensor.split(SLICE) for tensor in self.rows), strict=True):
+            input_ids, pixels, mask, targets = (tensor.to(device) for tensor in rows)
+            if not (labelled := int((targets != IGNORE).sum())):
+                continue  # the mean over no label would be NaN
+            with autocast_to(dtype, device)():
+                _, mean = reference.VisionLanguageModel.forward(
+                    self.padded, input_ids, pixels, mask, targets
+                )
+            assert mean is not None
+            (mean * (labelled / total)).backward()
+            loss_sum += mean.item() * labelled / total
+        return loss_sum, grads_of(self.model)
+
+
+class Packed(Step):
+    """Ours, by a recipe. The next batch is requested as soon as this step's work is queued."""
+
+    def __init__(self, bench: Workbench, recipe: Recipe):
+        self.bench = bench
+        self.recipe = recipe
+        self.packed, self.step = bench.forward_of(recipe)
+        self.model = self.packed
+        self.optimizers = bench.optimizers
+        if not recipe.fused_optimizer:
+            self.optimizers = [torch.optim.AdamW(self.model.parameters(), lr=0.0)]
+        batch = packed_batch(bench.work, recipe)
+        if recipe.prefetch and bench.device.type == "cuda":
+            batch = batch.pin_memory()
+        # The same batch at every step; the feed copies it to the device as in training.
+        batches = itertools.repeat(StreamBatch(batch, {}, [], 0, 0, False, {}))
+        self.feed = Feed(batches, bench.device)
+        self.floats: PackedBatch | None = None
+        if not recipe.prefetch:
+            self.floats = dataclasses.replace(batch, images=batch.images.float())
+        self.batch: PackedBatch | None = None
+
+    def next_batch(self) -> PackedBatch:
+        if self.floats is None:
+            self.feed.waited()  # releases the events that it keeps for the metrics
+            return next(self.feed)[1]
+        there = self.floats.to(self.bench.device)
+        there.images = there.images.to(torch.uint8)  # ours computes from bytes in any case
+        if there.images.is_cuda:  # without prefetching, a step starts when its batch has arrived
+            torch.cuda.synchronize()
+        return there
+
+    def loss(self) -> Tensor:
+        batch = self.batch or self.next_batch()
+        self.batch = None
+        if self.recipe.compile == "reduce-overhead":
+            # Or outputs of the previous step would count as live, and replay could not reuse them.
+            torch.compiler.cudagraph_mark_step_begin()
+        with self.bench.autocast():
+            return self.step(batch) / self.bench.work.counts["labels"]
+
+    def __call__(self) -> None:
+        self.loss().backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if self.recipe.prefetch:
+            self.batch = self.next_batch()  # its copy overlaps with the kernels queued above
+
+    def gradients(self) -> tuple[float, dict[str, Tensor]]:
+        loss, grads = super().gradients()
+        return loss, self.packed.by_reference_name(grads)
+
+
+def packed_batch(work: Work, recipe: Recipe) -> PackedBatch:
+    """The work as one batch on the host: static shapes for a compiler, no padding in eager mode."""
+    samples = work.samples
+    if not recipe.shared_images:
+        samples = [
+            Sample(s.name, s.images, [document]) for s in samples for document in s.documents
+        ]
+    if not recipe.packing:
+        length = work.row_length
+        samples = [
+            dataclasses.replace(s, documents=[padded(d, length) for d in s.documents])
+            for s in samples
+        ]
+    counts = [sum(sizes) for sizes in zip(*(sample.sizes for sample in samples), strict=True)]
+    tokens, documents, images, labels = counts
+    whole = -(-tokens // 128) * 128  # a multiple of the kernels' tiles
+    # The padding at the end becomes documents of its own, each at most `row_length` long.
+    spare = -(-(whole - tokens) // work.row_length)
+    documents = max(documents + spare, -(-whole // work.row_length))
+    budget = Budget(whole, documents, images, labels, work.row_length)
+    batch = pack(samples, budget, work.config.image_tokens, work.config.vit_img_size)
+    batch = batch.trimmed() if recipe.compile == "none" else batch
+    return batch if recipe.labelled_head else labelled_everywhere(batch)
+
+
+def padded(document: Document, length: int) -> Document:
+    """The document with placeholders after it: causal attention keeps them from its tokens."""
+    room = (0, length - len(document))
+    values = {"input_ids": 0, "image_rows": -1, "labels": IGNORE}
+    arrays = {
+        name: np.pad(getattr(document, name), room, constant_values=fill)
+        for name, fill in values.items()
+    }
+    return Document(question=document.question, **arrays)
+
+
+def labelled_everywhere(batch: PackedBatch) -> PackedBatch:
+    """The batch with a label at every position, most of them IGNORE, as v0.1's head has it."""
+    labels = torch.full_like(batch.input_ids, IGNORE)
+    real = batch.labels != IGNORE
+    labels[batch.label_index[real]] = batch.labels[real]
+    return dataclasses.replace(batch, label_index=torch.arange(len(labels)), labels=labels)
+
+
+class Judge:
+    """Checks whether the loss and the gradients of a step are the reference's.
+
+    In float32 they may differ by `tolerance`, relative. In bfloat16 they may be twice as far from
+    the float32 reference as the same reference in bfloat16 is, plus FLOOR. The distance between two
+    gradients is the norm of their difference.
+    """
+
+    def __init__(self, reference: Padded, dtype: torch.dtype, tolerance: float):
+        self.loss, self.grads = reference.sliced_gradients(torch.float32)
+        reference.clear()
+        self.sizes = {"loss": abs(self.loss), **norms(self.grads.items())}
+        if dtype == torch.float32:
+            self.allowed = {name: tolerance * size for name, size in self.sizes.items()}
+        else:
+            rounded = self.distances(*reference.sliced_gradients(dtype))
+            reference.clear()
+            self.allowed = {
+                name: 2 * rounded[name] + FLOOR * size for name, size in self.sizes.items()
+            }
+
+    def distances(self, loss: float, grads: dict[str, Tensor]) -> dict[str, float]:
+        """Distances of the loss and of every gradient from the float32 reference."""
+        differences = ((name, grads[name] - g) for name, g in self.grads.items())
+        return {"loss": abs(loss - self.loss), **norms(differences)}
+
+    def __call__(self, step: Step) -> dict[str, float | bool]:
+        """Relative differences of the loss and of the worst gradient, and the verdict.
+
+        `of_allowed` is the largest difference as a multiple of what is allowed.
+        """
+        far = self.distances(*step.gradients())
+        step.clear()
+        relative = {name: value / max(self.sizes[name], 1e-12) for name, value in far.items()}
+        shares = [value / max(self.allowed[name], 1e-16) for name, value in far.items()]
+        return {
+            "loss": relative.pop("loss"),
+            "gradient": max(relative.values()),
+            "of_allowed": max(shares),
+            "passed": all(share <= 1 for share in shares),
+        }
+
+
+def grads_of(model: nn.Module) -> dict[str, Tensor]:
+    """The gradient of every parameter."""
+    grads = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{name} has no gradient"  # or it would go unchecked
+        grads[name] = parameter.grad
+    return grads
+
+
+def norms(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
+    """Norm of each tensor; stacked, so that one synchronisation reads them all."""
+    values = {name: tensor.norm() for name, tensor in tensors}
+    return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
+
+
+def ablation(recipe: Recipe, bench: Workbench) -> tuple[dict[str, Recipe], dict[str, str]]:
+    """What can be switched off in `recipe`, or on for recomputation.
+
+    Returns {name: the remaining recipe}, those first that need no new compilation, and {name: why
+    there is nothing to switch}.
+    """
+    ops = bench.forward_of(recipe)[0].ops
+    without: dict[str, Recipe] = {}
+    why: dict[str, str] = {}
+
+    def switch(name: str, unused: str = "", **fields: Any) -> None:
+        if unused:
+            why[name] = unused
+        else:
+            without[name] = dataclasses.replace(recipe, **fields)
+
+    on_cpu = "host and device are one on a CPU" if bench.device.type == "cpu" else ""
+    several = len(bench.work.documents) > len(bench.work.samples)
+    one_question = "" if several else "one question per image"
+    switch("compile", "" if recipe.compile != "none" else "--compile none", compile="none")
+    switch("fused_optimizer", fused_optimizer=False)
+    switch("prefetch", on_cpu, prefetch=False)
+    switch("packing", packing=False)
+    switch("labelled_head", labelled_head=False)
+    switch("shared_images", one_question, shared_images=False)
+    switch("attention", "sdpa is what runs here" if ops.backend == "sdpa" else "", attention="sdpa")
+    if not ops.kernels:
+        why["kernels"] = f"none is on with --kernels {recipe.kernels}"
+    for kernel in ops.kernels:
+        others = ",".join(name for name in ops.kernels if name != kernel)
+        switch(f"kernel:{kernel}", kernels=others or "none")
+    for policy in POLICIES[1:]:
+        switch(f"recompute:{policy}", recompute=policy)
+    return without, why

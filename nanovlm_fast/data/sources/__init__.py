@@ -1,0 +1,1 @@
+"""Data sets, one file each; `registry.py` finds the one that `--data` names."""

@@ -1,0 +1,264 @@
+"""The ground truth: nanoVLM's model in plain padded PyTorch, written to be read.
+
+Architecture, state-dict keys and forward semantics follow huggingface/nanoVLM v0.1: a SigLIP vision tower, pixel
+shuffle + linear projector, a Llama-style decoder that sees the image tokens first and then the text. Two details are
+put right, so that a sample's result does not depend on what it is batched with: padded keys are masked together with
+the causal mask on every device, and positions count real tokens only (v0.1 counts the padding in between).
+
+Nothing here is fast and nothing here imports a kernel. Shapes: B samples, N images a sample, P patches, S text tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanovlm_fast.config import VLMConfig
+from nanovlm_fast.model.init import init_weights
+
+
+class PatchEmbedding(nn.Module):
+    """(B, 3, H, W) normalised pixels -> (B, P, C): a linear map of each patch plus a learned position."""
+
+    def __init__(self, config: VLMConfig):
+        super().__init__()
+        patch = config.vit_patch_size
+        self.conv = nn.Conv2d(3, config.vit_hidden_dim, kernel_size=patch, stride=patch)
+        self.position_embedding = nn.Parameter(torch.rand(1, config.grid**2, config.vit_hidden_dim))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.conv(images).flatten(2).transpose(1, 2) + self.position_embedding
+
+
+class VisionAttention(nn.Module):
+    """Every patch attends to every patch of its image."""
+
+    def __init__(self, config: VLMConfig):
+        super().__init__()
+        self.n_heads = config.vit_n_heads
+        self.qkv_proj = nn.Linear(config.vit_hidden_dim, 3 * config.vit_hidden_dim)
+        self.out_proj = nn.Linear(config.vit_hidden_dim, config.vit_hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, patches, width = x.shape
+        qkv = self.qkv_proj(x).view(batch, patches, 3, self.n_heads, width // self.n_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.out_proj(out.transpose(1, 2).reshape(batch, patches, width))
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, config: VLMConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.vit_hidden_dim, config.vit_inter_dim)
+        self.fc2 = nn.Linear(config.vit_inter_dim, config.vit_hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, config: VLMConfig):
+        super().__init__()
+        self.ln1 = nn.LayerNorm(config.vit_hidden_dim, eps=config.vit_ln_eps)
+        self.attn = VisionAttention(config)
+        self.ln2 = nn.LayerNorm(config.vit_hidden_dim, eps=config.vit_ln_eps)
+        self.mlp = VisionMLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln1(x))
+        return x + self.mlp(self.ln2(x))
+
+
+class VisionTransformer(nn.Module):
+    """(B, 3, H, W) normalised pixels -> (B, P, C)."""
+
+    def __init__(self, config: VLMConfig):
+        super().__init__()
+        self.patch_embedding = PatchEmbedding(config)
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.vit_n_blocks))
+        self.layer_norm = nn.LayerNorm(config.vit_hidden_dim, eps=config.vit_ln_eps)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patch_embedding(images)
+        for block in self.blocks:
+            x = block(x)
+        return self.layer_norm(x)
+
+
+class ModalityProjector(nn.Module):
+    """Pixel shuffle: s x s neighbouring patches become one token of s*s*C channels; then one linear map."""
+
+    def __init__(self, config: VLMConfig):
+        super().__init__()
+        self.factor = config.mp_pixel_shuffle_factor
+        self.proj = nn.Linear(
+            config.vit_hidden_dim * self.factor**2, config.lm_hidden_dim, bias=False
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, patches, width = x.shape
+        side, s = math.isqrt(patches), self.factor
+        x = x.view(batch, side // s, s, side // s, s, width).permute(0, 1, 3, 2, 4, 5)
+        return self.proj(x.reshape(batch, (side // s) ** 2, s * s * width))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, config: VLMConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.lm_hidden_dim))
+        self.eps = config.lm_rms_eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+class RotaryEmbedding(nn.Module):
+    """position_ids (B, S) -> cos, sin (B, 1, S, head_dim), the half-rotation layout of Llama."""
+
+    def __init__(self, config: VLMConfig):
+        super().__init__()
+        exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+        self.register_buffer("inv_freq", 1.0 / config.lm_re_base**exponents)
+
+    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        angles = position_ids[:, None, :, None].float() * self.inv_freq
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + D/2]) by its angle; x is (B, heads, S, D)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class LanguageAttention(nn.Module):
+    """Causal attention; n_heads / n_kv_heads query heads share a key and value head."""
+
+    def __init__(self, config: VLMConfig):
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = (
+            config.lm_n_heads,
+            config.lm_n_kv_heads,
+            config.head_dim,
+        )
+        self.q_proj = nn.Linear(config.lm_hidden_dim, self.n_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.lm_hidden_dim, self.n_kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.lm_hidden_dim, self.n_kv_heads * self.head_dim, bias=False)
+        self.out_proj = nn.Linear(self.n_heads * self.head_dim, config.lm_hidden_dim, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        q = self.q_proj(x).view(batch, length, self.n_heads, self.head_dim).transpose(1, 2)
+        k = self.k_proj(x).view(batch, length, self.n_kv_heads, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(batch, length, self.n_kv_heads, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        k = k.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)
+        v = v.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out_proj(out.transpose(1, 2).reshape(batch, length, width))
+
+
+class LanguageMLP(nn.Module):
+    def __init__(self, config: VLMConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.lm_hidden_dim, config.lm_inter_dim, bias=False)
+        self.up_proj = nn.Linear(config.lm_hidden_dim, config.lm_inter_dim, bias=False)
+        self.down_proj = nn.Linear(config.lm_inter_dim, config.lm_hidden_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LanguageBlock(nn.Module):
+    def __init__(self, config: VLMConfig):
+        super().__init__()
+        self.norm1 = RMSNorm(config)
+        self.attn = LanguageAttention(config)
+        self.norm2 = RMSNorm(config)
+        self.mlp = LanguageMLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x), cos, sin, mask)
+        return x + self.mlp(self.norm2(x))
+
+
+class LanguageModel(nn.Module):
+    """Embeddings (B, S, C) and their validity (B, S) -> normalised hidden states (B, S, C)."""
+
+    def __init__(self, config: VLMConfig):
+        super().__init__()
+        self.positions = config.lm_max_position_embeddings
+        self.token_embedding = nn.Embedding(config.lm_vocab_size, config.lm_hidden_dim)
+        self.rotary_embd = RotaryEmbedding(config)
+        self.blocks = nn.ModuleList(LanguageBlock(config) for _ in range(config.lm_n_blocks))
+        self.norm = RMSNorm(config)
+        self.head = nn.Linear(config.lm_hidden_dim, config.lm_vocab_size, bias=False)
+        if config.lm_tie_weights:
+            self.head.weight = self.token_embedding.weight
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        length = x.shape[1]
+        if length > self.positions and (most := int(valid.sum(1).max())) > self.positions:
+            limit = self.positions
+            raise ValueError(f"a row of {most} tokens: lm_max_position_embeddings is {limit}")
+        cos, sin = self.rotary_embd(valid.cumsum(1) - 1)
+        causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+        itself = torch.eye(
+            length, dtype=torch.bool, device=x.device
+        )  # a padded row sees itself: no empty softmax
+        mask = ((causal & valid[:, None, :]) | itself)[:, None]
+        for block in self.blocks:
+            x = block(x, cos, sin, mask)
+        return self.norm(x)
+
+
+class VisionLanguageModel(nn.Module):
+    """The whole model, one padded row a question, as nanoVLM trains it."""
+
+    def __init__(self, config: VLMConfig):
+        super().__init__()
+        self.config = config.validate()
+        self.vision_encoder = VisionTransformer(config)
+        self.MP = ModalityProjector(config)
+        self.decoder = LanguageModel(config)
+        init_weights(self, config)
+
+    def hidden(
+        self, input_ids: Tensor, images: Tensor | None, attention_mask: Tensor | None
+    ) -> Tensor:
+        """(B, image tokens + S, C): normalised hidden states; arguments as in `forward`."""
+        x = self.decoder.token_embedding(input_ids)
+        valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if images is not None:
+            batch = input_ids.shape[0]
+            image_tokens = self.MP(self.vision_encoder(images.reshape(-1, *images.shape[-3:])))
+            image_tokens = image_tokens.reshape(batch, -1, x.shape[-1])
+            x = torch.cat([image_tokens, x], dim=1)
+            valid = torch.cat([valid.new_ones(batch, image_tokens.shape[1]), valid], dim=1)
+        return self.decoder(x, valid.bool())
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        images: Tensor | None,
+        attention_mask: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits of the text positions and, given targets, the mean cross-entropy over the labelled ones.
+
+        input_ids (B, S) int64; images (B, 3, H, W) or (B, N, 3, H, W) normalised pixels, or None for text alone;
+        attention_mask (B, S), 1 for real tokens; targets (B, S) int64, the *next* token of each position, or -100.
+        Returns logits (B, S, V) and a scalar or None.
+        """
+        hidden = self.hidden(input_ids, images, attention_mask)
+        logits = self.decoder.head(hidden[:, -input_ids.shape[1] :])
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100
+        )

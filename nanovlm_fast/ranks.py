@@ -1,0 +1,161 @@
+"""Processes that train together: data parallel (DDP), or with the model's state sharded over them (FSDP2).
+
+`torchrun --nproc_per_node N train.py ...` starts one process a GPU, a *rank*. What they must agree on from step to step
+(labels of the step, whether to stop) are a few integers: those go between the hosts, over gloo, while the devices
+still compute the step before; nothing waits for a device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import datetime
+import json
+import os
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from nanovlm_fast.ranges import Range
+
+# rank 0 evaluates while the others wait: only the watchdog knows what is too long
+HOST_TIMEOUT = datetime.timedelta(days=1)
+JOIN_TIMEOUT = datetime.timedelta(minutes=10)
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """This process among those that train: `rank` of `size`, the `local_rank`-th of its machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    host: dist.ProcessGroup | None = None  # gloo, for what the hosts tell each other
+
+    @classmethod
+    def join(cls, device: str = "auto") -> World:
+        """The processes that torchrun started with this one; alone without it. `device` is that of --device.
+
+        Raises ValueError if the machine has fewer GPUs than processes.
+        """
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            return cls()
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        rank, size, local = (Range(int).read(f"${n}", os.environ.get(n, "")) for n in names)
+        if size > 1 and device not in ("auto", "cpu", "cuda"):
+            raise ValueError(
+                f"--device {device}: each of {size} processes has a GPU of its own: --device cuda"
+            )
+        _end_with_parent()
+        on_gpu = device != "cpu" and torch.cuda.is_available()
+        if on_gpu:
+            if local >= torch.cuda.device_count():
+                raise ValueError(
+                    f"process {local} of this machine has no GPU: it has {torch.cuda.device_count()}"
+                )
+            torch.cuda.set_device(local)
+        if not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+            store = _store_of_this_start(rank, size)
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=HOST_TIMEOUT
+            )
+        return cls(rank, size, local, dist.new_group(backend="gloo", timeout=HOST_TIMEOUT))
+
+    def __str__(self) -> str:
+        return f" · {self.size} processes" if self.size > 1 else ""
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    def device(self, name: str) -> str:
+        """The --device of this process: with several, 'auto' and 'cuda' are its own GPU."""
+        on_gpu = self.size > 1 and name in ("auto", "cuda") and torch.cuda.is_available()
+        return f"cuda:{self.local_rank}" if on_gpu else name
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise over the ranks; whole numbers stay exact up to 2^53."""
+        if self.size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64)
+        with _others_are_there():
+            dist.all_reduce(total, group=self.host)
+        return total.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value`, which JSON can hold, of every rank, in their order. (PyTorch's own would unpickle it.)"""
+        if self.size == 1:
+            return [value]
+        text = torch.from_numpy(np.frombuffer(json.dumps(value).encode(), np.uint8).copy())
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        with _others_are_there():
+            dist.all_gather(sizes, torch.tensor([len(text)]), group=self.host)
+            padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
+            padded[: len(text)] = text
+            texts = [torch.empty_like(padded) for _ in sizes]
+            dist.all_gather(texts, padded, group=self.host)
+        return [json.loads(bytes(t[: int(n)].numpy())) for t, n in zip(texts, sizes, strict=True)]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.sum([0])
+
+    def leave(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _others_are_there() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # gloo's, of a connection that closed
+        raise ConnectionError(
+            f"another rank ended, see what it said last ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _store_of_this_start(rank: int, size: int) -> dist.Store:
+    """torchrun's store under a prefix of its own: the store outlives a restart, and with it addresses of dead ranks.
+
+    The first rank makes up the prefix and tells it each other one, under a name that one has just made up: nothing of
+    this can be left from before. (The count of restarts would not do: machines may count differently.) Raises
+    ConnectionError if a rank does not come.
+    """
+    store, *_ = next(rendezvous("env://", rank, size, timeout=JOIN_TIMEOUT))
+    mine, deadline = uuid.uuid4().hex, time.monotonic() + JOIN_TIMEOUT.total_seconds()
+    if rank:
+        store.set(f"rank {rank}", mine)
+        prefix = store.get(mine).decode()  # waits for it
+        store.set(f"{prefix} {rank}", "heard")
+        return dist.PrefixStore(prefix, store)
+    missing = set(range(1, size))
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"rank {other}"]):
+                store.set(store.get(f"rank {other}").decode(), mine)
+            if store.check([f"{mine} {other}"]):
+                missing.remove(other)
+        if time.monotonic() > deadline:
+            raise ConnectionError(
+                f"of {size} processes, number {min(missing)} did not come in {JOIN_TIMEOUT}"
+            )
+        time.sleep(0.02)
+    return dist.PrefixStore(mine, store)
+
+
+def _end_with_parent() -> None:
+    """A rank whose torchrun was killed is killed too (Linux): the next start would find it writing in its folder."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -1,0 +1,1 @@
+"""What the loop of train.py calls: build, feed, optimise, save, watch."""

@@ -1,0 +1,69 @@
+"""What a run trains: the model with its weights, its optimizers, and the form in which the step runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanovlm_fast.config import TrainConfig, VLMConfig
+from nanovlm_fast.model.ops import choose_ops
+from nanovlm_fast.model.packed import VisionLanguageModel
+from nanovlm_fast.packing.batch import PackedBatch
+from nanovlm_fast.ranks import World
+from nanovlm_fast.training.checkpoint import load_training_state, load_weights
+from nanovlm_fast.training.optim import make_optimizers
+from nanovlm_fast.training.parallel import replicate, shard_model
+from nanovlm_fast.weights.backbones import load_pretrained_weights
+
+
+class Built(NamedTuple):
+    model: VisionLanguageModel
+    optimizers: list[torch.optim.Optimizer]
+    step_model: Callable[
+        [PackedBatch], Tensor
+    ]  # the model compiled, replicated or sharded: the summed loss of a batch
+
+
+def build(
+    model_config: VLMConfig,
+    config: TrainConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    world: World,
+    checkpoint: Path | None = None,
+) -> Built:
+    """From a checkpoint of the run, from pretrained weights, or from scratch; sharded or replicated over `world`.
+
+    Raises ValueError for a way to compile that does not go with several ranks, and what loading raises.
+    """
+    if config.compile == "reduce-overhead" and world.size > 1:
+        raise ValueError(
+            "--compile reduce-overhead is for one process; several take --compile default"
+        )
+    torch.manual_seed(config.seed)
+    ops = choose_ops(config.kernels, device, config.attention, dtype, config.recompute)
+    if ops.asleep and world.first:
+        print(
+            f"warning: --kernels {config.kernels}: Triton kernels need a GPU; plain PyTorch takes their place"
+        )
+    model = VisionLanguageModel(model_config, ops).to(device)
+    if checkpoint:
+        load_weights(checkpoint, model)
+    else:
+        load_pretrained_weights(model, config)
+    sharded = config.shard and world.size > 1
+    if sharded:
+        shard_model(model, config.compile != "none")
+    optimizers = make_optimizers(model, config)
+    if checkpoint:
+        load_training_state(checkpoint, model, optimizers)
+    step_model: Callable[[PackedBatch], Tensor] = model
+    if config.compile != "none" and not sharded:
+        step_model = torch.compile(model, fullgraph=True, dynamic=False, mode=config.compile)
+    if world.size > 1 and not sharded:
+        step_model = replicate(model, step_model, config.recompute != "none")
+    return Built(model, optimizers, step_model)

@@ -1,0 +1,1 @@
+"""Weights from elsewhere and for others: folders, names, the hub, exports."""

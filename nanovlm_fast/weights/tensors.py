@@ -1,0 +1,48 @@
+"""safetensors files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+
+def load_tensors(
+    file: Path, wanted: Callable[[str], bool] = lambda name: True
+) -> dict[str, Tensor]:
+    """The tensors of a safetensors file whose names are `wanted`. Raises an error naming the file if it is damaged."""
+    return _read(file, wanted, lambda tensors, name: tensors.get_tensor(name))
+
+
+def stored_shapes(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file without their values, on the meta device. Reads its header alone."""
+
+    def shape_of(tensors: Any, name: str) -> Tensor:
+        return torch.empty(tensors.get_slice(name).get_shape(), device="meta")
+
+    return _read(file, lambda name: True, shape_of)
+
+
+def _read(
+    file: Path, wanted: Callable[[str], bool], get: Callable[[Any, str], Tensor]
+) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: the checkpoint is not complete")
+    try:
+        with safe_open(file, "pt") as tensors:
+            return {name: get(tensors, name) for name in tensors.keys() if wanted(name)}  # noqa: SIM118
+    except (
+        SafetensorError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:
+        raise ValueError(
+            f"{file} is damaged: {error}"
+        ) from error  # beside its own: of types that torch cannot hold

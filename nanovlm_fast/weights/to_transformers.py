@@ -1,0 +1,159 @@
+"""A folder that transformers loads without remote code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanovlm_fast.config import VLMConfig
+from nanovlm_fast.data.text import Tokenizer
+from nanovlm_fast.model.packed import VisionLanguageModel
+from nanovlm_fast.weights.names import LANGUAGE_FIELDS, VISION_FIELDS, language_names, vision_names
+
+IMAGE = "<image>"
+
+
+# ---- transformers
+def to_transformers(folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer) -> None:
+    """Write model, tokenizer, image processor and chat template for AutoModelForImageTextToText and AutoProcessor.
+
+    Raises ValueError for what transformers' classes cannot express: a tokenizer that adds tokens of its own or has an
+    entry `<image>`, and numbers of patches for which SmolVLM rounds positions wrongly.
+    """
+    from transformers import GenerationConfig, SmolVLMForConditionalGeneration
+
+    wrapped = transformers_tokenizer(tokenizer)
+    image_id = wrapped.convert_tokens_to_ids(IMAGE)
+    rows = max(model.config.lm_vocab_size, image_id + 1)
+    theirs = SmolVLMForConditionalGeneration(
+        transformers_config(model.config, rows, image_id, tokenizer.eos_id)
+    )
+    theirs.load_state_dict(transformers_state(model, rows))
+    check_positions(theirs.model.vision_model.embeddings, model.config)
+    eos = tokenizer.eos_id
+    theirs.generation_config = GenerationConfig(
+        eos_token_id=eos, pad_token_id=eos, suppress_tokens=[image_id]
+    )
+    theirs.save_pretrained(folder)
+    transformers_processor(model.config, wrapped, tokenizer.eos).save_pretrained(folder)
+
+
+def transformers_tokenizer(tokenizer: Tokenizer) -> Any:
+    """A PreTrainedTokenizerFast with `<image>` as one more entry."""
+    from tokenizers import Tokenizer as BaseTokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    base = BaseTokenizer.from_str(tokenizer.base.to_str())
+    if base.token_to_id(IMAGE) is not None:
+        raise ValueError(
+            f"the tokenizer has an entry {IMAGE} already, which stands for an image in the exported prompt"
+        )
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=base,
+        eos_token=tokenizer.eos,
+        pad_token=tokenizer.eos,
+        padding_side="left",
+        extra_special_tokens={"image_token": IMAGE},
+    )
+    text = "Question: is it? Answer:"
+    if wrapped(text).input_ids != tokenizer.encode(text):
+        raise ValueError(
+            "the tokenizer adds tokens of its own to a text, which the model was not trained with"
+        )
+    return wrapped
+
+
+def transformers_config(config: VLMConfig, rows: int, image_id: int, eos_id: int) -> Any:
+    from transformers import LlamaConfig, SmolVLMConfig
+
+    vision = {theirs: getattr(config, ours) for ours, theirs in VISION_FIELDS.items()}
+    language = {theirs: getattr(config, ours) for ours, theirs in LANGUAGE_FIELDS.items()}
+    rope = {"rope_type": "default", "rope_theta": config.lm_re_base}
+    special = dict(bos_token_id=eos_id, eos_token_id=eos_id, pad_token_id=eos_id)
+    text = LlamaConfig(**{**language, "vocab_size": rows, "rope_parameters": rope, **special})
+    return SmolVLMConfig(
+        vision_config={**vision, "hidden_act": "gelu_pytorch_tanh"},
+        text_config=text.to_dict(),
+        scale_factor=config.mp_pixel_shuffle_factor,
+        image_token_id=image_id,
+        tie_word_embeddings=config.lm_tie_weights,
+    )
+
+
+def transformers_state(model: VisionLanguageModel, rows: int) -> dict[str, Tensor]:
+    """The weights under SmolVLM's names; rows of the vocabulary beyond the model's are zero."""
+    config, ours = model.config, model.reference_state_dict()
+    state = {"model.connector.modality_projection.proj.weight": ours["MP.proj.weight"]}
+    for name, theirs in vision_names(config.vit_n_blocks).items():
+        tensor = ours[f"vision_encoder.{name}"]
+        tensor = tensor[0] if name.endswith("position_embedding") else tensor
+        parts = zip(theirs, tensor.chunk(len(theirs)), strict=True)
+        state.update({f"model.vision_model.{key}": part for key, part in parts})
+    for name, theirs in language_names(config.lm_n_blocks).items():
+        state[f"model.text_model.{theirs}"] = ours[f"decoder.{name}"]
+    state["lm_head.weight"] = ours["decoder.head.weight"]
+    for name in ("model.text_model.embed_tokens.weight", "lm_head.weight"):
+        state[name] = torch.nn.functional.pad(state[name], (0, 0, 0, rows - config.lm_vocab_size))
+    return state
+
+
+@torch.no_grad()
+def check_positions(embeddings: Any, config: VLMConfig) -> None:
+    """Raise ValueError unless every patch gets its own position: SmolVLM looks them up by fractional coordinates."""
+    grid, pixels = config.grid, torch.zeros(1, 3, config.vit_img_size, config.vit_img_size)
+    patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
+    positions = embeddings(pixels, torch.ones(1, grid, grid, dtype=torch.bool)) - patches
+    table = embeddings.position_embedding.weight
+    if (positions[0] - table).abs().max() > 1e-4 * table.abs().max():
+        raise ValueError(
+            f"transformers' SmolVLM mixes up the positions of {grid} x {grid} patches (it rounds them wrongly): export "
+            "--to nanovlm, or fine-tune with another --vit-img-size"
+        )
+
+
+def transformers_processor(config: VLMConfig, tokenizer: Any, eos: str) -> Any:
+    """A processor: `<image>` becomes the image's tokens, pictures are squashed to the square as in data/images.py."""
+    from transformers import (  # the former is the plainest there is
+        DeepseekVLProcessor,
+        SmolVLMImageProcessor,
+    )
+
+    side = config.vit_img_size
+    images = SmolVLMImageProcessor(
+        size={"height": side, "width": side},
+        max_image_size={"longest_edge": side},
+        resample=2,  # bilinear
+        do_image_splitting=False,
+        image_mean=[config.image_mean] * 3,
+        image_std=[config.image_std] * 3,
+    )
+    return DeepseekVLProcessor(
+        images, tokenizer, chat_template(config.prompt, eos), config.image_tokens
+    )
+
+
+def chat_template(prompt: str, eos: str) -> str:
+    """Jinja: all images first, then the turns as data/text.py writes them."""
+    mark = "\0"
+    pieces = json.dumps(prompt.format(question=mark).split(mark), ensure_ascii=False)
+    return (
+        "{%- for message in messages if message.content is not string -%}"
+        "{%- for part in message.content if part.type == 'image' -%}"
+        + IMAGE
+        + "{%- endfor -%}{%- endfor -%}"
+        "{%- for message in messages -%}"
+        "{%- set text = message.content if message.content is string else "
+        "message.content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') -%}"
+        "{%- if message.role == 'user' -%}{{ ('' if loop.first else '\\n') ~ ("
+        + pieces
+        + " | join(text)) }}"
+        "{%- elif message.role == 'assistant' -%}{{ ' ' ~ text ~ "
+        + json.dumps(eos, ensure_ascii=False)
+        + " }}"
+        "{%- else -%}{{ raise_exception('only user and assistant speak') }}{%- endif -%}"
+        "{%- endfor -%}"
+    )

@@ -1,0 +1,248 @@
+"""The packed model against the reference, one document at a time: loss, logits and every gradient."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nanovlm_fast.config import VLMConfig
+from nanovlm_fast.model import packed as fast
+from nanovlm_fast.model import reference
+from nanovlm_fast.model.ops import KERNELS, choose_ops
+from nanovlm_fast.packing.batch import PackedBatch, pack
+from nanovlm_fast.packing.documents import IGNORE, Sample
+from nanovlm_fast.packing.packer import Budget
+from tests.support.kernel_checks import DEVICE
+from tests.support.processes import ROOT
+from tests.support.samples import random_document, random_sample
+
+
+def twins(config: VLMConfig) -> tuple[fast.VisionLanguageModel, reference.VisionLanguageModel]:
+    packed, plain = fast.VisionLanguageModel(config), reference.VisionLanguageModel(config)
+    plain.load_state_dict(packed.reference_state_dict())
+    return packed, plain
+
+
+def batch_of(samples: list[Sample], config: VLMConfig, spare: int = 13) -> PackedBatch:
+    """All samples in one batch, with some padding of every kind."""
+    longest = max(len(d) for s in samples for d in s.documents)
+    tokens = sum(s.tokens for s in samples) + spare
+    documents = sum(len(s.documents) for s in samples) + 2 + -(-spare // longest)
+    images, labels = sum(len(s.images) for s in samples) + 1, sum(s.labels for s in samples) + 3
+    return pack(
+        samples,
+        Budget(tokens, documents, images, labels, longest),
+        config.image_tokens,
+        config.vit_img_size,
+    )
+
+
+def run_reference(
+    model: reference.VisionLanguageModel, samples: list[Sample]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(summed loss, logits at the labelled positions), each document by itself and without padding."""
+    config, losses, logits = model.config, [], []
+    for sample in samples:
+        pixels = (
+            torch.from_numpy(sample.images).float() / 255 - config.image_mean
+        ) / config.image_std
+        for document in sample.documents:
+            text = torch.from_numpy(document.image_rows < 0)
+            ids, labels = (
+                torch.from_numpy(document.input_ids)[text],
+                torch.from_numpy(document.labels)[text],
+            )
+            shown = pixels[None] if len(document) > int(text.sum()) else None
+            out, loss = model(ids[None], shown, targets=labels[None])
+            if (labels != IGNORE).any():
+                losses.append(loss * (labels != IGNORE).sum())
+                logits.append(out[0, labels != IGNORE])
+    return torch.stack(losses).sum(), torch.cat(logits)
+
+
+def assert_close(
+    ours: torch.Tensor, theirs: torch.Tensor, name: str, tolerance: float = 1e-5
+) -> None:
+    error, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+    assert error <= tolerance * max(scale, 1e-6), f"{name}: off by {error:.2e} at scale {scale:.2e}"
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    """By the reference's names, whichever of the two models it is."""
+    named = {
+        n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()
+    }
+    return (
+        named
+        if isinstance(model, reference.VisionLanguageModel)
+        else model.by_reference_name(named)
+    )
+
+
+def mixed_samples(config: VLMConfig, n_documents: int, rng: np.random.Generator) -> list[Sample]:
+    """Documents with one image, with a shared image, with none and with two, until there are n_documents."""
+    samples: list[Sample] = []
+    kinds = [(1, 1), (1, 4), (0, 1), (2, 1), (2, 3)]
+    while (left := n_documents - sum(len(s.documents) for s in samples)) > 0:
+        n_images, documents = kinds[len(samples) % len(kinds)]
+        samples.append(
+            random_sample(rng, config, n_images, min(documents, left), f"sample-{len(samples)}")
+        )
+    return samples
+
+
+@pytest.mark.parametrize("n_documents", [1, 2, 9, 50])
+@pytest.mark.parametrize(
+    "changes", [{}, {"lm_tie_weights": False, "lm_n_kv_heads": 6}, {"init": "scratch"}]
+)
+def test_loss_logits_and_gradients_equal_the_reference(small_config, n_documents, changes):
+    config = VLMConfig(**{**vars(small_config), **changes})
+    packed, plain = twins(config)
+    samples = mixed_samples(config, n_documents, np.random.default_rng(n_documents))
+    batch = batch_of(samples, config)
+    loss, logits = packed(batch), packed.logits(batch)[: batch.n_labels]
+    expected_loss, expected_logits = run_reference(plain, samples)
+    assert_close(loss, expected_loss, "loss")
+    assert_close(logits, expected_logits, "logits")
+    upstream = torch.randn_like(
+        expected_logits
+    )  # random gradients reach what the loss alone might not
+    (loss / batch.n_labels + (logits * upstream).sum()).backward()
+    (expected_loss / batch.n_labels + (expected_logits * upstream).sum()).backward()
+    ours, theirs = gradients(packed), gradients(plain)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        assert_close(ours[name], gradient, name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "kernels", [*(name for name in KERNELS if (ROOT / "kernels" / f"{name}.py").exists()), "all"]
+)
+def test_with_kernels_it_still_equals_the_reference(small_config, kernels):
+    """One kernel at a time and all of them, in Triton's interpreter where there is no GPU."""
+    packed, plain = twins(small_config)
+    packed.ops = choose_ops(kernels)
+    assert packed.ops.kernels == (KERNELS if kernels == "all" else (kernels,))
+    samples = mixed_samples(small_config, 6, np.random.default_rng(1))
+    expected, _ = run_reference(plain, samples)
+    n_labels = sum(sample.labels for sample in samples)
+    (expected / n_labels).backward()
+    (packed.to(DEVICE)(batch_of(samples, small_config).to(DEVICE)) / n_labels).backward()
+    ours, theirs = gradients(packed.cpu()), gradients(plain)
+    for name, gradient in theirs.items():
+        assert_close(ours[name].cpu(), gradient, name, tolerance=5e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    DEVICE == "cpu", reason="bfloat16 on a GPU: Triton's interpreter cannot multiply it"
+)
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kernels", [*KERNELS, "all"])
+def test_under_autocast_kernels_are_as_near_to_float32_as_plain_pytorch(
+    small_config, kernels, compiled
+):
+    """The design's rule for every gradient: twice the error of plain autocast."""
+    plain, _ = twins(small_config)
+    samples = mixed_samples(small_config, 9, np.random.default_rng(2))
+    batch = batch_of(samples, small_config).to(DEVICE)
+
+    def run(names: str, autocast: bool, compile: bool = False) -> dict[str, torch.Tensor]:
+        model = fast.VisionLanguageModel(small_config, choose_ops(names)).to(DEVICE)
+        model.load_state_dict(plain.state_dict())
+        step = torch.compile(model, fullgraph=True, dynamic=False) if compile else model
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            loss = step(batch) / batch.n_labels
+        loss.backward()
+        return {"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters()}}
+
+    truth, ref, ours = run("none", False), run("none", True), run(kernels, True, compiled)
+    for name, gt in truth.items():
+        error, allowed = (ours[name] - gt).norm(), 2 * (ref[name] - gt).norm() + 1e-3 * gt.norm()
+        assert error <= allowed, f"{name}: {error:.2e}, allowed {allowed:.2e}"
+
+
+def test_only_text(small_config):
+    packed, plain = twins(small_config)
+    samples = [random_sample(np.random.default_rng(0), small_config, 0, 3)]
+    expected, _ = run_reference(plain, samples)
+    for batch in (batch_of(samples, small_config), batch_of(samples, small_config).trimmed()):
+        assert_close(packed(batch), expected, "loss")
+
+
+@pytest.mark.parametrize("changed", ["tokens", "image"])
+def test_other_samples_change_nothing_bit_for_bit(small_config, changed):
+    model = fast.VisionLanguageModel(small_config).eval()
+    rng = np.random.default_rng(3)
+    samples = mixed_samples(small_config, 12, rng)
+    before = model.logits(batch_of(samples, small_config))
+    target = samples[4]
+    if changed == "tokens":
+        for document in target.documents:
+            document.input_ids[document.image_rows < 0] = rng.integers(
+                0, 97, (document.image_rows < 0).sum()
+            )
+    else:
+        target.images = 255 - target.images
+    after = model.logits(batch_of(samples, small_config))
+    start = sum(sample.labels for sample in samples[:4])
+    end = start + target.labels
+    assert not torch.equal(before[start:end], after[start:end])
+    assert torch.equal(before[:start], after[:start])
+    labels = sum(sample.labels for sample in samples)
+    assert torch.equal(before[end:labels], after[end:labels])
+
+
+def test_twenty_optimizer_steps_agree(small_config):
+    packed, plain = twins(small_config)
+    rng = np.random.default_rng(5)
+    batches = [mixed_samples(small_config, 8, rng) for _ in range(20)]
+    losses = []
+    for model, run in (
+        (packed, lambda s: packed(batch_of(s, small_config))),
+        (plain, lambda s: run_reference(plain, s)[0]),
+    ):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6)
+        curve = []
+        for samples in batches:
+            loss = run(samples) / sum(sample.labels for sample in samples)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            curve.append(loss.item())
+        losses.append(curve)
+    assert losses[0] == pytest.approx(losses[1], rel=2e-4)
+    assert losses[0][-1] != losses[0][0]
+
+
+def test_state_dict_goes_both_ways_unchanged(small_config):
+    plain = reference.VisionLanguageModel(small_config)
+    packed = fast.VisionLanguageModel(small_config)
+    packed.load_reference_state_dict(plain.state_dict())
+    saved = packed.reference_state_dict()
+    assert list(saved) == list(plain.state_dict()) or set(saved) == set(plain.state_dict())
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(saved[name], tensor), name
+
+
+def test_the_same_graph_serves_every_batch(small_config):
+    model = fast.VisionLanguageModel(small_config)
+    rng = np.random.default_rng(7)
+    budget = Budget(tokens=600, documents=40, images=6, labels=200, max_seqlen=64)
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
+    for n in (3, 9, 1):
+        documents = [random_document(rng, small_config, 1, 10) for _ in range(n)]
+        sample = Sample("s", rng.integers(0, 256, (1, 3, 32, 32)).astype(np.uint8), documents)
+        batch = pack([sample], budget, small_config.image_tokens, small_config.vit_img_size)
+        assert torch.equal(compiled(batch), model(batch))
+    assert len(graphs) == 1

@@ -1,0 +1,139 @@
+"""--dry-run: the plan of a run, from constants or from local data, without the network and without a trace."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from nanovlm_fast.cli import parse_config
+from nanovlm_fast.data.sources.cauldron import ALL45, configurations
+from nanovlm_fast.device import device_name
+from nanovlm_fast.presets import COUNTS, PRESETS
+from nanovlm_fast.reporting import plan as module
+from nanovlm_fast.reporting.plan import plan, prediction
+from tests.support.processes import run_python
+
+
+def test_the_seeds_recipe_is_one_command(tmp_path):
+    """In a process that may not ask the hub, and whose folder stays empty."""
+    env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    result = run_python(
+        "train.py", "--preset", "nanovlm-222m", "--dry-run", "--out", str(tmp_path / "run"), **env
+    )
+    assert result.returncode == 0, result.stderr
+    rows = {line[2:13].strip(): line[13:].strip() for line in result.stdout.splitlines()}
+    assert rows["model"].startswith(
+        "222,081,600 parameters: vision 85,797,120, projector 1,769,472, language 134,515,008"
+    )
+    assert (
+        rows["data"] == "HuggingFaceM4/the_cauldron:all45, turns: first"
+        and "mmstar" in rows["scored by"]
+    )
+    assert rows["steps"].startswith("about 32,618 of 256 examples, 20,736 tokens; 5.0 epochs")
+    assert rows["tokens"].startswith("676,") and "159 GFLOP an example" in rows["FLOPs"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_preset_is_v01s_recipe():
+    model, config = parse_config(["--preset", "nanovlm-222m", "--dry-run"])
+    assert [name for _, _, name in configurations(config.data)] == list(ALL45)
+    assert (config.lr_projector, config.lr_vision, config.lr_language, config.epochs) == (
+        2e-3,
+        1e-4,
+        1e-4,
+        5,
+    )
+    assert (config.optimizer, config.warmup, config.min_lr, config.weight_decay) == (
+        "adamw",
+        0.03,
+        0.1,
+        0.01,
+    )
+    assert (config.tokens_per_batch, config.max_seqlen, config.turns, config.clip) == (
+        256 * 81,
+        128,
+        "first",
+        0,
+    )
+    assert (model.image_mean, model.image_std, model.lm_tokenizer) == (
+        0,
+        1,
+        "HuggingFaceTB/cosmo2-tokenizer",
+    )
+    assert config.data in COUNTS and set(PRESETS["nanovlm-222m"]) <= {*vars(config), *vars(model)}
+
+
+def test_local_data_is_measured():
+    model, config = parse_config(
+        "--data synthetic:32 --vit-img-size 32 --mp-pixel-shuffle-factor 2 --epochs 3".split()
+    )
+    rows = plan(model, config)
+    assert (
+        rows["an epoch"].startswith("156 examples of 1.0 images, ")
+        and "measured on 156" in rows["an epoch"]
+    )
+    assert rows["steps"].endswith("3.0 epochs") and "held-out" in rows["scored by"]
+    rows = plan(model, dataclasses.replace(config, max_steps=7, accumulate=2, tokens_per_batch=512))
+    assert rows["steps"].startswith("about 7 of ") and "1,024 tokens" in rows["steps"]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("--data owner/name", "owner/name is on the hub"),
+        ("--lm-tokenizer owner/other", "owner/other is on the hub"),
+    ],
+)
+def test_what_only_the_hub_knows_is_called_unknown(options, reason, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    rows = plan(*parse_config(f"--data synthetic {options}".split()))
+    assert (
+        rows["an epoch"].startswith("unknown")
+        and reason in rows["an epoch"]
+        and "predicted" not in rows
+    )
+
+
+def test_hours_come_from_a_measured_run_of_the_preset_on_the_device(tmp_path, monkeypatch):
+    device = torch.device("cpu")
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    _, config = parse_config([])
+    (tmp_path / "here").mkdir()
+    run = {"device": device_name(device), "options": [], "tokens_per_s": 5000.0}
+    (tmp_path / "here" / "train_tiny.json").write_text(json.dumps(run))
+    assert prediction(config, device, 36e6).startswith(
+        "2.00 h at 5,000 tokens/s (bench/results/here/train_tiny.json"
+    )
+    for changes in ({"device": "another"}, {"options": ["--preset", "nanovlm-222m"]}):
+        (tmp_path / "here" / "train_tiny.json").write_text(json.dumps({**run, **changes}))
+        assert prediction(config, device, 36e6).startswith("unknown: no run of tiny")
+
+
+def test_without_a_run_hours_come_from_a_bare_step(tmp_path, monkeypatch):
+    device = torch.device("cpu")
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    _, config = parse_config(["--preset", "nanovlm-222m", "--dry-run"])
+    step = {"device": device_name(device), "variants": {"ours": {"tokens_per_s": 5000.0}}}
+    file = tmp_path / "here" / "train_step_nanovlm-222m.json"
+    file.parent.mkdir()
+    (file.parent / "train_step_nanovlm-222m_2layers.json").write_text(json.dumps(step))
+    assert prediction(config, device, 36e6).startswith("unknown"), (
+        "a cut model's rate is not the preset's"
+    )
+    file.write_text(json.dumps(step))
+    expected = "2.00 h at a bare step's rate, 5,000 tokens/s (bench/results/here/train_step_nanovlm-222m.json)"
+    assert prediction(config, device, 36e6) == expected
+    run = {
+        "device": device_name(device),
+        "options": ["--preset", "nanovlm-222m"],
+        "tokens_per_s": 2500.0,
+    }
+    (file.parent / "train_222m.json").write_text(json.dumps(run))
+    assert prediction(config, device, 36e6).startswith("4.00 h at 2,500 tokens/s")
+    (file.parent / "train_222m.json").unlink()
+    for changes in ({"device": "another"}, {"variants": {"ours": {"error": "no time"}}}):
+        file.write_text(json.dumps({**step, **changes}))
+        assert prediction(config, device, 36e6).startswith("unknown")

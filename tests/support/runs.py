@@ -1,0 +1,113 @@
+"""Runs of train.py for the tests: real processes, a small model; and what a run leaves."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from nanovlm_fast.cli import parse_config
+from nanovlm_fast.reporting.metrics import read_metrics
+from tests.support import forks
+
+TINY = (
+    "--device cpu --vit-img-size 32 --vit-hidden-dim 32 --vit-inter-dim 64 --vit-n-heads 2 --vit-n-blocks 1 "
+    "--lm-hidden-dim 32 --lm-inter-dim 64 --lm-n-heads 2 --lm-n-kv-heads 1 --lm-n-blocks 1 --mp-pixel-shuffle-factor 2 "
+    "--look-ahead 16 --tokens-per-batch 512 --val-samples 8 --log-every 1 --save-every 3 --data synthetic:32"
+).split()
+CONVERSATION = [
+    {"from": "human", "value": "<image>\nWhat is it?"},
+    {"from": "gpt", "value": "A cat."},
+]
+
+
+def arguments(out: Path, options: str) -> list[str]:
+    return ["train.py", *TINY, "--out", str(out), *options.split()]
+
+
+def train(out: Path, options: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+    return forks.run(*arguments(out, options), **env)
+
+
+def error_of(result: subprocess.CompletedProcess[str]) -> str:
+    """The last line of a run that failed; progress bars may stand before it, a traceback may not."""
+    assert result.returncode not in (0, None), result.stdout
+    assert "Traceback" not in result.stderr, result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert re.match(r"(train\.py: )?error: ", last), (
+        f"the last line is not the error: {result.stderr[-500:]}"
+    )
+    return last
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below the folder, and what is in it."""
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+
+
+def lines(run: Path) -> list[dict]:
+    """metrics.jsonl without what depends on the clock."""
+    timed = re.compile(r"seconds|data_wait|.*_per_s")
+    return [
+        {name: v for name, v in line.items() if not timed.fullmatch(name)}
+        for line in read_metrics(run)
+    ]
+
+
+def losses(run: Path) -> dict[int, float]:
+    found = [(line["step"], line["loss"]) for line in read_metrics(run) if "loss" in line]
+    assert [step for step, _ in found] == list(range(1, len(found) + 1)), (
+        "each step exactly once, in order"
+    )
+    return dict(found)
+
+
+def different_tensors(run: Path, other: Path) -> list[str]:
+    """Names of weights, optimizer and random state in which the runs' last checkpoints are not the same bits."""
+    ours, theirs = (
+        {
+            **load_file(folder / "last" / "model.safetensors"),
+            **load_file(folder / "last" / "optimizer.safetensors"),
+        }
+        for folder in (run, other)
+    )
+    assert ours.keys() == theirs.keys()
+    return [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
+
+
+def write_llava(folder: Path, good: int) -> list[str]:
+    """A LLaVA-format data set with `good` examples and four bad ones; returns what must be said of the bad ones."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    records = []
+    for i in range(good + 1):
+        Image.fromarray(rng.integers(0, 256, (40, 60, 3), np.uint8)).save(folder / f"{i}.jpg")
+        records.append(json.dumps({"image": f"{i}.jpg", "conversations": CONVERSATION}))
+    whole = (folder / f"{good}.jpg").read_bytes()
+    (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "corrupt.png").write_bytes(b"no image at all")
+    for name in ("truncated.jpg", "corrupt.png", "missing.png"):
+        records.insert(2, json.dumps({"image": name, "conversations": CONVERSATION}))
+    records[-1] = records[-1][:-9]
+    (folder / "train.jsonl").write_text("\n".join(records) + "\n")
+    return ["truncated.jpg", "corrupt.png", "missing.png", f"train.jsonl:{len(records)}"]
+
+
+def trainer(loop, out: Path, options: str):
+    alone = [
+        "--workers",
+        "0",
+        "--hang-timeout",
+        "0",
+    ]  # a watchdog would end the tests once nobody trains any more
+    return loop.Trainer(*parse_config([*TINY, "--out", str(out), *alone, *options.split()]))

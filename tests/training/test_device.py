@@ -1,0 +1,49 @@
+"""Where to compute and in which type, also for devices that are not here."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+from nanovlm_fast.device import autocast_to, pick_device, pick_dtype
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "has_bfloat16", "expected"),
+    [
+        ("auto", CPU, False, torch.float32),
+        ("bfloat16", CPU, False, torch.bfloat16),
+        ("float32", GPU, True, torch.float32),
+        ("auto", GPU, True, torch.bfloat16),
+        ("auto", GPU, False, torch.float32),  # a T4
+        ("bfloat16", GPU, True, torch.bfloat16),
+    ],
+)
+def test_the_type_follows_the_device(monkeypatch, capsys, name, device, has_bfloat16, expected):
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bfloat16
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    assert pick_dtype(name, device) == expected
+    warned = "warning: Tesla T4 has no bfloat16" in capsys.readouterr().out
+    assert warned == (device == GPU and not has_bfloat16)
+
+
+def test_bfloat16_that_a_gpu_only_emulates_is_refused(monkeypatch):
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(ValueError, match=r"Tesla T4 can only emulate it, use --dtype float32"):
+        pick_dtype("bfloat16", GPU)
+
+
+def test_autocast_computes_in_the_type():
+    x = torch.randn(2, 2)
+    with autocast_to(torch.bfloat16, CPU)():
+        assert (x @ x).dtype == torch.bfloat16
+    assert autocast_to(torch.float32, CPU) is contextlib.nullcontext and pick_device("cpu") == CPU

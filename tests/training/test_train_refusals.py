@@ -1,0 +1,169 @@
+"""Wrong input to train.py gets one clear line and loses nothing; options mean what they say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from nanovlm_fast.cli import parse_config
+from nanovlm_fast.config import TrainConfig, VLMConfig
+from nanovlm_fast.data.text import Tokenizer
+from tests.support.processes import run_python
+from tests.support.runs import contents, error_of, train, trainer
+
+REFUSED = {  # options -> what the line must say
+    "--preset huge": "huge.*tiny",
+    "--nonsense 3": "--nonsense",
+    "--data nosuch": "nosuch.*easy_vqa",
+    "--data jsonl:FOLDER/nowhere": "nowhere",
+    "--data jsonl:FOLDER/empty": "empty",
+    "--wandb maybe": "--wandb.*maybe",
+    "--max-steps x": "--max.steps.*'x'",
+    "--turns never": "--turns.*'never'",
+    "--vit-n-heads 5": "vit_n_heads = 5",
+    "--device gpu0": "gpu0",
+    "--compile False": "none.*reduce-overhead",
+    "--recompute some": "norms_and_activations",
+    "--attention fast": "flash_attn.*sdpa",
+    "--attention flash_attn --device cpu": "CUDA device.*sdpa",
+    "--device cuda:99": "cuda",
+    "--tokens-per-batch 5": "--tokens-per-batch 5 .*synthetic/train/",
+    "--lm-vocab-size 100": "--lm-vocab-size",
+    "--lr-vision 0 --lr-language 0 --lr-projector 0": "learning rate",
+}
+
+
+@pytest.fixture(scope="module")
+def refusals(
+    finished, tmp_path_factory
+) -> dict[str, tuple[subprocess.CompletedProcess[str], bool]]:
+    """Each of REFUSED, told to overwrite a copy of a run: (result, whether the copy is as it was)."""
+    folder = tmp_path_factory.mktemp("refused")
+    (folder / "empty").mkdir()
+    (folder / "empty" / "train.jsonl").write_text("\n")
+    before = contents(finished[0])
+
+    def attempt(numbered: tuple[int, str]) -> tuple[subprocess.CompletedProcess[str], bool]:
+        out = shutil.copytree(finished[0], folder / str(numbered[0]), symlinks=True)
+        return train(out, f"--overwrite {numbered[1].replace('FOLDER', str(folder))}"), contents(
+            out
+        ) == before
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(REFUSED, pool.map(attempt, enumerate(REFUSED)), strict=True))
+
+
+@pytest.mark.parametrize("options", REFUSED)
+def test_wrong_input_gets_one_clear_line_and_loses_nothing(refusals, options):
+    result, untouched = refusals[options]
+    error = error_of(result)
+    assert re.search(REFUSED[options], error), error
+    assert result.stderr.strip() == error, "one line"
+    assert untouched, "the run that --out holds must outlive a command that could not start"
+
+
+def test_a_start_that_failed_leaves_nothing_for_the_next(tmp_path):
+    error_of(train(tmp_path / "run", "--tokens-per-batch 5"))
+    assert contents(tmp_path) == {}, "a tokenizer left here would be taken for the next run's own"
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "value"),
+    [
+        ("--final-eval False", "final_eval", False),
+        ("--no-final-eval", "final_eval", False),
+        ("--final-eval", "final_eval", True),
+        ("", "final_eval", True),
+        ("--wandb False", "wandb", False),
+        ("--wandb", "wandb", True),
+        ("--wandb no", "wandb", False),
+        ("--resume False", "resume", False),
+        ("--overwrite=false", "overwrite", False),
+    ],
+)
+def test_booleans_mean_what_they_say(options, name, value):
+    _, config = parse_config(options.split())
+    assert getattr(config, name) is value
+
+
+@pytest.mark.parametrize("spelling", ["", "True", "yes", "y", "T", "1"])
+def test_resume_however_it_is_spelt_takes_the_runs_own_configuration(finished, spelling):
+    model, config = parse_config(
+        ["--out", str(finished[0]), "--resume", *spelling.split(), "--lr-vision", "0.5"]
+    )
+    assert (config.resume, config.epochs, config.tokens_per_batch, model.lm_hidden_dim) == (
+        True,
+        3,
+        512,
+        32,
+    )
+    assert config.lr_vision == 0.5, "what the command line says comes first"
+
+
+def test_help_explains_every_field_with_its_default():
+    result = run_python("train.py", "--help")
+    assert result.returncode == 0, result.stderr
+    entries = [" ".join(entry.split()) for entry in re.split(r"\n  (?=--)", result.stdout)]
+    for field in (*dataclasses.fields(VLMConfig), *dataclasses.fields(TrainConfig)):
+        name = f"--{field.name.replace('_', '[-_]')}"
+        (entry,) = (entry for entry in entries if re.match(rf"{name}[ ,]", entry))
+        assert re.search(rf"{name.replace('[-_]', '-')}\b", entry), f"{entry}: the dashed spelling"
+        words = " ".join(field.metadata["help"].split())
+        assert words in entry and re.search(r"\(default: .*\)$", entry), entry
+
+
+# ---- other than asked
+
+
+def test_kernels_that_cannot_run_are_not_announced(loop, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    trainer(loop, tmp_path / "run", "--kernels rms_norm,swiglu --max-steps 1")
+    said = capsys.readouterr().out
+    assert "warning: --kernels rms_norm,swiglu: Triton kernels need a GPU" in said
+    assert "kernels: none, plain PyTorch (they need a GPU: rms_norm, swiglu)" in said
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    trainer(loop, tmp_path / "other", "--kernels rms_norm --max-steps 1")
+    said = capsys.readouterr().out
+    assert "kernels: rms_norm" in said and "warning" not in said
+
+
+def test_embeddings_keep_the_tokenizer_that_they_were_trained_with(finished, tmp_path, capsys):
+    run = finished[0]
+    Tokenizer.train(["another vocabulary, of the same size"] * 9, 384).save(tmp_path)
+    with pytest.raises(SystemExit):
+        parse_config(["--start-from", str(run), "--lm-tokenizer", str(tmp_path)])
+    error = capsys.readouterr().err.strip()
+    assert (
+        re.search(rf"--lm-tokenizer {tmp_path}: \d+ of \d+ ids mean something else", error)
+        and "\n" not in error
+    )
+    more = Tokenizer.load(run)
+    more.base.add_tokens(["<more>"])
+    more.save(tmp_path)
+    for given, rows in ((run, 384), (tmp_path, 400)):
+        options = [
+            "--start-from",
+            str(run),
+            "--lm-tokenizer",
+            str(given),
+            "--lm-vocab-size",
+            str(rows),
+        ]
+        assert parse_config(options)[0].lm_tokenizer == str(given)
+
+
+def test_weights_without_the_tokenizer_that_was_made_for_them_need_one(finished, tmp_path, capsys):
+    shutil.copytree(finished[0] / "last", tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["lm_tokenizer"] == "train"
+    with pytest.raises(SystemExit):
+        parse_config(["--start-from", str(tmp_path / "model")])
+    assert "--lm-tokenizer train: pretrained embeddings mean nothing" in capsys.readouterr().err
+    options = ["--start-from", str(tmp_path / "model"), "--lm-tokenizer", str(finished[0])]
+    assert parse_config(options)[0].lm_tokenizer == str(finished[0])
