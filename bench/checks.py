@@ -36,6 +36,8 @@ INTERRUPTED = 2  # the exit code of pytest after Ctrl-C
 def run(options: list[str], limit: float) -> tuple[int, dict]:
     """Run pytest for at most `limit` seconds; return its exit code and the outcome of the tests."""
     call = [sys.executable, "-m", "pytest", "-v", "-p", "bench.harness.pytest_log"]
+    # Not the defaults of pyproject.toml: pytest-xdist may not be installed beside a GPU.
+    call += ["-o", "addopts="]
     call += ["-m", "gpu and not slow", "--continue-on-collection-errors"]
     if importlib.util.find_spec("pytest_timeout"):
         call += ["--timeout", "120"]
@@ -61,7 +63,7 @@ def run(options: list[str], limit: float) -> tuple[int, dict]:
 
 
 def summary(lines: list[str]) -> dict:
-    """The content of the result file from the lines of bench/pytest_log.py.
+    """The content of the result file from the lines of bench/harness/pytest_log.py.
 
     A test that was stopped before its end is in none of the counts.
     """

@@ -327,7 +327,7 @@ def test_the_data_loader_is_measured_both_ways(tmp_path, capsys, monkeypatch):
 def test_no_loader_time_when_the_batches_differ(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     plain = dataloader.load_image
-    from nanovlm_fast.data import stream
+    from nanovlm_fast.data import samples
 
     made: list[int] = []
 
@@ -335,7 +335,7 @@ def test_no_loader_time_when_the_batches_differ(tmp_path, capsys, monkeypatch):
         made.append(1)
         return plain(image, size) ^ (len(made) > 40)  # not what was prepared
 
-    monkeypatch.setattr(stream, "load_image", other)
+    monkeypatch.setattr(samples, "load_image", other)
     assert dataloader.main([*LOADER.split(), str(tmp_path)]) == 1
     assert "no time is reported" in capsys.readouterr().err and not list(tmp_path.glob("*/*.json"))
 

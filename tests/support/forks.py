@@ -1,9 +1,10 @@
 """train.py and `python -m nanovlm_fast.*` without their seconds of imports: forks of a process that has them.
 
-What comes of it is a process as any other: it has a pid, takes signals, starts children, ends with an exit code, and
-shares nothing with the tests. It does not prove that a program starts from nothing, nor that all is freed at its end;
-`conftest.run_python` and torchrun start Python anew. So does everything here on a machine with a GPU, whose driver does
-not survive a fork, and where a variable of the environment differs that a library may read while it is imported.
+The result is a process like any other: it has a pid, takes signals, starts children, ends with an
+exit code, and shares nothing with the tests. It does not prove that a program starts from nothing,
+nor that everything is freed at its end. `processes.run_python` and torchrun start Python anew. So
+does everything here on a machine with a GPU, whose driver does not survive a fork, and wherever an
+environment variable differs that a library may read while it is imported.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from typing import IO
 import torch
 import torch.distributed as dist
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ALONE = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
 # what every run imports, and the programs, which are then forgotten: they must run, not be there
 LIBRARIES = (
     "torch._dynamo",
     "transformers.hf_argparser",
     "matplotlib.pyplot",
-    "nanovlm_fast.summary",
+    "nanovlm_fast.reporting.summary",
 )
 PROGRAMS = (
     "train",
