@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nanovlm_fast import VisionLanguageModel
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.data import prepare
 from nanovlm_fast.data.images import FORMATS, BadImage, load_image
@@ -19,7 +20,6 @@ from nanovlm_fast.data.sources.cauldron import read_splits
 from nanovlm_fast.data.sources.llava import JsonLines
 from nanovlm_fast.data.sources.shards import Prepared
 from nanovlm_fast.data.text import Tokenizer
-from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.weights.backbones import hub_config, language_fields, read_tensors
 from nanovlm_fast.weights.folder import load_pretrained, save_pretrained
 from tests.project.test_layout import PRODUCT, sources
