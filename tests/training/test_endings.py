@@ -195,7 +195,7 @@ def await_checkpoint(process: subprocess.Popen, out: Path) -> None:
 BUSY = """
 import sys, time
 from torch.utils.data import DataLoader, IterableDataset
-from nanovlm_fast.data.stream import begin_worker
+from nanovlm_fast.data.workers import begin_worker
 
 class Endless(IterableDataset):
     def __iter__(self):

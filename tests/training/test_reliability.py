@@ -223,7 +223,8 @@ def test_the_watchdog_ends_the_process_where_even_its_report_hangs(tmp_path):
     )  # as a file on a disk that does not answer: opening it never returns
     hang = "import time; Watchdog(1.0, Path(sys.argv[1]), World()); time.sleep(100)"
     imports = (
-        "import sys; from pathlib import Path; from nanovlm_fast.watchdog import Watchdog, World; "
+        "import sys; from pathlib import Path; from nanovlm_fast.ranks import World; "
+        "from nanovlm_fast.training.watchdog import Watchdog; "
     )
     result = run_python("-c", imports + hang, str(tmp_path))
     assert result.returncode == HUNG and "rank 0 hangs: starting" in result.stderr
