@@ -6,8 +6,7 @@ import numpy as np
 
 from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.data.images import augment, load_image
-from nanovlm_fast.data.sources.example import Example, Source, whole
-from nanovlm_fast.data.sources.shards import Prepared
+from nanovlm_fast.data.sources.example import Example, Source
 from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.packing.documents import Sample
 
@@ -37,8 +36,7 @@ class SampleLoader:
     """Examples of a source as samples; decoded images and token ids are kept for the next epoch."""
 
     def __init__(self, source: Source, model: VLMConfig, train: TrainConfig, text: TextProcessor):
-        if isinstance(prepared := whole(source), Prepared):
-            prepared.check(model.vit_img_size, text)
+        source.check(model.vit_img_size, text)
         self.source, self.model, self.train, self.text = source, model, train, text
         self.cache: dict[int, Sample] = {}
         self.cache_room = CACHE_BYTES
