@@ -203,10 +203,7 @@ def initial_states(shards: int) -> list[dict[str, Any]]:
 
 
 def advance(states: list[dict[str, Any]], batch: StreamBatch) -> list[dict[str, Any]]:
-    """The states to resume from once `batch` is used: the shard whose turn is next comes first.
-
-    Shards that ended before theirs are left out, as every shard in turn gives a batch until then.
-    """
+    """The states to resume from once `batch` is used: the shard whose turn is next comes first."""
     used = next(i for i, state in enumerate(states) if state["shard"] == batch.state["shard"])
     return [*states[used + 1 :], *states[:used], batch.state]
 
