@@ -16,7 +16,7 @@ import torch
 
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.data.images import load_image
-from nanovlm_fast.data.sources.example import Example, Source
+from nanovlm_fast.data.sources.example import Example, Scoring, Source
 from nanovlm_fast.data.sources.registry import load_source
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
 from nanovlm_fast.device import autocast_to, pick_device, pick_dtype
@@ -93,6 +93,11 @@ class Question:
     number: tuple[int, int]  # example and turn
 
 
+def scoring_of(source: Source, model: VisionLanguageModel) -> Scoring:
+    """How the source is scored: its own way, or the model's prompt and exact matches."""
+    return source.scoring or Scoring(prompt=model.config.prompt)
+
+
 def make_prompt(
     model: VisionLanguageModel,
     text: TextProcessor,
@@ -141,9 +146,8 @@ def evaluate(
     from tqdm import tqdm
 
     result = Evaluation()
-    text = TextProcessor(
-        tokenizer, getattr(source, "prompt", model.config.prompt), model.config.image_tokens
-    )
+    prompt = scoring_of(source, model).prompt
+    text = TextProcessor(tokenizer, prompt, model.config.image_tokens)
     sampled_from = seed if style == "v0.1" else None
     was_training = model.training
     model.eval()
@@ -172,7 +176,7 @@ def read_questions(
     """
     images: list[np.ndarray] = []
     questions: list[Question] = []
-    reply_tokens = getattr(source, "reply_tokens", 0)
+    reply_tokens = scoring_of(source, model).reply_tokens
     for index in indices:
         try:
             example = source[index].first() if mode == "first" else source[index]
@@ -227,7 +231,7 @@ def evaluate_batch(
     prompts = [question.prompt for question in questions]
     limits = [question.limit for question in questions]
     replies = generate(model, pixels.to(device), prompts, eos_id, limits, **sampling)
-    right = getattr(source, "right", str.__eq__)
+    right = scoring_of(source, model).right
     for question, reply in zip(questions, replies, strict=True):
         said = (
             tokenizer.base.decode(reply, skip_special_tokens=True)
@@ -253,7 +257,7 @@ def answer_samples(
     Without those that `evaluate` leaves out and names, and those that show no image.
     """
     config, device = model.config, next(model.parameters()).device
-    text = TextProcessor(tokenizer, getattr(source, "prompt", config.prompt), config.image_tokens)
+    text = TextProcessor(tokenizer, scoring_of(source, model).prompt, config.image_tokens)
     samples = []
     for i, index in enumerate(np.unique(np.linspace(0, len(source) - 1, count).astype(int))):
         try:

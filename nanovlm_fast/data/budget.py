@@ -1,4 +1,4 @@
-"""The static sizes of a run's batches, measured on its data."""
+"""The fixed sizes of a run's batches, measured on a draw of its data."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ import numpy as np
 
 from nanovlm_fast.config import TrainConfig
 from nanovlm_fast.data.samples import SampleLoader, TooLong
-from nanovlm_fast.packing.documents import IGNORE, Sample
+from nanovlm_fast.packing.documents import Sample
 from nanovlm_fast.packing.packer import Budget
 
 
 def even_draw(load: SampleLoader, count: int = 1000) -> list[Sample]:
-    """`count` samples evenly over the first epoch.
+    """`count` samples, spread evenly over the first epoch.
 
-    Raises ValueError, with a first reason, if none can be used.
+    Unreadable ones are left out here; the stream counts and names them when it meets them. Raises
+    ValueError, with the first reason, if none is left.
     """
-    samples, first = [], None
+    samples = []
+    first: ValueError | None = None
+    # unique: of a data set smaller than `count`, each example is read once
     for position in np.unique(np.linspace(0, max(len(load.source) - 1, 0), count).astype(int)):
         try:
             samples.append(load(int(position)))
-        except ValueError as error:  # counted and named when the stream meets it
+        except ValueError as error:
             first = first or error
     if not samples and first:
         what = "fits" if isinstance(first, TooLong) else "could be read"
@@ -30,8 +33,11 @@ def even_draw(load: SampleLoader, count: int = 1000) -> list[Sample]:
 
 
 def check_memory(budget: Budget, image_size: int) -> None:
-    """Raise ValueError if this machine cannot hold one batch of the budget."""
-    # ids, positions and image rows of a token, place and id of a label: 16 bytes each
+    """Raise ValueError if this machine cannot hold one batch of the budget.
+
+    Allocating it would not fail: Linux promises more memory than it has, and kills later.
+    """
+    # 16 bytes per token (id 8, position 4, image row 4) and per label (position 8, id 8)
     needed = 3 * budget.images * image_size**2 + 16 * (budget.tokens + budget.labels)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > memory:
@@ -42,19 +48,19 @@ def check_memory(budget: Budget, image_size: int) -> None:
 
 
 def measure_budget(load: SampleLoader, train: TrainConfig, probe: int = 1000) -> Budget:
-    """The run's static sizes: what `train` gives, and for zeros what an even draw of the source needs.
+    """The sizes that `train` gives, and in place of zeros what a draw of the source needs.
 
-    Raises ValueError, with a first reason, if nothing of the draw can be read, fits, or carries a label.
+    Raises ValueError, with the first reason, if nothing in the draw can be read, fits, or carries a
+    label: such a run would end without a step.
     """
     limit = load.model.lm_max_position_embeddings
     nothing = f"--data {train.data}: no example fits the budgets. The first:"
     if train.max_seqlen > limit:
-        raise ValueError(
-            f"--max-seqlen {train.max_seqlen} is over the model's --lm-max-position-embeddings {limit}"
-        )
+        model = f"the model's --lm-max-position-embeddings {limit}"
+        raise ValueError(f"--max-seqlen {train.max_seqlen} is over {model}")
     samples = even_draw(load, probe)
     room = train.max_seqlen or limit
-    # what is left out takes no part of a batch
+    # What the packer leaves out must not count in what a batch needs
     fitting = [
         sample for sample in samples if all(len(document) <= room for document in sample.documents)
     ]
@@ -72,14 +78,12 @@ def measure_budget(load: SampleLoader, train: TrainConfig, probe: int = 1000) ->
         max_seqlen=train.max_seqlen or measured.max_seqlen,
     )
     check_memory(budget, load.model.vit_img_size)
-    misfits = [
-        f"{sample.name}: {misfit}" for sample in samples if (misfit := budget.misfit(sample))
-    ]
-    if len(misfits) == len(samples):
-        raise ValueError(f"{nothing} {misfits[0]}")
-    if not any(
-        (document.labels != IGNORE).any() for sample in samples for document in sample.documents
-    ):
+    # None misfits a measured budget, but one that `train` gives may leave all of them out
+    misfits = [(sample.name, budget.misfit(sample)) for sample in samples]
+    if all(misfit for _, misfit in misfits):
+        name, misfit = misfits[0]
+        raise ValueError(f"{nothing} {name}: {misfit}")
+    if not any(sample.labels for sample in samples):
         raise ValueError(
             f"--data {train.data}: no answer in any example, there is nothing to learn"
         )

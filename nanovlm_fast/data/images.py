@@ -1,7 +1,11 @@
-"""Images: decode and resize to the model's square, and augmentation that keeps the answers true.
+"""Images: decode, resize to the model's square, augment. All are (3, H, W) uint8 afterwards.
 
-How a picture becomes RGB (`to_rgb`) depends on its mode and file, not on what it shows. First it is
-turned upright by its EXIF tag. Animations give their first frame.
+Pixels are normalised on the device (model/packed.py), so bytes are all that is made and copied
+here.
+
+How a picture becomes RGB (`to_rgb`) depends on its mode and file, not on what it shows, or similar
+pictures would be read differently. (F is the exception: its files do not say their range.) First
+the picture is turned upright by its EXIF tag. Of an animation the first frame is read.
 
 | Pillow's mode | becomes |
 | --- | --- |
@@ -10,9 +14,12 @@ turned upright by its EXIF tag. Animations give their first frame.
 | I;16, I;16B, I;16L, I;16N; I of a PNG or PPM file: 16 bits of grey | the upper 8 bits |
 | I otherwise: 32 bits of grey | clipped to 0..255, as Pillow does |
 | F, all values in [0, 1] | times 255, rounded |
-| F otherwise | clipped to 0..255; what is no number is 0 |
+| F otherwise | clipped to 0..255; NaN becomes 0 |
 
-Of 16 bits a colour in a PNG the upper 8 are read (Pillow does it), of its tRNS colour too.
+Of 16 bits per colour in a PNG the upper 8 are read (Pillow does it), of its tRNS colour too.
+
+A change of these rules changes the pixels of every data set: count up `PIXELS` in
+sources/shards.py, so that shards made by the old rules are refused.
 """
 
 from __future__ import annotations
@@ -25,45 +32,52 @@ import numpy as np
 from PIL import Image, ImageOps
 
 Image.init()
-# What is decoded at all. Others of Pillow's start programs (EPS: Ghostscript) or have no signature to know them by
+# The formats that are decoded at all. Pillow's others start programs (EPS: Ghostscript) or have no
+# signature to recognise them by
 KNOWN = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-FORMATS = [name for name in KNOWN if name in Image.OPEN]
+FORMATS = [name for name in KNOWN if name in Image.OPEN]  # AVIF depends on how Pillow was built
 MAX_PIXELS = 89_478_485  # 256 MiB of RGB, where Pillow begins to warn of a decompression bomb
-# once a process: catching it image by image would make Python forget which other warnings it has given already
+# Once per process: `catch_warnings` around each image would reset which other warnings Python has
+# given already, so those would be printed for every image
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
 class BadImage(ValueError):
-    """An image that cannot be decoded; the message names it."""
+    """An image that cannot be decoded. The message names it."""
 
 
 def load_image(source: Path | str | bytes | np.ndarray | Image.Image, size: int) -> np.ndarray:
-    """(3, size, size) uint8: decoded, turned upright by its EXIF tag, RGB, squashed to a square (bilinear).
+    """The image as (3, size, size) uint8: upright, RGB, squashed to a square (bilinear).
 
-    `source` is a file, its bytes, an open PIL image, or what this function returned for that size (prepared data).
-    Raises BadImage naming the file if it cannot be decoded.
+    `source` is a file, its bytes, an open PIL image, or an array that this function returned for
+    that size (prepared data). Raises BadImage, naming the file, if it cannot be decoded.
     """
     if isinstance(source, np.ndarray):
         if source.shape != (3, size, size):
             raise BadImage(f"image of prepared data: {source.shape} and not {(3, size, size)}")
         return source
+    # Bytes have no name; the caller puts that of the example before the message
     name = printable(str(source)) if isinstance(source, (Path, str)) else type(source).__name__
     try:
         return square(source if isinstance(source, Image.Image) else opened(source), size)
-    except Exception as error:  # damaged files raise whatever the decoder trips over: struct.error, SyntaxError ...
-        reason = str(error).split(" <_io.BytesIO")[
-            0
-        ]  # the address of a buffer tells nobody anything
+    except Exception as error:
+        # As broad as that: decoders let any error of a damaged file out, struct.error and
+        # SyntaxError among them. The address of a buffer is cut off, as it differs in each run
+        reason = str(error).split(" <_io.BytesIO")[0]
         raise BadImage(f"image {name}: {printable(reason)}") from error
 
 
 def opened(source: Path | str | bytes) -> Image.Image:
-    """A file or its bytes as an image, not decoded yet. Raises an error for what is too large or no file at all."""
-    if (
-        not isinstance(source, bytes) and not Path(source).is_file()
-    ):  # reading a pipe or a device may never end
+    """A file or its bytes as an image that is not decoded yet.
+
+    Raises ValueError for an image that is too large or a path that is not a file, and what Pillow
+    raises for other formats.
+    """
+    # Reading a pipe or a device may never end
+    if not isinstance(source, bytes) and not Path(source).is_file():
         raise ValueError("no such file")
     image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+    # The header says the size, so this costs no decoding
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(
             f"{image.width} x {image.height} pixels are over {MAX_PIXELS}: a decompression bomb?"
@@ -72,17 +86,20 @@ def opened(source: Path | str | bytes) -> Image.Image:
 
 
 def square(image: Image.Image, size: int) -> np.ndarray:
-    """(3, size, size) uint8 of an image, decoded."""
+    """Decode an image to (3, size, size) uint8."""
     image = to_rgb(image)
+    # Resized after the conversion: a palette's numbers cannot be interpolated
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
-# Needs NumPy and Pillow alone, under the names that they have here: model cards carry this function
+# Model cards contain the source of this function, so it may use only NumPy and Pillow, under the
+# names that they are imported by above
 def to_rgb(image: Image.Image) -> Image.Image:
     """A picture of any mode as upright RGB, transparency composited onto white."""
-    tiles = getattr(image, "tile", None)  # how the file stores pixels: known until they are decoded
+    # How the file stores pixels. Read first: Pillow forgets it when it decodes
+    tiles = getattr(image, "tile", None)
     stored = tiles[0][3] if tiles else ""
     stored = str(stored[0] if isinstance(stored, tuple) and stored else stored)
     is_16_bit = image.mode.startswith("I;16") or stored.startswith("I;16")
@@ -112,27 +129,37 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def printable(text: str, limit: int = 300) -> str:
-    """What data says, fit for a line of a message: nothing in it breaks the line, or commands the terminal."""
+    """Text from data, fit for one line of a message.
+
+    Line breaks and control characters, which could forge lines or command the terminal, are
+    escaped; the middle of a long text is left out.
+    """
     text = text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
     return text if text.isprintable() else repr(text)[1:-1]
 
 
 def plain_margins(image: np.ndarray) -> tuple[int, int, int, int]:
-    """Rows and columns at (top, bottom, left, right) of (3, H, W) that show nothing but the corner's colour."""
-    drawn = (image != image[:, :1, :1]).any(0)
-    rows, columns = np.nonzero(drawn.any(1))[0], np.nonzero(drawn.any(0))[0]
-    if len(rows) == 0:
+    """Width of the plain margins of (3, H, W) at (top, bottom, left, right).
+
+    Plain is what has the colour of the top left corner.
+    """
+    drawn = (image != image[:, :1, :1]).any(0)  # (H, W)
+    rows = np.nonzero(drawn.any(1))[0]
+    columns = np.nonzero(drawn.any(0))[0]
+    if len(rows) == 0:  # nothing is drawn
         return (0, 0, 0, 0)
     return rows[0], len(drawn) - 1 - rows[-1], columns[0], drawn.shape[1] - 1 - columns[-1]
 
 
 def augment(images: np.ndarray, mode: str, rng: np.random.Generator) -> np.ndarray:
-    """Augment (n, 3, H, W) uint8, all images of a sample mirrored alike.
+    """Augment (n, 3, H, W) uint8 images of one sample, all mirrored alike.
 
-    Whether answers stay true is for the user to know: nothing here suits questions about places, directions or text.
+    Modes: 'none' returns the images as they are. 'shift' moves what is drawn on a plain background
+    anywhere inside its margins, and mirrors; a photograph has no margins and is only mirrored.
+    'dihedral' takes one of the square's eight symmetries.
 
-    'shift': what is drawn on a plain background moves anywhere inside its margins, and mirror; a photograph has no
-    margins and only mirrors. 'dihedral': one of the square's eight symmetries. 'none' returns the images as they are.
+    Only the user can know whether the answers stay true: no mode suits questions about places,
+    directions or text.
     """
     if mode == "none" or len(images) == 0:
         return images
@@ -144,8 +171,9 @@ def augment(images: np.ndarray, mode: str, rng: np.random.Generator) -> np.ndarr
     if mode == "shift":
         moved = []
         for image in images:
+            # Inside the margins, so what `roll` moves over the edge is plain background
             top, bottom, left, right = plain_margins(image)
             shift = (int(rng.integers(-top, bottom + 1)), int(rng.integers(-left, right + 1)))
             moved.append(np.roll(image, shift, axis=(1, 2)))
         images = np.stack(moved)
-    return np.ascontiguousarray(images)
+    return np.ascontiguousarray(images)  # mirrored views have negative strides; torch takes none

@@ -1,7 +1,8 @@
 """Which examples show the same picture.
 
-Pictures are the same if their bytes are. Bytes are read only of pictures that have the size of one
-that somebody asks about: for a hundred held-out pictures that is little, however large the data.
+Two pictures are the same if the bytes of their files are. Files are compared by size first, and
+read only if they have the size of a picture in question: for a hundred held-out pictures that is
+little, however large the data set.
 """
 
 from __future__ import annotations
@@ -13,14 +14,18 @@ from pathlib import Path
 
 import numpy as np
 
-LARGEST = 2**30  # bytes; no file that can be decoded has more, and this many are read at once
+# Bytes. A larger file is not read, as it is read at once; it is over what can be decoded anyway
+LARGEST = 2**30
 
 
 class Pictures:
-    """The pictures of a source: example `examples[i]` shows file `files[i]`; `examples` ascends.
+    """The pictures of a source.
 
-    `sizes[f]` is a number that files of the same content have in common and that is cheap to know,
-    or -1 where file f cannot be read; `content(f)` reads the file.
+    examples  (shown,) int64, ascending: example `examples[i]` shows file `files[i]`
+    files     (shown,) int64
+    sizes     (files,) int64: a number that is cheap to find and equal for files of equal content,
+              -1 for a file that cannot be read
+    content   a function that reads a file
     """
 
     def __init__(
@@ -30,7 +35,11 @@ class Pictures:
         sizes: np.ndarray,
         content: Callable[[int], bytes],
     ):
-        self.examples, self.files, self.sizes, self.content = examples, files, sizes, content
+        self.examples = examples
+        self.files = files
+        self.sizes = sizes
+        self.content = content
+        # Sorted once, so that the look-ups below are binary searches
         self.by_size = np.argsort(sizes, kind="stable")
         self.by_file = np.argsort(files, kind="stable")
         self.digests: dict[int, str] = {}
@@ -40,7 +49,7 @@ class Pictures:
         return self.files[_span(self.examples, example)].tolist()
 
     def digest(self, file: int) -> str:
-        """Equal for files of the same content; one that cannot be read is like no other."""
+        """Equal for files of equal content. A file that cannot be read equals no other."""
         if file not in self.digests:
             digest = f"unreadable {file}"
             if self.sizes[file] >= 0:
@@ -50,12 +59,13 @@ class Pictures:
         return self.digests[file]
 
     def same_size(self, size: int) -> list[int]:
+        """The files of this size; none for -1, which says that nothing is known."""
         if size < 0:
             return []
         return self.by_size[_span(self.sizes, size, self.by_size)].tolist()
 
     def showing(self, file: int) -> set[int]:
-        """The examples that show what is in this file, under this name or another."""
+        """The examples that show the content of this file, under whatever name."""
         alike = self.same_size(int(self.sizes[file])) or [file]
         if len(alike) > 1:
             alike = [other for other in alike if self.digest(other) == self.digest(file)]
@@ -65,8 +75,13 @@ class Pictures:
         return self.examples[self.by_file[_span(self.files, file, self.by_file)]].tolist()
 
     def group(self, example: int) -> set[int]:
-        """The example, those that share a picture with it, those that do with these, and so on."""
-        found, files, new = {example}, set(), {example}
+        """The example, those that share a picture with it, those that share one with these, ...
+
+        To the end of the chain: any two examples of different groups share no picture.
+        """
+        found = {example}
+        new = {example}
+        files: set[int] = set()
         while new:
             unseen = {file for one in new for file in self.of(one)} - files
             files |= unseen
@@ -76,16 +91,21 @@ class Pictures:
 
 
 def _span(values: np.ndarray, value: int, order: np.ndarray | None = None) -> slice:
-    """Where `value` stands in `values`, which ascend (in that order)."""
-    return slice(*(np.searchsorted(values, value, side, order) for side in ("left", "right")))
+    """Where `value` stands in `values`, which ascend, or do in the given order."""
+    start = int(np.searchsorted(values, value, "left", order))
+    end = int(np.searchsorted(values, value, "right", order))
+    return slice(start, end)
 
 
 def of_files(paths: Iterable[Iterable[Path]]) -> Pictures:
-    """The pictures of examples that show these files. Files of one name are one file."""
+    """The pictures of examples, given the files that each one shows."""
     numbers: dict[Path, int] = {}
-    shown = []
+    shown: list[tuple[int, int]] = []
     for i, some in enumerate(paths):
-        shown += [(i, numbers.setdefault(path, len(numbers))) for path in some]
+        for path in some:
+            # One number per name: the size of a file that many examples show is looked up once
+            shown.append((i, numbers.setdefault(path, len(numbers))))
+    # reshape, for no pictures at all
     examples, files = np.array(shown, np.int64).reshape(-1, 2).T
     names = list(numbers)
     sizes = np.array([_size(path) for path in names], np.int64)
@@ -93,9 +113,10 @@ def of_files(paths: Iterable[Iterable[Path]]) -> Pictures:
 
 
 def _size(path: Path) -> int:
+    """Bytes of a file, -1 if it cannot be read or is too large."""
     try:
-        # reading a pipe or a device may never end
+        # Reading a pipe or a device may never end
         size = path.stat().st_size if path.is_file() else -1
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):  # ValueError: a name that no file can have
         return -1
     return size if size <= LARGEST else -1

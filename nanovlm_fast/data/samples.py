@@ -1,4 +1,8 @@
-"""One example of a source becomes a sample: decoded, augmented, tokenised."""
+"""One example of a source becomes a sample: decoded, augmented, tokenised.
+
+What a position of the stream holds is a function of the seed and the position, never of what was
+read before. Resuming, and dividing the data between workers, rest on it.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +10,26 @@ import numpy as np
 
 from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.data.images import augment, load_image
-from nanovlm_fast.data.sources.example import Example, Source, whole
-from nanovlm_fast.data.sources.shards import Prepared
+from nanovlm_fast.data.sources.example import Example, Source
 from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.packing.documents import Sample
 
-CACHE_BYTES = 2**30  # decoded examples kept by each worker
+# Decoded examples that each worker keeps: enough for all of easy-VQA, at the size of the preset tiny
+CACHE_BYTES = 2**30
 
 
 class TooLong(ValueError):
-    """An example that can be read but has no room in the model or the budgets.
+    """An example that can be read but does not fit the model or the budgets.
 
-    The message names it, and the option.
+    The message names it, and the option that limits it.
     """
 
 
 def make_sample(example: Example, image_size: int, text: TextProcessor) -> Sample:
-    """Decode, resize and tokenise. Raises ValueError naming the example if an image cannot be read."""
+    """Decode, resize and tokenise an example.
+
+    Raises ValueError, naming the example, if an image cannot be read or a text not be tokenised.
+    """
     example = example.first() if text.mode == "first" else example
     try:
         images = [load_image(image, image_size) for image in example.images]
@@ -34,63 +41,76 @@ def make_sample(example: Example, image_size: int, text: TextProcessor) -> Sampl
 
 
 class SampleLoader:
-    """Examples of a source as samples; decoded images and token ids are kept for the next epoch."""
+    """Reads the examples of a source as samples.
+
+    Decoded images and token ids are kept for the next epoch, up to CACHE_BYTES.
+    """
 
     def __init__(self, source: Source, model: VLMConfig, train: TrainConfig, text: TextProcessor):
-        if isinstance(prepared := whole(source), Prepared):
-            prepared.check(model.vit_img_size, text)
-        self.source, self.model, self.train, self.text = source, model, train, text
+        source.check(model.vit_img_size, text)
+        self.source = source
+        self.model = model
+        self.train = train
+        self.text = text
         self.cache: dict[int, Sample] = {}
         self.cache_room = CACHE_BYTES
-        self.orders: dict[int, np.ndarray] = {}  # of the last two epochs
+        # Of the last two epochs: samples of the epoch before are still buffered when one begins
+        self.orders: dict[int, np.ndarray] = {}
 
     def order(self, epoch: int) -> np.ndarray:
         """(examples,) a permutation: the order of an epoch."""
         if epoch not in self.orders:
             while len(self.orders) > 1:
                 del self.orders[min(self.orders)]
-            self.orders[epoch] = np.random.default_rng([self.train.seed, epoch]).permutation(
-                len(self.source)
-            )
+            rng = np.random.default_rng([self.train.seed, epoch])
+            self.orders[epoch] = rng.permutation(len(self.source))
         return self.orders[epoch]
 
     def index(self, position: int) -> int:
-        """The example that `position` holds."""
+        """The number of the example at a position."""
         epoch, place = divmod(position, len(self.source))
         return int(self.order(epoch)[place])
 
     def __call__(self, position: int, curriculum: bool = False) -> Sample:
-        """The sample at a position; under a curriculum only with the questions that it asks, which may be none.
+        """The sample at a position.
 
+        With `curriculum` it holds only the questions that the curriculum selects, perhaps none.
         Raises ValueError (BadImage, malformed record), naming the example, if it cannot be read.
         """
         index = self.index(position)
         whole = self.cache.get(index) or self.load(index)
+        # From the position, not from a generator that lives on: a resumed run draws the same
         rng = np.random.default_rng([self.train.seed, position])
-        documents, wanted = whole.documents, self.train.questions_per_image
+        documents = whole.documents
+        wanted = self.train.questions_per_image
         if curriculum:
             documents = [
                 document for document in documents if self.train.curriculum in document.question
             ]
         if 0 < wanted < len(documents):
             documents = [documents[i] for i in rng.permutation(len(documents))[:wanted]]
-        return Sample(
-            whole.name, augment(whole.images, self.train.augment, rng), documents, position
-        )
+        # Drawn after the questions, and on a copy: the cache keeps the images as they were
+        images = augment(whole.images, self.train.augment, rng)
+        return Sample(whole.name, images, documents, position)
 
     def load(self, index: int) -> Sample:
+        """Read one example with all its questions, not augmented, and keep it if there is room."""
         example = self.source[index]
-        if example.documents is not None:  # prepared: nothing that a cache could save
-            return Sample(example.name, example.images, example.documents)
-        limit, count = self.model.lm_max_position_embeddings, len(example.images)
+        if example.documents is not None:
+            # Prepared data is not cached: its images are views of a memory-mapped file
+            return Sample(example.name, np.asarray(example.images), example.documents)
+        limit = self.model.lm_max_position_embeddings
+        count = len(example.images)
         if self.text.mode == "first":
             count = min(count, 1)
-        # before they are decoded: thousands would fill the memory
+        # Before the images are decoded: thousands of them would fill the memory
         if count * self.model.image_tokens > limit:
             taken = f"{count} images take {count * self.model.image_tokens} tokens"
             raise TooLong(f"{example.name}: {taken}, --lm-max-position-embeddings is {limit}")
         sample = make_sample(example, self.model.vit_img_size, self.text)
-        needed = sample.images.nbytes + 20 * sample.tokens  # ids, rows and labels of a token
+        needed = sample.images.nbytes + 20 * sample.tokens  # id 8, row 4, label 8 bytes per token
+        # Never evicted: each epoch reads everything once, so a cache that evicts the least recently
+        # used would drop most examples before they come again
         if needed <= self.cache_room:
             self.cache_room -= needed
             self.cache[index] = sample

@@ -1,7 +1,8 @@
-"""Documents, the packer that fills batches with them, and the packed batch itself."""
+"""Packing: documents and samples, the packer that fills batches with them, and the batches."""
 
 from typing import Any
 
+# The names that this module had as a single file; code outside the project may import them
 _HOME = {
     "IGNORE": "documents",
     "Document": "documents",
@@ -16,7 +17,10 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    """The names that this module had before it became a folder."""
+    """Import a name from the file that it is in now.
+
+    Done on request: `batch` imports torch, which `documents` and `packer` work without.
+    """
     from importlib import import_module
 
     if name in _HOME:

@@ -1,4 +1,4 @@
-"""Documents and samples: what is packed."""
+"""`Document` and `Sample`: what the packer packs."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from functools import cached_property
 
 import numpy as np
 
-IGNORE = -100
+IGNORE = -100  # a label without loss; also the default `ignore_index` of torch's cross-entropy
 
 
 @dataclass
 class Document:
-    """n positions: token ids (a placeholder under image tokens), image rows (-1 for text), next-token targets."""
+    """n positions that attend to each other, causally, and to nothing else."""
 
-    input_ids: np.ndarray  # (n,) int64
-    image_rows: np.ndarray  # (n,) int32, rows of the sample's own image tokens
-    labels: np.ndarray  # (n,) int64, -100 where there is no loss
-    question: str = ""  # what it asks, for people and for a curriculum
+    input_ids: np.ndarray  # (n,) int64, a placeholder under image tokens
+    image_rows: np.ndarray  # (n,) int32, rows of the sample's own image tokens, -1 for text
+    # (n,) int64, next-token targets, IGNORE where there is no loss. They are already shifted by
+    # one: labels[i] is what follows position i
+    labels: np.ndarray
+    question: str = ""  # for messages, and for a curriculum to select by
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -25,13 +27,14 @@ class Document:
 
 @dataclass
 class Sample:
-    """Documents that share `images` (n, 3, H, W) uint8."""
+    """Documents that share `images`, (n, 3, H, W) uint8."""
 
-    name: str  # for people
+    name: str  # for messages
     images: np.ndarray
     documents: list[Document]
-    key: int = 0  # its position in the stream, which finds it again
+    key: int = 0  # its position in the stream, from which a resumed run reads it again
 
+    # Cached: the packer compares the sizes of every buffered sample for every batch
     @cached_property
     def tokens(self) -> int:
         return sum(len(document) for document in self.documents)
@@ -42,5 +45,5 @@ class Sample:
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
-        """What it takes of a budget: tokens, documents, images, labels."""
+        """Its share of a budget: tokens, documents, images, labels."""
         return self.tokens, len(self.documents), len(self.images), self.labels

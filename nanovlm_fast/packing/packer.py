@@ -1,4 +1,4 @@
-"""Budgets, and the packer that fills batches to them."""
+"""`Budget`, the fixed sizes of a run's batches, and `Packer`, which chooses the samples of each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nanovlm_fast.packing.documents import Sample
 
 @dataclass(frozen=True)
 class Budget:
-    """Static sizes of a packed batch. `documents` counts padding documents too."""
+    """Fixed sizes of a packed batch. `documents` includes those that padding is cut into."""
 
     tokens: int
     documents: int
@@ -23,10 +23,12 @@ class Budget:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if getattr(self, field.name) < (0 if field.name in ("images", "labels") else 1):
-                raise ValueError(
-                    f"budget {field.name} = {getattr(self, field.name)} is too small for any sample"
-                )
+            # A batch of text has no images, and one without answers (generation) no labels
+            least = 0 if field.name in ("images", "labels") else 1
+            value = getattr(self, field.name)
+            if value < least:
+                raise ValueError(f"budget {field.name} = {value} is too small for any sample")
+        # An empty batch, at the end of a rank's data, is all padding and must be possible
         if self.documents < self.pad_documents(self.tokens):
             raise ValueError(
                 f"budget of {self.documents} documents (--documents-per-batch): {self.tokens} "
@@ -35,35 +37,36 @@ class Budget:
             )
 
     def pad_documents(self, padding: int) -> int:
-        """Documents that unused positions are cut into: none may be longer than max_seqlen."""
-        return -(-padding // self.max_seqlen)
+        """Documents that so many unused positions are cut into, none longer than max_seqlen."""
+        return -(-padding // self.max_seqlen)  # rounded up
 
     def shrunk(self, share: int) -> Budget:
-        """About a `share`-th of everything but the longest document."""
+        """About 1/`share` of everything but the longest document, which must still fit."""
         tokens = max(self.tokens // share, self.max_seqlen)
-        documents = max(self.documents // share, self.pad_documents(tokens))
         return Budget(
-            tokens, documents, -(-self.images // share), -(-self.labels // share), self.max_seqlen
+            tokens=tokens,
+            documents=max(self.documents // share, self.pad_documents(tokens)),
+            images=-(-self.images // share),
+            labels=-(-self.labels // share),
+            max_seqlen=self.max_seqlen,
         )
 
     def misfit(self, sample: Sample) -> str | None:
-        """Why the sample can never be packed, or None."""
+        """Why the sample can never be packed; None if it fits into an empty batch."""
         longest = max((len(document) for document in sample.documents), default=0)
-        documents = len(sample.documents) + self.pad_documents(max(self.tokens - sample.tokens, 0))
+        # With those of the padding that a batch of this sample alone would have
+        padding = max(self.tokens - sample.tokens, 0)
+        documents = len(sample.documents) + self.pad_documents(padding)
+        needs = (
+            ("tokens in one document", longest, self.max_seqlen, "--max-seqlen"),
+            ("tokens", sample.tokens, self.tokens, "--tokens-per-batch"),
+            ("documents with padding", documents, self.documents, "--documents-per-batch"),
+            ("images", len(sample.images), self.images, "--images-per-batch"),
+            ("labelled tokens", sample.labels, self.labels, "--labels-per-batch"),
+        )
         over = [
             f"{needed} {what}, the budget is {limit} ({option})"
-            for what, needed, limit, option in (
-                ("tokens in one document", longest, self.max_seqlen, "--max-seqlen"),
-                ("tokens", sample.tokens, self.tokens, "--tokens-per-batch"),
-                (
-                    "documents, its padding's too",
-                    documents,
-                    self.documents,
-                    "--documents-per-batch",
-                ),
-                ("images", len(sample.images), self.images, "--images-per-batch"),
-                ("labelled tokens", sample.labels, self.labels, "--labels-per-batch"),
-            )
+            for what, needed, limit, option in needs
             if needed > limit
         ]
         return "; ".join(over) or None
@@ -75,11 +78,12 @@ class Budget:
         slack: float = 1.03,
         longest: int = 2**31,
     ) -> Budget:
-        """Budgets in proportion to what the given samples hold, for batches of `tokens` tokens.
+        """Budgets for batches of `tokens` tokens, in proportion to what the samples hold.
 
-        max_seqlen is the longest document seen, rounded up to 8 but to no more than `longest`.
-        Samples over `tokens` are not counted: the packer will leave them out. Raises ValueError
-        without samples, or when none fits.
+        `slack` is the room for batches that hold more than the average. max_seqlen is the longest
+        document seen, rounded up to a multiple of 8 but to no more than `longest`. Samples over
+        `tokens` are not counted: the packer leaves them out. Raises ValueError without samples, or
+        if none fits.
         """
         samples = sorted(samples, key=lambda sample: sample.tokens)
         if not samples:
@@ -94,28 +98,33 @@ class Budget:
         seen = max(len(document) for sample in samples for document in sample.documents)
         max_seqlen = min(-(-seen // 8) * 8, longest)
 
-        def share(count: int, least: int) -> int:
-            return max(least, int(np.ceil(count * tokens / total * slack)))
+        def share(counts: list[int]) -> int:
+            """The samples' average rate per token, for a whole batch."""
+            return int(np.ceil(sum(counts) * tokens / total * slack))
 
+        documents = [len(sample.documents) for sample in samples]
+        images = [len(sample.images) for sample in samples]
+        labels = [sample.labels for sample in samples]
+        # Each sample must fit on its own too, or it could never be packed. A batch of one sample is
+        # mostly padding, whose documents count: -(s.tokens - tokens) // max_seqlen, rounded up
         alone = max(
-            len(s.documents) - (s.tokens - tokens) // max_seqlen for s in samples
-        )  # with its batch's padding
+            len(sample.documents) - (sample.tokens - tokens) // max_seqlen for sample in samples
+        )
         return Budget(
             tokens=tokens,
-            documents=max(share(sum(len(sample.documents) for sample in samples), 1) + 4, alone),
-            images=share(
-                sum(len(sample.images) for sample in samples), max(len(s.images) for s in samples)
-            ),
-            labels=share(sum(sample.labels for sample in samples), max(s.labels for s in samples)),
+            documents=max(share(documents) + 4, alone),  # 4: for the padding of full batches
+            images=max(share(images), max(images)),
+            labels=max(share(labels), max(labels)),
             max_seqlen=max_seqlen,
         )
 
 
 class Packer:
-    """Chooses the samples of the next batch from a buffer: in order of arrival, then best fit for what is left.
+    """Chooses the samples of each batch from a buffer: in order of arrival, then by best fit.
 
-    Taking arrivals first keeps the batches a fair draw of the data (the oldest sample is always taken); only the
-    last gap is filled by size. Deterministic: the same samples in the same order give the same batches.
+    The oldest sample is always taken, and only the last gap is filled by size, so batches remain a
+    fair draw of the data: best fit alone would collect small samples for the end of an epoch.
+    Deterministic: the same samples in the same order give the same batches.
     """
 
     def __init__(self, budget: Budget):
@@ -123,20 +132,26 @@ class Packer:
         self.buffer: list[Sample] = []
 
     def add(self, sample: Sample) -> str | None:
-        """Take the sample into the buffer; returns why not if it can never fit."""
+        """Take the sample into the buffer; returns the reason if it can never fit, else None."""
         misfit = self.budget.misfit(sample)
         if misfit is None:
             self.buffer.append(sample)
         return misfit
 
     def next(self) -> list[Sample]:
-        """Remove and return the samples of one batch; empty when the buffer is."""
-        budget, chosen, taken = self.budget, [], [0, 0, 0, 0]
+        """Remove the samples of one batch from the buffer and return them.
+
+        The list is empty only if the buffer is: `add` lets in what fits an empty batch.
+        """
+        budget = self.budget
+        chosen: list[int] = []
+        taken = [0, 0, 0, 0]  # tokens, documents, images, labels
 
         def fits(sample: Sample) -> bool:
             tokens, documents, images, labels = (
                 used + more for used, more in zip(taken, sample.sizes, strict=True)
             )
+            # The fewer tokens a batch has, the more documents its padding takes
             return (
                 tokens <= budget.tokens
                 and documents + budget.pad_documents(budget.tokens - tokens) <= budget.documents
@@ -153,6 +168,7 @@ class Packer:
         while arrivals < len(self.buffer) and fits(self.buffer[arrivals]):
             take(arrivals)
             arrivals += 1
+        # The sort is stable, so the older of two equal samples goes first
         rest = sorted(range(arrivals, len(self.buffer)), key=lambda i: -self.buffer[i].tokens)
         for position in rest:
             if fits(self.buffer[position]):
@@ -163,7 +179,10 @@ class Packer:
         return batch
 
     def state_dict(self) -> list[int]:
-        """Keys of the buffered samples, in order: with the samples themselves, all that a resume needs."""
+        """Keys of the buffered samples, in order.
+
+        That is all: the samples themselves are read again, which keeps checkpoints small.
+        """
         return [sample.key for sample in self.buffer]
 
     def load_state_dict(self, keys: list[int], load: Callable[[int], Sample]) -> None:

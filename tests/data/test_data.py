@@ -20,7 +20,7 @@ from nanovlm_fast.data.images import BadImage, augment, load_image
 from nanovlm_fast.data.samples import SampleLoader
 from nanovlm_fast.data.sources.easy_vqa import EasyVQA
 from nanovlm_fast.data.sources.llava import JsonLines
-from nanovlm_fast.data.sources.registry import load_source, texts
+from nanovlm_fast.data.sources.registry import is_local, load_source, texts
 from nanovlm_fast.data.sources.synthetic import Synthetic
 from nanovlm_fast.data.split import split_off
 from nanovlm_fast.data.stream import PackedStream, advance, initial_states
@@ -262,10 +262,23 @@ def test_a_link_that_leaves_the_folder_is_no_way_out(tmp_path, what):
     )
 
 
-@pytest.mark.parametrize("name", ["easy-vqa", "jsonl:", "synthetic:big", ""])
-def test_unknown_data_sets_are_refused(name):
-    with pytest.raises(ValueError, match="unknown data set"):
+NO_FORMS = ["easy-vqa", "easy_vqa:", "easy_vqa:red", "jsonl", "jsonl:", "prepared", "prepared:", ""]
+
+
+@pytest.mark.parametrize("name", NO_FORMS)
+def test_unknown_data_sets_are_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"unknown data set .*; there are: easy_vqa, synthetic, "):
         load_source(name, "train")
+    with pytest.raises(ValueError, match="synthetic:IMAGE_SIZE must be"):
+        load_source("synthetic:big", "train")
+
+
+def test_a_name_of_the_table_goes_with_and_without_its_argument():
+    assert len(load_source("synthetic", "test")) == len(load_source("synthetic:", "test")) == 64
+    assert load_source("synthetic:32", "test")[0].images[0].size == (32, 32)
+    assert not is_local("mmstar") and is_local("mmstar:FOLDER") and is_local("jsonl:FOLDER")
+    assert is_local("easy_vqa") and not is_local("OWNER/NAME:CONFIG")
 
 
 # --- the stream -------------------------------------------------------------------------------------------------------

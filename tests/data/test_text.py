@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as BaseTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nanovlm_fast.config import VLMConfig
-from nanovlm_fast.data.sources.example import Example
+from nanovlm_fast.data.sources.example import Example, Source
 from nanovlm_fast.data.text import EOS, TextProcessor, Tokenizer
 from nanovlm_fast.evaluate import evaluate
 from nanovlm_fast.model.packed import VisionLanguageModel
@@ -29,6 +29,10 @@ START, END, TOOL = "<|im_start|>", "<|im_end|>", "<tool>"
 WORDS = ["Question: what is it? Answer:", " a red cat", " two cats"] * 9
 TEXTS = [EOS, f"a{EOS}b", f" {EOS} ", f"{END}{EOS}{START}", f"say {TOOL}  and {TOOL}{EOS}"]
 TEXTS += ["<|endof", "é🙂<|", ""]
+
+
+class Talks(list, Source):
+    """A source of text-only examples."""
 
 
 def byte_level(*special: str, added: tuple[str, ...] = ()) -> BaseTokenizer:
@@ -135,7 +139,7 @@ def test_a_reply_that_spells_the_end_of_sequence_is_right():
         (model(batch) / batch.n_labels).backward()
         optimizer.step()
         optimizer.zero_grad()
-    examples = [Example(f"talk {i}", [], turns) for i, turns in enumerate(talks)]
+    examples = Talks(Example(f"talk {i}", [], turns) for i, turns in enumerate(talks))
     result = evaluate(model, tokenizer, examples)
     assert (result.correct, result.total) == (2, 2)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from nanovlm_fast import evaluate as module
 from nanovlm_fast.config import VLMConfig
-from nanovlm_fast.data.sources.example import Example
+from nanovlm_fast.data.sources.example import Example, Scoring, Source
 from nanovlm_fast.data.sources.mmstar import MMStar
 from nanovlm_fast.data.sources.registry import load_source
 from nanovlm_fast.data.text import Tokenizer
@@ -27,7 +28,7 @@ from tests.support.samples import SMALL
 LONG = "a rather long answer of many words which no short limit on new tokens would let through to its end"
 
 
-class Talks(list):
+class Talks(list, Source):
     """A source of text-only examples."""
 
 
@@ -109,11 +110,11 @@ def test_one_long_question_costs_the_others_nothing(monkeypatch):
         torch.nn.init.normal_(parameter, std=0.3)
     said = {}
 
-    def judge(self, reply, answer):
+    def judge(reply, answer):
         said.setdefault(answer, []).append(reply)
         return False
 
-    monkeypatch.setattr(Talks, "right", judge, raising=False)
+    monkeypatch.setattr(Talks, "scoring", Scoring(model.config.prompt, right=judge))
     text = module.TextProcessor(tokenizer, model.config.prompt, model.config.image_tokens)
     reply = len(tokenizer.encode(" no")) + 2
     tokens = len(text.document([("!", "")], 0)) - 1
@@ -209,8 +210,10 @@ def mmstar_source(tmp_path, monkeypatch):
     ],
 )  # fmt: skip
 def test_a_reply_that_names_the_letter_is_right(reply, right):
-    assert MMStar.right(reply, "B") is right
-    assert MMStar.right(reply, "b\n") is right, "the answer's case and line end do not matter"
+    assert MMStar.scoring.right(reply, "B") is right
+    assert MMStar.scoring.right(reply, "b\n") is right, (
+        "the answer's case and line end do not matter"
+    )
 
 
 def scripted(tokenizer, replies: list[str], seen: list):
@@ -262,7 +265,9 @@ def test_sampling_is_repeatable_and_leaves_the_training_alone(mmstar_source):
     tokenizer = Tokenizer.train(["A B The Question Answer only with the letter"], 300)
     model = VisionLanguageModel(VLMConfig(**{**SMALL, "lm_vocab_size": 300}))
     judged: list[str] = []
-    mmstar_source.right = lambda reply, answer: judged.append(reply) or False
+    mmstar_source.scoring = replace(
+        MMStar.scoring, right=lambda reply, answer: judged.append(reply) or False
+    )
     state = torch.get_rng_state()
     for seed in (1, 1, 2):
         assert evaluate(model, tokenizer, mmstar_source, style="v0.1", seed=seed).total == 3

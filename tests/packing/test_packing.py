@@ -179,7 +179,7 @@ def test_a_sample_is_refused_that_its_own_padding_leaves_no_room_for():
     """Taken in, it would never be chosen, and the stream would end there as if the data did."""
     budget = Budget(tokens=43, documents=4, images=1, labels=40, max_seqlen=39)
     packer = Packer(budget)
-    assert "5 documents, its padding's too, the budget is 4" in packer.add(
+    assert "5 documents with padding, the budget is 4" in packer.add(
         sample_of(1, (0, [4, 4, 5, 5]))
     )
     assert packer.add(sample_of(2, (0, [4, 5, 5]))) is None and packer.next()

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from nanovlm_fast.config import TrainConfig, VLMConfig
+from nanovlm_fast.data.sources.example import Source
 from nanovlm_fast.data.sources.llava import JsonLines
 from nanovlm_fast.data.sources.registry import texts
 from nanovlm_fast.data.text import Tokenizer
@@ -153,7 +154,7 @@ def test_a_picture_that_fails_costs_no_score(tmp_path, finish, capsys, monkeypat
     assert f"warning: no {name}: something went wrong\n" in shown and "sees: " in shown
 
 
-class Broken(list):
+class Broken(list, Source):
     """A data set with an example that fails in a way that nobody has foreseen."""
 
     def __getitem__(self, index):

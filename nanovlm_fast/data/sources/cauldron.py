@@ -1,12 +1,13 @@
-"""Data sets that `datasets` reads, from the Hugging Face hub or a local copy: the Cauldron's schema, and MMStar's.
+"""Data of the Cauldron's schema, from the Hugging Face hub or a local copy, read with `datasets`.
 
-Rows are read in Arrow format, so images stay the bytes of their files until `images.load_image` decodes them in a
-worker, where a bad one is named and counted. What is read is random access on `datasets`' memory-mapped cache: a run
-addresses its data by position (stream.py) and could not resume exactly from a source that only goes forward. Such a
-source (`read_streaming`) is for `python -m nanovlm_fast.data.prepare --streaming`, which makes shards of it.
+Rows are read in Arrow format, so images stay the bytes of their files until `images.load_image`
+decodes them in a worker, where a bad one is named and counted. Access is random, on the
+memory-mapped cache of `datasets`: a run addresses its data by position (stream.py) and could not
+resume exactly from a source that only goes forward. `read_streaming` is such a source, for
+`python -m nanovlm_fast.data.prepare --streaming`, which makes shards of it.
 
-Time-outs and busy servers are retried with growing pauses by `huggingface_hub` itself (HF_HUB_DOWNLOAD_TIMEOUT and
-HF_HUB_ETAG_TIMEOUT set how long one try may take).
+`huggingface_hub` itself repeats requests that time out or meet a busy server, with growing pauses
+(HF_HUB_DOWNLOAD_TIMEOUT and HF_HUB_ETAG_TIMEOUT limit one attempt).
 """
 
 from __future__ import annotations
@@ -21,68 +22,74 @@ from typing import Any
 import numpy as np
 
 from nanovlm_fast.data.same import Pictures
-from nanovlm_fast.data.sources.example import Example
+from nanovlm_fast.data.sources.example import Example, Source
 from nanovlm_fast.paths import at_home
 
 CAULDRON = "HuggingFaceM4/the_cauldron"
+# The configurations that nanoVLM v0.1 trains on; the hub has more
 ALL45 = (
-    "ai2d aokvqa chart2text chartqa clevr cocoqa datikz diagram_image_to_text docvqa dvqa figureqa finqa geomverse "
-    "hateful_memes hitab iam iconqa infographic_vqa intergps localized_narratives mapqa multihiertt ocrvqa plotqa "
-    "raven rendered_text robut_sqa robut_wikisql robut_wtq scienceqa screen2words st_vqa tabmwp tallyqa tat_qa "
-    "textcaps textvqa tqa vistext visual7w visualmrc vqarad vqav2 vsr websight"
+    "ai2d aokvqa chart2text chartqa clevr cocoqa datikz diagram_image_to_text docvqa dvqa figureqa "
+    "finqa geomverse hateful_memes hitab iam iconqa infographic_vqa intergps localized_narratives "
+    "mapqa multihiertt ocrvqa plotqa raven rendered_text robut_sqa robut_wikisql robut_wtq "
+    "scienceqa screen2words st_vqa tabmwp tallyqa tat_qa textcaps textvqa tqa vistext visual7w "
+    "visualmrc vqarad vqav2 vsr websight"
 ).split()
+BLOCK = 1000  # rows per block where a whole column is read
 
 
 def read_splits(name: str, config: str | None = None, streaming: bool = False) -> dict[str, Any]:
-    """The splits of a data set: `name` is a hub name or a folder (Parquet, Arrow, or written by save_to_disk).
+    """The splits of a data set.
 
-    A folder's subfolder named as `config` is that configuration. Raises OSError, in one line that names what was
-    wanted, if it cannot be reached or read.
+    `name` is a hub name, or a folder of Parquet or Arrow files or written by save_to_disk. In a
+    folder, a subfolder called `config` is that configuration. Raises OSError, in one line that
+    names what was wanted, if it cannot be reached or read.
     """
+    # Imported here: it takes seconds, and a training step on other data must not need it
     import datasets
 
-    folder, where = at_home(name), f"{name}:{config}" if config else name
+    folder = at_home(name)
+    where = f"{name}:{config}" if config else name
     try:
         if not folder.is_dir():
             return datasets.load_dataset(name, config, streaming=streaming)
         if config and (folder / config).is_dir():
-            folder, config = folder / config, None
+            folder = folder / config
+            config = None
+        # load_dataset does not read what save_to_disk wrote
         if not any((folder / mark).exists() for mark in ("dataset_dict.json", "state.json")):
             return datasets.load_dataset(str(folder), config, streaming=streaming)
         loaded = datasets.load_from_disk(str(folder))
         splits = loaded if isinstance(loaded, dict) else {"train": loaded}
-        return (
-            {split: rows.to_iterable_dataset() for split, rows in splits.items()}
-            if streaming
-            else splits
-        )
-    except (
-        Exception
-    ) as error:  # datasets raises what its parts raise: of the connection, of pyarrow, of fsspec
+        if streaming:
+            splits = {split: rows.to_iterable_dataset() for split, rows in splits.items()}
+        return splits
+    except Exception as error:
+        # As broad as that: datasets passes on the errors of requests, pyarrow, fsspec and others
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        hint = (
-            ""
-            if folder.is_dir()
-            else ". A local copy works too: a FOLDER of Parquet files or from save_to_disk"
-        )
+        hint = ""
+        if not folder.is_dir():
+            hint = ". A local copy works too: a FOLDER of Parquet files or from save_to_disk"
         raise OSError(f"data set {where} could not be loaded: {reason}{hint}") from error
 
 
 def rows_of(splits: dict[str, Any], split: str, columns: tuple[str, ...], where: str) -> Any:
-    """One split in Arrow format, the wanted columns only.
+    """One split in Arrow format, with the wanted columns only.
 
-    Raises FileNotFoundError without such a split, and ValueError, listing what there is, without such columns.
+    Raises FileNotFoundError without such a split, and ValueError without such columns; both list
+    what the data set has.
     """
     if split not in splits:
         raise FileNotFoundError(
             f"data set {where} has no split {split!r}, only: {', '.join(splits)}"
         )
     rows = splits[split]
+    # A streamed data set may have no schema before its first row is read
     found = list(rows.features) if rows.features else list(next(iter(rows), {}))
     if missing := [column for column in columns if column not in found]:
         raise ValueError(
             f"data set {where} has no column {', '.join(missing)}; its columns: {', '.join(found)}"
         )
+    # In any other format `datasets` would decode the images here, and stop at the first bad one
     return rows.select_columns(list(columns)).with_format("arrow")
 
 
@@ -96,17 +103,19 @@ def image_bytes(image: Any) -> bytes:
     return content
 
 
-class Cauldron:
-    """Data of the Cauldron's schema: `images`, a list of images, and `texts`, a list of {user, assistant, source}.
+class Cauldron(Source):
+    """Data of the Cauldron's schema.
 
-    `data` is NAME or NAME:CONFIG,CONFIG with a hub name or a folder; `all45` stands for the 45 configurations that
-    nanoVLM v0.1 trains on. Their rows follow one another. A row that is not of the schema raises ValueError, by name,
-    when it is read.
+    Columns: `images`, a list of images, and `texts`, a list of {user, assistant, source}. `data` is
+    NAME or NAME:CONFIG,CONFIG with a hub name or a folder; `all45` stands for the 45 configurations
+    that nanoVLM v0.1 trains on. Their rows follow one another. A row that is not of the schema
+    raises ValueError, by name, when it is read.
     """
 
     COLUMNS = ("images", "texts")
 
     def __init__(self, data: str, split: str):
+        # Known without the hub, where finding out would mean to download the training split
         if data.partition(":")[0] == CAULDRON and split != "train":
             raise FileNotFoundError(f"{CAULDRON} has no split {split!r}, only: train")
         self.parts = [
@@ -128,9 +137,10 @@ class Cauldron:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with the texts and the lengths of the pictures' files, not with their place."""
-        # one a column: how the rows are cut into blocks must not matter
-        digests = defaultdict(hashlib.sha256)
+        """Changes with the texts and the lengths of the pictures' files, not with the folder."""
+        # One digest per column: how the rows are cut into chunks differs between Parquet files and
+        # caches and must not matter
+        digests: defaultdict[str, Any] = defaultdict(hashlib.sha256)
         for _, rows in self.parts:
             for batch in rows.iter(BLOCK):
                 for name, array in self._columns(batch):
@@ -139,7 +149,7 @@ class Cauldron:
         return hashlib.sha256(each.encode()).hexdigest()
 
     @staticmethod
-    def _columns(batch: Any) -> Iterator[tuple[str, bytes]]:
+    def _columns(batch: Any) -> Iterator[tuple[str, bytes | memoryview]]:
         for chunk in batch["images"].chunks:
             counts, sizes = picture_sizes(chunk)
             yield "counts", counts.tobytes()
@@ -166,13 +176,10 @@ class Cauldron:
         return Pictures(examples, np.arange(len(sizes)), sizes, content)
 
 
-BLOCK = 1000  # rows that are looked at in one go
+def text_columns(texts: Any) -> Iterator[tuple[str, bytes | memoryview]]:
+    """(name, bytes) of the text in an Arrow column of turns.
 
-
-def text_columns(texts: Any) -> Iterator[tuple[str, bytes]]:
-    """(name, bytes) of what an Arrow column of turns says.
-
-    The bytes are read where they lie: as Python objects, a large data set's would take a minute.
+    The bytes are read in place: as Python objects, those of a large data set would take a minute.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -181,29 +188,32 @@ def text_columns(texts: Any) -> Iterator[tuple[str, bytes]]:
         turns = texts.flatten()
         said = {name: pc.struct_field(turns, name) for name in ("user", "assistant")}
         columns = {name: column.cast(pa.large_binary()) for name, column in said.items()}
-    except (AttributeError, pa.ArrowException):  # not of the schema: each row will say so
+    except (AttributeError, pa.ArrowException):
+        # Not of the schema. This is no place to refuse it: each row does, by name, when it is read
         yield "texts", repr(texts.to_pylist())[1:-1].encode(errors="replace") + b","
         return
+    # Lengths as well as bytes: "ab" + "c" must not equal "a" + "bc"
     yield "turns", pc.list_value_length(texts).fill_null(0).cast(pa.int64()).to_numpy().tobytes()
     for name, column in columns.items():
         lengths = pc.binary_length(column).fill_null(-1).cast(pa.int64())
         yield f"{name} lengths", lengths.to_numpy().tobytes()
         _, offsets, content = column.buffers()
+        # A chunk may be a slice of its buffers, so only its own part of them counts
         ends = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1]
         if content is not None and len(ends):
             yield name, memoryview(content)[int(ends[0]) : int(ends[-1])]
 
 
 def picture_sizes(images: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(pictures of each row, length of each one's file or -1) of an Arrow column.
+    """(pictures per row, length of each picture's file or -1) of an Arrow column.
 
-    Only its offsets are read.
+    Only the offsets are read, not the pictures.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
 
     if not (pa.types.is_list(images.type) or pa.types.is_large_list(images.type)):
-        # not of the schema: each row will say so
+        # Not of the schema: each row says so when it is read
         return np.zeros(len(images), np.int64), np.zeros(0, np.int64)
     counts = pc.list_value_length(images).fill_null(0).cast(pa.int64()).to_numpy()
     files = images.flatten()
@@ -225,7 +235,10 @@ def configurations(data: str) -> list[tuple[str, str, str | None]]:
 
 
 def cauldron_example(where: str, row: dict[str, Any]) -> Example:
-    """A row as an example. Raises ValueError, with `where`, if it is not of the Cauldron's schema."""
+    """A row as an example.
+
+    Raises ValueError, which names `where`, if it is not of the Cauldron's schema.
+    """
     try:
         images = [image_bytes(image) for image in row["images"] or []]
         turns = [(turn["user"], turn["assistant"]) for turn in row["texts"]]
@@ -237,7 +250,10 @@ def cauldron_example(where: str, row: dict[str, Any]) -> Example:
 
 
 def read_streaming(data: str, split: str, skip: int = 0) -> Iterator[Example | ValueError]:
-    """The rows of `Cauldron(data, split)` after the first `skip`, as they arrive; ValueError for one that is bad."""
+    """The rows of `Cauldron(data, split)` after the first `skip`, as they arrive.
+
+    A bad row is yielded as its ValueError: raised, it would end the generator.
+    """
     for where, name, config in configurations(data):
         rows = rows_of(read_splits(name, config, streaming=True), split, Cauldron.COLUMNS, where)
         for number, row in enumerate(rows):

@@ -1,52 +1,103 @@
-"""An example of a data set, and the interface of one."""
+"""`Example`, one record of a data set, and `Source`, the interface of a data set."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 
-from nanovlm_fast.data.text import Turn
+from nanovlm_fast.data.same import Pictures
+from nanovlm_fast.data.text import TextProcessor, Tokenizer, Turn
 from nanovlm_fast.packing.documents import Document
 
 
 @dataclass
 class Example:
-    """Images as paths, bytes, arrays or PIL images, decoded later in a worker; turns are (question, answer)."""
+    """Images and turns of (question, answer).
+
+    Images are paths, bytes, PIL images, or (3, H, W) uint8 arrays that are already resized. Files
+    are decoded in a worker, so opening a data set costs no decoding.
+    """
 
     name: str
     images: Sequence[Any]
     turns: list[Turn]
-    kind: str = ""  # what its answers are counted under in an evaluation
-    documents: list[Document] | None = (
-        None  # of prepared data (shards.py), whose images are (n, 3, H, W) uint8
-    )
+    kind: str = ""  # the category under which an evaluation counts its answers
+    # Set for prepared data only (shards.py), whose `images` are one (n, 3, H, W) uint8 array
+    documents: list[Document] | None = None
 
     def first(self) -> Example:
         """First image, first turn: what nanoVLM v0.1 takes of an example (--turns first)."""
         return replace(self, images=self.images[:1], turns=self.turns[:1])
 
 
-class Source(Protocol):
-    """A data set.
+@dataclass(frozen=True)
+class Scoring:
+    """How an evaluation asks the questions of a data set and judges the replies."""
 
-    One with its own way of being scored has `prompt`, `right(reply, answer)` and `reply_tokens` too.
-    It may have `fingerprint`, which changes with its content, so that no run goes on with other
-    data; and `pictures()`, without which each example is taken to have pictures of its own.
+    prompt: str  # with {question}; special tokens in it are special
+    reply_tokens: int = 0  # tokens of a reply; 0: what the right answer takes
+    right: Callable[[str, str], bool] = str.__eq__  # (stripped reply, stripped answer)
+
+
+class Source(ABC):
+    """A data set: `len(source)`, and `source[i]` -> `Example`. The rest is optional.
+
+    `source[i]` raises ValueError, naming the record, if the record cannot be read. The run counts
+    it and continues.
     """
 
+    # How --data names the data set, for `registry.SOURCES`: "name", "name:ARGUMENT" or both
+    FORMS: ClassVar[tuple[str, ...]] = ()
+    # Whether the data is on the Hugging Face hub when --data gives no argument
+    ON_HUB: ClassVar[bool] = False
+
+    scoring: Scoring | None = None  # None: the model's prompt, and replies equal to the answer
+    file: Path | None = None  # where the records are, named if there is none in it
+
+    @classmethod
+    def open(cls, split: str, argument: str) -> Source:
+        """The `split` ('train' or 'test') of NAME or NAME:ARGUMENT; '' without an argument."""
+        raise NotImplementedError(f"{cls.__name__} is not opened by name")
+
+    @abstractmethod
     def __len__(self) -> int: ...
 
+    @abstractmethod
     def __getitem__(self, index: int) -> Example: ...
 
+    @property
+    def fingerprint(self) -> str | None:
+        """Changes with the content, so that --resume refuses other data; None where unknown."""
+        return None
 
-class Subset:
-    """The examples of `source` at `indices`, in that order."""
+    def pictures(self) -> Pictures | None:
+        """Which examples show which pictures; None if each has pictures of its own."""
+        return None
+
+    def check(self, image_size: int, text: TextProcessor) -> None:
+        """Raise ValueError if the data was processed for another image size or other text."""
+        return None
+
+    def stored_tokenizer(self, lm_tokenizer: str) -> Tokenizer | None:
+        """The tokenizer that the data was prepared with, if --lm-tokenizer was the same then."""
+        return None
+
+
+class Subset(Source):
+    """The examples of `source` at `indices`, in that order.
+
+    `scoring` is not taken over: a held-out part of the training data is asked with the prompt that
+    the model is trained with.
+    """
 
     def __init__(self, source: Source, indices: np.ndarray):
-        self.source, self.indices = source, indices
+        self.source = source
+        self.indices = indices
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -54,7 +105,8 @@ class Subset:
     def __getitem__(self, index: int) -> Example:
         return self.source[int(self.indices[index])]
 
+    def check(self, image_size: int, text: TextProcessor) -> None:
+        self.source.check(image_size, text)
 
-def whole(source: Source) -> Source:
-    """The data set that a subset is of."""
-    return source.source if isinstance(source, Subset) else source
+    def stored_tokenizer(self, lm_tokenizer: str) -> Tokenizer | None:
+        return self.source.stored_tokenizer(lm_tokenizer)

@@ -1,4 +1,9 @@
-"""LLaVA's conversation format."""
+"""A folder of records in LLaVA's conversation format, or with OpenAI-style messages.
+
+What is read in another form than LLaVA's, and what is refused, follows one rule: a record is used
+as it was meant, or refused by name. A picture that is not found would train the model blind, and a
+turn that is dropped would train it on half a conversation, both without a sign in the loss.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +16,29 @@ from typing import Any
 
 from nanovlm_fast.data.images import printable
 from nanovlm_fast.data.same import Pictures, of_files
-from nanovlm_fast.data.sources.example import Example
+from nanovlm_fast.data.sources.example import Example, Source
+from nanovlm_fast.paths import at_home
 
 
 def text_of(value: Any) -> str:
-    """What a turn says, which may be a number. Raises ValueError for what no tokenizer takes: half a surrogate pair."""
+    """The text of a turn, which may be a number.
+
+    Raises TypeError for anything else, and ValueError for half a surrogate pair, which JSON can
+    spell and no tokenizer takes.
+    """
     if not isinstance(value, (str, int, float)):
         raise TypeError(f"value must be text, not {type(value).__name__}")
-    return str(value).encode().decode()
+    text = str(value)
+    text.encode()  # raises for half a surrogate pair
+    return text
 
 
 def content_of(content: Any) -> str:
-    """What an OpenAI-style message says: text, or parts, where {"type": "image"} is an <image>."""
+    """The text of an OpenAI-style message: a string, or parts, where {"type": "image"} is <image>.
+
+    Raises ValueError for a part that names its picture itself: pictures come from the record, and
+    this one would be lost.
+    """
     if not isinstance(content, list):
         return text_of(content)
     said = []
@@ -36,7 +52,8 @@ def content_of(content: Any) -> str:
     return "\n".join(said)
 
 
-# a picture, or what else cannot be shown, under another name: img, Image, image_path, image1, video
+# Keys, without punctuation and in lower case, that seem to name a picture, or a medium that a model
+# here cannot take: img, Image, image_path, image1, video
 KINDS = "image|img|picture|pic|photo|video|audio"
 SHOWN = re.compile(rf"({KINDS})s?(path|file|filename|name|url)?s?\d*")
 
@@ -44,7 +61,7 @@ SHOWN = re.compile(rf"({KINDS})s?(path|file|filename|name|url)?s?\d*")
 def images_of(record: dict[str, Any]) -> list[str]:
     """The names under 'image' or 'images'.
 
-    Raises ValueError where the record seems to have them elsewhere: it would train blind.
+    Raises ValueError if both are given, or if neither is and another key seems to name a picture.
     """
     given = [record[key] for key in ("image", "images") if record.get(key)]
     if len(given) > 1:
@@ -59,7 +76,10 @@ def images_of(record: dict[str, Any]) -> list[str]:
 
 
 def turns_of(record: dict[str, Any]) -> list[tuple[Any, str]]:
-    """(role, text) of each turn: 'conversations' as LLaVA has them, or 'messages' as OpenAI has."""
+    """(role, text) of each turn, from LLaVA's 'conversations' or OpenAI's 'messages'.
+
+    Raises ValueError if the record has both, KeyError if it has neither.
+    """
     if record.get("conversations") and record.get("messages"):
         raise ValueError("both 'conversations' and 'messages': which?")
     if record.get("messages"):
@@ -68,19 +88,27 @@ def turns_of(record: dict[str, Any]) -> list[tuple[Any, str]]:
 
 
 def elements_of(text: str) -> list[str]:
-    """The elements of a JSON array, as text.
+    """The elements of a JSON array, each as text.
 
-    Raises ValueError if it is none, and RecursionError if it is nested too deep.
+    Raises ValueError if `text` is not a JSON array, and RecursionError if it is nested too deeply.
     """
-    decoder, spaces = json.JSONDecoder(), re.compile(r"\s*")
-    elements, place = [], spaces.match(text, text.index("[") + 1).end()
+    decoder = json.JSONDecoder()
+    spaces = re.compile(r"\s*")
+
+    def after_spaces(place: int) -> int:
+        found = spaces.match(text, place)
+        return found.end() if found else place
+
+    elements = []
+    place = after_spaces(text.index("[") + 1)
     while text[place : place + 1] != "]":
-        # an element at a time: as objects, all would fill the memory
+        # Decoded one at a time and kept as text: as Python objects, those of a large file would
+        # take several times its size in memory
         end = decoder.raw_decode(text, place)[1]
         elements.append(text[place:end])
-        place = spaces.match(text, end).end()
+        place = after_spaces(end)
         if text[place : place + 1] == ",":
-            place = spaces.match(text, place + 1).end()
+            place = after_spaces(place + 1)
         elif text[place : place + 1] != "]":
             raise ValueError(f"neither a comma nor an end after element {len(elements)}")
     if text[place + 1 :].strip():
@@ -89,50 +117,71 @@ def elements_of(text: str) -> list[str]:
 
 
 def records_of(file: Path, content: bytes) -> list[tuple[str, bytes]]:
-    """(place, text) of each record of a file: an element of its JSON array, or a line.
+    """(place, text) of each record of a file: a line, or an element of its JSON array.
 
-    Not read yet: what is bad in a record, bytes that are no UTF-8 too, is its own. Raises
-    ValueError, with the file's name, for a .json whose array is damaged, and for UTF-16.
+    The records are not parsed: one that is bad, or not UTF-8, is refused by name when it is read,
+    and costs no other record. Raises ValueError, with the name of the file, for a .json file whose
+    array is damaged, and for UTF-16.
     """
+    # Every second byte of UTF-16 is 0, so all of its lines would be refused, one by one
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(f"{file} is UTF-16: save it as UTF-8")
     if content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         try:
+            # surrogateescape keeps bytes that are not UTF-8, for the record that has them to fail
             elements = elements_of(content.decode("utf-8", "surrogateescape"))
             texts = [element.encode("utf-8", "surrogateescape") for element in elements]
             return [(f": record {n}", text) for n, text in enumerate(texts, 1)]
         except (ValueError, RecursionError) as error:
+            # In a .jsonl the first line may just begin with a bracket, by mistake
             if file.suffix == ".json":
                 raise ValueError(f"{file} is damaged: {printable(str(error))}") from error
+    # Not splitlines(): it also cuts at characters that JSON allows inside a string
     lines = [(f":{n}", line) for n, line in enumerate(content.split(b"\n"), 1)]
     return [(place, line) for place, line in lines if line.removeprefix(b"\xef\xbb\xbf").strip()]
 
 
-class JsonLines:
-    """A folder with `train.jsonl`, optionally `test.jsonl`, and images, in LLaVA's conversation format.
+# What parsing a record can raise, whatever a user wrote into it
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError)
 
-    One object a line, or a JSON array of them, in `train.jsonl` or else `train.json`:
+
+class JsonLines(Source):
+    """A folder with `train.jsonl`, optionally `test.jsonl`, and images.
+
+    One object per line, or a JSON array of them, in `train.jsonl` or else `train.json`:
     {"image": "a.png" or ["a.png", "b.png"] or absent, "conversations": [{"from": "human", "value":
-    "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}, ...]}. `images` is as good as
-    `image`, and `messages` with `role` and `content` as good as `conversations`. Images come first
-    in a document, wherever `<image>` stands in a question; in an answer it is text. A system turn
-    at the start is put before every question. Image names are relative to the folder and may not
-    leave it. A malformed record raises ValueError with its line or number when it is read.
+    "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}, ...]}. `images` is taken like
+    `image`, and `messages` with `role` and `content` like `conversations`. Images come first in a
+    document, wherever `<image>` stands in a question; in an answer it is text. A system turn at the
+    start is put before every question. Image names are relative to the folder and may not leave it.
+    A malformed record raises ValueError, with its line or number, when it is read.
     """
 
-    ASKS, ANSWERS = ("human", "user"), ("gpt", "assistant")
+    FORMS = ("jsonl:FOLDER",)
+    ASKS = ("human", "user")
+    ANSWERS = ("gpt", "assistant")
 
     def __init__(self, split: str, folder: Path):
+        # A .jsonl goes first: beside it, a .json of the same name is often what it was made from
         files = [folder / f"{split}.jsonl", folder / f"{split}.json"]
         found = [file for file in files if file.exists()]
         if not found:
             there = f"there is no {files[0]} (nor {files[1].name})"
             raise FileNotFoundError(f"--data jsonl:{folder}: {there}")
-        self.folder, self.file = folder.resolve(), found[0]
+        self.folder = folder.resolve()
+        self.file: Path = found[0]
         content = self.file.read_bytes()
-        # pictures that change under their names are not seen: they would have to be read
-        self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.content_hash = hashlib.sha256(content).hexdigest()
         self.records = records_of(self.file, content)
+
+    @classmethod
+    def open(cls, split: str, argument: str) -> JsonLines:
+        return cls(split, at_home(argument))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the records. A picture that changes under its name is not noticed."""
+        return self.content_hash  # reading all pictures would take as long as an epoch
 
     def __len__(self) -> int:
         return len(self.records)
@@ -140,24 +189,41 @@ class JsonLines:
     def __getitem__(self, index: int) -> Example:
         place, line = self.records[index]
         where = f"{self.file}{place}"
+        images, turns = self._parsed(where, line)
+        system = turns.pop(0)[1] if turns and turns[0][0] == "system" else ""
+        self._check_roles(where, turns)
+        asked = [text for _, text in turns[::2]]
+        answers = [text.strip() for _, text in turns[1::2]]
+        marks = "".join([system, *asked]).count("<image>")
+        # None at all is common, and then the pictures come first all the same
+        if marks not in (0, len(images)):
+            raise ValueError(f"{where}: {marks} times <image> for {len(images)} images")
+        # With a mark in the questions for each picture, those in answers are text. Otherwise they
+        # may be meant for pictures that the answer shows
+        if marks != len(images) and any("<image>" in answer for answer in answers):
+            why = "a model here sees pictures and makes none"
+            raise ValueError(f"{where}: <image> in an answer: {why}")
+        before = system.replace("<image>", "").strip()
+        plain = [question.replace("<image>", "").strip() for question in asked]
+        # Before every question: with --turns independent each is a document of its own
+        questions = ["\n".join(filter(None, [before, question])) for question in plain]
+        return Example(where, images, list(zip(questions, answers, strict=True)))
+
+    def _parsed(self, where: str, line: bytes) -> tuple[list[Path], list[tuple[Any, str]]]:
+        """Images and (role, text) of each turn. Raises ValueError for anything malformed."""
         try:
             record = json.loads(line.decode("utf-8-sig"))
             images = [self.folder / name for name in images_of(record)]
             turns = turns_of(record)
+            # Resolved, so that neither ".." nor a symbolic link leads out of the folder
             outside = [
                 path
                 for path in dict.fromkeys(images)
                 if not path.resolve().is_relative_to(self.folder)
             ]
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-            RuntimeError,
-        ) as error:
-            reason = printable(repr(error))  # the last two: nested too deep, and a link to itself
+        # RecursionError: nested too deeply. RuntimeError: a symbolic link to itself
+        except MALFORMED as error:
+            reason = printable(repr(error))
             raise ValueError(
                 f"{where}: not a record in LLaVA's conversation format ({reason})"
             ) from error
@@ -165,28 +231,19 @@ class JsonLines:
             raise ValueError(
                 f"{where}: image {printable(str(outside[0]))} lies outside {self.folder}"
             )
-        system = turns.pop(0)[1] if turns and turns[0][0] == "system" else ""
-        roles = [self.ASKS, self.ANSWERS] * (len(turns) // 2)
-        if (
-            not turns
-            or len(turns) % 2
-            or any(who not in role for (who, _), role in zip(turns, roles, strict=True))
-        ):
-            found = printable(", ".join(str(who) for who, _ in turns))
+        return images, turns
+
+    def _check_roles(self, where: str, turns: list[tuple[Any, str]]) -> None:
+        """Raise ValueError unless questions and answers alternate, beginning with a question."""
+        roles = [role for role, _ in turns]
+        alternate = all(role in self.ASKS for role in roles[::2]) and all(
+            role in self.ANSWERS for role in roles[1::2]
+        )
+        if not roles or len(roles) % 2 or not alternate:
+            found = printable(", ".join(map(str, roles)))
             raise ValueError(
                 f"{where}: conversations must alternate human and gpt, found: {found or 'nothing'}"
             )
-        asked, answers = [text for _, text in turns[::2]], [text.strip() for _, text in turns[1::2]]
-        marks = "".join([system, *asked]).count("<image>")
-        if marks not in (0, len(images)):
-            raise ValueError(f"{where}: {marks} times <image> for {len(images)} images")
-        if marks != len(images) and any("<image>" in answer for answer in answers):
-            why = "a model here sees pictures and makes none"
-            raise ValueError(f"{where}: <image> in an answer: {why}")
-        before = [system.replace("<image>", "").strip()]
-        plain = [question.replace("<image>", "").strip() for question in asked]
-        questions = ["\n".join(filter(None, [*before, question])) for question in plain]
-        return Example(where, images, list(zip(questions, answers, strict=True)))
 
     def pictures(self) -> Pictures:
         return of_files(self._images(index) for index in range(len(self)))
@@ -194,5 +251,5 @@ class JsonLines:
     def _images(self, index: int) -> Sequence[Path]:
         try:
             return self[index].images
-        except ValueError:  # named when it is met
+        except ValueError:  # the stream names it
             return ()

@@ -1,6 +1,7 @@
-"""Data sets behind one small interface: `len(source)`, and `source[i]` -> `Example` with images and turns.
+"""The data set that `--data` names, and the tokenizer that goes with it.
 
-A new source is one class and one line in `load_source`.
+A new data set is one file in this folder, with a class derived from `Source`, and one line in
+`SOURCES`.
 """
 
 from __future__ import annotations
@@ -10,77 +11,97 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nanovlm_fast.config import VLMConfig
-from nanovlm_fast.data.sources import mmstar as mmstar_module
+from nanovlm_fast.data.sources.cauldron import Cauldron
 from nanovlm_fast.data.sources.easy_vqa import EasyVQA
-from nanovlm_fast.data.sources.example import Source, whole
-from nanovlm_fast.data.sources.llava import (
-    JsonLines,
-)
-from nanovlm_fast.data.sources.synthetic import SYNTHETIC, Synthetic
+from nanovlm_fast.data.sources.example import Source
+from nanovlm_fast.data.sources.llava import JsonLines
+from nanovlm_fast.data.sources.mmstar import MMStar
+from nanovlm_fast.data.sources.shards import Prepared
+from nanovlm_fast.data.sources.synthetic import Synthetic
 from nanovlm_fast.data.text import Tokenizer
 from nanovlm_fast.paths import at_home
 
+# NAME of --data NAME or NAME:ARGUMENT. Hub names and folders are not in the table; they are read as
+# the Cauldron's schema, or as prepared shards where a folder holds their manifest
+SOURCES: dict[str, type[Source]] = {
+    "easy_vqa": EasyVQA,
+    "synthetic": Synthetic,
+    "jsonl": JsonLines,
+    "prepared": Prepared,
+    "mmstar": MMStar,
+}
+
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 KNOWN = (
-    "easy_vqa, synthetic, synthetic:IMAGE_SIZE, jsonl:FOLDER, prepared:FOLDER, mmstar, mmstar:FOLDER, and of the "
-    "Cauldron's schema OWNER/NAME on the Hugging Face hub or a FOLDER that exists, both also with :CONFIG,CONFIG"
+    ", ".join(form for kind in SOURCES.values() for form in kind.FORMS)
+    + ", and of the Cauldron's schema OWNER/NAME on the Hugging Face hub or a FOLDER that exists, "
+    "both also with :CONFIG,CONFIG"
 )
 
 
 def load_source(data: str, split: str) -> Source:
     """The `split` ('train' or 'test') of a data set named as in --data.
 
-    Raises ValueError for an unknown name, FileNotFoundError where there is no such split, OSError if the hub cannot be
-    reached.
+    Raises ValueError for an unknown name, FileNotFoundError where there is no such split, OSError
+    if the hub cannot be reached.
     """
-    from nanovlm_fast.data.sources import cauldron as hub  # they import Example from here
-    from nanovlm_fast.data.sources import shards  # they import Example from here
-
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}; there are: train, test")
-    kind, _, rest = data.partition(":")
-    if data == "easy_vqa":
-        return EasyVQA(split)
-    if kind == "synthetic":
-        return Synthetic(split, SYNTHETIC.read("--data synthetic:IMAGE_SIZE", rest or 64))
-    if kind == "jsonl" and rest:
-        return JsonLines(split, at_home(rest))
+    name, colon, argument = data.partition(":")
+    kind = SOURCES.get(name)
+    # The table goes before folders of the same name: easy_vqa means the package everywhere
+    if kind is not None and takes(kind, bool(colon), argument):
+        return kind.open(split, argument)
+    # A manifest goes before the Cauldron's schema: shards are Arrow files, which it would read too
     if (prepared := prepared_folder(data)) is not None:
-        return shards.Prepared(prepared if split == "train" else prepared / split)
-    if kind == "mmstar":
-        return mmstar_module.MMStar(rest or mmstar_module.MMSTAR)
-    if (kind and at_home(kind).is_dir()) or HUB_NAME.fullmatch(kind):
-        return hub.Cauldron(data, split)
+        return Prepared.open(split, str(prepared))
+    if (name and at_home(name).is_dir()) or HUB_NAME.fullmatch(name):
+        return Cauldron(data, split)
     raise ValueError(f"unknown data set {data!r}; there are: {KNOWN}")
 
 
+def takes(kind: type[Source], colon: bool, argument: str) -> bool:
+    """Whether one of the source's forms is NAME, or NAME:ARGUMENT with `colon`."""
+    bare = any(":" not in form for form in kind.FORMS)
+    with_argument = any(":" in form for form in kind.FORMS)
+    if not colon:
+        return bare
+    # "synthetic:" is "synthetic", but "jsonl:" lacks its folder
+    return with_argument and bool(argument or bare)
+
+
 def prepared_folder(data: str) -> Path | None:
-    """The folder of prepared shards that `data` names: prepared:FOLDER, or a FOLDER that holds a manifest."""
-    kind, _, rest = data.partition(":")
-    if kind == "prepared" and rest:
-        return at_home(rest)
+    """The folder if `data` is a FOLDER that holds the manifest of prepared shards."""
     return at_home(data) if data and (at_home(data) / "manifest.json").exists() else None
 
 
 def is_local(data: str) -> bool:
-    """Whether a data set named as in --data is on this machine, whatever a hub's cache may hold."""
-    kind, _, rest = data.partition(":")
-    if kind == "mmstar":
-        return bool(rest)
-    return at_home(kind).is_dir() or not HUB_NAME.fullmatch(kind)
+    """Whether `data`, named as in --data, is on this machine.
 
-
-def make_tokenizer(model: VLMConfig, source: Source, local: bool = False) -> Tokenizer:
-    """Prepared data's own; or what --lm-tokenizer says: one made from the source's text, or a Hugging Face one.
-
-    Raises ValueError if it has more entries than the model, and FileNotFoundError if `local` forbids to ask the hub.
+    A hub's data set is not, even if a cache holds a copy: whether the copy is complete is known
+    only when it is read.
     """
-    from nanovlm_fast.data.sources.shards import Prepared
+    name, _, argument = data.partition(":")
+    kind = SOURCES.get(name)
+    if kind is not None and kind.ON_HUB:
+        return bool(argument)
+    return at_home(name).is_dir() or not HUB_NAME.fullmatch(name)
 
-    prepared = whole(source)
-    if isinstance(prepared, Prepared) and prepared.manifest["lm_tokenizer"] == model.lm_tokenizer:
-        tokenizer = Tokenizer.load(prepared.folder)
+
+def make_tokenizer(model: VLMConfig, source: Source | None, local: bool = False) -> Tokenizer:
+    """The tokenizer of prepared data, or else what --lm-tokenizer says.
+
+    That is one made from the text of `source` ('train'), or one by hub name or folder. `source` may
+    be None if none is to be made. Raises ValueError if it has more entries than the model, and
+    FileNotFoundError for a hub name with `local`, which forbids network access.
+    """
+    stored = None if source is None else source.stored_tokenizer(model.lm_tokenizer)
+    if stored is not None:
+        # Not made anew from the same text: the token ids in the shards are those of this one
+        tokenizer = stored
     elif model.lm_tokenizer == "train":
+        if source is None:
+            raise ValueError("a tokenizer is made from data, and there is none")
         tokenizer = Tokenizer.train(texts(source, model.prompt), model.lm_vocab_size)
     elif local and not Path(model.lm_tokenizer).is_dir():
         raise FileNotFoundError(
@@ -96,7 +117,10 @@ def make_tokenizer(model: VLMConfig, source: Source, local: bool = False) -> Tok
 
 
 def texts(source: Source, prompt: str, limit: int = 50_000) -> Iterator[str]:
-    """Prompts and answers of the first `limit` examples, to train a tokenizer on. Unreadable examples are left out."""
+    """Prompts and answers of the first `limit` examples, to train a tokenizer on.
+
+    Unreadable examples are left out here and reported when the stream meets them.
+    """
     for index in range(min(len(source), limit)):
         try:
             turns = source[index].turns
@@ -104,4 +128,5 @@ def texts(source: Source, prompt: str, limit: int = 50_000) -> Iterator[str]:
             continue
         for question, answer in turns:
             yield prompt.format(question=question)
+            # With a blank before it, as `TextProcessor.document` encodes answers
             yield f" {answer}"

@@ -1,15 +1,28 @@
-"""Prepared shards: samples decoded, resized and tokenised once (prepare.py), and read back with none of that.
+"""Prepared shards: samples that prepare.py decoded, resized and tokenised once.
 
-    DIR/manifest.json            what was processed, and how; counts; size and SHA-256 of every shard
-    DIR/shard-00000.arrow ...    Arrow IPC files of one record batch each, memory-mapped: pixels as uint8, token ids
-    DIR/tokenizer.json ...       the tokenizer of those ids
+    DIR/manifest.json          what was processed, and how; counts; size and SHA-256 of every shard
+    DIR/shard-00000.arrow ...  Arrow IPC files of one record batch each, memory-mapped
+    DIR/tokenizer.json ...     the tokenizer of the token ids in the shards
 
-A row is a sample, not a packed batch. Packing costs next to nothing beside decoding, and left to the reader it keeps
-what frozen batches would take away: another order each epoch, questions and augmentation drawn anew, any token budget,
-any number of workers. Shards serve every run with the same image size, prompt, turns and tokenizer; another is refused.
+Columns of a shard; a row is one sample of d documents with n tokens in all:
 
-Sizes are checked when a folder is opened, and a row's CRC-32 when a process first reads it: reading all files to
-compare their SHA-256 would cost an epoch (`prepare --verify` does it).
+    name        string         the example's name
+    images      large binary   (images, 3, size, size) uint8
+    input_ids   list of int32  (n,)
+    image_rows  list of int32  (n,), -1 for text
+    labels      list of int32  (n,), -100 where there is no loss
+    lengths     list of int32  (d,)
+    turns       string         JSON: [[question, answer], ...]
+    crc32       uint32         of all the other columns
+
+A row is a sample and not a packed batch. Packing is cheap compared with decoding, and doing it in
+the reader keeps what frozen batches would rule out: a new order each epoch, questions and
+augmentation drawn anew, any token budget, any number of workers. Shards serve every run with the
+same image size, pixel rule, prompt, turns and tokenizer; another run is refused.
+
+Sizes are checked when a folder is opened, and the CRC-32 of a row when a process first reads it.
+The SHA-256 are compared only by `prepare --verify`, since reading all files takes as long as an
+epoch.
 """
 
 from __future__ import annotations
@@ -25,20 +38,25 @@ import numpy as np
 
 from nanovlm_fast.data.images import printable
 from nanovlm_fast.data.same import Pictures
-from nanovlm_fast.data.sources.example import Example
-from nanovlm_fast.data.text import TextProcessor
+from nanovlm_fast.data.sources.example import Example, Source
+from nanovlm_fast.data.text import TextProcessor, Tokenizer
 from nanovlm_fast.files import read_json
 from nanovlm_fast.packing.documents import IGNORE, Document, Sample
+from nanovlm_fast.paths import at_home
 
 FORMAT = 1  # of rows and manifest
-PIXELS = "rule 2"  # of images.to_rgb; the first, without a name, showed colours under transparency
+# The version of images.to_rgb. Rule 1, which manifests do not name, showed the colours that a
+# picture has under its transparent parts: shards made by it hold other pixels and are refused
+PIXELS = "rule 2"
 AGAIN = "run the command that prepared it again: it makes only what is missing"
 
 
 class DamagedShard(OSError):
-    """A shard that is not what its manifest says. One line, also when a data loader's worker hands it on."""
+    """A shard that differs from its manifest."""
 
     def __init__(self, message: str):
+        # A data loader makes the error anew in the parent, with the worker's traceback as message.
+        # The last part of that is the original line
         super().__init__(message.rstrip().rsplit(f"{type(self).__name__}: ", 1)[-1])
 
 
@@ -63,9 +81,12 @@ def sha256_of(file: Path) -> str:
 
 
 def replace_file(file: Path, write: Any) -> None:
-    """Let `write(temporary path)` make the file: it is there whole, or not at all."""
+    """Let `write(temporary path)` make the file: complete, or not at all."""
+    # In the same folder, as a rename across file systems is not atomic. With the process id, as
+    # several workers write at once. `prepare.finished` deletes what a killed process left behind
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     write(temporary)
+    # Before the rename: after a power cut the name could otherwise stand for an empty file
     with temporary.open("rb") as handle:
         os.fsync(handle.fileno())
     os.replace(temporary, file)
@@ -73,16 +94,19 @@ def replace_file(file: Path, write: Any) -> None:
 
 def row_of(sample: Sample, turns: list[tuple[str, str]]) -> dict[str, Any]:
     """A sample as the columns of a shard."""
-    joined = {
-        name: np.concatenate(
-            [np.zeros(0, np.int32), *(getattr(d, name) for d in sample.documents)]
-        ).astype(np.int32)
-        for name in ("input_ids", "image_rows", "labels")
-    }
+
+    def joined(column: str) -> np.ndarray:
+        # The empty array first: concatenate refuses an empty list, and a sample may have no document
+        parts = [np.zeros(0, np.int32)]
+        parts += [getattr(document, column) for document in sample.documents]
+        return np.concatenate(parts).astype(np.int32)
+
     row = {
         "name": sample.name,
         "images": sample.images.tobytes(),
-        **joined,
+        "input_ids": joined("input_ids"),
+        "image_rows": joined("image_rows"),
+        "labels": joined("labels"),
         "lengths": np.array([len(document) for document in sample.documents], np.int32),
         "turns": json.dumps(turns),
     }
@@ -90,7 +114,7 @@ def row_of(sample: Sample, turns: list[tuple[str, str]]) -> dict[str, Any]:
 
 
 def checksum(row: dict[str, Any]) -> int:
-    """CRC-32 over all that training reads of a row."""
+    """CRC-32 of all columns that training reads."""
     crc = zlib.crc32((row["name"] + row["turns"]).encode())
     for name in ("images", "input_ids", "image_rows", "labels", "lengths"):
         crc = zlib.crc32(row[name], crc)
@@ -98,35 +122,33 @@ def checksum(row: dict[str, Any]) -> int:
 
 
 def check_row(row: dict[str, Any], image_size: int, image_tokens: int) -> None:
-    """Raise ValueError for a row that no `row_of` writes, whatever its checksum: training would index past its end."""
-    lengths, rows, n_images = (
-        row["lengths"],
-        row["image_rows"],
-        len(row["images"]) // (3 * image_size**2),
-    )
-    whole = {
-        int(lengths.sum(dtype=np.int64)),
-        *(len(row[name]) for name in ("input_ids", "image_rows", "labels")),
-    }
-    if len(whole) > 1 or (lengths < 0).any():
+    """Raise ValueError for a row that `row_of` cannot have written.
+
+    A checksum does not replace this: it is right in a file that was made wrong. On a GPU such a row
+    would index memory out of bounds, long after it was read.
+    """
+    lengths = row["lengths"]
+    rows = row["image_rows"]
+    n_images = len(row["images"]) // (3 * image_size**2)
+    tokens = {len(row[name]) for name in ("input_ids", "image_rows", "labels")}
+    # Summed in 64 bits: int32 lengths could wrap around to the right sum
+    if tokens != {int(lengths.sum(dtype=np.int64))} or (lengths < 0).any():
         raise ValueError("its lengths do not add up")
     if len(rows) and not (rows.min() >= -1 and rows.max() < n_images * image_tokens):
-        raise ValueError("it points at images that it has not")
+        raise ValueError("it refers to images that it does not have")
     if (row["input_ids"] < 0).any() or ((row["labels"] < 0) & (row["labels"] != IGNORE)).any():
         raise ValueError("a token is negative")
 
 
 def documents_of(row: dict[str, Any], turns: list[tuple[str, str]]) -> list[Document]:
-    """A row's documents: one a turn, or one with all turns."""
+    """The documents of a row: one per turn, or one with all turns."""
     ends = np.cumsum(row["lengths"]).tolist()
     questions = [question for question, _ in turns]
     if len(ends) != len(turns):
-        questions = ["\n".join(questions)]
-    ids, labels, rows = (
-        row["input_ids"].astype(np.int64),
-        row["labels"].astype(np.int64),
-        row["image_rows"],
-    )
+        questions = ["\n".join(questions)]  # --turns chat, as TextProcessor.document joins them
+    ids = row["input_ids"].astype(np.int64)
+    labels = row["labels"].astype(np.int64)
+    rows = row["image_rows"]
     cuts = zip([0, *ends[:-1]], ends, questions, strict=True)
     return [Document(ids[a:b], rows[a:b], labels[a:b], question) for a, b, question in cuts]
 
@@ -142,8 +164,6 @@ def columns_of_a_shard() -> Any:
             ("images", pa.large_binary()),
             ("input_ids", numbers),
             ("image_rows", numbers),
-        ]
-        + [
             ("labels", numbers),
             ("lengths", numbers),
             ("turns", pa.string()),
@@ -153,7 +173,7 @@ def columns_of_a_shard() -> Any:
 
 
 def write_shard(file: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write rows of `row_of`; returns the shard's entry in the manifest."""
+    """Write the rows that `row_of` made; returns the entry of the shard in the manifest."""
     import pyarrow as pa
 
     schema = columns_of_a_shard()
@@ -170,7 +190,11 @@ def write_shard(file: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises FileNotFoundError if the folder holds no finished shards, ValueError if its manifest is damaged."""
+    """Read and check the manifest of a folder.
+
+    Raises FileNotFoundError if the folder holds no finished shards, ValueError if its manifest is
+    damaged.
+    """
     file = folder / "manifest.json"
     if not file.exists():
         raise FileNotFoundError(
@@ -184,11 +208,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             )
         for entry in manifest["shards"]:
             check_entry(folder, entry)
+        # Not "pixels": a manifest without it is whole, and `Prepared.check` says what it lacks
         how = manifest["processing"]
         kinds = dict(vit_img_size=int, image_tokens=int, prompt=str, turns=str, tokenizer=str)
-        if wrong := [
+        # `type`, as isinstance would take true for an int
+        wrong = [
             name for name, kind in kinds.items() if type(how[name]) is not kind or how[name] == 0
-        ]:
+        ]
+        if wrong:
             raise ValueError(f"processing: {', '.join(wrong)}")
         if not isinstance(manifest["lm_tokenizer"], str):
             raise ValueError("lm_tokenizer")
@@ -200,58 +227,75 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_entry(folder: Path, entry: dict[str, Any]) -> None:
-    """Raise an error if a shard's entry in the manifest is no such entry, or its file lies outside the folder."""
-    name, counts = entry["file"], [entry["samples"], entry["bytes"]]
+    """Check the entry of a shard in the manifest.
+
+    Raises ValueError, KeyError or TypeError if it is malformed, ValueError if its file lies outside
+    the folder: a manifest may come from elsewhere, and its files are opened.
+    """
+    name = entry["file"]
     if Path(name).name != name or not (folder / name).resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"the file {name!r} lies outside the folder")
-    if not all(type(count) is int and 0 <= count < 2**62 for count in counts) or not isinstance(
-        entry["sha256"], str
-    ):
+    # Bounded: a JSON number may be too large for the int64 arrays that hold them
+    counts = [entry["samples"], entry["bytes"]]
+    plausible = all(type(count) is int and 0 <= count < 2**62 for count in counts)
+    if not plausible or not isinstance(entry["sha256"], str):
         raise ValueError(f"the entry of {name}")
 
 
 def misfit(folder: Path, entry: dict[str, Any]) -> str | None:
-    """What is wrong with a shard, as far as its size tells."""
+    """What is wrong with a shard, judged by its size alone; None for nothing."""
     file = folder / entry["file"]
     if not file.exists():
         return f"{file} is missing"
     size = file.stat().st_size
-    return (
-        None
-        if size == entry["bytes"]
-        else f"{file} is damaged: {size} bytes instead of {entry['bytes']}"
-    )
+    if size != entry["bytes"]:
+        return f"{file} is damaged: {size} bytes instead of {entry['bytes']}"
+    return None
 
 
-class Prepared:
-    """The samples that were prepared into a folder, with their tokens (`Example.documents`) and pixels.
+class Prepared(Source):
+    """The samples that were prepared into a folder, with their tokens (`Example.documents`).
 
-    Raises what `read_manifest` does, and DamagedShard for a file that is missing or has not its size.
+    Raises what `read_manifest` does, and DamagedShard for a file that is missing or of the wrong
+    size.
     """
 
+    FORMS = ("prepared:FOLDER",)
+
     def __init__(self, folder: Path):
-        self.folder, self.manifest = folder, read_manifest(folder)
+        self.folder = folder
+        self.manifest = read_manifest(folder)
         self.entries = self.manifest["shards"]
         if wrong := next(filter(None, (misfit(folder, entry) for entry in self.entries)), None):
             raise DamagedShard(f"{wrong}; {AGAIN}")
         self.size = self.manifest["processing"]["vit_img_size"]
         self.ends = np.cumsum([entry["samples"] for entry in self.entries])
         self.shards: dict[int, dict[str, Any]] = {}  # opened by this process
-        self.checked = np.zeros(len(self), bool)  # by this process
+        self.checked = np.zeros(len(self), bool)  # rows whose checksum this process has compared
+
+    @classmethod
+    def open(cls, split: str, argument: str) -> Prepared:
+        folder = at_home(argument)
+        return cls(folder if split == "train" else folder / split)
 
     @property
     def fingerprint(self) -> str:
-        """Changes with what the shards hold, as far as their checksums tell."""
+        """Made of the checksums in the manifest: reading the shards would take an epoch."""
         each = " ".join(entry["sha256"] for entry in self.entries)
         return hashlib.sha256(each.encode()).hexdigest()
 
     def pictures(self) -> Pictures:
-        """Pixels that are the same. All have one size, so a few bytes of each stand for it."""
-        examples, few = [], [np.zeros((0, 8), np.uint8)]
+        """Compare pixels: the pictures' files are not there any more.
+
+        All pictures have the same number of bytes, so seven bytes of each, spread over the picture,
+        take the place of a size. The eighth is 0, which keeps the int64 positive (little-endian):
+        `Pictures` takes a negative size for an unreadable file.
+        """
+        examples: list[int] = []
+        few = [np.zeros((0, 8), np.uint8)]
         for index in range(len(self)):
             shard, row = self.place(index)
-            columns = self.shards.get(shard) or self.open(shard)
-            pixels = columns["images"](row).reshape(-1, 3 * self.size**2)
+            pixels = self.columns(shard)["images"](row).reshape(-1, 3 * self.size**2)
             examples += [index] * len(pixels)
             some = pixels[:, self.size // 2 :: max(pixels.shape[1] // 7, 1)][:, :7]
             few.append(np.pad(some, ((0, 0), (0, 8 - some.shape[1]))))
@@ -268,28 +312,35 @@ class Prepared:
         return int(self.ends[-1]) if self.entries else 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "shards": {}}  # a memory map is opened by each process
+        # A memory map cannot be pickled: each process opens its own
+        return {**self.__dict__, "shards": {}}
 
     def check(self, image_size: int, text: TextProcessor) -> None:
         """Raise ValueError naming the first option that these samples were not processed with."""
         for name, wanted in processing(image_size, text).items():
-            if (had := self.manifest["processing"].get(name)) != wanted:
-                what = (
-                    "another tokenizer"
-                    if name == "tokenizer"
-                    else f"{name} {had!r} and not {wanted!r}"
-                )
-                raise ValueError(
-                    f"{self.folder} was prepared with {what}: prepare the data again, or train with that"
-                )
+            had = self.manifest["processing"].get(name)
+            if had == wanted:
+                continue
+            what = f"{name} {had!r} and not {wanted!r}"
+            if name == "tokenizer":  # its fingerprint tells a user nothing
+                what = "another tokenizer"
+            remedy = "prepare the data again, or train with that"
+            raise ValueError(f"{self.folder} was prepared with {what}: {remedy}")
+
+    def stored_tokenizer(self, lm_tokenizer: str) -> Tokenizer | None:
+        # Another name: the caller loads that one, and `check` compares the two
+        if self.manifest["lm_tokenizer"] != lm_tokenizer:
+            return None
+        return Tokenizer.load(self.folder)
 
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(index)
         shard, row = self.place(index)
-        columns = self.shards.get(shard) or self.open(shard)
+        columns = self.columns(shard)
         try:
             values = {name: column(row) for name, column in columns.items()}
+            # Once per process: the map of a file that is not written to does not change
             if not self.checked[index]:
                 if checksum(values) != values["crc32"]:
                     raise ValueError("its checksum differs")
@@ -304,25 +355,25 @@ class Prepared:
             raise DamagedShard(f"{wrong}. Delete the file and {AGAIN}") from error
 
     def place(self, index: int) -> tuple[int, int]:
-        """(shard, row in it) of an example."""
+        """(shard, row within the shard) of an example."""
         shard = int(np.searchsorted(self.ends, index, side="right"))
         return shard, int(index - (self.ends[shard - 1] if shard else 0))
 
-    def open(self, shard: int) -> dict[str, Any]:
+    def columns(self, shard: int) -> dict[str, Any]:
         """The columns of a shard as functions of the row, which return views of the file."""
         import pyarrow as pa
 
+        if shard in self.shards:
+            return self.shards[shard]
         file = self.folder / self.entries[shard]["file"]
         try:
-            with pa.memory_map(
-                str(file)
-            ) as mapped:  # its buffers keep the map when the file is closed
+            # The buffers of the batch keep the map alive after the file is closed
+            with pa.memory_map(str(file)) as mapped:
                 batch = pa.ipc.open_file(mapped).get_batch(0)
+            # Arrow trusts the offsets in a file. A damaged one would read outside the map
             batch.validate(full=True)
-            if (
-                not batch.schema.equals(columns_of_a_shard())
-                or len(batch) != self.entries[shard]["samples"]
-            ):
+            known = batch.schema.equals(columns_of_a_shard())
+            if not known or len(batch) != self.entries[shard]["samples"]:
                 raise ValueError("its columns or rows are not those that were written")
             if any(column.null_count for column in batch.columns):
                 raise ValueError("a value is missing")
@@ -336,14 +387,20 @@ class Prepared:
 
 
 def reader(column: Any) -> Any:
-    """A function from row to value for an Arrow array: numbers and bytes as NumPy views, the rest as Python has it."""
+    """A function from row to value for an Arrow array.
+
+    Numbers and bytes become NumPy views: `column[row].as_py()` would copy every picture. All else
+    becomes a Python object.
+    """
     import pyarrow as pa
 
     if pa.types.is_large_binary(column.type):
         _, offsets, data = column.buffers()
-        starts, values = np.frombuffer(offsets, np.int64), np.frombuffer(data, np.uint8)
+        starts = np.frombuffer(offsets, np.int64)
+        values = np.frombuffer(data, np.uint8)
     elif pa.types.is_list(column.type):
-        starts, values = column.offsets.to_numpy(), column.values.to_numpy()
+        starts = column.offsets.to_numpy()
+        values = column.values.to_numpy()
     else:
         return lambda row: column[row].as_py()
     return lambda row: values[starts[row] : starts[row + 1]]

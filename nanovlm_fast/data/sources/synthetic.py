@@ -1,14 +1,15 @@
-"""Coloured squares made on the fly."""
+"""Coloured squares made on the fly, for tests and benches: no files, no packages, no network."""
 
 from __future__ import annotations
 
 import numpy as np
 from PIL import Image
 
-from nanovlm_fast.data.sources.example import Example
+from nanovlm_fast.data.sources.example import Example, Source
 from nanovlm_fast.ranges import Range
 
-SYNTHETIC = Range(int, least=8, most=2**12)  # sides of an image; a square's is an eighth or more
+# Sides of an image, in pixels. Below 8 the smallest square, an eighth of the side, would be empty
+SYNTHETIC = Range(int, least=8, most=2**12)
 COLOURS = {
     "red": (220, 30, 30),
     "green": (30, 200, 30),
@@ -17,12 +18,23 @@ COLOURS = {
 }
 
 
-class Synthetic:
-    """Coloured squares made on the fly: no files, no packages; for tests and benches."""
+class Synthetic(Source):
+    """One coloured square per image, with one to three questions about it."""
+
+    FORMS = ("synthetic", "synthetic:IMAGE_SIZE")
 
     def __init__(self, split: str, size: int = 64):
-        self.split, self.size, self.count = split, size, {"train": 256, "test": 64}[split]
-        self.fingerprint = f"synthetic/{split}/{size}"
+        self.split = split
+        self.size = size
+        self.count = {"train": 256, "test": 64}[split]
+
+    @classmethod
+    def open(cls, split: str, argument: str) -> Synthetic:
+        return cls(split, SYNTHETIC.read("--data synthetic:IMAGE_SIZE", argument or 64))
+
+    @property
+    def fingerprint(self) -> str:
+        return f"synthetic/{self.split}/{self.size}"
 
     def __len__(self) -> int:
         return self.count
@@ -30,6 +42,8 @@ class Synthetic:
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < self.count:
             raise IndexError(index)
+        # The generator depends on the index alone, so every worker and every epoch makes the same
+        # image. The order of the draws below is part of the data: committed results rest on it
         rng = np.random.default_rng([self.split == "test", index])
         colour = str(rng.choice(list(COLOURS)))
         pixels = np.full((self.size, self.size, 3), rng.integers(90, 160), np.uint8)
@@ -37,12 +51,13 @@ class Synthetic:
         side = rng.integers(self.size // 8, self.size // 2)
         pixels[y : y + side, x : x + side] = COLOURS[colour]
         other = str(rng.choice(list(COLOURS)))
+        in_upper_half = y + side // 2 < self.size // 2
         turns = [
             ("what color is the square?", colour),
             (f"is the square {other}?", "yes" if other == colour else "no"),
             (
                 "is the square in the upper half of the picture?",
-                "yes" if y + side // 2 < self.size // 2 else "no",
+                "yes" if in_upper_half else "no",
             ),
         ]
         return Example(
