@@ -586,7 +586,7 @@ def test_the_hubs_cache_serves_a_name_offline(tmp_path, backbones):
     refs.mkdir()
     (refs / "main").write_text("a" * 40)
     program = (
-        "import torch; from nanovlm_fast.config import *; from nanovlm_fast.backbones import *\n"
+        "import torch; from nanovlm_fast.cli import *; from nanovlm_fast.weights.backbones import *\n"
         "config, train = parse_config(['--vision', 'some/tower', '--mp-pixel-shuffle-factor', '2'])\n"
         "model = VisionLanguageModel(config); load_pretrained_weights(model, train)\n"
         "print(config.vit_hidden_dim, model.vision_encoder.layer_norm.bias.std().item() > 0.1)"
