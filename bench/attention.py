@@ -36,7 +36,7 @@ from bench.subjects.workload import draw_lengths
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.device import pick_device
-from nanovlm_fast.model.attention import LOAD, choose_attention, padded_slots
+from nanovlm_fast.model.attention import BACKENDS, choose_attention, padded_slots
 from nanovlm_fast.presets import preset
 from nanovlm_fast.ranges import Range
 
@@ -207,7 +207,7 @@ def backend_of(name: str, inputs: Inputs) -> Provider:
 
 PROVIDERS: dict[str, Callable[[Inputs], Provider]] = {
     "reference": reference_of,
-    **{name: functools.partial(backend_of, name) for name in LOAD},
+    **{name: functools.partial(backend_of, name) for name in BACKENDS},
     "flex": flex_of,
 }
 

@@ -1,6 +1,8 @@
-"""Accuracy by generation: what the model says against what it should say, exactly or as the data set judges it.
+"""Accuracy by generation: the model's replies, compared with the right answers.
 
-python -m nanovlm_fast.evaluate --checkpoint RUN --data easy_vqa|mmstar [--blank-images] [--json]
+    python -m nanovlm_fast.evaluate --checkpoint RUN --data easy_vqa [--blank-images] [--json]
+
+A reply is right if it equals the answer, or by the data set's own rule, as for MMStar.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,48 +29,55 @@ from nanovlm_fast.packing.documents import Document
 from nanovlm_fast.ranges import SEED
 from nanovlm_fast.weights.folder import load_pretrained
 
-BLANK = 127  # every pixel of a blanked image
+BLANK = 127  # every pixel of a blanked image: mid-grey
 
 
 @dataclass
 class Evaluation:
-    """Counts of a split. What could not be asked is no part of the score, but named and counted."""
+    """The counts of one evaluation.
+
+    Questions that could not be asked are not part of the score. They are counted and named.
+    """
 
     correct: int = 0
     total: int = 0
     unreadable: list[str] = field(default_factory=list)  # why examples were left out
     too_long: list[str] = field(default_factory=list)  # questions without room for their answer
-    by_kind: dict[str, list[int]] = field(
-        default_factory=lambda: defaultdict(lambda: [0, 0])
-    )  # [correct, total]
+    # kind of question -> [correct, total]
+    by_kind: dict[str, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))
 
     @property
     def accuracy(self) -> float | None:
-        """None where nothing could be asked: that is no score of 0%."""
+        """The share of right replies, or None if nothing could be asked: that is not 0%."""
         return self.correct / self.total if self.total else None
 
     @property
     def skipped(self) -> list[str]:
+        """Why each example or question was left out."""
         return self.unreadable + self.too_long
 
     @property
     def left_out(self) -> str:
-        """How many and why, and the first of them; '' without any."""
+        """How many were left out and why, and the first of them; empty if none was."""
         counts = (("unreadable", self.unreadable), ("too long for the model", self.too_long))
         said = " and ".join(f"{len(reasons)} {why}" for why, reasons in counts if reasons)
         return f"{said}, the first: {self.skipped[0]}" if said else ""
 
     def say(self, questions: str) -> str:
-        """'97.0% of 100 questions', where `questions` names them, and what was left out."""
+        """Return the score in words, as in "97.0% of 100 questions", and what was left out.
+
+        `questions` says which questions they are.
+        """
         said = f"none of the {questions} could be asked"
         if self.total:
             said = f"{self.accuracy:.1%} of {self.total} {questions}"
         return f"{said}; left out: {self.left_out}" if self.skipped else said
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
+        """Return the object that --json prints and result.json holds."""
         kinds = {
-            kind: {"accuracy": c / n, "questions": n}
-            for kind, (c, n) in sorted(self.by_kind.items())
+            kind: {"accuracy": correct / total, "questions": total}
+            for kind, (correct, total) in sorted(self.by_kind.items())
         }
         return {
             "accuracy": self.accuracy,
@@ -79,12 +89,12 @@ class Evaluation:
 
 
 class TooLong(ValueError):
-    """A question whose answer the model has no positions for; the message names it."""
+    """A prompt and its answer exceed the model's positions. The message names the example."""
 
 
 @dataclass
 class Question:
-    """What `generate` is asked, and what it should say."""
+    """A prompt and the right answer to it."""
 
     prompt: Document
     limit: int  # tokens of the reply
@@ -106,11 +116,11 @@ def make_prompt(
     mode: str,
     reply_tokens: int = 0,
 ) -> tuple[Document, int]:
-    """The prompt of one question as `mode` asks it, and how many tokens its reply may take.
+    """Return the prompt of one question, and the most tokens that its reply may take.
 
-    Those are `reply_tokens`, or, if 0, what the right answer, a blank and the end of sequence
-    take: a longer reply is wrong in any case. Raises TooLong where the model has no positions for
-    both.
+    That limit is `reply_tokens`. If it is 0, it is what the right answer takes, plus a blank and
+    the end of sequence: a longer reply is wrong in any case. Raises TooLong if the model does not
+    have positions for both.
     """
     question, answer = example.turns[turn]
     before = example.turns[:turn] if mode == "chat" else []
@@ -133,15 +143,20 @@ def evaluate(
     seed: int = 0,
     alive: Callable[[], object] = lambda: None,
 ) -> Evaluation:
-    """Ask the source's questions and count the right replies: those that match the stripped answer, or as it judges.
+    """Ask the questions of `source` and count the right replies.
 
-    `style` 'greedy' takes the likeliest tokens up to the end of sequence; 'v0.1' is how nanoVLM v0.1 was scored, for
-    comparison: sampled at temperature 1 (from `seed`) and not cut at the end of sequence.
-    `mode` is the --turns that the model was trained with: 'independent' asks every question on its own, 'chat' after
-    the turns before it with their right answers, 'first' only the first. With `blank_images` every pixel is one grey:
-    what is left is what the questions give away. Unreadable examples and over-long prompts are left
-    out of the score, counted and named. A reply depends on its question alone, not on its batch.
-    `alive` is called before every batch.
+    A reply depends only on its question, not on its batch. Unreadable examples and prompts that are
+    too long are left out of the score, counted and named.
+
+    Args:
+        mode: the --turns that the model was trained with. "independent" asks each question on its
+            own, "chat" after the turns before it with their right answers, "first" only the first.
+        blank_images: make every pixel the same grey. What remains is what the questions give away.
+        style: "greedy" takes the likeliest tokens up to the end of sequence. "v0.1" is how nanoVLM
+            v0.1 was scored, for comparison: sampled at temperature 1 and not cut at the end of
+            sequence.
+        seed: random seed of style "v0.1".
+        alive: called before every batch; the watchdog of a run resets its timer there.
     """
     from tqdm import tqdm
 
@@ -149,7 +164,7 @@ def evaluate(
     prompt = scoring_of(source, model).prompt
     text = TextProcessor(tokenizer, prompt, model.config.image_tokens)
     sampled_from = seed if style == "v0.1" else None
-    was_training = model.training
+    was_training = model.training  # restored below, also after an error: a run trains on
     model.eval()
     starts = range(0, len(source), examples_per_batch)
     try:
@@ -170,9 +185,9 @@ def read_questions(
     mode: str,
     result: Evaluation,
 ) -> tuple[list[np.ndarray], list[Question]]:
-    """The examples' images, and their questions, which index all of them.
+    """Return the examples' images, and their questions, whose `image_rows` index all images.
 
-    What is left out is noted in `result`.
+    Examples and questions that cannot be asked are added to `result`.
     """
     images: list[np.ndarray] = []
     questions: list[Question] = []
@@ -190,9 +205,10 @@ def read_questions(
             except TooLong as error:
                 result.too_long.append(str(error))
                 continue
-            except ValueError as error:  # the tokenizer's
+            except ValueError as error:  # text that the tokenizer cannot encode
                 result.unreadable.append(f"{example.name}: {error}")
                 continue
+            # A document counts the image tokens of its own example; the batch has those of all.
             prompt.image_rows[prompt.image_rows >= 0] += len(images) * text.image_tokens
             kind = example.kind or ("yes/no" if answer.lower() in ("yes", "no") else "open")
             questions.append(Question(prompt, limit, answer.strip(), kind, (index, turn)))
@@ -210,22 +226,23 @@ def evaluate_batch(
     seed: int | None,
     result: Evaluation,
 ) -> None:
-    """Add the examples at `indices` to `result`: images encoded once, all questions in one batch.
+    """Add the score of the examples at `indices` to `result`.
 
-    With a `seed` replies are sampled, each from random numbers of its own, and not cut at the end
-    of sequence.
+    Images are encoded once, and all questions are one batch. With a `seed` replies are sampled,
+    each with random numbers of its own, and not cut at the end of sequence.
     """
-    size, tokenizer = model.config.vit_img_size, text.tokenizer
+    size = model.config.vit_img_size
+    tokenizer = text.tokenizer
     device = next(model.parameters()).device
     images, questions = read_questions(model, text, source, indices, mode, result)
-    pixels = torch.from_numpy(
-        np.stack(images) if images else np.zeros((0, 3, size, size), np.uint8)
-    )
+    stacked = np.stack(images) if images else np.zeros((0, 3, size, size), np.uint8)
+    pixels = torch.from_numpy(stacked)
     if blank_images:
         pixels = torch.full_like(pixels, BLANK)
-    eos_id, sampling = tokenizer.eos_id, {}
+    eos_id = tokenizer.eos_id
+    sampling: dict[str, Any] = {}
     if seed is not None:
-        eos_id = -1
+        eos_id = -1  # no token has this id, so no reply ends early
         own = [generator_of(device, seed, *question.number) for question in questions]
         sampling = {"temperature": 1.0, "generator": own}
     prompts = [question.prompt for question in questions]
@@ -233,11 +250,11 @@ def evaluate_batch(
     replies = generate(model, pixels.to(device), prompts, eos_id, limits, **sampling)
     right = scoring_of(source, model).right
     for question, reply in zip(questions, replies, strict=True):
-        said = (
-            tokenizer.base.decode(reply, skip_special_tokens=True)
-            if sampling
-            else tokenizer.decode(reply)
-        )
+        if sampling:
+            # v0.1 drops special tokens here and keeps what follows the end of sequence.
+            said = tokenizer.base.decode(reply, skip_special_tokens=True)
+        else:
+            said = tokenizer.decode(reply)
         correct = bool(right(said.strip(), question.answer))
         result.by_kind[question.kind][0] += correct
         result.by_kind[question.kind][1] += 1
@@ -252,14 +269,17 @@ def answer_samples(
     count: int = 18,
     mode: str = "independent",
 ) -> list[tuple[np.ndarray, str, str, str]]:
-    """(image (3, H, W) uint8, question, right answer, the model's), spread over the source.
+    """Return `count` samples spread over the source, to be drawn in samples.png.
 
-    Without those that `evaluate` leaves out and names, and those that show no image.
+    Each is (image (3, H, W) uint8, question, right answer, the model's answer). Examples that
+    `evaluate` leaves out, and those without an image, are skipped.
     """
-    config, device = model.config, next(model.parameters()).device
+    config = model.config
+    device = next(model.parameters()).device
     text = TextProcessor(tokenizer, scoring_of(source, model).prompt, config.image_tokens)
     samples = []
-    for i, index in enumerate(np.unique(np.linspace(0, len(source) - 1, count).astype(int))):
+    indices = np.unique(np.linspace(0, len(source) - 1, count).astype(int))
+    for i, index in enumerate(indices):
         try:
             example = source[int(index)].first() if mode == "first" else source[int(index)]
             images = [load_image(image, config.vit_img_size) for image in example.images]
@@ -271,53 +291,69 @@ def answer_samples(
             continue
         room = config.lm_max_position_embeddings - len(prompt)
         pixels = torch.from_numpy(np.stack(images)).to(device)
-        limit = min(max(limit, 20), room)  # a wrong answer is worth reading too
+        # More than the right answer takes: a wrong answer should be readable too.
+        limit = min(max(limit, 20), room)
         (reply,) = generate(model, pixels, [prompt], tokenizer.eos_id, limit)
         samples.append((images[0], *example.turns[turn], tokenizer.decode(reply).strip()))
     return samples
 
 
 def make_parser() -> Parser:
+    """Return the parser of `python -m nanovlm_fast.evaluate`."""
     parser = Parser(
         prog="python -m nanovlm_fast.evaluate", description="Score a model on a data set."
     )
     parser.add_argument(
         "--checkpoint",
-        help="run (its newest checkpoint), RUN/best, or model folder; default: the latest run",
+        help="run (its newest checkpoint), RUN/best, folder, or hub name; default: the latest run",
     )
     parser.add_argument("--data", default="easy_vqa", help="data set, named as for train.py")
-    parser.add_argument("--split", default="test")
+    parser.add_argument("--split", default="test", help="train or test")
     parser.add_argument(
         "--turns",
         default="independent",
         choices=("independent", "chat", "first"),
-        help="as trained",
+        help="how the model was trained",
     )
     parser.add_argument(
-        "--blank-images", action="store_true", help="hide the images: the question-only level"
+        "--blank-images",
+        action="store_true",
+        help="replace images by grey: the score of the questions alone",
     )
     parser.add_argument(
         "--style",
         default="greedy",
         choices=("greedy", "v0.1"),
-        help="v0.1: as nanoVLM published it",
+        help="v0.1: sampled and not cut at the end of sequence, as nanoVLM v0.1 was scored",
     )
-    parser.add_argument("--seed", type=SEED, default=0, help="of style v0.1")
+    parser.add_argument("--seed", type=SEED, default=0, help="random seed of --style v0.1")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--lm-tokenizer", default="", help="hub name or folder; default: its own")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--lm-tokenizer", default="", help="hub name or folder; default: the checkpoint's own"
+    )
     return parser
 
 
 @reports_errors()
 def main(argv: list[str] | None = None) -> int:
+    """Print the score, as text or with --json as one object."""
     args = make_parser().parse_args(argv)
     device = pick_device(args.device)
     model, tokenizer = load_pretrained(args.checkpoint, device, args.lm_tokenizer)
     source = load_source(args.data, args.split)
     with autocast_to(pick_dtype("auto", device), device)():
-        options = dict(progress=not args.json, style=args.style, seed=args.seed)
-        result = evaluate(model, tokenizer, source, args.turns, args.blank_images, **options)
+        result = evaluate(
+            model,
+            tokenizer,
+            source,
+            args.turns,
+            args.blank_images,
+            progress=not args.json,
+            style=args.style,
+            seed=args.seed,
+        )
+    # An error and not a score: a program that reads the output would take 0% for a result.
     if not result.total:
         raise ValueError(result.say(f"questions of {args.data} {args.split}"))
     if args.json:

@@ -1,12 +1,9 @@
-"""Checkpoints for others: a folder that transformers loads without remote code, or one that nanoVLM v0.1 loads.
+"""Exporting checkpoints: to a folder that transformers loads, or one that nanoVLM v0.1 loads.
 
     python -m nanovlm_fast.export --checkpoint RUN --to transformers --out FOLDER
 
-transformers' SmolVLM architecture (Marafioti et al., 2025) is the same function: SigLIP tower, pixel shuffle, linear
-projector, Llama decoder. Its own processor puts tokens around an image that this model never saw; the one exported
-here repeats `<image>` and nothing else. Two things are transformers' own: an image of zeros is taken for padding (where
-`image_mean` is 0, a plain black picture beside others in one batch is not seen), and with torchvision installed it is
-torchvision that resizes, one level of 255 off in about a thousandth of the pixels.
+What the two have in common is here; `weights/to_transformers.py` and `weights/to_nanovlm.py` write
+the files.
 """
 
 from __future__ import annotations
@@ -26,11 +23,8 @@ from nanovlm_fast.weights.card import model_card
 from nanovlm_fast.weights.folder import load_pretrained, resolve
 from nanovlm_fast.weights.hub import push_to_hub
 from nanovlm_fast.weights.to_nanovlm import to_nanovlm
-from nanovlm_fast.weights.to_transformers import (
-    to_transformers,
-)
+from nanovlm_fast.weights.to_transformers import to_transformers
 
-# ---- the command
 TARGETS = ("transformers", "nanovlm")
 
 
@@ -41,13 +35,21 @@ def export(
     name: str = "",
     lm_tokenizer: str = "",
 ) -> Path:
-    """Write the checkpoint in the layout of `target` with a model card; returns `out`, which appears whole or not.
+    """Write a checkpoint in the layout of `target`, with a model card, and return `out`.
 
-    `name` is what it will be loaded by (default: `out`): nanoVLM loads a tokenizer of the model's own by it.
-    `lm_tokenizer` is taken instead of the checkpoint's tokenizer.
-    Raises ValueError if `out` holds files or the target cannot express the model, and what `load_pretrained` raises.
+    The folder appears as a whole or not at all.
+
+    Args:
+        name: what the folder will be loaded by (default: its path). nanoVLM loads a tokenizer of
+            the model's own by it.
+        lm_tokenizer: a tokenizer to use instead of the checkpoint's.
+
+    Raises:
+        ValueError: if `out` holds files, or if `target` cannot express the model.
+        OSError: if the folder cannot be written; and whatever `load_pretrained` raises.
     """
     place = out.resolve()
+    # Replacing it would leave the shell in a deleted folder.
     if place == Path.cwd():
         raise ValueError(f"--out '{out}' is the folder that you are in: name a new one")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -56,8 +58,10 @@ def export(
     model, tokenizer = load_pretrained(folder, lm_tokenizer=lm_tokenizer)
     model.eval()
     loaded_by = name or str(place)
+    # The model's tokenizer is written into the folder, so the old path of it means nothing there.
     if not is_hub_name(model.config.lm_tokenizer):
         model.config = dataclasses.replace(model.config, lm_tokenizer=loaded_by)
+    # Beside `out` and not in /tmp: a rename must stay within one file system.
     temporary = place.with_name(f".{place.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -69,7 +73,7 @@ def export(
         card = model_card(folder, target, model, name or place.name)
         (temporary / "README.md").write_text(card)
         os.replace(temporary, place)
-    except SafetensorError as error:  # a full disk among others
+    except SafetensorError as error:  # what safetensors makes of a full disk
         raise OSError(f"{out} could not be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -77,36 +81,44 @@ def export(
 
 
 def names_a_place(folder: Path) -> bool:
-    """Whether a folder in nanoVLM's layout names a place on this machine for its tokenizer."""
+    """Return whether a folder in nanoVLM's layout names its tokenizer by a path."""
     return Path(read_json(folder / "config.json")["lm_tokenizer"]).is_absolute()
 
 
 def make_parser() -> Parser:
-    parser = Parser(prog="python -m nanovlm_fast.export", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--checkpoint", help="run, RUN/best, model folder or hub name; default: the latest run"
-    )
-    parser.add_argument("--to", required=True, choices=TARGETS)
-    parser.add_argument("--out", required=True, type=Path, help="folder to write")
-    parser.add_argument(
-        "--push", default="", metavar="OWNER/NAME", help="upload it to the Hugging Face hub too"
+    """Return the parser of `python -m nanovlm_fast.export`."""
+    parser = Parser(
+        prog="python -m nanovlm_fast.export",
+        description="Write a checkpoint for transformers or for nanoVLM v0.1.",
     )
     parser.add_argument(
-        "--private", action="store_true", help="the repository that --push makes is private"
+        "--checkpoint",
+        help="run (its newest checkpoint), RUN/best, folder, or hub name; default: the latest run",
     )
-    parser.add_argument("--lm-tokenizer", default="", help="hub name or folder; default: its own")
+    parser.add_argument("--to", required=True, choices=TARGETS, help="what is to load it")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write, new or empty")
+    parser.add_argument(
+        "--push", default="", metavar="OWNER/NAME", help="also upload it to the Hugging Face hub"
+    )
+    parser.add_argument(
+        "--private", action="store_true", help="make the repository of --push private"
+    )
+    parser.add_argument(
+        "--lm-tokenizer", default="", help="hub name or folder; default: the checkpoint's own"
+    )
     return parser
 
 
 @reports_errors()
 def main(argv: list[str] | None = None) -> int:
+    """Write the folder, upload it with --push, and say where it is."""
     args = make_parser().parse_args(argv)
     out = export(args.checkpoint, args.to, args.out, args.push, args.lm_tokenizer)
     print(f"written: {out}")
     if args.to == "nanovlm" and names_a_place(out):
         print(
-            "nanoVLM looks for the tokenizer here, by lm_tokenizer in config.json: once it has "
-            "moved, write the new place there; --push writes the hub's name"
+            "nanoVLM loads the tokenizer from this path, which is lm_tokenizer in config.json: "
+            "if you move the folder, change it there; --push writes the hub's name"
         )
     if args.push:
         print(f"uploaded: {push_to_hub(args.out, args.push, args.private)}")

@@ -1,6 +1,8 @@
-"""Generation: prompts of mixed length in one packed prefill, then one token a step from a KV cache.
+"""Generation: one packed prefill of prompts of any length, then a token per step from a KV cache.
 
-python -m nanovlm_fast.generate --checkpoint RUN --image FILE --prompt TEXT
+    python -m nanovlm_fast.generate --checkpoint RUN --image FILE --prompt TEXT
+
+Shapes: B prompts, T packed tokens of all prompts, D head size, C channels, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,13 +28,16 @@ from nanovlm_fast.packing.packer import Budget
 from nanovlm_fast.ranges import SEED, Range
 from nanovlm_fast.weights.folder import load_pretrained
 
-TEMPERATURE, TOP_K, TOP_P = Range(float), Range(int), Range(float, most=1)
+TEMPERATURE = Range(float)
+TOP_K = Range(int)
+TOP_P = Range(float, most=1)
 
 
 class KVCache:
-    """Keys and values of every layer, one row per prompt: (n_prompts, n_kv_heads, room, head_dim).
+    """Keys and values of every layer, one row per prompt: (B, n_kv_heads, room, D).
 
-    `room` is the most positions that a prompt takes together with its reply.
+    `room` is the largest number of positions that a prompt and its reply take together. The cache
+    is allocated in that size once: growing it would copy it at every step.
     """
 
     def __init__(self, prompts: PackedBatch, n_prompts: int, room: int, attend: Attention):
@@ -45,22 +50,30 @@ class KVCache:
         self.values: list[Tensor] = []
 
     def prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend inside each prompt and keep its keys and values, with room for the tokens to come."""
-        cu_seqlens, max_seqlen = self.prompts.cu_seqlens, self.prompts.max_seqlen
+        """Attend inside each prompt, and store its keys and values with room for its reply.
+
+        q (T, n_heads, D), k and v (T, n_kv_heads, D) -> (T, n_heads, D).
+        """
+        cu_seqlens = self.prompts.cu_seqlens
+        max_seqlen = self.prompts.max_seqlen
         slots = padded_slots(cu_seqlens, max_seqlen, len(k))
         for cache, new in ((self.keys, k), (self.values, v)):
-            rows = new.new_zeros(self.n_prompts * max_seqlen, *new.shape[1:]).index_copy(
-                0, slots, new
-            )
+            empty = new.new_zeros(self.n_prompts * max_seqlen, *new.shape[1:])
+            rows = empty.index_copy(0, slots, new)
             rows = rows.view(self.n_prompts, max_seqlen, *new.shape[1:]).transpose(1, 2)
             cache.append(F.pad(rows, (0, 0, 0, self.room - max_seqlen)))
         return self.attend(q, k, v, cu_seqlens, max_seqlen, True)
 
     def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One new token a prompt: q (B, n_heads, D), k and v (B, n_kv_heads, D)."""
+        """Attend from one new token per prompt to all tokens before it and to itself.
+
+        q (B, n_heads, D), k and v (B, n_kv_heads, D) -> (B, n_heads, D).
+        """
         row = torch.arange(len(q), device=q.device)
         self.keys[layer][row, :, self.lengths] = k
         self.values[layer][row, :, self.lengths] = v
+        # <=, because the new token at position `lengths` has just been stored. What lies behind it
+        # is zeros, or left from a reply that has ended.
         seen = torch.arange(self.keys[layer].shape[2], device=q.device) <= self.lengths[:, None]
         out = F.scaled_dot_product_attention(
             q[:, :, None],
@@ -75,7 +88,7 @@ class KVCache:
 def prefill(
     model: VisionLanguageModel, images: Tensor, prompts: Sequence[Document], room: int
 ) -> tuple[KVCache, Tensor]:
-    """The prompts' cache, and the hidden states (n_prompts, C) that choose their next tokens."""
+    """Return the prompts' cache and the hidden states (B, C) that choose their next tokens."""
     longest = max(len(prompt) for prompt in prompts)
     sample = Sample("prompts", np.zeros((0, 3, *images.shape[2:]), np.uint8), list(prompts))
     budget = Budget(sample.tokens, len(prompts), 0, sample.labels, longest)
@@ -83,15 +96,17 @@ def prefill(
     batch = pack([sample], budget, config.image_tokens, config.vit_img_size).to(images.device)
     cache = KVCache(batch, len(prompts), room, model.ops.attention)
     x = model.embed(batch.input_ids, batch.image_rows, images)
+    # Only each prompt's last token passes the last MLP and the head.
     last = batch.cu_seqlens[1 : len(prompts) + 1].long() - 1
     return cache, model.decoder(model.ops, x, batch.position_ids, cache.prefill, last)
 
 
 def decode(model: VisionLanguageModel, cache: KVCache, tokens: Tensor, counts: Tensor) -> Tensor:
-    """The hidden states (n_prompts, C) after one more token per prompt.
+    """Return the hidden states (B, C) after one more token per prompt.
 
-    `counts` is 1 where the token is part of the reply. Where it is 0 the reply has ended and nobody
-    reads what comes out; its row stays where it is, or it would run past the model's positions.
+    `counts` (B,) is 1 where the token is part of the reply. Where it is 0 the reply has ended and
+    the result is not used. Such a row's length stays the same; otherwise it would run past the
+    model's positions while longer replies go on.
     """
     x = model.decoder.token_embedding(tokens)
     hidden = model.decoder(model.ops, x, cache.lengths.int(), cache.decode)
@@ -111,18 +126,27 @@ def generate(
     top_p: float = 1.0,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt until end of sequence; returns the new tokens without it.
-
-    images (N, 3, H, W) uint8 are encoded once; a prompt's `image_rows` index their image tokens,
-    all N together. `max_new_tokens` is one limit for all prompts or one for each. temperature 0 is
-    greedy; otherwise sampling, from the `top_k` likeliest tokens (0: all) and of them the fewest
-    that hold `top_p` of the probability. `generator` is one for all, or one per prompt
-    (`generator_of`).
+    """Continue each prompt until the end of sequence.
 
     With greedy decoding or a generator per prompt, a reply does not depend on the prompts that
-    share its batch, but for the last bits of the logits: products of other sizes round
-    differently. Raises ValueError for a prompt whose reply may pass the model's positions, and for
-    options out of their range.
+    share its batch, except for the last bits of the logits: matrix products of other sizes round
+    differently.
+
+    Args:
+        images: (N, 3, H, W) uint8, encoded once. The `image_rows` of all prompts index the image
+            tokens of all N together.
+        max_new_tokens: one limit for all prompts, or one for each.
+        temperature: 0 is greedy.
+        top_k: sample only from so many of the likeliest tokens; 0: from all.
+        top_p: of these, only from the fewest that hold this share of the probability.
+        generator: random numbers for all prompts together, or one for each (`generator_of`).
+
+    Returns:
+        The new tokens of each prompt, without the end of sequence.
+
+    Raises:
+        ValueError: for a prompt whose reply may exceed the model's positions, and for options
+            outside their range.
     """
     TEMPERATURE.read("temperature", temperature)
     TOP_K.read("top_k", top_k)
@@ -133,26 +157,42 @@ def generate(
     replies: list[list[int]] = [[] for _ in prompts]
     if not asked:
         return replies
-    ends = [len(prompts[i]) + max_new_tokens[i] for i in asked]
-    positions = model.config.lm_max_position_embeddings
-    for i, end in zip(asked, ends, strict=True):
-        if end > positions:
-            long, new = len(prompts[i]), max_new_tokens[i]
-            what = f"prompt {i + 1} of {long} tokens and {new} new ones are over"
-            raise ValueError(f"{what} the model's {positions} positions")
+    room = check_room(model, prompts, max_new_tokens)
     if not (generator is None or isinstance(generator, torch.Generator)):
         generator = [generator[i] for i in asked]
-    cache, hidden = prefill(model, images, [prompts[i] for i in asked], max(ends))
+    cache, hidden = prefill(model, images, [prompts[i] for i in asked], room)
     running = [True] * len(asked)
     while True:
         token = choose(model.decoder.head(hidden), temperature, top_k, top_p, generator)
+        # One transfer from the device per step; a look at each element would be one per prompt.
         for row, (i, value) in enumerate(zip(asked, token.tolist(), strict=True)):
             if running[row] and value != eos_id:
                 replies[i].append(value)
             running[row] &= value != eos_id and len(replies[i]) < max_new_tokens[i]
         if not any(running):
             return replies
+        # Ended rows are computed further: dropping them would change the shapes at every step.
         hidden = decode(model, cache, token, torch.tensor(running, device=token.device).long())
+
+
+def check_room(
+    model: VisionLanguageModel, prompts: Sequence[Document], max_new_tokens: Sequence[int]
+) -> int:
+    """Return the most positions that a prompt and its reply take, of prompts that get a reply.
+
+    Raises ValueError if the model does not have as many.
+    """
+    positions = model.config.lm_max_position_embeddings
+    longest = 0
+    for i, (prompt, new) in enumerate(zip(prompts, max_new_tokens, strict=True)):
+        end = len(prompt) + new if new > 0 else 0
+        if end > positions:
+            raise ValueError(
+                f"prompt {i + 1} of {len(prompt)} tokens and {new} new ones are over the model's "
+                f"{positions} positions"
+            )
+        longest = max(longest, end)
+    return longest
 
 
 def choose(
@@ -162,19 +202,19 @@ def choose(
     top_p: float,
     generator: torch.Generator | Sequence[torch.Generator] | None,
 ) -> Tensor:
-    """(B, V) logits -> (B,) tokens."""
+    """Choose one token per row: (B, V) logits -> (B,)."""
     if temperature <= 0:
         return logits.argmax(-1)
-    # the largest logit becomes 0, so that dividing by a tiny temperature leaves it finite
+    # The largest logit becomes 0, so that dividing by a tiny temperature leaves it finite.
     logits = logits.float() - logits.max(dim=-1, keepdim=True).values.float()
     logits = logits / max(temperature, torch.finfo(torch.float32).tiny)
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
     if top_p < 1:
         ordered, order = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(
-            -1
-        )  # probability ahead of each token
+        probabilities = ordered.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities  # of the likelier tokens
+        # `before > 0`: the likeliest token stays, even with top_p = 0.
         ordered = ordered.masked_fill((before >= top_p) & (before > 0), float("-inf"))
         logits = torch.full_like(logits, float("-inf")).scatter(-1, order, ordered)
     probabilities = logits.softmax(-1)
@@ -185,12 +225,17 @@ def choose(
 
 
 def generator_of(device: torch.device, *numbers: int) -> torch.Generator:
-    """Random numbers of their own for these numbers: a seed, and which prompt it is."""
+    """Return a generator seeded by `numbers`: a random seed, and which prompt it is for.
+
+    Hashed, so that any two tuples of numbers give unrelated streams; seed + prompt would repeat
+    them. Seven bytes always fit the signed 64-bit integer that `manual_seed` takes.
+    """
     digest = hashlib.sha256(repr(numbers).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def make_parser() -> Parser:
+    """Return the parser of `python -m nanovlm_fast.generate`."""
     parser = Parser(
         prog="python -m nanovlm_fast.generate", description="Ask a model about an image."
     )
@@ -199,27 +244,42 @@ def make_parser() -> Parser:
         help="run (its newest checkpoint), RUN/best, folder, or hub name; default: the latest run",
     )
     parser.add_argument(
-        "--image", action="append", default=[], help="image file; repeat for several in one prompt"
+        "--image",
+        action="append",
+        default=[],
+        help="image file; repeat for several images per prompt",
     )
     parser.add_argument(
         "--prompt",
         action="append",
         required=True,
         type=utf8,
-        help="question; repeat for a batch on the images",
+        help="question; repeat for several, each about all images",
     )
-    parser.add_argument("--max-new-tokens", type=Range(int), default=20)
+    parser.add_argument(
+        "--max-new-tokens", type=Range(int), default=20, help="longest reply, in tokens"
+    )
     parser.add_argument("--temperature", type=TEMPERATURE, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-k", type=TOP_K, default=0)
-    parser.add_argument("--top-p", type=TOP_P, default=1.0)
-    parser.add_argument("--seed", type=SEED, default=0)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--lm-tokenizer", default="", help="hub name or folder; default: its own")
+    parser.add_argument(
+        "--top-k", type=TOP_K, default=0, help="sample from the K likeliest tokens; 0: from all"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=TOP_P,
+        default=1.0,
+        help="sample from the fewest tokens that hold this share of the probability",
+    )
+    parser.add_argument("--seed", type=SEED, default=0, help="random seed of sampling")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--lm-tokenizer", default="", help="hub name or folder; default: the checkpoint's own"
+    )
     return parser
 
 
 @reports_errors()
 def main(argv: list[str] | None = None) -> int:
+    """Print the reply to each prompt."""
     args = make_parser().parse_args(argv)
     device = pick_device(args.device)
     model, tokenizer = load_pretrained(args.checkpoint, device, args.lm_tokenizer)

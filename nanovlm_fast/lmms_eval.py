@@ -1,9 +1,13 @@
-"""A checkpoint under lmms-eval, EvolvingLMMs-Lab's evaluation harness, which finds it by its entry point.
+"""A checkpoint as a model of lmms-eval, EvolvingLMMs-Lab's evaluation harness.
 
-    pip install lmms-eval && python -m lmms_eval --model nanovlm_fast --model_args checkpoint=RUN --tasks mme
+    pip install lmms-eval
+    python -m lmms_eval --model nanovlm_fast --model_args checkpoint=RUN --tasks mme
 
-Only lmms-eval imports this module. One process on one device. The tests hold it against a stand-in: lmms-eval brings
-too many packages to be installed for them. With 0.7.3's registry, base class and requests it answers; no task was run.
+lmms-eval finds this module by an entry point (pyproject.toml), and nothing else imports it. It runs
+in one process on one device.
+
+The tests use a stand-in for lmms-eval, which needs too many packages to be installed for them. By
+hand it was tried with the registry, base class and requests of version 0.7.3; no task has been run.
 """
 
 from __future__ import annotations
@@ -25,14 +29,18 @@ from nanovlm_fast.weights.folder import load_pretrained
 
 
 def manifest() -> Any:
-    """What the entry point gives to lmms-eval: `--model nanovlm_fast` is the class below."""
+    """Return what the entry point registers: `--model nanovlm_fast` is the class below."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest("nanovlm_fast", simple_class_path="nanovlm_fast.lmms_eval.NanoVLMFast")
 
 
 class NanoVLMFast(lmms):
-    """`checkpoint` is a run, a folder or a hub name (default: the latest run). Raises what `load_pretrained` raises."""
+    """The model that lmms-eval asks. Its arguments come from --model_args.
+
+    `checkpoint` is a run, a folder or a hub name (default: the latest run). Raises what
+    `load_pretrained` raises.
+    """
 
     def __init__(
         self,
@@ -43,13 +51,13 @@ class NanoVLMFast(lmms):
         **more: Any,
     ):
         super().__init__()
-        if more := {
-            name: value
-            for name, value in more.items()
-            if value is not None and name != "max_batch_size"
-        }:
+        # max_batch_size, and options that are None, come from lmms-eval and not from --model_args.
+        unknown = [
+            name for name, value in more.items() if value is not None and name != "max_batch_size"
+        ]
+        if unknown:
             known = "checkpoint, device, batch_size, lm_tokenizer"
-            raise ValueError(f"--model_args {', '.join(more)}: there are {known}")
+            raise ValueError(f"--model_args {', '.join(unknown)}: there are {known}")
         self.device = pick_device(device)
         self.batch_size = int(batch_size)
         self.model, self.tokenizer = load_pretrained(checkpoint, self.device, lm_tokenizer)
@@ -58,13 +66,17 @@ class NanoVLMFast(lmms):
         self.text = TextProcessor(self.tokenizer, config.prompt, config.image_tokens)
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Replies, cut at the end of sequence and before the first of a request's `until`; greedy unless it samples.
+        """Return the reply to each request.
 
-        A prompt that leaves no position for a reply is named and gets an empty one: the harness
-        cannot leave a request out. Raises ValueError for a visual that is no image.
+        Replies are cut at the end of sequence and before the first of the request's `until`. They
+        are greedy unless the request samples. A prompt that leaves no position for a reply gets an
+        empty one and a warning, as the harness cannot leave a request out. Raises ValueError for a
+        visual that is not an image.
         """
         replies: list[str] = []
         numbered = enumerate(request.args for request in requests)
+        # Neighbours with the same settings share a batch. The order of replies must be that of the
+        # requests, so requests are not sorted.
         for settings, same in groupby(numbered, key=lambda item: item[1][1]):
             group = list(same)
             for start in range(0, len(group), self.batch_size):
@@ -72,9 +84,9 @@ class NanoVLMFast(lmms):
         return replies
 
     def answer(self, batch: list[tuple[int, tuple]], settings: dict[str, Any]) -> list[str]:
-        """One batch of requests with the same `settings`.
+        """Return the replies to one batch of requests with the same `settings`.
 
-        Each is (number, (context, settings, doc_to_visual, doc_id, task, split)).
+        Each request is (number, (context, settings, doc_to_visual, doc_id, task, split)).
         """
         config = self.model.config
         images: list[np.ndarray] = []
@@ -82,9 +94,9 @@ class NanoVLMFast(lmms):
         limits: list[int] = []
         for _, (context, _, doc_to_visual, doc_id, task, split) in batch:
             visuals = doc_to_visual(self.task_dict[task][split][doc_id]) or []
-            prompt = self.text.document(
-                [(context.replace("<image>", "").strip(), "")], len(visuals)
-            )
+            # Image tokens come first here, wherever the task's text marks them.
+            question = context.replace("<image>", "").strip()
+            prompt = self.text.document([(question, "")], len(visuals))
             room = config.lm_max_position_embeddings - len(prompt)
             if room < 1:
                 what = f"a prompt of {len(prompt)} tokens is too long for the model"
@@ -94,35 +106,36 @@ class NanoVLMFast(lmms):
             limits.append(min(settings.get("max_new_tokens") or 64, max(room, 0)))
             images += [load_image(visual, config.vit_img_size) for visual in visuals]
         size = config.vit_img_size
-        pixels = torch.from_numpy(
-            np.stack(images) if images else np.zeros((0, 3, size, size), np.uint8)
-        )
-        sampling = {}
+        stacked = np.stack(images) if images else np.zeros((0, 3, size, size), np.uint8)
+        pixels = torch.from_numpy(stacked).to(self.device)
+        sampling: dict[str, Any] = {}
+        # Some tasks set only a temperature, and others only `do_sample`.
         if settings.get("do_sample", bool(settings.get("temperature"))):
-            sampling = dict(
-                temperature=settings.get("temperature") or 1.0, top_p=settings.get("top_p") or 1.0
-            )
+            sampling["temperature"] = settings.get("temperature") or 1.0
+            sampling["top_p"] = settings.get("top_p") or 1.0
             sampling["generator"] = [generator_of(self.device, number) for number, _ in batch]
         with autocast_to(pick_dtype("auto", self.device), self.device)():
-            pixels, eos_id = pixels.to(self.device), self.tokenizer.eos_id
+            eos_id = self.tokenizer.eos_id
             ids = generate(self.model, pixels, prompts, eos_id, limits, **sampling)
-        return [
-            cut(self.tokenizer.decode(reply), settings.get("until") or []).strip() for reply in ids
-        ]
+        until = settings.get("until") or []
+        return [cut(self.tokenizer.decode(reply), until).strip() for reply in ids]
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        """Not supported: such tasks compare given answers by their likelihood."""
         raise NotImplementedError(
             "nanovlm_fast answers by generation: tasks of output_type generate_until"
         )
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
+        """Not supported: such tasks ask questions that depend on earlier replies."""
         raise NotImplementedError(
             "nanovlm_fast answers one question at a time: tasks of output_type generate_until"
         )
 
 
 def cut(reply: str, until: str | list[str]) -> str:
-    """The reply before the first of `until`; leading white space, which a reply begins with, stops nothing."""
+    """Return the reply up to the first of `until`."""
+    # A reply begins with a blank, which must not stop it where `until` has white space.
     reply = reply.lstrip()
     for stop in [until] if isinstance(until, str) else until:
         reply = reply.split(stop)[0] if stop else reply

@@ -1,4 +1,7 @@
-"""Floating-point operations of a step."""
+"""Floating-point operations of a training step, and the peak of known devices.
+
+Their quotient over the step's time is MFU, model FLOPs utilisation.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ import torch
 
 from nanovlm_fast.config import VLMConfig
 
-# FLOP/s of dense bfloat16 products from NVIDIA's data sheets, by the whole name that the driver gives: what begins
-# alike (H100 PCIe and NVL, a MIG slice) is slower
+# FLOP/s of dense bfloat16 matrix products, from NVIDIA's data sheets, by the full name that the
+# driver reports. A prefix is not enough: "NVIDIA H100 PCIe", the NVL and a MIG slice are slower.
 PEAK_FLOPS = {
     "NVIDIA A100-PCIE-40GB": 312e12,
     "NVIDIA A100 80GB PCIe": 312e12,
@@ -21,7 +24,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Peak FLOP/s of matrix products of `dtype`, or None where there is none to hold a run against."""
+    """Return the peak FLOP/s of products of `dtype`, or None if it is not known."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     return PEAK_FLOPS.get(torch.cuda.get_device_name(device))
@@ -35,31 +38,43 @@ def step_flops(
     n_pairs: int,
     frozen: Collection[str] = (),
 ) -> int:
-    """Model FLOPs of forward and backward: matrix products and attention of the useful work, 2 a multiply-add.
+    """Return the model FLOPs of forward and backward.
 
-    n_images are encoded once each, all n_tokens (image tokens among them, padding not) go through all language layers,
-    n_labels of them through the head; n_pairs is what `PackedBatch` counts. Work that an implementation does besides
-    (padding, logits nobody asked for, recomputation), or finds a way to leave out, does not change the number. Norms,
-    activations and other pointwise work are not counted. `frozen` names the parts of the model that are not trained
-    (vision_encoder, MP, decoder): their weights take no gradients, and neither do inputs that only they lead to; the
-    pixels never do. The convention is that of PaLM (Chowdhery et al., 2022, appendix B).
+    Counted are matrix products and attention of the useful work, a multiply-add as 2, by the
+    convention of PaLM (Chowdhery et al., 2022, appendix B). Norms, activations and other pointwise
+    work are not counted. Neither padding, unused logits and recomputation, nor a way to leave work
+    out, changes the number: it measures the task and not the implementation.
+
+    Args:
+        n_images: images, each encoded once.
+        n_tokens: tokens that pass all language layers; image tokens included, padding excluded.
+        n_labels: tokens that pass the head.
+        n_pairs: pairs of tokens that attend to each other, as `PackedBatch` counts them.
+        frozen: parts that are not trained (vision_encoder, MP, decoder). Their weights take no
+            gradient; neither do inputs that only frozen parts lead to. Pixels never do.
     """
     vision, projector, language = (
         part not in frozen for part in ("vision_encoder", "MP", "decoder")
     )
-    c, patches, kv = config.vit_hidden_dim, config.grid**2, config.lm_n_kv_heads * config.head_dim
-    embedding = 3 * config.vit_patch_size**2 * c
-    blocks = config.vit_n_blocks * (4 * c * c + 2 * c * config.vit_inter_dim)
-    pairs = config.vit_n_blocks * 2 * patches * c  # q k^T and the weights times v, a patch
+    # Everything is counted in multiply-adds; the factors in front say how often each product is
+    # computed: once forward, once for the gradient of its weight, once for that of its input.
+    width = config.vit_hidden_dim
+    patches = config.grid**2
+    embedding = 3 * config.vit_patch_size**2 * width
+    blocks = config.vit_n_blocks * (4 * width * width + 2 * width * config.vit_inter_dim)
+    pairs = config.vit_n_blocks * 2 * patches * width  # q k^T, and the weights times v, per patch
     total = n_images * patches * ((1 + vision) * embedding + (1 + 2 * vision) * (blocks + pairs))
 
-    shuffled = c * config.mp_pixel_shuffle_factor**2
-    total += (
-        n_images * config.image_tokens * (1 + vision + projector) * shuffled * config.lm_hidden_dim
-    )
+    # The projector's input needs a gradient only if the tower behind it is trained.
+    projection = width * config.mp_pixel_shuffle_factor**2 * config.lm_hidden_dim
+    total += n_images * config.image_tokens * (1 + vision + projector) * projection
 
-    c = config.lm_hidden_dim
-    layers = config.lm_n_blocks * (2 * c * c + 2 * c * kv + 3 * c * config.lm_inter_dim)
-    total += (2 + language) * (n_tokens * layers + n_labels * c * config.lm_vocab_size)
-    total += 3 * n_pairs * config.lm_n_blocks * 2 * c
+    # The gradient of the language model's input is always computed: it leads to the projector.
+    width = config.lm_hidden_dim
+    kv_width = config.lm_n_kv_heads * config.head_dim
+    attention = 2 * width * width + 2 * width * kv_width
+    layers = config.lm_n_blocks * (attention + 3 * width * config.lm_inter_dim)
+    total += (2 + language) * (n_tokens * layers + n_labels * width * config.lm_vocab_size)
+    # Attention has no weights: its two products have two inputs each that need a gradient.
+    total += 3 * n_pairs * config.lm_n_blocks * 2 * width
     return 2 * total

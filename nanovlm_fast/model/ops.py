@@ -1,17 +1,30 @@
-"""How the model computes: its operations as Triton kernels or plain PyTorch, its attention, what it recomputes.
+"""The model's operations, each as a Triton kernel or as plain PyTorch (`--kernels`).
 
-The model calls `ops.rms_norm(...)` and does not know which it got: what `--kernels`, `--attention` and `--recompute`
-switch. A kernel is in `auto` for a device only once it was measured there faster than torch.compile alone in the whole
-training step.
+The model calls `ops.rms_norm(...)` and the like; `choose_ops` decides once, before training, what
+runs behind each name, and also carries the choice of attention backend (`--attention`) and of
+recomputation (`--recompute`).
+
+The functions in this file are the plain PyTorch versions. They define what a kernel must compute,
+and run wherever no kernel is chosen. Shapes: T packed tokens, C channels, D head size, I MLP
+width, V vocabulary.
+
+| operation | inputs | result |
+| --- | --- | --- |
+| `rms_norm`, `layer_norm` | x (..., C), residual (..., C) or none | the same shape |
+| `rotary` | qkv (T, (n_q + 2 n_kv) D) | the same shape |
+| `swiglu` | gate_up (T, 2 I) | (T, I) |
+| `pixel_shuffle_proj` | x (B, P, C), weight (N, factor^2 C) | (B, P / factor^2, N) |
+| `embed_splice` | input_ids (T,), table (V, C), image_rows (T,), image_tokens (R, C) | (T, C) |
+| `linear_cross_entropy` | h (T, C), weight (V, C), labels (T,) | two scalars |
 """
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,20 +32,43 @@ from torch import Tensor
 
 from nanovlm_fast.model.attention import Attention, choose_attention, sdpa
 
-# device name -> kernels that won in the whole step there; bench/results holds the evidence
+KERNELS = (
+    "rms_norm",
+    "layer_norm",
+    "rotary",
+    "swiglu",
+    "pixel_shuffle_proj",
+    "embed_splice",
+    "linear_cross_entropy",
+)
+
+# Device name -> the kernels that `--kernels auto` takes there. A kernel is listed only once the
+# whole training step was measured to be faster with it than with torch.compile alone; a kernel
+# that wins in isolation may still lose there, because it ends a fusion of the compiler's. The
+# table is empty until bench/results holds such a measurement.
 AUTO: dict[str, tuple[str, ...]] = {}
 
+# Kernels that contain a matrix product. They follow autocast as PyTorch's own products do: the
+# activations are cast to autocast's type. Their weight is not: the kernel rounds it while loading
+# and returns its gradient unrounded, in float32.
+PRODUCTS = ("pixel_shuffle_proj", "linear_cross_entropy")
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
-    """y, or (y, x + residual): the residual stream keeps its dtype."""
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return the normalised x, or with a residual (normalised sum in x's type, x + residual)."""
     if residual is None:
         return F.rms_norm(x, weight.shape, weight, eps)
+    # The sum has the residual's type: under autocast x is bfloat16 and the stream is float32.
     residual = x + residual
     return F.rms_norm(residual, weight.shape, weight, eps).to(x.dtype), residual
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None):
-    """y, or (y, x + residual)."""
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return the normalised x, or with a residual (normalised sum in x's type, x + residual)."""
     if residual is None:
         return F.layer_norm(x, weight.shape, weight, bias, eps)
     residual = x + residual
@@ -42,19 +78,23 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Te
 def rotary(
     qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, n_q: int, n_kv: int
 ) -> Tensor:
-    """Half-rotation RoPE of the q and k heads of qkv (T, (n_q + 2 n_kv) D); cos, sin (positions, D / 2), float32."""
+    """Apply half-rotation RoPE to the query and key heads of a packed projection.
+
+    qkv (T, (n_q + 2 n_kv) D) holds q, k and v; v is returned unchanged. cos and sin are float32
+    tables (positions, D / 2).
+    """
     heads = qkv.view(len(qkv), n_q + 2 * n_kv, -1)
     qk, v = heads.split([n_q + n_kv, n_kv], dim=1)
-    cos, sin = (table.index_select(0, position_ids)[:, None] for table in (cos, sin))
+    cos = cos.index_select(0, position_ids)[:, None]
+    sin = sin.index_select(0, position_ids)[:, None]
+    # Rotated in float32: bfloat16 would round cos and sin to eight significant bits.
     first, second = qk.float().chunk(2, dim=-1)
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(
-        qkv.dtype
-    )
-    return torch.cat([turned, v], dim=1).flatten(1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return torch.cat([turned.to(qkv.dtype), v], dim=1).flatten(1)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of gate_up (T, 2 I), packed as [gate | up]."""
+    """Return silu(gate) * up, (T, I), of gate_up (T, 2 I), which is packed as [gate | up]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -66,34 +106,47 @@ def pixel_shuffle_proj(
     bias: Tensor | None = None,
     grid: tuple[int, int] | None = None,
 ) -> Tensor:
-    """(B, H W, C) -> (B, H W / factor^2, N): factor x factor patches become one token; square by default."""
-    (n, patches, width), s = x.shape, factor
-    height, across = grid or (math.isqrt(patches), math.isqrt(patches))
-    x = x.view(n, height // s, s, across // s, s, width).transpose(2, 3)
-    return F.linear(x.reshape(n, patches // s**2, s * s * width), weight, bias)
+    """Merge factor x factor neighbouring patches into one token and project it.
+
+    (B, H W, C) -> (B, H W / factor^2, N). `grid` is (H, W); the default is a square.
+    """
+    images, patches, width = x.shape
+    side = math.isqrt(patches)
+    height, across = grid or (side, side)
+    # `reshape` copies all patches here, since the axes were transposed. The kernel does this
+    # gather in the loads of its product instead.
+    x = x.view(images, height // factor, factor, across // factor, factor, width).transpose(2, 3)
+    return F.linear(x.reshape(images, patches // factor**2, factor**2 * width), weight, bias)
 
 
 def embed_splice(
     input_ids: Tensor, table: Tensor, image_rows: Tensor, image_tokens: Tensor
 ) -> Tensor:
-    """(T, C): the token's embedding, or where image_rows is not -1 that row of image_tokens."""
+    """Return (T, C): each token's embedding, or its row of image_tokens.
+
+    image_rows (T,) holds that row, or -1 for a text token.
+    """
     text = F.embedding(input_ids, table)
     if len(image_tokens) == 0:
         return text
-    # widened before the gather: the gradients of all documents that show an image add up unrounded
+    # Widened before the gather, not after: the gradients of all documents that show an image are
+    # added up in the type of the gather's input, and bfloat16 would round every addition.
     shown = F.embedding(image_rows.clamp(min=0), image_tokens.to(text.dtype))
     return torch.where(image_rows[:, None] >= 0, shown, text)
 
 
 def linear_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(cross-entropy summed over labels that are not -100, in float32; their count)."""
+    """Return the float32 sum of the cross-entropy over labels other than -100, and their number."""
     loss = F.cross_entropy(F.linear(h, weight).float(), labels, ignore_index=-100, reduction="sum")
     return loss, (labels >= 0).sum()
 
 
 @dataclass(frozen=True)
 class Ops:
-    """One callable an operation; `kernels` names those that are kernels, `backend` the attention's."""
+    """How the model computes: one callable per operation, the attention, the recomputation.
+
+    `kernels` names the operations that are Triton kernels, `backend` the attention's backend.
+    """
 
     rms_norm: Callable = rms_norm
     layer_norm: Callable = layer_norm
@@ -106,16 +159,13 @@ class Ops:
     attention: Attention = sdpa
     backend: str = "sdpa"
     recompute: str = "none"
-    asleep: bool = False  # without a GPU each of `kernels` is its plain PyTorch
+    asleep: bool = False  # no GPU: the chosen kernels fall back to plain PyTorch
 
     def __str__(self) -> str:
         kernels = ", ".join(self.kernels) or "none, plain PyTorch"
         if self.asleep:
             kernels = f"none, plain PyTorch (they need a GPU: {kernels})"
         return f"attention: {self.backend} · kernels: {kernels} · recompute: {self.recompute}"
-
-
-KERNELS = tuple(Ops.__dataclass_fields__)[: list(Ops.__dataclass_fields__).index("kernels")]
 
 
 def choose_ops(
@@ -125,24 +175,22 @@ def choose_ops(
     dtype: torch.dtype = torch.float32,
     recompute: str = "none",
 ) -> Ops:
-    """kernels: 'auto' (what won on this device, nothing on a CPU), 'none', 'all', or names separated by commas.
+    """Choose the operations of a model that computes in `dtype` on `device`.
 
-    attention: see `choose_attention`, for a model that computes in `dtype`; recompute: see recompute.py.
-    Raises ValueError for an unknown name, and for an attention backend that cannot run here.
+    Args:
+        kernels: "auto" (those of `AUTO` for this device), "none", "all", or names separated by
+            commas.
+        attention: see `choose_attention`.
+        recompute: see `recompute.py`.
+
+    Raises:
+        ValueError: for an unknown name, and for an attention backend that cannot run here.
     """
     device = torch.device(device)
-    if kernels == "auto":
-        names = AUTO.get(torch.cuda.get_device_name(device), ()) if device.type == "cuda" else ()
-    elif kernels in ("none", "all"):
-        names = KERNELS if kernels == "all" else ()
-    else:
-        names = tuple(dict.fromkeys(name.strip() for name in kernels.split(",")))
-    if unknown := [name for name in names if name not in KERNELS]:
-        raise ValueError(
-            f"--kernels {','.join(unknown)}: there are auto, none, all, {', '.join(KERNELS)}"
-        )
+    names = _kernel_names(kernels, device)
     backend, attend = choose_attention(attention, device, dtype)
-    chosen = {name: _kernel(name) for name in names}
+    chosen: dict[str, Any] = {name: _kernel(name) for name in names}
+    # Triton's interpreter runs kernels on a CPU; the tests use it.
     asleep = bool(names) and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1"
     return Ops(
         **chosen,
@@ -154,20 +202,71 @@ def choose_ops(
     )
 
 
-# matrix products follow autocast as PyTorch's own do: their first argument is cast to its dtype. The weight stays
-# float32: the kernels round it themselves, and give its gradient unrounded.
-PRODUCTS = ("pixel_shuffle_proj", "linear_cross_entropy")
+def _kernel_names(kernels: str, device: torch.device) -> tuple[str, ...]:
+    """Return the names that a value of --kernels stands for."""
+    if kernels == "auto":
+        return AUTO.get(torch.cuda.get_device_name(device), ()) if device.type == "cuda" else ()
+    if kernels == "none":
+        return ()
+    if kernels == "all":
+        return KERNELS
+    names = tuple(dict.fromkeys(name.strip() for name in kernels.split(",")))
+    unknown = [name for name in names if name not in KERNELS]
+    if unknown:
+        raise ValueError(
+            f"--kernels {','.join(unknown)}: there are auto, none, all, {', '.join(KERNELS)}"
+        )
+    return names
 
 
 def _kernel(name: str) -> Callable:
-    function = getattr(importlib.import_module(f"nanovlm_fast.kernels.{name}"), name)
+    """Return a kernel, with its activations cast under autocast if it contains a product."""
+    function = _import_kernel(name)
+    if name not in PRODUCTS:
+        return function
 
-    def under_autocast(x: Tensor, *args, **kwargs):
+    def under_autocast(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         device = x.device.type
-        return function(
-            x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x,
-            *args,
-            **kwargs,
-        )
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        return function(x, *args, **kwargs)
 
-    return under_autocast if name in PRODUCTS else function
+    return under_autocast
+
+
+def _import_kernel(name: str) -> Callable:
+    """Import one kernel.
+
+    The imports stand here and not at the head of the file because a kernel's module imports
+    Triton, which a CPU installation may lack and which `--kernels none` does not need.
+    """
+    match name:
+        case "rms_norm":
+            from nanovlm_fast.kernels.rms_norm import rms_norm
+
+            return rms_norm
+        case "layer_norm":
+            from nanovlm_fast.kernels.layer_norm import layer_norm
+
+            return layer_norm
+        case "rotary":
+            from nanovlm_fast.kernels.rotary import rotary
+
+            return rotary
+        case "swiglu":
+            from nanovlm_fast.kernels.swiglu import swiglu
+
+            return swiglu
+        case "pixel_shuffle_proj":
+            from nanovlm_fast.kernels.pixel_shuffle_proj import pixel_shuffle_proj
+
+            return pixel_shuffle_proj
+        case "embed_splice":
+            from nanovlm_fast.kernels.embed_splice import embed_splice
+
+            return embed_splice
+        case "linear_cross_entropy":
+            from nanovlm_fast.kernels.linear_cross_entropy import linear_cross_entropy
+
+            return linear_cross_entropy
+    raise ValueError(f"there is no kernel {name!r}")

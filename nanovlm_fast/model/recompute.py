@@ -1,9 +1,11 @@
-"""Activation recomputation: what a block keeps for its backward, and what it computes again (Chen et al., 2016).
+"""Activation recomputation (`--recompute`): what a block stores for its backward pass.
 
-| policy | kept for the backward of a block | computed again |
+After Chen et al., 2016. Less stored means less memory and more time:
+
+| policy | stored per block | computed again in the backward pass |
 | --- | --- | --- |
 | `none` | everything | nothing |
-| `norms_and_activations` | results of matrix products and of attention | norms, GELU and SwiGLU, rotary, additions |
+| `norms_and_activations` | products, attention | norms, GELU, SwiGLU, RoPE, additions |
 | `blocks` | its input | the whole block |
 """
 
@@ -21,25 +23,37 @@ from torch.utils.checkpoint import (
 
 POLICIES = ("none", "norms_and_activations", "blocks")
 
-# what is dear to compute, by name: an attention backend's operator exists only once it is loaded
-SAVED = frozenset(
-    "aten::mm aten::addmm aten::bmm flash_attn::_flash_attn_varlen_forward torch_attn::_varlen_attn "
-    "aten::_scaled_dot_product_flash_attention aten::_scaled_dot_product_flash_attention_for_cpu "
-    "aten::_scaled_dot_product_cudnn_attention aten::_scaled_dot_product_efficient_attention".split()
+# Operators whose results `norms_and_activations` keeps, because computing them again is expensive.
+# They are named by strings: an attention backend's operator exists only after its package was
+# imported, so it cannot be looked up here.
+KEPT_OPERATORS = frozenset(
+    {
+        "aten::mm",
+        "aten::addmm",
+        "aten::bmm",
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "aten::_scaled_dot_product_efficient_attention",
+        "flash_attn::_flash_attn_varlen_forward",
+        "torch_attn::_varlen_attn",
+    }
 )
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    saved = operator.name().split(".")[0] in SAVED
-    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+    name = operator.name().split(".")[0]  # without the overload, as in aten::mm.out
+    kept = name in KEPT_OPERATORS
+    # MUST_SAVE and not PREFER_SAVE: torch.compile may drop what is only preferred.
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def run_block(policy: str, block: torch.nn.Module, *args: Any) -> Any:
-    """`block(*args)`, remembering for its backward what `policy` says."""
+    """Return `block(*args)`, storing for its backward pass only what `policy` says."""
     if policy == "none" or not torch.is_grad_enabled():
         return block(*args)
-    options = {}
+    options: dict[str, Any] = {}
     if policy == "norms_and_activations":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
-    # nothing in a block draws random numbers
+    # The random state need not be saved and restored, as no block draws random numbers.
     return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, **options)

@@ -1,11 +1,16 @@
 """The ground truth: nanoVLM's model in plain padded PyTorch, written to be read.
 
-Architecture, state-dict keys and forward semantics follow huggingface/nanoVLM v0.1: a SigLIP vision tower, pixel
-shuffle + linear projector, a Llama-style decoder that sees the image tokens first and then the text. Two details are
-put right, so that a sample's result does not depend on what it is batched with: padded keys are masked together with
-the causal mask on every device, and positions count real tokens only (v0.1 counts the padding in between).
+Architecture, state-dict keys and forward semantics are those of huggingface/nanoVLM v0.1: a SigLIP
+vision tower, pixel shuffle and a linear projector, and a Llama decoder that sees the image tokens
+first and then the text. Two details differ, so that a sample's result does not depend on what it
+is batched with:
 
-Nothing here is fast and nothing here imports a kernel. Shapes: B samples, N images a sample, P patches, S text tokens.
+- Padded keys are masked on every device, together with the causal mask.
+- Positions count real tokens only. v0.1 counts the padding between image and text too.
+
+Nothing here is fast, and nothing here imports a kernel. What is fast is compared with it.
+
+Shapes: B samples, N images per sample, P patches, S text tokens, C channels, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from nanovlm_fast.model.init import init_weights
 
 
 class PatchEmbedding(nn.Module):
-    """(B, 3, H, W) normalised pixels -> (B, P, C): a linear map of each patch plus a learned position."""
+    """(B, 3, H, W) normalised pixels -> (B, P, C): project patches, add learned positions."""
 
     def __init__(self, config: VLMConfig):
         super().__init__()
@@ -51,6 +56,8 @@ class VisionAttention(nn.Module):
 
 
 class VisionMLP(nn.Module):
+    """(B, P, C) -> (B, P, C). GELU is the tanh approximation, as SigLIP was trained with."""
+
     def __init__(self, config: VLMConfig):
         super().__init__()
         self.fc1 = nn.Linear(config.vit_hidden_dim, config.vit_inter_dim)
@@ -61,6 +68,8 @@ class VisionMLP(nn.Module):
 
 
 class VisionBlock(nn.Module):
+    """(B, P, C) -> (B, P, C). Pre-norm: each branch normalises its own input."""
+
     def __init__(self, config: VLMConfig):
         super().__init__()
         self.ln1 = nn.LayerNorm(config.vit_hidden_dim, eps=config.vit_ln_eps)
@@ -90,7 +99,10 @@ class VisionTransformer(nn.Module):
 
 
 class ModalityProjector(nn.Module):
-    """Pixel shuffle: s x s neighbouring patches become one token of s*s*C channels; then one linear map."""
+    """(B, P, C) -> (B, P / s^2, C_lm): pixel shuffle, then one linear map.
+
+    Pixel shuffle merges s x s neighbouring patches into one token of s * s * C channels.
+    """
 
     def __init__(self, config: VLMConfig):
         super().__init__()
@@ -101,12 +113,15 @@ class ModalityProjector(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, patches, width = x.shape
-        side, s = math.isqrt(patches), self.factor
+        side = math.isqrt(patches)
+        s = self.factor
         x = x.view(batch, side // s, s, side // s, s, width).permute(0, 1, 3, 2, 4, 5)
         return self.proj(x.reshape(batch, (side // s) ** 2, s * s * width))
 
 
 class RMSNorm(nn.Module):
+    """(B, S, C) -> (B, S, C). Written out instead of `nn.RMSNorm`, which the packed model uses."""
+
     def __init__(self, config: VLMConfig):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(config.lm_hidden_dim))
@@ -117,7 +132,9 @@ class RMSNorm(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """position_ids (B, S) -> cos, sin (B, 1, S, head_dim), the half-rotation layout of Llama."""
+    """position_ids (B, S) -> cos and sin, each (B, 1, S, D), in Llama's half-rotation layout."""
+
+    inv_freq: Tensor
 
     def __init__(self, config: VLMConfig):
         super().__init__()
@@ -131,21 +148,22 @@ class RotaryEmbedding(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + D/2]) by its angle; x is (B, heads, S, D)."""
+    """Rotate each pair (x[i], x[i + D/2]) by its angle; x is (B, heads, S, D)."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 class LanguageAttention(nn.Module):
-    """Causal attention; n_heads / n_kv_heads query heads share a key and value head."""
+    """Causal attention, (B, S, C) -> (B, S, C).
+
+    Each key and value head serves n_heads / n_kv_heads query heads.
+    """
 
     def __init__(self, config: VLMConfig):
         super().__init__()
-        self.n_heads, self.n_kv_heads, self.head_dim = (
-            config.lm_n_heads,
-            config.lm_n_kv_heads,
-            config.head_dim,
-        )
+        self.n_heads = config.lm_n_heads
+        self.n_kv_heads = config.lm_n_kv_heads
+        self.head_dim = config.head_dim
         self.q_proj = nn.Linear(config.lm_hidden_dim, self.n_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.lm_hidden_dim, self.n_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.lm_hidden_dim, self.n_kv_heads * self.head_dim, bias=False)
@@ -156,7 +174,8 @@ class LanguageAttention(nn.Module):
         q = self.q_proj(x).view(batch, length, self.n_heads, self.head_dim).transpose(1, 2)
         k = self.k_proj(x).view(batch, length, self.n_kv_heads, self.head_dim).transpose(1, 2)
         v = self.v_proj(x).view(batch, length, self.n_kv_heads, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
         k = k.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)
         v = v.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -164,6 +183,8 @@ class LanguageAttention(nn.Module):
 
 
 class LanguageMLP(nn.Module):
+    """SwiGLU: (B, S, C) -> (B, S, C)."""
+
     def __init__(self, config: VLMConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.lm_hidden_dim, config.lm_inter_dim, bias=False)
@@ -175,6 +196,8 @@ class LanguageMLP(nn.Module):
 
 
 class LanguageBlock(nn.Module):
+    """(B, S, C) -> (B, S, C). Pre-norm, like the vision block."""
+
     def __init__(self, config: VLMConfig):
         super().__init__()
         self.norm1 = RMSNorm(config)
@@ -203,14 +226,15 @@ class LanguageModel(nn.Module):
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
         length = x.shape[1]
+        # The padded length may exceed the positions; only a row's real tokens may not.
         if length > self.positions and (most := int(valid.sum(1).max())) > self.positions:
             limit = self.positions
             raise ValueError(f"a row of {most} tokens: lm_max_position_embeddings is {limit}")
         cos, sin = self.rotary_embd(valid.cumsum(1) - 1)
         causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
-        itself = torch.eye(
-            length, dtype=torch.bool, device=x.device
-        )  # a padded row sees itself: no empty softmax
+        # Every token sees itself. For real ones `causal` says so already; a padded one in front of
+        # its row would otherwise have an empty softmax, which is NaN.
+        itself = torch.eye(length, dtype=torch.bool, device=x.device)
         mask = ((causal & valid[:, None, :]) | itself)[:, None]
         for block in self.blocks:
             x = block(x, cos, sin, mask)
@@ -218,7 +242,7 @@ class LanguageModel(nn.Module):
 
 
 class VisionLanguageModel(nn.Module):
-    """The whole model, one padded row a question, as nanoVLM trains it."""
+    """The whole model. Each question is one padded row, as nanoVLM trains it."""
 
     def __init__(self, config: VLMConfig):
         super().__init__()
@@ -231,7 +255,7 @@ class VisionLanguageModel(nn.Module):
     def hidden(
         self, input_ids: Tensor, images: Tensor | None, attention_mask: Tensor | None
     ) -> Tensor:
-        """(B, image tokens + S, C): normalised hidden states; arguments as in `forward`."""
+        """Return (B, image tokens + S, C): normalised hidden states; arguments as in `forward`."""
         x = self.decoder.token_embedding(input_ids)
         valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if images is not None:
@@ -249,11 +273,16 @@ class VisionLanguageModel(nn.Module):
         attention_mask: Tensor | None = None,
         targets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits of the text positions and, given targets, the mean cross-entropy over the labelled ones.
+        """Return the logits of the text positions and, given targets, the mean cross-entropy.
 
-        input_ids (B, S) int64; images (B, 3, H, W) or (B, N, 3, H, W) normalised pixels, or None for text alone;
-        attention_mask (B, S), 1 for real tokens; targets (B, S) int64, the *next* token of each position, or -100.
-        Returns logits (B, S, V) and a scalar or None.
+        Args:
+            input_ids: (B, S) int64.
+            images: (B, 3, H, W) or (B, N, 3, H, W) normalised pixels, or None for text alone.
+            attention_mask: (B, S), 1 for real tokens; None if all are.
+            targets: (B, S) int64, the *next* token of each position, or -100 for no label.
+
+        Returns:
+            Logits (B, S, V), and a scalar or None.
         """
         hidden = self.hidden(input_ids, images, attention_mask)
         logits = self.decoder.head(hidden[:, -input_ids.shape[1] :])

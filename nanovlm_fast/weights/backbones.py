@@ -1,7 +1,8 @@
-"""Pretrained weights to start a run from: SigLIP towers, Llama-architecture language models, whole checkpoints.
+"""Pretrained weights to start a run from: SigLIP towers, Llama models, whole checkpoints.
 
-The sizes come from the source's config.json before the model is built (`pretrained_fields`), the weights from its
-safetensors after (`load_pretrained_weights`). Two things may differ from the source: the image size, for which the
+It happens in two steps. Before the model is built, its sizes are read from the source's config.json
+(`pretrained_fields`). Afterwards the weights are copied from the source's safetensors
+(`load_pretrained_weights`). Two sizes may differ from the source: the image size, for which the
 position embeddings are resized, and the vocabulary, which may have more rows.
 """
 
@@ -19,16 +20,27 @@ from torch import Tensor
 from nanovlm_fast.config import TrainConfig, VLMConfig, check_types
 from nanovlm_fast.data.text import Tokenizer
 from nanovlm_fast.files import read_json
+from nanovlm_fast.model.init import NANOVLM_STD
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.weights.folder import check_sizes, read_config, resolve
-from nanovlm_fast.weights.hub import WEIGHTS, fetch, reason
+from nanovlm_fast.weights.hub import MODEL_FILES, fetch, reason
 from nanovlm_fast.weights.names import LANGUAGE_FIELDS, VISION_FIELDS, language_names, vision_names
 from nanovlm_fast.weights.tensors import load_tensors
 
-# what a run may set otherwise than its source: the first two are adapted to, the others are no sizes of weights
-FREE = frozenset(
-    "vit_img_size lm_vocab_size lm_max_position_embeddings lm_max_length lm_tokenizer image_mean image_std init "
-    "prompt".split()
+# Fields that a run may set otherwise than its source. The weights are adapted to the first two;
+# the others do not change any weight's shape.
+ADJUSTABLE_FIELDS = frozenset(
+    {
+        "vit_img_size",
+        "lm_vocab_size",
+        "lm_max_position_embeddings",
+        "lm_max_length",
+        "lm_tokenizer",
+        "image_mean",
+        "image_std",
+        "init",
+        "prompt",
+    }
 )
 
 
@@ -36,10 +48,16 @@ FREE = frozenset(
 def pretrained_fields(
     train: TrainConfig, defaults: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(defaults of options that the sources in `train` bring, the fields that a run with them must have).
+    """Read what the sources that `train` names say about the model.
 
-    A source that is the preset's own (`defaults`) leaves the preset's normalisation and tokenizer as they are. Raises
-    ValueError, naming the source, for an architecture that the model here is not, and OSError if it cannot be had.
+    Returns:
+        The options' new defaults, and the fields that a run with these weights must have. They
+        differ where a source is the preset's own (as in `defaults`): such a preset is a published
+        recipe, so its normalisation and tokenizer stay.
+
+    Raises:
+        ValueError: naming the source, for an architecture that the model here does not have.
+        OSError: if the source is not available.
     """
     brought: dict[str, Any] = {}
     must: dict[str, Any] = {}
@@ -58,28 +76,35 @@ def pretrained_fields(
 
 
 def check_fields(model: VLMConfig, must: dict[str, Any]) -> None:
-    """Raise ValueError naming the first option that the pretrained weights do not allow."""
+    """Raise ValueError naming the first option that the pretrained weights rule out.
+
+    `must` is the second result of `pretrained_fields`.
+    """
     for name, value in must.items():
-        flag, chosen = f"--{name.replace('_', '-')}", getattr(model, name)
-        if name not in FREE and chosen != value:
+        flag = f"--{name.replace('_', '-')}"
+        chosen = getattr(model, name)
+        if name not in ADJUSTABLE_FIELDS and chosen != value:
             raise ValueError(f"{flag} {chosen}: the pretrained weights have {value}")
         if name == "lm_vocab_size" and chosen < value:
             raise ValueError(
-                f"{flag} {chosen}: the pretrained weights have {value} rows, and none may be dropped"
+                f"{flag} {chosen}: the pretrained weights have {value} rows, and none may be "
+                "dropped"
             )
     if "lm_tokenizer" in must and model.lm_tokenizer == "train":
         raise ValueError(
-            "--lm-tokenizer train: pretrained embeddings mean nothing under a new tokenizer; name the folder of theirs"
+            "--lm-tokenizer train: pretrained embeddings mean nothing with a new tokenizer; "
+            "name the one that they were trained with"
         )
 
 
 def check_tokenizer(chosen: str, trained: str) -> None:
-    """Raise ValueError where an id means another text in the tokenizer `chosen` than in the one of the embeddings.
+    """Raise ValueError if an id stands for different text in the tokenizers `chosen` and `trained`.
 
-    Either may have more ids, and ids of its own for added tokens: reserved ones are renamed, new ones get new rows.
-    Nothing is said where `trained` cannot be had: weights often come without, or offline.
+    The embeddings were trained with `trained`. Either tokenizer may have more ids than the other,
+    and added tokens of its own: reserved ones are often renamed, and new ones get new rows. Nothing
+    is checked if `trained` is not available, as for weights without a tokenizer, or offline.
     """
-    if trained == "train":  # it was made from data, and lies nowhere
+    if trained == "train":  # made from the data of a run, and stored nowhere by itself
         return
     try:
         theirs = meanings(Tokenizer.from_hub(trained))
@@ -87,24 +112,27 @@ def check_tokenizer(chosen: str, trained: str) -> None:
         return
     ours = meanings(Tokenizer.from_hub(chosen))
     common = sorted(theirs.keys() & ours.keys())
-    if differ := [i for i in common if theirs[i] != ours[i]]:
-        what = f"{len(differ)} of {len(common)} ids mean something else, the first, {differ[0]}, {ours[differ[0]]!r}"
+    differing = [i for i in common if theirs[i] != ours[i]]
+    if differing:
+        first = differing[0]
         raise ValueError(
-            f"--lm-tokenizer {chosen}: {what} and not {theirs[differ[0]]!r} as the pretrained embeddings have it; "
-            f"theirs is {trained}"
+            f"--lm-tokenizer {chosen}: {len(differing)} of {len(common)} ids mean something else "
+            f"than the pretrained embeddings have learned, the first, {first}, {ours[first]!r} "
+            f"and not {theirs[first]!r}; their tokenizer is {trained}"
         )
 
 
 def meanings(tokenizer: Tokenizer) -> dict[int, str]:
-    """The tokens of a vocabulary by id, without those that were added to it."""
+    """Return the tokens of a vocabulary by id, without added tokens."""
     added = tokenizer.base.get_added_tokens_decoder()
     return {i: token for token, i in tokenizer.base.get_vocab().items() if i not in added}
 
 
 def checkpoint_fields(name: str) -> dict[str, Any]:
+    """Return the model fields of a checkpoint to start from."""
     folder = resolve(name)
     config, _ = read_config(folder)
-    check_sizes(folder, config)
+    check_sizes(folder, config)  # before the command line is accepted: nothing is written then
     fields = dict(vars(config))
     if (folder / "tokenizer.json").exists():
         fields["lm_tokenizer"] = str(folder.resolve())
@@ -112,48 +140,60 @@ def checkpoint_fields(name: str) -> dict[str, Any]:
 
 
 def vision_fields(name: str) -> dict[str, Any]:
+    """Return the model fields that a SigLIP tower determines. Raises ValueError for others."""
     config = hub_config(name)
     check_plain_weights(f"--vision {name}", config)
-    config = getattr(config, "vision_config", config)
+    config = getattr(config, "vision_config", config)  # a whole SigLIP has its text tower beside it
     wanted = {
         "model_type": "siglip_vision_model",
         "hidden_act": "gelu_pytorch_tanh",
         "num_channels": 3,
+        "attention_dropout": 0.0,
     }
-    wanted |= {"attention_dropout": 0.0}
     check_architecture(f"--vision {name}", "a SigLIP tower of one resolution", config, wanted)
     fields = {ours: getattr(config, theirs) for ours, theirs in VISION_FIELDS.items()}
     return {**fields, **normalisation(name)}
 
 
 def normalisation(name: str) -> dict[str, float]:
-    """image_mean and image_std of a tower, from its preprocessor_config.json if it has one.
+    """Return image_mean and image_std of a tower, from its preprocessor_config.json if it has one.
 
-    Raises ValueError for what one mean and one deviation of all colours cannot express.
+    Raises ValueError for a normalisation other than one mean and one deviation for all colours.
     """
     file = fetch(name, "config.json", "preprocessor_config.json") / "preprocessor_config.json"
     values = read_json(file) if file.exists() else {}
-    found = {"image_mean": [0.5], "image_std": [0.5]}  # as all of Google's SigLIP
     if values.get("do_normalize") is False:
-        found = {"image_mean": [0.0], "image_std": [1.0]}
+        mean: Any = 0.0
+        std: Any = 1.0
     else:
-        found |= {key: values[key] for key in found if values.get(key) is not None}
-    found = {key: each if isinstance(each, list) else [each] for key, each in found.items()}
+        mean = _default(values.get("image_mean"), 0.5)  # as in all of Google's SigLIP
+        std = _default(values.get("image_std"), 0.5)
     scale = values.get("rescale_factor", 1 / 255)
-    numbers = [*found["image_mean"], *found["image_std"], scale]
+    means = mean if isinstance(mean, list) else [mean]
+    stds = std if isinstance(std, list) else [std]
+    numbers = [*means, *stds, scale]
     if not all(type(number) in (int, float) for number in numbers):
-        said = f"{found}, rescale_factor {scale!r}"
-        raise ValueError(f"--vision {name}: {file.name} is damaged: {said}")
-    alike = all(len(set(each)) == 1 for each in found.values())
+        found = f"image_mean {mean!r}, image_std {std!r}, rescale_factor {scale!r}"
+        raise ValueError(f"--vision {name}: {file.name} is damaged: {found}")
+    alike = len(set(means)) == 1 and len(set(stds)) == 1
+    # 1/255 is written with a different number of digits in different files.
     if not alike or values.get("do_rescale") is False or abs(scale * 255 - 1) > 1e-3:
         raise ValueError(
-            f"--vision {name}: {file.name} normalises in a way that the model here does not: it "
-            "takes pixels in [0, 1], with one image_mean and image_std for all colours"
+            f"--vision {name}: {file.name} has a normalisation that is not supported: it must "
+            "take pixels in [0, 1], with one image_mean and image_std for all colours"
         )
-    return {key: float(each[0]) for key, each in found.items()}
+    return {"image_mean": float(means[0]), "image_std": float(stds[0])}
+
+
+def _default(value: Any, default: Any) -> Any:
+    return default if value is None else value
 
 
 def language_fields(name: str) -> dict[str, Any]:
+    """Return the model fields that a Llama-architecture model determines.
+
+    Raises ValueError for other language models.
+    """
     config = hub_config(name)
     check_plain_weights(f"--language {name}", config)
     wanted = {
@@ -161,8 +201,8 @@ def language_fields(name: str) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
+        "attention_dropout": 0.0,
     }
-    wanted |= {"attention_dropout": 0.0}
     check_architecture(f"--language {name}", "a Llama-architecture model", config, wanted)
     rope = config.rope_parameters
     plain = {"rope_type": "default", "head_dim": config.hidden_size // config.num_attention_heads}
@@ -170,12 +210,17 @@ def language_fields(name: str) -> dict[str, Any]:
     if found != plain:
         raise ValueError(f"--language {name}: {found}, the model here has {plain}")
     fields = {ours: getattr(config, theirs) for ours, theirs in LANGUAGE_FIELDS.items()}
+    # The whole path, so that a run can be resumed from another folder.
     place = str(Path(name).resolve()) if Path(name).is_dir() else name
     return {**fields, "lm_re_base": float(rope["rope_theta"]), "lm_tokenizer": place}
 
 
 def hub_config(name: str) -> Any:
-    """The configuration of a hub name or folder, as a transformers object: what it leaves out has its default."""
+    """Return the configuration of a hub name or folder, as a transformers object.
+
+    Read through transformers and not as plain JSON, because a field that the file leaves out has
+    its class's default.
+    """
     folder = fetch(name, "config.json")
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{name}: there is no config.json in it")
@@ -184,32 +229,36 @@ def hub_config(name: str) -> Any:
     try:
         read_json(folder / "config.json")
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (
-        Exception
-    ) as error:  # transformers raises whatever a value that it did not expect leads to
+    # transformers checks few values, so an unexpected one can lead to any exception.
+    except Exception as error:
         raise ValueError(
             f"{name}: config.json is not one that transformers reads: {reason(error)}"
         ) from error
 
 
 def check_plain_weights(option: str, config: Any) -> None:
-    if getattr(config, "quantization_config", None):  # weights mean nothing without their scales
-        raise ValueError(f"{option} is quantised (quantization_config): weights are read plain")
+    """Raise ValueError for quantised weights, which mean nothing without their scales."""
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"{option} is quantised (quantization_config): only weights that are not can be read"
+        )
 
 
 def check_architecture(option: str, what: str, config: Any, wanted: dict[str, Any]) -> None:
+    """Raise ValueError naming the first entry of `wanted` that `config` does not have."""
     for key, value in wanted.items():
-        if getattr(config, key, None) != value:
-            raise ValueError(
-                f"{option} is not {what}: its {key} is {getattr(config, key, None)!r}, not {value!r}"
-            )
+        found = getattr(config, key, None)
+        if found != value:
+            raise ValueError(f"{option} is not {what}: its {key} is {found!r}, not {value!r}")
 
 
 # ---- weights
 def load_pretrained_weights(model: VisionLanguageModel, train: TrainConfig) -> None:
-    """Copy the weights that `train` names into `model`, in place; parts that no source has stay as they are.
+    """Copy the weights that `train` names into `model`, in place.
 
-    Raises ValueError naming missing and misshapen weights, and sources without safetensors.
+    Parts of the model that no source has keep their initial weights. Raises ValueError naming
+    weights that are missing or have another shape, and FileNotFoundError for sources without
+    safetensors.
     """
     state: dict[str, Tensor] = {}
     if train.start_from:
@@ -229,9 +278,9 @@ def load_pretrained_weights(model: VisionLanguageModel, train: TrainConfig) -> N
     for key in ("decoder.token_embedding.weight", "decoder.head.weight"):
         if key in state:
             state[key] = extend_rows(state[key], model.config.lm_vocab_size)
-    if (
-        model.config.lm_tie_weights
-    ):  # one tensor: under either name in the source, under both in the model
+    if model.config.lm_tie_weights:
+        # One tensor, which the model has under both names and a source under either. The model's
+        # own copy must go, or it would be loaded over the source's.
         head = state.pop("decoder.head.weight", None)
         if head is not None:
             state.setdefault("decoder.token_embedding.weight", head)
@@ -240,19 +289,19 @@ def load_pretrained_weights(model: VisionLanguageModel, train: TrainConfig) -> N
 
 
 def vision_weights(name: str, config: VLMConfig) -> dict[str, Tensor]:
-    """A SigLIP tower under the reference's names; text tower and pooling head are left out."""
+    """Read a SigLIP tower under the reference's names, without text tower and pooling head."""
     tensors = read_tensors(name, lambda key: not key.startswith(("text_model.", "logit_")))
     tensors = {key.removeprefix("vision_model."): tensor for key, tensor in tensors.items()}
     state = {}
     for ours, theirs in vision_names(config.vit_n_blocks).items():
         state[f"vision_encoder.{ours}"] = torch.cat([_take(tensors, key, name) for key in theirs])
     key = "vision_encoder.patch_embedding.position_embedding"
-    state[key] = state[key][None]
+    state[key] = state[key][None]  # SigLIP's is (P, C), nanoVLM's (1, P, C)
     return state
 
 
 def language_weights(name: str, config: VLMConfig) -> dict[str, Tensor]:
-    """A Llama-architecture model under the reference's names."""
+    """Read a Llama-architecture model under the reference's names."""
     tensors = read_tensors(name, lambda key: True)
     tensors = {key.removeprefix("model."): tensor for key, tensor in tensors.items()}
     names = language_names(config.lm_n_blocks)
@@ -268,37 +317,48 @@ def _take(tensors: dict[str, Tensor], key: str, name: str) -> Tensor:
 
 
 def read_tensors(name: str, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """Tensors of a hub name's or folder's model.safetensors, one file or sharded, whose names are `wanted`."""
-    folder = fetch(name, *WEIGHTS)
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    """Read the tensors with `wanted` names of a hub name or folder, from one file or shards."""
+    folder = fetch(name, *MODEL_FILES)
+    single = folder / "model.safetensors"
+    index = folder / "model.safetensors.index.json"
     if single.exists():
-        files = [single]
-    elif index.exists():
-        try:
-            names = sorted(set(read_json(index)["weight_map"].values()))
-            if outside := [file for file in names if Path(file).name != file or file == ".."]:
-                raise ValueError(f"{outside[0]!r} is not the name of a file beside it")
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{index} is damaged: {error!r}") from error
-        files = [folder / file for file in names]
-    else:
-        pickles = [
-            file.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(kind)
-        ]
-        raise FileNotFoundError(
-            f"{name} has no model.safetensors or model.safetensors.index.json"
-            + (
-                f"; pickles ({', '.join(sorted(pickles))}) can run code and are not read:"
-                if pickles
-                else ":"
-            )
-            + " save it again with transformers' save_pretrained, which writes safetensors"
-        )
-    return {key: tensor for file in files for key, tensor in load_tensors(file, wanted).items()}
+        return load_tensors(single, wanted)
+    if not index.exists():
+        raise FileNotFoundError(_no_safetensors(name, folder))
+    tensors: dict[str, Tensor] = {}
+    for file in _shards(index):
+        tensors |= load_tensors(folder / file, wanted)
+    return tensors
+
+
+def _shards(index: Path) -> list[str]:
+    """Return the files that an index names. Raises ValueError if it is damaged."""
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        # The index comes from elsewhere: it must not make us read any other file of this machine.
+        outside = [file for file in names if Path(file).name != file or file == ".."]
+        if outside:
+            raise ValueError(f"{outside[0]!r} is not the name of a file beside it")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{index} is damaged: {error!r}") from error
+    return names
+
+
+def _no_safetensors(name: str, folder: Path) -> str:
+    suffixes = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+    pickles = sorted(file.name for suffix in suffixes for file in folder.glob(suffix))
+    found = f"; pickles ({', '.join(pickles)}) can run code and are not read" if pickles else ""
+    return (
+        f"{name} has no model.safetensors or model.safetensors.index.json{found}: save it again "
+        "with transformers' save_pretrained, which writes safetensors"
+    )
 
 
 def resize_positions(positions: Tensor, grid: int) -> Tensor:
-    """(1, P, C) position embeddings of a square grid -> (1, grid * grid, C), bicubic in both directions."""
+    """Resize (1, P, C) position embeddings of a square grid to (1, grid * grid, C).
+
+    Bicubic, without anti-aliasing, as transformers does.
+    """
     side = math.isqrt(positions.shape[1])
     if side == grid:
         return positions
@@ -308,7 +368,8 @@ def resize_positions(positions: Tensor, grid: int) -> Tensor:
 
 
 def extend_rows(table: Tensor, rows: int) -> Tensor:
-    """(V, C) -> (rows, C): new entries of the vocabulary start at nanoVLM's N(0, 0.02)."""
+    """Extend (V, C) to (rows, C). New entries start at nanoVLM's N(0, 0.02)."""
     if rows <= len(table):
         return table
-    return torch.cat([table.float(), 0.02 * torch.randn(rows - len(table), table.shape[1])])
+    new = NANOVLM_STD * torch.randn(rows - len(table), table.shape[1])
+    return torch.cat([table.float(), new])

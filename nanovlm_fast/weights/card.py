@@ -1,4 +1,8 @@
-"""Model cards."""
+"""Model cards: the README.md of an exported checkpoint.
+
+A card says how the model is loaded, how pictures must be read for it, what its run measured, and
+with which options it was trained.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nanovlm_fast.config import TrainConfig, fields_of
+from nanovlm_fast.config import TrainConfig, VLMConfig, fields_of
 from nanovlm_fast.data.images import to_rgb
 from nanovlm_fast.data.text import is_hub_name
 from nanovlm_fast.files import read_json
+from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.paths import without_path
 
 
 def measured(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(result.json, config.json) of the run that `checkpoint` is the end of, or two empty dicts.
+    """Return result.json and config.json of the run that ended with `checkpoint`.
 
-    The numbers are those of the run's last step; another of its checkpoints has none.
+    Otherwise two empty dicts: the results belong to the run's last step, and no other checkpoint of
+    it (such as the best) may claim them.
     """
     run = checkpoint.resolve().parent.parent
     try:
@@ -29,12 +35,24 @@ def measured(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return {}, {}
 
 
-NOT_FOR_CARDS = frozenset(
-    "out resume overwrite device wandb wandb_project vision language start_from".split()
+# Options that say nothing about the model, or that may hold a path of the machine.
+HIDDEN_OPTIONS = frozenset(
+    {
+        "out",
+        "resume",
+        "overwrite",
+        "device",
+        "wandb",
+        "wandb_project",
+        "vision",
+        "language",
+        "start_from",
+    }
 )
 
-# Between the marks stands code: the test of the cards runs it
-TRANSFORMERS = """```python
+# How the model is used, per target. `usage` replaces the words in capitals. A test runs the code of
+# both, and TO_RGB is the source of `to_rgb` itself, so that a card cannot go out of date.
+TRANSFORMERS_USAGE = """```python
 import numpy as np
 from PIL import Image, ImageOps
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -43,16 +61,18 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 TO_RGB
 
 
-model, processor = (auto.from_pretrained("FOLDER") for auto in (AutoModelForImageTextToText, AutoProcessor))
+model = AutoModelForImageTextToText.from_pretrained("FOLDER")
+processor = AutoProcessor.from_pretrained("FOLDER")
 image = to_rgb(Image.open("picture.png"))
 inputs = processor(text="PROMPT", images=image, return_tensors="pt")
-print(processor.decode(model.generate(**inputs)[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+reply = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
+print(processor.decode(reply, skip_special_tokens=True))
 ```
 
-`to_rgb` is how pictures were read in training. The processor alone, given a picture that is turned
-by an EXIF tag or holds 16 or 32 bits a pixel, sees another one."""
+`to_rgb` is how pictures were read in training. Without it the processor sees other pixels in a
+picture that is turned by an EXIF tag, has transparency, or has 16 or 32 bits per pixel."""
 
-NANOVLM = """```python
+NANOVLM_USAGE = """```python
 from models.vision_language_model import VisionLanguageModel  # github.com/huggingface/nanoVLM, v0.1
 
 model = VisionLanguageModel.from_pretrained("FOLDER")
@@ -60,11 +80,12 @@ model = VisionLanguageModel.from_pretrained("FOLDER")
 
 TOKENIZER
 
-nanovlm_fast takes it as `--checkpoint FOLDER`, or as `train.py --start-from FOLDER`.
+nanovlm_fast loads it with `--checkpoint FOLDER`, and trains it further with
+`train.py --start-from FOLDER`.
 
-nanoVLM reads pictures with `convert("RGB")`. In training transparency was composited onto white,
-pictures were turned upright by their EXIF tag, and 16 bits of grey were scaled:
-`to_rgb(Image.open(file))` in its place does that.
+nanoVLM reads pictures with `convert("RGB")`. For this model's training, transparency was
+composited onto white, pictures were turned upright by their EXIF tag, and 16 bits of grey were
+scaled to 8. `to_rgb(Image.open(file))` in place of `convert("RGB")` does the same.
 
 ```python
 import numpy as np
@@ -75,86 +96,96 @@ TO_RGB
 ```"""
 
 
-def usage(target: str, config: Any, name: str) -> str:
-    """How a model that is loaded by `name` is used from the library that it was exported for."""
-    text = {"transformers": TRANSFORMERS, "nanovlm": NANOVLM}[target]
+def usage(target: str, config: VLMConfig, name: str) -> str:
+    """Return how a model that is loaded by `name` is used from the library of `target`."""
+    text = {"transformers": TRANSFORMERS_USAGE, "nanovlm": NANOVLM_USAGE}[target]
     if Path(config.lm_tokenizer).is_absolute():
         tokenizer = (
             "nanoVLM loads the tokenizer by `lm_tokenizer` in `config.json`, which is the folder "
-            "that this was written to. Moved elsewhere, write the new place there."
+            "that this was written to. If the folder moves, write its new place there."
         )
     else:
         name_there = f"`{config.lm_tokenizer}`"
         tokenizer = f"nanoVLM loads the tokenizer by its name in `config.json`, {name_there}."
     prompt = "<image>" + config.prompt.format(question="What is it?")
-    for mark, said in (
-        ("TO_RGB", inspect.getsource(to_rgb).strip()),
-        ("TOKENIZER", tokenizer),
-        ("FOLDER", name),
-        ('"PROMPT"', json.dumps(prompt, ensure_ascii=False)),
-    ):
-        text = text.replace(mark, said)
+    replacements = {
+        "TO_RGB": inspect.getsource(to_rgb).strip(),
+        "TOKENIZER": tokenizer,
+        "FOLDER": name,
+        # Last, as a prompt may contain any of the words above.
+        '"PROMPT"': json.dumps(prompt, ensure_ascii=False),
+    }
+    for mark, replacement in replacements.items():
+        text = text.replace(mark, replacement)
     return text
 
 
-def model_card(checkpoint: Path, target: str, model: Any, name: str) -> str:
-    """README.md of an exported checkpoint: what it is, how to load it, and the numbers its run measured."""
+def model_card(checkpoint: Path, target: str, model: VisionLanguageModel, name: str) -> str:
+    """Return the README.md of an exported checkpoint."""
     from huggingface_hub import EvalResult, ModelCardData
 
     result, run = measured(checkpoint)
     config = model.config
-    size = f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters"
+    count = sum(parameter.numel() for parameter in model.parameters())
     lines = [
         f"# {Path(name).name}",
         "",
-        f"A vision-language model of nanoVLM's architecture, {size}, trained with",
+        f"A vision-language model of nanoVLM's architecture, {count:,} parameters, trained with",
+        "nanovlm_fast.",
+        "",
+        usage(target, config, name),
+        "",
     ]
-    lines += ["nanovlm_fast.", "", usage(target, config, name), ""]
-    evals = []
-    if result.get("seeing", {}).get("questions"):  # or nothing was asked, or could be
+    evals = None
+    # Without a question there is no score: the run had no final evaluation, or nothing in its split
+    # could be asked.
+    if result.get("seeing", {}).get("questions"):
         data = without_path(run["data"])
         split = f"{result['split']} of {data}"
-        lines += [
-            f"## Measured at the end of the run, {split}",
-            "",
-            "| | exact match by generation |",
-            "| --- | --- |",
-        ]
-        for sight, what in (("seeing", "with the images"), ("blind", "every image painted grey")):
-            score = result[sight]
-            lines.append(
-                f"| {what} | {score['accuracy']:.1%} of {score['questions']:,} questions |"
-            )
-        lines += [
-            "",
-            f"{result['step']:,} optimizer steps, {result['seconds'] / 60:.1f} minutes of training.",
-            "",
-        ]
-        options = {
-            name: value
-            for name, value in fields_of(TrainConfig, run).items()
-            if name not in NOT_FOR_CARDS
-        }
-        options |= {
-            name: without_path(options[name]) for name in ("data", "eval") if name in options
-        }
-        lines += ["## Options of the run", "", "```json", json.dumps(options, indent=2), "```", ""]
-        score = dict(
+        lines += [*_measured_lines(result, split), *_options_lines(run)]
+        score = EvalResult(
+            "visual-question-answering",
+            dataset_type=data,
+            dataset_name=split,
             metric_type="accuracy",
             metric_name="exact match",
             metric_value=result["seeing"]["accuracy"],
         )
-        evals.append(
-            EvalResult("visual-question-answering", dataset_type=data, dataset_name=split, **score)
-        )
+        evals = [score]
     sizes = dict(vars(config))
     if not is_hub_name(config.lm_tokenizer):
-        del sizes["lm_tokenizer"]
+        del sizes["lm_tokenizer"]  # a path of this machine
     lines += ["## Sizes", "", "```json", json.dumps(sizes, indent=2), "```", ""]
-    head = dict(
+    head = ModelCardData(
         library_name=target,
         pipeline_tag="image-text-to-text",
         tags=["vision-language", "nanovlm_fast"],
+        model_name=Path(name).name,
+        eval_results=evals,
     )
-    data_of_card = ModelCardData(**head, model_name=Path(name).name, eval_results=evals or None)
-    return f"---\n{data_of_card.to_yaml()}\n---\n\n" + "\n".join(lines)
+    return f"---\n{head.to_yaml()}\n---\n\n" + "\n".join(lines)
+
+
+def _measured_lines(result: dict[str, Any], split: str) -> list[str]:
+    lines = [
+        f"## Measured at the end of the run, {split}",
+        "",
+        "| | exact match by generation |",
+        "| --- | --- |",
+    ]
+    for sight, what in (("seeing", "with the images"), ("blind", "every image painted grey")):
+        score = result[sight]
+        lines.append(f"| {what} | {score['accuracy']:.1%} of {score['questions']:,} questions |")
+    minutes = result["seconds"] / 60
+    lines += ["", f"{result['step']:,} optimizer steps, {minutes:.1f} minutes of training.", ""]
+    return lines
+
+
+def _options_lines(run: dict[str, Any]) -> list[str]:
+    options = fields_of(TrainConfig, run)
+    for name in HIDDEN_OPTIONS & options.keys():
+        del options[name]
+    for name in ("data", "eval"):
+        if name in options:
+            options[name] = without_path(options[name])
+    return ["## Options of the run", "", "```json", json.dumps(options, indent=2), "```", ""]

@@ -1,4 +1,8 @@
-"""Model folders in nanoVLM's layout: written, found and read."""
+"""Model folders in nanoVLM's layout: writing, finding and reading them.
+
+A model folder holds `config.json` (the fields of `VLMConfig`), `model.safetensors` under the
+reference's names, and the files of a tokenizer if the model has one of its own.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import json
 import os
 import warnings
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 from safetensors.torch import save_file
@@ -19,44 +23,54 @@ from nanovlm_fast.data.text import Tokenizer, is_hub_name
 from nanovlm_fast.files import read_json
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.runs import latest_run, standing
-from nanovlm_fast.weights.hub import WEIGHTS, fetch
+from nanovlm_fast.weights.hub import MODEL_FILES, fetch
 from nanovlm_fast.weights.tensors import load_tensors, stored_shapes
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
-# Fields of nanoVLM v0.1's VLMConfig that ours has not. Those that decide what a model computes have
-# one value that is supported here; the others say where it came from
-SUPPORTED = {
+# Fields of nanoVLM v0.1's VLMConfig that ours does not have. These decide what the model computes.
+# One value of each is supported; any other would change the outputs without an error.
+SUPPORTED_VALUES: dict[str, object] = {
     "vit_dropout": 0.0,
     "vit_cls_flag": False,
     "lm_dropout": 0.0,
     "lm_attn_scaling": 1.0,
     "lm_use_tokens": False,
 }
-ORIGIN = (
+# These only say where v0.1's weights came from.
+ORIGIN_FIELDS = (
     "vit_model_type",
     "lm_model_type",
     "lm_eos_token_id",
     "vlm_load_backbone_weights",
     "vlm_checkpoint_path",
 )
-V01_FIELDS = {*SUPPORTED, *ORIGIN}
-# Fields that came after v0.1, with image tokens among the text: same keys, another function
-LATER = tuple(
-    "mp_image_token_length vlm_extra_tokens lm_chat_template lm_base_vocab_size "
-    "extra_token_amount max_img_size resize_to_max_side_len".split()
+V01_FIELDS = {*SUPPORTED_VALUES, *ORIGIN_FIELDS}
+
+# Fields that nanoVLM got after v0.1 (in v0.2 or main). Their models have v0.1's weight names and
+# shapes, so only these fields reveal that image tokens stand among the text: without this check
+# such a checkpoint loads and answers nonsense.
+FIELDS_AFTER_V01 = (
+    "mp_image_token_length",
+    "vlm_extra_tokens",
+    "lm_chat_template",
+    "lm_base_vocab_size",
+    "extra_token_amount",
+    "max_img_size",
+    "resize_to_max_side_len",
 )
-KNOWN = {*V01_FIELDS, "hf_repo_name"}  # the latter came a week after v0.1 and changes nothing
+KNOWN_FIELDS = {*V01_FIELDS, "hf_repo_name"}  # the latter came a week after v0.1, without effect
 
 Model = TypeVar("Model", bound=VisionLanguageModel)
 
 
+# ---- writing
 def save_pretrained(
     folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer | None = None
 ) -> None:
-    """Write config.json, model.safetensors (nanoVLM's keys; tied weights once), the tokenizer.
+    """Write config.json, model.safetensors (nanoVLM's names, tied weights once) and the tokenizer.
 
-    Without a tokenizer the folder loads with one that is named then (`load_pretrained`).
+    Without a tokenizer, one has to be named when the folder is loaded (`load_pretrained`).
     """
     write_pretrained(folder, model, model.state_dict(), tokenizer)
 
@@ -67,17 +81,21 @@ def write_pretrained(
     weights: dict[str, Tensor],
     tokenizer: Tokenizer | None = None,
 ) -> None:
-    """`save_pretrained` of other `weights` than the model's own, under the names of its state dict."""
+    """Like `save_pretrained`, with `weights` under the names of the model's state dict.
+
+    With sharded weights (FSDP) the full ones are gathered first and are not the model's own.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     state = model.by_reference_name(weights)
     if model.config.lm_tie_weights:
-        state.pop("decoder.head.weight", None)
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()},
-        folder / "model.safetensors",
-    )
+        state.pop("decoder.head.weight", None)  # safetensors refuses two names of one memory
+    # Contiguous, because the parts of a fused matrix are views.
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(stored, folder / "model.safetensors")
     values = {**model.extra_config, **dataclasses.asdict(model.config)}
-    if not is_hub_name(model.config.lm_tokenizer):  # a path means nothing once a folder has moved
+    if not is_hub_name(model.config.lm_tokenizer):
+        # A folder's own tokenizer lies in it and is not named by a path, which would point nowhere
+        # once the folder has moved. A tokenizer that lies elsewhere has its absolute path.
         own = tokenizer is not None or model.config.lm_tokenizer == "train"
         values["lm_tokenizer"] = "train" if own else str(Path(model.config.lm_tokenizer).resolve())
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
@@ -85,15 +103,21 @@ def write_pretrained(
         tokenizer.save(folder)
 
 
+# ---- reading
 def load_pretrained(
     checkpoint: Path | str | None = None, device: str | torch.device = "cpu", lm_tokenizer: str = ""
 ) -> tuple[VisionLanguageModel, Tokenizer]:
-    """Model and tokenizer of a checkpoint folder, a run folder (its last checkpoint), or the latest run.
+    """Load model and tokenizer of a model folder, a run (its newest checkpoint), or a hub name.
 
-    The tokenizer is `lm_tokenizer` (hub name or folder), or else the folder's own, or else the one
-    that its config.json names.
-    Raises FileNotFoundError if there is nothing there and ValueError, naming the file or the weights, if it is damaged
-    or does not fit its configuration.
+    Args:
+        checkpoint: see `resolve`; None is the latest run.
+        lm_tokenizer: hub name or folder of a tokenizer to use. The default is the folder's own,
+            and if it has none, the one that its config.json names.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint or tokenizer.
+        ValueError: naming the file or the weights, if something is damaged, is not supported, or
+            does not fit the configuration.
     """
     folder = resolve(checkpoint)
     model = load_model(folder)
@@ -104,15 +128,18 @@ def load_pretrained(
         tokenizer = tokenizer_of(folder, model.config.lm_tokenizer)
     if len(tokenizer) > model.config.lm_vocab_size:
         raise ValueError(
-            f"{folder}: its tokenizer has {len(tokenizer)} ids, the model {model.config.lm_vocab_size}"
+            f"{folder}: its tokenizer has {len(tokenizer)} ids, the model "
+            f"{model.config.lm_vocab_size}"
         )
     return model.to(device), tokenizer
 
 
 def tokenizer_of(folder: Path, name: str) -> Tokenizer:
-    """The tokenizer in `folder`, or the one that its config.json calls `name`."""
+    """Load the tokenizer in `folder`, or else the one that its config.json calls `name`."""
     if (folder / "tokenizer.json").exists():
         return Tokenizer.load(folder)
+    # Checked here and not left to the hub's client, which would take minutes to find out that there
+    # is no repository called "train".
     if not is_hub_name(name) and not os.path.isdir(os.path.expanduser(name)):
         raise FileNotFoundError(
             f"{folder} was saved without its tokenizer (no tokenizer.json; lm_tokenizer in "
@@ -121,9 +148,20 @@ def tokenizer_of(folder: Path, name: str) -> Tokenizer:
     return Tokenizer.from_hub(name)
 
 
-def load_model(folder: Path, model_class: type[Model] = VisionLanguageModel) -> Model:
-    """The model of a folder that `resolve` gave, on the CPU. Raises what `load_pretrained` raises."""
+@overload
+def load_model(folder: Path) -> VisionLanguageModel: ...
+
+
+@overload
+def load_model(folder: Path, model_class: type[Model]) -> Model: ...
+
+
+def load_model(
+    folder: Path, model_class: type[VisionLanguageModel] = VisionLanguageModel
+) -> VisionLanguageModel:
+    """Load the model of a folder on the CPU. Raises what `load_pretrained` raises."""
     config, extra = read_config(folder)
+    # Before the model is built: this takes its memory.
     check_sizes(folder, config)
     model = model_class(config)
     model.extra_config = extra
@@ -132,12 +170,15 @@ def load_model(folder: Path, model_class: type[Model] = VisionLanguageModel) -> 
 
 
 def check_sizes(folder: Path, config: VLMConfig) -> None:
-    """Raise ValueError unless the weights in `folder` are those of `config`, before memory is taken for the model.
+    """Raise ValueError unless the weights in `folder` have the sizes of `config`.
 
-    A few bytes of config.json can ask for terabytes; the header of the weights cannot promise more than the file has.
+    Nothing is allocated. A few bytes of config.json can request terabytes, but the header of the
+    weights cannot claim more than its file holds, so both are compared on the meta device.
     """
     file = folder / "model.safetensors"
-    stored, blocks = stored_shapes(file), config.vit_n_blocks + config.lm_n_blocks
+    stored = stored_shapes(file)
+    # Even a meta model of a billion blocks takes a billion Python objects.
+    blocks = config.vit_n_blocks + config.lm_n_blocks
     if blocks > len(stored):
         raise ValueError(
             f"{folder / 'config.json'} asks for {blocks} blocks, {file} holds {len(stored)} tensors"
@@ -145,6 +186,7 @@ def check_sizes(folder: Path, config: VLMConfig) -> None:
     try:
         with torch.device("meta"):
             model = VisionLanguageModel(config)
+    # Sizes that overflow raise each of these, depending on the operation.
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise ValueError(
             f"{folder / 'config.json'} is not a model configuration: {error}"
@@ -156,14 +198,35 @@ def check_sizes(folder: Path, config: VLMConfig) -> None:
 
 
 def read_config(folder: Path) -> tuple[VLMConfig, dict[str, Any]]:
-    """Model configuration of a checkpoint folder, and the entries of its config.json that are no fields of it.
+    """Read a folder's config.json: the configuration, and the entries that are not its fields.
 
-    Raises ValueError if the file is damaged, or asks for a model that differs from the one here.
-    Warns of entries that nanoVLM v0.1 has not either.
+    Raises ValueError if the file is damaged or describes a model that differs from the one here.
+    Warns about fields that nanoVLM v0.1 does not have either.
     """
     file = folder / "config.json"
     values = read_json(file)
-    if later := [name for name in LATER if name in values]:
+    _check_layout(file, values)
+    try:
+        ours = fields_of(VLMConfig, values)
+        check_types(VLMConfig, ours)
+        config = VLMConfig(**ours).validate()
+    except (ValueError, ArithmeticError) as error:
+        raise ValueError(f"{file} is not a model configuration: {error}") from error
+    extra = {name: value for name, value in values.items() if name not in ours}
+    for name, supported in SUPPORTED_VALUES.items():
+        if extra.get(name, supported) != supported:
+            value = printable(repr(extra[name]))
+            raise ValueError(f"{file}: {name} = {value}, only {supported} is supported")
+    if unknown := sorted(extra.keys() - KNOWN_FIELDS):
+        names = printable(", ".join(unknown))
+        warnings.warn(f"{file}: fields not used here: {names}", stacklevel=3)
+    return config, extra
+
+
+def _check_layout(file: Path, values: dict[str, Any]) -> None:
+    """Raise ValueError for configurations of other models that have files of the same names."""
+    later = [name for name in FIELDS_AFTER_V01 if name in values]
+    if later:
         raise ValueError(
             f"{file}: a checkpoint of a nanoVLM newer than v0.1 (it has {', '.join(later)}), with "
             "another text format and other image tokens: only v0.1's are supported"
@@ -172,45 +235,37 @@ def read_config(folder: Path) -> tuple[VLMConfig, dict[str, Any]]:
         kind = printable(repr(values["model_type"]))
         raise ValueError(
             f"{file}: a configuration of transformers (model_type {kind}): only nanoVLM's layout "
-            "is read, which the checkpoint that it was exported from has"
+            "can be read; use the checkpoint that this folder was exported from"
         )
-    try:
-        check_types(VLMConfig, fields_of(VLMConfig, values))
-        extra = {
-            name: value
-            for name, value in values.items()
-            if name not in fields_of(VLMConfig, values)
-        }
-        config = VLMConfig(**fields_of(VLMConfig, values)).validate()
-    except (ValueError, ArithmeticError) as error:
-        raise ValueError(f"{file} is not a model configuration: {error}") from error
-    for name, same in SUPPORTED.items():
-        if extra.get(name, same) != same:
-            value = printable(repr(extra[name]))
-            raise ValueError(f"{file}: {name} = {value}, only {same} is supported")
-    if unknown := sorted(extra.keys() - KNOWN):
-        names = printable(", ".join(unknown))
-        warnings.warn(f"{file}: fields not used here: {names}", stacklevel=3)
-    return config, extra
 
 
+# ---- finding
 def resolve(checkpoint: Path | str | None) -> Path:
-    """The folder that holds model.safetensors: `checkpoint` itself, the newest checkpoint of a run, or a hub name's.
+    """Find the folder that holds model.safetensors.
 
-    None is the latest run. Raises FileNotFoundError naming what was looked for, OSError if the hub did not give it,
-    and ValueError for weights that are a pickle: reading one can run any code.
+    Args:
+        checkpoint: that folder, a run (its newest checkpoint is taken), or a hub name; None is the
+            latest run.
+
+    Raises:
+        FileNotFoundError: naming what was looked for.
+        OSError: if the hub does not provide it.
+        ValueError: for weights that are a pickle, since reading one can run any code.
     """
     folder = Path(checkpoint) if checkpoint is not None else latest_run()
+    # A hub name looks like a relative path. If its parent is a folder here, it is a mistyped path
+    # and the hub is not asked.
     if isinstance(checkpoint, str) and not folder.exists() and not folder.parent.is_dir():
-        folder = fetch(checkpoint, *WEIGHTS)
+        folder = fetch(checkpoint, *MODEL_FILES)
     if (folder / "model.safetensors").exists():
         return folder
     if newest := newest_checkpoint(standing(folder)):
         return newest
     for file in sorted([folder, *folder.glob("*")]):
-        if file.suffix in PICKLES and file.is_file():
+        if file.suffix in PICKLE_SUFFIXES and file.is_file():
             raise ValueError(
-                f"{file}: pickles are not read, only safetensors: a checkpoint has a model.safetensors"
+                f"{file}: pickles are not read, only safetensors: a checkpoint has a "
+                "model.safetensors"
             )
     raise FileNotFoundError(
         f"{folder}: neither a checkpoint (model.safetensors) nor a run that holds one"
@@ -218,16 +273,19 @@ def resolve(checkpoint: Path | str | None) -> Path:
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The complete checkpoint of the highest step, or None."""
+    """Return the complete checkpoint of the highest step, or None."""
     return max(checkpoints_of(run), key=step_of, default=None)
 
 
 def checkpoints_of(run: Path) -> list[Path]:
-    """All complete checkpoints, in no order."""
-    return [
-        folder for folder in (run / "checkpoints").glob("step-*") if folder.name[5:].isdecimal()
-    ]
+    """Return all complete checkpoints, in no particular order.
+
+    A checkpoint is written under another name and then renamed, so a name of this form is complete.
+    """
+    folders = (run / "checkpoints").glob("step-*")
+    return [folder for folder in folders if folder.name[5:].isdecimal()]
 
 
 def step_of(folder: Path) -> int:
+    """Return the step in the name of a checkpoint's folder, step-NNNNNN."""
     return int(folder.name[5:])

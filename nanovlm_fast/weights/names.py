@@ -1,8 +1,11 @@
-"""Names of weights and of configuration fields: nanoVLM's, SigLIP's, Llama's."""
+"""Names of weights and of configuration fields: nanoVLM's, SigLIP's and Llama's.
+
+`backbones.py` reads pretrained weights by these tables, and `to_transformers.py` writes by them.
+"""
 
 from __future__ import annotations
 
-# our fields -> those of transformers' SiglipVisionConfig and LlamaConfig
+# VLMConfig's fields -> those of transformers' SiglipVisionConfig
 VISION_FIELDS = {
     "vit_img_size": "image_size",
     "vit_patch_size": "patch_size",
@@ -12,6 +15,8 @@ VISION_FIELDS = {
     "vit_n_blocks": "num_hidden_layers",
     "vit_ln_eps": "layer_norm_eps",
 }
+# VLMConfig's fields -> those of transformers' LlamaConfig. The rotary base is not here: LlamaConfig
+# has it inside `rope_parameters`.
 LANGUAGE_FIELDS = {
     "lm_hidden_dim": "hidden_size",
     "lm_inter_dim": "intermediate_size",
@@ -26,39 +31,51 @@ LANGUAGE_FIELDS = {
 
 
 def vision_names(n_blocks: int) -> dict[str, tuple[str, ...]]:
-    """Our names under `vision_encoder.` -> SigLIP's under `vision_model.`; several are concatenated."""
-    names = {
-        f"patch_embedding.conv.{kind}": (f"embeddings.patch_embedding.{kind}",)
-        for kind in ("weight", "bias")
+    """Map our names under `vision_encoder.` to SigLIP's under `vision_model.`.
+
+    A tuple of several names means that ours is their concatenation, as for q, k and v.
+    """
+    names: dict[str, tuple[str, ...]] = {
+        "patch_embedding.position_embedding": ("embeddings.position_embedding.weight",)
     }
-    names["patch_embedding.position_embedding"] = ("embeddings.position_embedding.weight",)
-    modules = {"ln1": "layer_norm1", "ln2": "layer_norm2", "attn.out_proj": "self_attn.out_proj"}
-    modules |= {name: name for name in ("mlp.fc1", "mlp.fc2")}
+    modules = {
+        "ln1": "layer_norm1",
+        "ln2": "layer_norm2",
+        "attn.out_proj": "self_attn.out_proj",
+        "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+    }
     for kind in ("weight", "bias"):
-        for i in range(n_blocks):
-            theirs = f"encoder.layers.{i}."
-            names[f"blocks.{i}.attn.qkv_proj.{kind}"] = tuple(
-                f"{theirs}self_attn.{n}_proj.{kind}" for n in "qkv"
-            )
-            names |= {
-                f"blocks.{i}.{ours}.{kind}": (f"{theirs}{name}.{kind}",)
-                for ours, name in modules.items()
-            }
+        names[f"patch_embedding.conv.{kind}"] = (f"embeddings.patch_embedding.{kind}",)
         names[f"layer_norm.{kind}"] = (f"post_layernorm.{kind}",)
+        for i in range(n_blocks):
+            layer = f"encoder.layers.{i}"
+            names[f"blocks.{i}.attn.qkv_proj.{kind}"] = tuple(
+                f"{layer}.self_attn.{part}_proj.{kind}" for part in "qkv"
+            )
+            for ours, theirs in modules.items():
+                names[f"blocks.{i}.{ours}.{kind}"] = (f"{layer}.{theirs}.{kind}",)
     return names
 
 
 def language_names(n_blocks: int) -> dict[str, str]:
-    """Our names under `decoder.` -> Llama's under `model.` (the head, which lies beside it, is left out)."""
+    """Map our names under `decoder.` to Llama's under `model.`.
+
+    Without the head: Llama has it beside `model.`, as `lm_head`, and only if it is not tied.
+    """
     names = {"token_embedding.weight": "embed_tokens.weight", "norm.weight": "norm.weight"}
-    modules = {f"attn.{name}_proj": f"self_attn.{name}_proj" for name in "qkv"} | {
-        "attn.out_proj": "self_attn.o_proj"
+    modules = {
+        "attn.q_proj": "self_attn.q_proj",
+        "attn.k_proj": "self_attn.k_proj",
+        "attn.v_proj": "self_attn.v_proj",
+        "attn.out_proj": "self_attn.o_proj",
+        "mlp.gate_proj": "mlp.gate_proj",
+        "mlp.up_proj": "mlp.up_proj",
+        "mlp.down_proj": "mlp.down_proj",
+        "norm1": "input_layernorm",
+        "norm2": "post_attention_layernorm",
     }
-    modules |= {f"mlp.{name}_proj": f"mlp.{name}_proj" for name in ("gate", "up", "down")}
-    modules |= {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
     for i in range(n_blocks):
-        names |= {
-            f"blocks.{i}.{ours}.weight": f"layers.{i}.{name}.weight"
-            for ours, name in modules.items()
-        }
+        for ours, theirs in modules.items():
+            names[f"blocks.{i}.{ours}.weight"] = f"layers.{i}.{theirs}.weight"
     return names

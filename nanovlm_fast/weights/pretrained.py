@@ -1,4 +1,7 @@
-"""The model as users meet it: `VisionLanguageModel.from_pretrained` and `.save_pretrained`."""
+"""`nanovlm_fast.VisionLanguageModel`: the packed model, with `from_pretrained` and the like.
+
+Both methods have the names that nanoVLM's users know.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,10 @@ from nanovlm_fast.weights.to_nanovlm import to_nanovlm
 
 
 class VisionLanguageModel(packed.VisionLanguageModel):
-    """The packed model, with nanoVLM's way to load and save a checkpoint.
+    """The packed model, with methods to load and save a checkpoint.
 
-    It is a class of its own because the model itself must not import the code that reads and
-    writes model folders: that code imports the model.
+    A subclass, because imports run one way: the code that reads and writes model folders imports
+    the model, so the model cannot import that code.
     """
 
     @classmethod
@@ -25,7 +28,8 @@ class VisionLanguageModel(packed.VisionLanguageModel):
     ) -> VisionLanguageModel:
         """Load the model of a checkpoint in float32: a folder, a run, or a hub name.
 
-        Raises what `weights.folder.load_pretrained` raises. That function returns the tokenizer too.
+        Raises what `weights.folder.load_pretrained` raises; that function also returns the
+        tokenizer.
         """
         return load_model(resolve(checkpoint), cls).to(device)
 
@@ -38,9 +42,9 @@ class VisionLanguageModel(packed.VisionLanguageModel):
         """Write config.json, model.safetensors and, if given, the tokenizer into `folder`.
 
         Existing files are replaced. Layout "nanovlm_fast" keeps every field of the configuration.
-        Layout "nanovlm" is what nanoVLM v0.1's own `from_pretrained` reads (`to_nanovlm`). Raises
-        ValueError for another layout, and for "nanovlm" if the model's tokenizer was made from its
-        training data and is not given.
+        Layout "nanovlm" is for nanoVLM v0.1's own `from_pretrained` (see `to_nanovlm`). Raises
+        ValueError for any other layout, and for "nanovlm" if the model has a tokenizer of its own
+        that is not given.
         """
         layouts = {"nanovlm_fast": save_pretrained, "nanovlm": to_nanovlm}
         if layout not in layouts:

@@ -1,4 +1,4 @@
-"""safetensors files."""
+"""Reading safetensors files: tensors, or only their shapes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from torch import Tensor
 def load_tensors(
     file: Path, wanted: Callable[[str], bool] = lambda name: True
 ) -> dict[str, Tensor]:
-    """The tensors of a safetensors file whose names are `wanted`. Raises an error naming the file if it is damaged."""
+    """Read the tensors of a file whose names are `wanted`.
+
+    Raises FileNotFoundError or ValueError, naming the file, if it is missing or damaged.
+    """
     return _read(file, wanted, lambda tensors, name: tensors.get_tensor(name))
 
 
 def stored_shapes(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file without their values, on the meta device. Reads its header alone."""
+    """Return a file's tensors without values, on the meta device. Only the header is read."""
 
     def shape_of(tensors: Any, name: str) -> Tensor:
         return torch.empty(tensors.get_slice(name).get_shape(), device="meta")
@@ -34,7 +37,10 @@ def _read(
         raise FileNotFoundError(f"{file} is missing: the checkpoint is not complete")
     try:
         with safe_open(file, "pt") as tensors:
-            return {name: get(tensors, name) for name in tensors.keys() if wanted(name)}  # noqa: SIM118
+            names = list(tensors.keys())
+            return {name: get(tensors, name) for name in names if wanted(name)}
+    # A damaged header leads to any of these: a type that torch does not have is an AttributeError,
+    # a shape whose product overflows an ArithmeticError.
     except (
         SafetensorError,
         ValueError,
@@ -43,6 +49,4 @@ def _read(
         AttributeError,
         ArithmeticError,
     ) as error:
-        raise ValueError(
-            f"{file} is damaged: {error}"
-        ) from error  # beside its own: of types that torch cannot hold
+        raise ValueError(f"{file} is damaged: {error}") from error

@@ -1,4 +1,4 @@
-"""A folder that nanoVLM v0.1 loads."""
+"""Writing a folder that nanoVLM v0.1 loads (`export --to nanovlm`)."""
 
 from __future__ import annotations
 
@@ -8,40 +8,41 @@ import warnings
 from pathlib import Path
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.data.text import Tokenizer, is_hub_name
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.weights.folder import V01_FIELDS
 
-NOT_NANOVLMS = (
-    "image_mean",
-    "image_std",
-    "init",
-    "prompt",
-)  # fields of our VLMConfig that v0.1's does not have
+# Fields of our VLMConfig that v0.1's does not have. Its constructor raises for unknown fields.
+OWN_FIELDS = ("image_mean", "image_std", "init", "prompt")
 
 
-# ---- nanoVLM
 def to_nanovlm(
     folder: Path,
     model: VisionLanguageModel,
     tokenizer: Tokenizer | None = None,
     name: str = "",
 ) -> None:
-    """Write config.json, model.safetensors and the tokenizer so that nanoVLM v0.1's `from_pretrained` takes them.
+    """Write config.json, model.safetensors and the tokenizer for v0.1's `from_pretrained`.
 
-    v0.1 accepts only the fields of its own VLMConfig and feeds plain [0, 1] pixels: the normalisation is folded into
-    the patch embedding. Fields of v0.1 in the config.json that the model came with are kept. v0.1
-    loads the tokenizer by its name in config.json: the model's own gets `name` (default: `folder`).
-    Raises ValueError if such a one is not given.
+    v0.1 feeds plain pixels in [0, 1], so the normalisation is folded into the patch embedding.
+    Fields of v0.1 in the config.json that the model was loaded from are written back.
+
+    Args:
+        tokenizer: needed if the model's tokenizer is not one of the hub's, as v0.1 loads
+            tokenizers by name.
+        name: what that tokenizer will be loaded by (default: the absolute path of `folder`).
+
+    Raises:
+        ValueError: if such a tokenizer is not given.
     """
     config = model.config
-    values = {
-        name: value
-        for name, value in dataclasses.asdict(config).items()
-        if name not in NOT_NANOVLMS
-    }
+    values = dataclasses.asdict(config)
+    for field in OWN_FIELDS:
+        del values[field]
+    # All checks come before the first file is written.
     if not is_hub_name(config.lm_tokenizer):
         if tokenizer is None:
             raise ValueError(
@@ -49,26 +50,35 @@ def to_nanovlm(
                 f"(lm_tokenizer is {config.lm_tokenizer!r}): give it (tokenizer=) to be written too"
             )
         values["lm_tokenizer"] = name or str(folder.resolve())
-    folder.mkdir(parents=True, exist_ok=True)
     if config.prompt != VLMConfig.prompt:
+        # v0.1's prompt is in its code. The weights are right, but answers will be worse.
         warnings.warn(
             f"nanoVLM's prompt is {VLMConfig.prompt!r}, this model's {config.prompt!r}",
             stacklevel=2,
         )
     state = {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in model.reference_state_dict().items()
+        key: tensor.detach().cpu().contiguous()
+        for key, tensor in model.reference_state_dict().items()
     }
-    conv = "vision_encoder.patch_embedding.conv."
-    weight = state[f"{conv}weight"]
-    state[f"{conv}bias"] = state[f"{conv}bias"] - config.image_mean / config.image_std * weight.sum(
-        (1, 2, 3)
-    )
-    state[f"{conv}weight"] = weight / config.image_std
+    fold_normalisation(state, config)
     if config.lm_tie_weights:
-        del state["decoder.head.weight"]
+        del state["decoder.head.weight"]  # safetensors refuses two names of one memory
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / "model.safetensors")
-    extra = {name: value for name, value in model.extra_config.items() if name in V01_FIELDS}
-    (folder / "config.json").write_text(json.dumps({**extra, **values}, indent=2) + "\n")
+    origin = {key: value for key, value in model.extra_config.items() if key in V01_FIELDS}
+    (folder / "config.json").write_text(json.dumps({**origin, **values}, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(folder)
+
+
+def fold_normalisation(state: dict[str, Tensor], config: VLMConfig) -> None:
+    """Change the patch embedding in `state` so that it takes plain pixels in [0, 1].
+
+    W (x - mean) / std + b = (W / std) x + (b - mean / std * sum(W)). The bias comes first, as it
+    needs the weight before the division. New tensors are made: `state` may share the model's.
+    """
+    conv = "vision_encoder.patch_embedding.conv"
+    weight = state[f"{conv}.weight"]
+    offset = config.image_mean / config.image_std * weight.sum((1, 2, 3))
+    state[f"{conv}.bias"] = state[f"{conv}.bias"] - offset
+    state[f"{conv}.weight"] = weight / config.image_std

@@ -1,4 +1,10 @@
-"""A folder that transformers loads without remote code."""
+"""Writing a folder that transformers loads without remote code (`export --to transformers`).
+
+transformers' SmolVLM architecture (Marafioti et al., 2025) is the same function as this model:
+SigLIP tower, pixel shuffle, linear projector, Llama decoder. SmolVLM's own processor puts tokens
+around an image that this model was never trained on; the processor written here repeats `<image>`
+and nothing else. See weights/README.md for two details in which transformers differs.
+"""
 
 from __future__ import annotations
 
@@ -14,27 +20,28 @@ from nanovlm_fast.data.text import Tokenizer
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.weights.names import LANGUAGE_FIELDS, VISION_FIELDS, language_names, vision_names
 
-IMAGE = "<image>"
+IMAGE_TOKEN = "<image>"
 
 
-# ---- transformers
 def to_transformers(folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer) -> None:
-    """Write model, tokenizer, image processor and chat template for AutoModelForImageTextToText and AutoProcessor.
+    """Write model, tokenizer, image processor and chat template.
 
-    Raises ValueError for what transformers' classes cannot express: a tokenizer that adds tokens of its own or has an
+    They are read by AutoModelForImageTextToText and AutoProcessor. Raises ValueError for what
+    transformers' classes cannot express: a tokenizer that adds tokens of its own or that has an
     entry `<image>`, and numbers of patches for which SmolVLM rounds positions wrongly.
     """
     from transformers import GenerationConfig, SmolVLMForConditionalGeneration
 
     wrapped = transformers_tokenizer(tokenizer)
-    image_id = wrapped.convert_tokens_to_ids(IMAGE)
-    rows = max(model.config.lm_vocab_size, image_id + 1)
+    image_id = wrapped.convert_tokens_to_ids(IMAGE_TOKEN)
+    rows = max(model.config.lm_vocab_size, image_id + 1)  # the embedding may be full
     theirs = SmolVLMForConditionalGeneration(
         transformers_config(model.config, rows, image_id, tokenizer.eos_id)
     )
     theirs.load_state_dict(transformers_state(model, rows))
     check_positions(theirs.model.vision_model.embeddings, model.config)
     eos = tokenizer.eos_id
+    # The row of `<image>` is zero, hence its logit 0, which may be the largest: it is suppressed.
     theirs.generation_config = GenerationConfig(
         eos_token_id=eos, pad_token_id=eos, suppress_tokens=[image_id]
     )
@@ -43,22 +50,24 @@ def to_transformers(folder: Path, model: VisionLanguageModel, tokenizer: Tokeniz
 
 
 def transformers_tokenizer(tokenizer: Tokenizer) -> Any:
-    """A PreTrainedTokenizerFast with `<image>` as one more entry."""
+    """Return a PreTrainedTokenizerFast with `<image>` as an additional entry."""
     from tokenizers import Tokenizer as BaseTokenizer
     from transformers import PreTrainedTokenizerFast
 
     base = BaseTokenizer.from_str(tokenizer.base.to_str())
-    if base.token_to_id(IMAGE) is not None:
+    if base.token_to_id(IMAGE_TOKEN) is not None:
         raise ValueError(
-            f"the tokenizer has an entry {IMAGE} already, which stands for an image in the exported prompt"
+            f"the tokenizer has an entry {IMAGE_TOKEN} already, which stands for an image in "
+            "the exported prompt"
         )
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=base,
         eos_token=tokenizer.eos,
         pad_token=tokenizer.eos,
-        padding_side="left",
-        extra_special_tokens={"image_token": IMAGE},
+        padding_side="left",  # generation continues at the right end of each row
+        extra_special_tokens={"image_token": IMAGE_TOKEN},
     )
+    # A post-processor that adds a first token, as Llama's does, would shift every prompt.
     text = "Question: is it? Answer:"
     if wrapped(text).input_ids != tokenizer.encode(text):
         raise ValueError(
@@ -68,6 +77,7 @@ def transformers_tokenizer(tokenizer: Tokenizer) -> Any:
 
 
 def transformers_config(config: VLMConfig, rows: int, image_id: int, eos_id: int) -> Any:
+    """Return the SmolVLMConfig of the same sizes, with `rows` entries in its vocabulary."""
     from transformers import LlamaConfig, SmolVLMConfig
 
     vision = {theirs: getattr(config, ours) for ours, theirs in VISION_FIELDS.items()}
@@ -85,14 +95,16 @@ def transformers_config(config: VLMConfig, rows: int, image_id: int, eos_id: int
 
 
 def transformers_state(model: VisionLanguageModel, rows: int) -> dict[str, Tensor]:
-    """The weights under SmolVLM's names; rows of the vocabulary beyond the model's are zero."""
-    config, ours = model.config, model.reference_state_dict()
+    """Return the weights under SmolVLM's names. Additional rows of the vocabulary are zero."""
+    config = model.config
+    ours = model.reference_state_dict()
     state = {"model.connector.modality_projection.proj.weight": ours["MP.proj.weight"]}
-    for name, theirs in vision_names(config.vit_n_blocks).items():
+    for name, parts in vision_names(config.vit_n_blocks).items():
         tensor = ours[f"vision_encoder.{name}"]
-        tensor = tensor[0] if name.endswith("position_embedding") else tensor
-        parts = zip(theirs, tensor.chunk(len(theirs)), strict=True)
-        state.update({f"model.vision_model.{key}": part for key, part in parts})
+        if name.endswith("position_embedding"):
+            tensor = tensor[0]  # nanoVLM's is (1, P, C), SigLIP's (P, C)
+        for part, rows_of_part in zip(parts, tensor.chunk(len(parts)), strict=True):
+            state[f"model.vision_model.{part}"] = rows_of_part
     for name, theirs in language_names(config.lm_n_blocks).items():
         state[f"model.text_model.{theirs}"] = ours[f"decoder.{name}"]
     state["lm_head.weight"] = ours["decoder.head.weight"]
@@ -103,31 +115,36 @@ def transformers_state(model: VisionLanguageModel, rows: int) -> dict[str, Tenso
 
 @torch.no_grad()
 def check_positions(embeddings: Any, config: VLMConfig) -> None:
-    """Raise ValueError unless every patch gets its own position: SmolVLM looks them up by fractional coordinates."""
-    grid, pixels = config.grid, torch.zeros(1, 3, config.vit_img_size, config.vit_img_size)
+    """Raise ValueError unless every patch gets its own position.
+
+    SmolVLM finds a patch's position by rounding fractional coordinates, which goes wrong for some
+    grids (19 x 19). Which ones is found by trying, as it depends on the version of transformers.
+    """
+    grid = config.grid
+    pixels = torch.zeros(1, 3, config.vit_img_size, config.vit_img_size)
     patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
     positions = embeddings(pixels, torch.ones(1, grid, grid, dtype=torch.bool)) - patches
     table = embeddings.position_embedding.weight
     if (positions[0] - table).abs().max() > 1e-4 * table.abs().max():
         raise ValueError(
-            f"transformers' SmolVLM mixes up the positions of {grid} x {grid} patches (it rounds them wrongly): export "
-            "--to nanovlm, or fine-tune with another --vit-img-size"
+            f"transformers' SmolVLM mixes up the positions of {grid} x {grid} patches (it rounds "
+            "them wrongly): export --to nanovlm, or fine-tune with another --vit-img-size"
         )
 
 
 def transformers_processor(config: VLMConfig, tokenizer: Any, eos: str) -> Any:
-    """A processor: `<image>` becomes the image's tokens, pictures are squashed to the square as in data/images.py."""
-    from transformers import (  # the former is the plainest there is
-        DeepseekVLProcessor,
-        SmolVLMImageProcessor,
-    )
+    """Return a processor that repeats `<image>` and resizes pictures as data/images.py does.
+
+    DeepseekVLProcessor is used because it does only that: one tag becomes a fixed number of tokens.
+    """
+    from transformers import DeepseekVLProcessor, SmolVLMImageProcessor
 
     side = config.vit_img_size
     images = SmolVLMImageProcessor(
         size={"height": side, "width": side},
         max_image_size={"longest_edge": side},
         resample=2,  # bilinear
-        do_image_splitting=False,
+        do_image_splitting=False,  # SmolVLM cuts a picture into tiles; this model sees one square
         image_mean=[config.image_mean] * 3,
         image_std=[config.image_std] * 3,
     )
@@ -137,17 +154,20 @@ def transformers_processor(config: VLMConfig, tokenizer: Any, eos: str) -> Any:
 
 
 def chat_template(prompt: str, eos: str) -> str:
-    """Jinja: all images first, then the turns as data/text.py writes them."""
-    mark = "\0"
+    """Return a chat's Jinja template: all images, then the turns as data/text.py writes them."""
+    # The prompt is split where the question goes. The template joins the pieces with the question
+    # instead of using `format`, so braces in a question stay what they are.
+    mark = "\0"  # cannot occur in a prompt from a command line
     pieces = json.dumps(prompt.format(question=mark).split(mark), ensure_ascii=False)
     return (
         "{%- for message in messages if message.content is not string -%}"
         "{%- for part in message.content if part.type == 'image' -%}"
-        + IMAGE
+        + IMAGE_TOKEN
         + "{%- endfor -%}{%- endfor -%}"
         "{%- for message in messages -%}"
         "{%- set text = message.content if message.content is string else "
-        "message.content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') -%}"
+        "message.content | selectattr('type', 'equalto', 'text') "
+        "| map(attribute='text') | join('') -%}"
         "{%- if message.role == 'user' -%}{{ ('' if loop.first else '\\n') ~ ("
         + pieces
         + " | join(text)) }}"

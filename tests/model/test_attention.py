@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanovlm_fast.model.attention import LOAD, choose_attention, sdpa
+from nanovlm_fast.model.attention import BACKENDS, choose_attention, sdpa
 from tests.support.kernel_checks import is_float, run
 
 GPU = torch.cuda.is_available()
@@ -50,7 +50,7 @@ def test_equals_a_loop_over_documents(causal, heads, lengths):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
-@pytest.mark.parametrize("backend", LOAD)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("lengths", [*LENGTHS, [128, 1, 77, 0, 128, 0, 0]])
 def test_each_backend_on_the_gpu(backend, causal, lengths):

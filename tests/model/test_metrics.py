@@ -59,7 +59,7 @@ def test_frozen_parts_leave_out_the_gradients_that_nobody_needs(frozen):
     assert step_flops(config, 1, tokens, text, tokens**2, frozen) == counted(config, text, frozen)
 
 
-def test_the_seeds_sample_costs_159_gflop():
+def test_a_nanovlm_sample_costs_159_gflop():
     """49 image and 32 text tokens, 12 labelled: 105 in the vision tower, 52 in the language model, 2 in the head."""
     config, tokens = preset("nanovlm-222m")[0], 49 + 32
     pairs = tokens * (tokens + 1) // 2

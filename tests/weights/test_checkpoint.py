@@ -100,7 +100,7 @@ def test_round_trip_bit_for_bit_in_nanovlms_layout(tmp_path, tokenizer, tied):
     assert (len(text), text.eos_id) == (len(tokenizer), tokenizer.eos_id)
 
 
-def test_a_seed_sized_model_has_the_seeds_424_entries():
+def test_a_222m_model_has_nanovlms_424_entries():
     with torch.device("meta"):
         model = VisionLanguageModel(VLMConfig())
     assert set(model.reference_state_dict()) == nanovlm_keys(VLMConfig()) | {"decoder.head.weight"}

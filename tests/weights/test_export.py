@@ -21,13 +21,13 @@ from PIL import Image
 from tokenizers import processors
 from transformers import AutoModelForImageTextToText, AutoProcessor, SmolVLMForConditionalGeneration
 
+from nanovlm_fast import VisionLanguageModel
 from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.data.images import load_image
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
 from nanovlm_fast.export import export, main
 from nanovlm_fast.generate import generate
 from nanovlm_fast.model import reference
-from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.presets import preset
 from nanovlm_fast.runs import save_run_config
 from nanovlm_fast.training.checkpoint import save_checkpoint

@@ -121,10 +121,11 @@ def test_a_genuine_v01_checkpoint_is_known_in_full(folder, tmp_path, capsys):
         assert generating.main(["--checkpoint", str(folder), "--prompt", "what?"]) == 0
         assert parse_config(["--start-from", str(folder)])[0].vit_hidden_dim == 48
     with pytest.warns(UserWarning, match="fields not used here: nosuch$"):
-        model, tokenizer = load_pretrained(change(folder, nosuch=1))
+        _, tokenizer = load_pretrained(change(folder, nosuch=1))
+        model = VisionLanguageModel.from_pretrained(folder)
     model.save_pretrained(tmp_path / "back", layout="nanovlm", tokenizer=tokenizer)
     written = json.loads((tmp_path / "back" / "config.json").read_text())
-    ours_too = {name for name in vars(CONFIG) if name not in to_nanovlm.NOT_NANOVLMS}
+    ours_too = {name for name in vars(CONFIG) if name not in to_nanovlm.OWN_FIELDS}
     assert written.keys() == V01.keys() | ours_too, "v0.1's constructor takes no others"
 
 
@@ -331,9 +332,9 @@ def test_nanovlm_can_load_the_tokenizer_that_its_layout_names(
     pushed = tmp_path / "pushed"
     assert json.loads((pushed / "config.json").read_text())["lm_tokenizer"] == "someone/cats"
     card = (pushed / "README.md").read_text()
-    assert "in `config.json`, `someone/cats`." in card and "Moved elsewhere" not in card
+    assert "in `config.json`, `someone/cats`." in card and "If the folder moves" not in card
     card = (tmp_path / "exported" / "README.md").read_text()
-    assert "Moved elsewhere, write the new place" in card
+    assert "If the folder moves, write its new place" in card
     assert str(tmp_path) not in card, "no path of this machine"
     assert ids_of(load_pretrained(shutil.move(pushed, tmp_path / "moved"))[1]) == ids_of(tokenizer)
 
