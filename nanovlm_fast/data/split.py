@@ -17,6 +17,7 @@ from nanovlm_fast.data.images import printable
 from nanovlm_fast.data.same import Pictures
 from nanovlm_fast.data.sources.example import Example, Source, Subset
 from nanovlm_fast.ranks import World
+from nanovlm_fast.runs import RunState
 
 
 @dataclass
@@ -227,19 +228,19 @@ def _misshapen(kept: Any) -> str | None:
     return None
 
 
-def begin_again(state: dict[str, Any], record: dict[str, Any]) -> None:
+def begin_again(state: RunState, record: dict[str, Any]) -> None:
     """Keep the record in the state, and if the data has changed, begin to read it anew.
 
     The run's places in the old data mean nothing in the new; how many examples it has seen does.
     """
-    kept = state.get("data")
-    state["data"] = record
+    kept = state.data
+    state.data = record
     if kept is None or not differences(kept, record):
         return
-    shards = len(state["stream"])
-    at = {"shards": shards, "position": state["examples"], "buffer": []}
-    state["stream"] = [{"shard": i, **at} for i in range(shards)]
-    state["bad"] = {}  # by numbers that mean other examples now
+    shards = len(state.stream)
+    at = {"shards": shards, "position": state.examples, "buffer": []}
+    state.stream = [{"shard": i, **at} for i in range(shards)]
+    state.bad = {}  # by numbers that mean other examples now
 
 
 def check_curriculum(source: Source, config: TrainConfig) -> None:
