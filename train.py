@@ -2,11 +2,13 @@
 
 python train.py                     preset tiny: from scratch on easy-VQA, on a laptop, in minutes
 python train.py --help              every option with its default
+
+`training/setup.py` prepares what a run needs; from there on this file is the training: the loop,
+the optimizer step, evaluation, checkpoints, and the end. With torchrun, every rank runs this file.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import sys
 import time
@@ -14,386 +16,259 @@ from pathlib import Path
 
 from nanovlm_fast.command import end_on_interrupt, reports_errors
 
+# Importing PyTorch takes seconds: from here on Ctrl-C ends the command in one line.
 end_on_interrupt(__name__ == "__main__")
 
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from nanovlm_fast.cli import parse_config
-from nanovlm_fast.config import TrainConfig, VLMConfig
-from nanovlm_fast.data.budget import measure_budget
-from nanovlm_fast.data.samples import SampleLoader
-from nanovlm_fast.data.sources.registry import load_source, make_tokenizer
-from nanovlm_fast.data.split import begin_again, split_run
-from nanovlm_fast.data.stream import PackedStream, advance, deal, initial_states, undeal
-from nanovlm_fast.data.text import TextProcessor, Tokenizer
+from nanovlm_fast.data.stream import undeal
 from nanovlm_fast.data.workers import batches_of
-from nanovlm_fast.device import autocast_to, be_deterministic, pick_device, pick_dtype
-from nanovlm_fast.model.flops import peak_flops
-from nanovlm_fast.packing.batch import PackedBatch, pack
+from nanovlm_fast.packing.batch import PackedBatch
 from nanovlm_fast.ranks import World
-from nanovlm_fast.reporting.journal import Journal, Stopped
-from nanovlm_fast.reporting.metrics import Meter, StepStats, summary_table
+from nanovlm_fast.reporting.journal import Stopped
+from nanovlm_fast.reporting.metrics import summary_table
 from nanovlm_fast.reporting.plan import plan
 from nanovlm_fast.reporting.summary import score, summarise
-from nanovlm_fast.runs import beginning, check_run_folder, hold, save_run_config
-from nanovlm_fast.training.build import build
-from nanovlm_fast.training.checkpoint import Checkpointer, newest_state
+from nanovlm_fast.runs import hold
 from nanovlm_fast.training.feed import Feed
-from nanovlm_fast.training.optim import lr_factor, set_lr, skip_if_not_finite
-from nanovlm_fast.training.parallel import reducing, unsharded, whole
-from nanovlm_fast.training.signals import SAVED, Signals
-from nanovlm_fast.training.warmup import warm_up
-from nanovlm_fast.training.watchdog import Watchdog
+from nanovlm_fast.training.optim import apply_gradients, lr_factor, set_lr
+from nanovlm_fast.training.parallel import reducing, unsharded
+from nanovlm_fast.training.setup import Run
+from nanovlm_fast.training.signals import EXIT_SAVED
+from nanovlm_fast.training.steps import StepData, agree, fill_with_padding, next_batches
 
 
-class Trainer:
-    """One run: what it needs, and the state that a checkpoint keeps (`self.state`). With several ranks, one of them."""
-
-    def __init__(self, model_config: VLMConfig, config: TrainConfig, world: World | None = None):
-        self.born, self.world = time.perf_counter(), world or World()
-        self.run = Path(config.out)
-        self.watchdog = Watchdog(config.hang_timeout, self.run, self.world)
-        self.watchdog.pause()  # data and weights may come from far away
-        newest = newest_state(self.run, self.world) if config.resume else (None, None)
-        checkpoint, saved_state = newest
-        split = split_run(load_source(config.data, "train"), config, self.world, saved_state)
-        self.train_source, self.val_source = split.train, split.held_out
-        check_run_folder(self.run, config)
-        self.benchmark = load_source(config.eval, "test") if config.eval else None
-        self.device = pick_device(self.world.device(config.device))
-        if self.device.index is not None:
-            torch.cuda.set_device(self.device)  # events are the current device's
-        self.dtype = pick_dtype(config.dtype, self.device)
-        self.autocast = autocast_to(self.dtype, self.device)
-        if config.deterministic:
-            be_deterministic()
-        self.tokenizer = self.load_tokenizer(model_config, config)
-        text = TextProcessor(
-            self.tokenizer, model_config.prompt, model_config.image_tokens, config.turns
-        )
-        load = SampleLoader(self.train_source, model_config, config, text)
-        self.watchdog.beat("measuring the budgets on the data")
-        budget = measure_budget(load, config)
-        self.watchdog.pause()
-        # sizes measured now are the run's from here on: a resume must not measure again
-        self.config = config = dataclasses.replace(
-            config,
-            images_per_batch=budget.images,
-            documents_per_batch=budget.documents,
-            labels_per_batch=budget.labels,
-            max_seqlen=budget.max_seqlen,
-        )
-        self.state = {
-            "step": 0, "examples": 0, "bad": {}, "too_long": 0, "seconds": 0.0, "tokens": 0, "capacity": 0,
-            "evaluated": 0, "best_step": None, "best_accuracy": -1.0, "interval": None, "spikes": None,
-            "micro_batches": config.accumulate * self.world.size,
-            "stream": initial_states(max(config.workers, 1) * self.world.size),
-        }  # fmt: skip
-        if checkpoint:
-            begun, self.state = self.state, saved_state
-            if missing := begun.keys() - self.state.keys():
-                raise ValueError(
-                    f"{checkpoint / 'state.json'}: no {', '.join(sorted(missing))}: of another version?"
-                )
-        begin_again(self.state, split.record)
-        self.state["stream"] = deal(self.state["stream"], self.world.rank, self.world.size)
-        micro_batches = self.state["micro_batches"]
-        self.accumulate, uneven = divmod(micro_batches, self.world.size)
-        if uneven:
-            raise ValueError(
-                f"{self.world.size} processes cannot share {micro_batches} micro-batches a step"
-            )
-        built = build(model_config, config, self.device, self.dtype, self.world, checkpoint)
-        self.model, self.optimizers, self.step_model = built
-        saved = self.state["step"] if checkpoint else None
-        self.checkpoints = Checkpointer(
-            self.run, self.tokenizer, config.keep_checkpoints, self.world.first, saved
-        )
-        self.stats = StepStats(self.device, self.world, self.state["interval"])
-        self.stream = PackedStream(load, budget, self.state["stream"], self.state["micro_batches"])
-        self.total = self.stream.total  # examples
-        self.taken = [0, 0, 0]  # of a step, see `next_batches`
-        self.signals, self.stopping = Signals(), False
-        self.world.barrier()  # all have read what the run's folder holds
-        # nothing was written or moved until here, and what fails in here (a full disk, Weights & Biases) is undone:
-        # a command that cannot start leaves everything as it was
-        with beginning(self.run, config.resume, self.world):
-            if self.world.first:
-                save_run_config(self.run, model_config, config)
-                self.tokenizer.save(self.run)
-            self.journal = Journal(self.run, model_config, config, self.state, self.world)
-        self.journal.settle = self.wait_for_checkpoint  # before an error says which is the last
-        how = f"{str(self.dtype)[6:]} · compile: {config.compile} · {self.model.ops}{self.world}"
-        self.journal.say(f"device: {self.device}, {how}")
-        if checkpoint:
-            self.journal.say(f"resuming {self.run} after step {self.state['step']}")
-        self.journal.say("\n".join(split.lines))
-
-    def load_tokenizer(self, model: VLMConfig, config: TrainConfig) -> Tokenizer:
-        """A resumed run's own, or a new one."""
-        if config.resume and (self.run / "tokenizer.json").exists():
-            return Tokenizer.load(self.run)
-        return make_tokenizer(model, self.train_source)
+class Trainer(Run):
+    """A run that is ready (`Run`), and its training. With several ranks, one of them."""
 
     def train(self) -> None:
-        """The loop. Raises Stopped when the run cannot go on, and SystemExit(SAVED) once a signal's save is done."""
-        config, state, alone = self.config, self.state, self.world.size == 1
-        unit, total, done = (
-            ("step", config.max_steps, "step")
-            if config.max_steps
-            else ("image", self.total, "examples")
-        )
+        """The loop.
+
+        Raises Stopped when the run cannot go on, and SystemExit(EXIT_SAVED) after a signal.
+        """
+        config = self.config
+        state = self.state
+        alone = self.world.size == 1
+
+        # Batches are packed by workers and copied to the device ahead of their step. Padding can
+        # only be trimmed where shapes may change: not for compiled code, and not with other ranks.
         batches = batches_of(self.stream, pin_memory=self.device.type == "cuda")
         feed = Feed(batches, self.device, trim=config.compile == "none" and alone)
         self.warm_up()
-        if (
-            state["evaluated"] != state["step"]
-            and config.eval_every
-            and state["step"] % config.eval_every == 0
-        ):
-            self.validate()  # the run had ended in the middle of it
-        started, meter = time.perf_counter() - state["seconds"], self.make_meter()
+
+        # A run that was ended during an evaluation resumes with that evaluation.
+        if state.evaluated != state.step and is_due(state.step, config.eval_every):
+            self.validate()
+
+        # The clock starts in the past, by what the run has trained before it was resumed.
+        started = time.perf_counter() - state.seconds
+        meter = self.make_meter()
+        # Collections would stop the host at random and let the device run dry: `save` collects.
         gc.collect()
-        gc.disable()  # its pauses fall between kernels; `save` collects
-        shown = dict(unit=unit, dynamic_ncols=True, smoothing=0.05, disable=not self.world.first)
-        with tqdm(total=total, initial=state[done], **shown) as bar:
-            while not config.max_steps or state["step"] < config.max_steps:
-                self.watchdog.beat(f"waiting for the data of step {state['step'] + 1}")
-                micro_batches = self.next_batches(feed, meter)
+        gc.disable()
+        with self.progress_bar() as bar:
+            while not config.max_steps or state.step < config.max_steps:
+                # Data: this rank's micro-batches. The host waits only for its own workers.
+                self.watchdog.beat(f"waiting for the data of step {state.step + 1}")
+                step = next_batches(feed, self.accumulate, state, meter, self.journal)
                 before = self.progress()
-                if not (n_labels := self.agree(micro_batches)):  # which counts the step's examples
+                # The ranks end the data together: a rank that stopped alone would leave the
+                # others waiting for its gradients.
+                n_labels = self.agree_on(step)
+                if not n_labels:
                     self.journal.note_the_datas_end()
                     break
-                lr = lr_factor(before, self.progress(steps=1), config.warmup, config.min_lr)
-                self.watchdog.beat(f"computing step {state['step'] + 1}")
-                self.optimizer_step(micro_batches, n_labels, lr)
-                state["seconds"] = time.perf_counter() - started
-                bar.update(state[done] - bar.n)
-                if state["step"] % config.log_every == 0:
+                # The rate needs the examples of all ranks, which are counted by now.
+                after = self.progress(steps=1)
+                lr = lr_factor(before, after, config.warmup, config.min_lr)
+
+                # Compute: kernels are queued; nothing here waits for the device.
+                self.watchdog.beat(f"computing step {state.step + 1}")
+                self.optimizer_step(step.batches, n_labels, lr)
+                state.seconds = time.perf_counter() - started
+                bar.update((state.step if config.max_steps else state.examples) - bar.n)
+
+                # A line begun now is written a logging interval later, when its loss has arrived.
+                if is_due(state.step, config.log_every):
                     self.journal.finish_line(bar)
-                    self.journal.begin_line(
-                        meter.read(feed.waited(), self.world), lr, self.optimizers, self.stats
-                    )
-                if config.eval_every and state["step"] % config.eval_every == 0:
-                    self.validate()
-                    started = time.perf_counter() - state["seconds"]  # that was not training time
+                    speed = meter.read(feed.waited(), self.world)
+                    self.journal.begin_line(speed, lr, self.optimizers, self.stats)
+                if is_due(state.step, config.eval_every):
+                    self.validate()  # which saves
+                    # Evaluation is not training time.
+                    started = time.perf_counter() - state.seconds
                     meter.reset()
-                elif config.save_every and state["step"] % config.save_every == 0:
+                elif is_due(state.step, config.save_every):
                     self.save()
+                # With other ranks, a signal stops the run at the step that all agreed on.
                 if self.stopping or (alone and self.signals.came):
                     self.stop()
         self.validate()
+        # A signal during the last evaluation: some ranks may have received it and others not.
         if self.world.sum([self.signals.came])[0]:
             self.stop()
         self.wait_for_checkpoint()
 
-    def stop(self) -> None:
-        """Save and leave, for a signal. The ranks leave together: torchrun ends all when it sees that one has."""
-        self.save()
-        self.checkpoints.wait()
-        self.world.barrier()
-        self.journal.say(
-            f"interrupted at step {self.state['step']}: saved; go on with --resume --out {self.run}"
-        )
-        raise SystemExit(SAVED)
-
-    def warm_up(self) -> None:
-        """Compile, load kernels, try the memory, and the first reduction, on made-up data, before the clock starts."""
-        self.watchdog.pause()
-        graphs = self.config.compile == "reduce-overhead"
-        if self.config.compile != "none" or self.device.type == "cuda" or self.world.size > 1:
-            warm_up(
-                self.forward,
-                self.model,
-                self.stream.budget,
-                self.autocast,
-                rounds=3 if graphs else 1,
-            )
-        # gradients that live in a graph's memory would be overwritten by the next micro-batch
-        self.keep_gradients = graphs and self.accumulate > 1
-        for parameter in self.model.parameters():
-            if self.keep_gradients and parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
-        self.journal.say(
-            f"ready for the first step {time.perf_counter() - self.born:.1f} s after the start"
+    def progress_bar(self) -> tqdm:
+        """In steps where --max-steps sets the run's length, else in examples."""
+        by_steps = self.config.max_steps > 0
+        return tqdm(
+            total=self.config.max_steps if by_steps else self.total,
+            initial=self.state.step if by_steps else self.state.examples,
+            unit="step" if by_steps else "image",
+            dynamic_ncols=True,
+            smoothing=0.05,
+            disable=not self.world.first,
         )
 
-    def make_meter(self) -> Meter:
-        frozen = [
-            name
-            for name, part in self.model.named_children()
-            if not next(part.parameters()).requires_grad
-        ]
-        return Meter(self.model.config, peak_flops(self.device, self.dtype), frozen)
+    def progress(self, steps: int = 0) -> float:
+        """How far the run is, in [0, 1]: by examples or, with --max-steps, after `steps` more."""
+        limit = self.config.max_steps
+        if limit:
+            return min((self.state.step + steps) / limit, 1.0)
+        return min(self.state.examples / self.total, 1.0)
 
-    def optimizer_step(self, micro_batches: list[PackedBatch], n_labels: int, lr: float) -> None:
-        """Forward and backward of every micro-batch, then one update: the mean loss over the labelled tokens of all.
+    def agree_on(self, step: StepData) -> int:
+        """Count the step's data over all ranks; return its labels (0: all data is exhausted)."""
+        state = self.state
+        self.watchdog.beat(
+            f"waiting for the other ranks before step {state.step + 1}", waiting=True
+        )
+        skips = len(self.journal.pending_skips)
+        agreed = agree(self.world, step, skips, self.signals.came)
+        state.examples += agreed.taken.examples
+        state.tokens += agreed.taken.tokens
+        state.capacity += agreed.taken.capacity
+        self.stopping = agreed.signals > 0
+        # Naming them is a collective too: every rank comes here if any has one.
+        if agreed.pending_skips:
+            self.journal.note_skipped()
+        # Sharded, every forward fetches weights from all ranks; replicated, only the last backward
+        # of a step reduces. One rank alone never needs padding.
+        if agreed.n_labels and self.world.size > 1:
+            wanted = self.accumulate if self.config.shard else 1
+            budget = self.stream.budget
+            fill_with_padding(step, wanted, budget, self.model.config, self.device)
+        return agreed.n_labels
 
-        `n_labels` counts them on all ranks, over which reducing averages the gradients. The update is skipped, without
-        anybody waiting to know, where a gradient is not finite.
+    def optimizer_step(self, batches: list[PackedBatch], n_labels: int, lr: float) -> None:
+        """Forward and backward of every micro-batch, then one update.
+
+        The loss is the mean over the `n_labels` labelled tokens of all micro-batches on all ranks.
         """
         set_lr(self.optimizers, lr)
         total = torch.zeros((), device=self.device)
-        for i, batch in enumerate(micro_batches, 1):
-            with reducing(self.step_model, now=i == len(micro_batches)):
+        # Ranks average their gradients, so each divides its sum by the mean count per rank: the
+        # result is the mean over tokens. A mean of the batches' means would weigh tokens unequally.
+        labels_per_rank = n_labels / self.world.size
+        for number, batch in enumerate(batches, 1):
+            # Gradients travel once per step, with the last micro-batch.
+            with reducing(self.step_model, now=number == len(batches)):
                 with self.autocast():
                     loss_sum = self.forward(batch)
-                (loss_sum / (n_labels / self.world.size)).backward()
+                (loss_sum / labels_per_rank).backward()
             total += loss_sum.detach()
-        norm = whole(
-            nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        )
-        if self.config.clip:
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip, norm)
-        skipped = skip_if_not_finite(self.optimizers, norm)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=not self.keep_gradients)
-        self.stats.add(total, n_labels, norm, skipped)
-        self.state["step"] += 1
-        self.journal.recent.append(
-            (self.state["step"], [name for batch in micro_batches for name in batch.names])
-        )
-
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """The summed loss of a packed batch."""
-        if self.config.compile == "reduce-overhead":
-            torch.compiler.cudagraph_mark_step_begin()
-        return self.step_model(batch)
-
-    def progress(self, steps: int = 0) -> float:
-        """How far the run is, in [0, 1], by the examples taken or, with --max-steps, after so many `steps` more."""
-        state, limit = self.state, self.config.max_steps
-        return min(
-            (state["step"] + steps) / limit if limit else state["examples"] / self.total, 1.0
-        )
-
-    def next_batches(self, feed: Feed, meter: Meter) -> list[PackedBatch]:
-        """This rank's micro-batches of one optimizer step, each with labels, on the device; fewer at the data's end."""
-        self.taken = [0, 0, 0]  # examples, tokens and capacity
-        micro_batches: list[PackedBatch] = []
-        while len(micro_batches) < self.accumulate:
-            batch, on_device = next(feed, (None, None))
-            if batch is None:
-                break
-            meter.add(batch.packed)
-            self.state["stream"] = advance(self.state["stream"], batch)
-            tokens = (
-                [0, 0]
-                if batch.curriculum
-                else [batch.packed.n_tokens, batch.packed.input_ids.numel()]
-            )
-            # while a curriculum lasts images, not tokens, are the limit
-            self.taken = [a + b for a, b in zip(self.taken, [batch.consumed, *tokens], strict=True)]
-            self.journal.hear(batch)
-            if batch.packed.n_labels:
-                micro_batches.append(on_device)
-        return micro_batches
-
-    def agree(self, micro_batches: list[PackedBatch]) -> int:
-        """The labels of the step on all ranks, 0 at the end of everybody's data; and whether it is the last one.
-
-        A rank whose data is at its end goes on with batches of padding until the last has no more: none waits.
-        """
-        self.watchdog.beat(
-            f"waiting for the other ranks before step {self.state['step'] + 1}", waiting=True
-        )
-        mine = [
-            sum(batch.n_labels for batch in micro_batches),
-            len(self.journal.unheard),
-            self.signals.came,
-            *self.taken,
-        ]
-        n_labels, unheard, signals, *taken = (int(value) for value in self.world.sum(mine))
-        self.taken, self.stopping = [0, 0, 0], signals > 0
-        for name, more in zip(("examples", "tokens", "capacity"), taken, strict=True):
-            self.state[name] += more
-        if unheard:
-            self.journal.note_skipped()
-        # sharded, every forward needs all ranks; replicated, only the last backward does
-        needed = (
-            (self.accumulate if self.config.shard else 1) if self.world.size > 1 and n_labels else 0
-        )
-        while len(micro_batches) < needed:
-            config = self.model.config
-            micro_batches.append(
-                pack([], self.stream.budget, config.image_tokens, config.vit_img_size).to(
-                    self.device
-                )
-            )
-        return n_labels
+        # An update whose gradients are not finite is skipped on the device; the host learns of it
+        # a logging interval later, from the statistics.
+        update = apply_gradients(self.model, self.optimizers, self.config.clip, self.keep_gradients)
+        self.stats.add(total, n_labels, update.norm, update.skipped)
+        self.state.step += 1
+        self.journal.remember_samples(self.state.step, batches)
 
     def validate(self) -> None:
-        """Save, then score what there is to score, once a step: the first rank, on a whole model."""
+        """Save, then score the held-out images and --eval, at most once per step."""
         state = self.state
+        # First, because an evaluation takes minutes and may be what fails.
         self.save()
-        if state["evaluated"] == state["step"] or not (len(self.val_source) or self.benchmark):
+        if state.evaluated == state.step or not (len(self.val_source) or self.benchmark):
             return
-        state["evaluated"] = state["step"]
+        state.evaluated = state.step
+        # The first rank scores on a whole model, which sharded weights need all ranks for.
         model = unsharded(self.model)
         if self.world.first:
             with self.autocast():
-                parts = self.tokenizer, self.val_source, self.benchmark, self.config, state
-                scores = score(model, *parts, self.watchdog.evaluating)
-            self.journal.write(
-                {"step": state["step"], **scores, "seconds": round(state["seconds"], 3)}
-            )
+                scores = score(
+                    model,
+                    self.tokenizer,
+                    held_out=self.val_source,
+                    benchmark=self.benchmark,
+                    config=self.config,
+                    state=state,
+                    alive=self.watchdog.evaluating,
+                )
+            line = {"step": state.step, **scores, "seconds": round(state.seconds, 3)}
+            self.journal.write(line)
         self.watchdog.evaluated()
-        scored = {
-            name: state[name]
-            for name in ("bad", "best_step", "best_accuracy", "eval")
-            if name in state
-        }
-        state |= self.world.gather(scored)[0]
+        # What the first rank noted in its state is the state of all.
+        noted = {name: getattr(state, name) for name in SCORED}
+        for name, value in self.world.gather(noted)[0].items():
+            setattr(state, name, value)
+        # Again: the best checkpoint is known now, and the scores are not evaluated twice.
         self.save()
 
     def save(self) -> None:
-        """Begin a checkpoint; raises Stopped or OSError for what the one before it met."""
-        self.watchdog.beat(
-            f"waiting for the other ranks to save step {self.state['step']}", waiting=True
-        )
+        """Begin a checkpoint; it is written in the background.
+
+        Raises Stopped, OSError or ValueError for what the checkpoint before it met.
+        """
+        state = self.state
+        self.watchdog.beat(f"waiting for the other ranks to save step {state.step}", waiting=True)
         self.journal.finish_line()
-        stats, lr = (
-            self.stats.peek(),
-            max(g["lr"] / g["peak_lr"] for o in self.optimizers for g in o.param_groups),
-        )
-        state = {**self.state, "stream": undeal(self.world.gather(self.state["stream"]))}
+        read_stats = self.stats.peek()
+        shares = self.world.gather(state.stream)
+        values = {**state.to_json(), "stream": undeal(shares)}
+        # One at a time: both would copy into the same host memory.
         self.wait_for_checkpoint()
-        advice = self.journal.advice(state["step"], lr)
-        self.checkpoints.save(
-            self.model, self.optimizers, state, lambda: {"interval": stats()["kept"]}, advice
+        group = max(
+            (group for optimizer in self.optimizers for group in optimizer.param_groups),
+            key=lambda group: group["lr"] / group["peak_lr"],
         )
+        advice = self.journal.advice(state.step, group["lr"] / group["peak_lr"])
+        # The statistics are on the device: the writer thread reads them, and the loop goes on.
+        late = lambda: {"interval": read_stats()["kept"]}  # noqa: E731
+        self.checkpoints.save(self.model, self.optimizers, values, late, advice)
         gc.collect()
 
-    def wait_for_checkpoint(self) -> None:
-        """Until what was begun is written; what cannot be written stops the run, unless --on-save-error continue."""
-        self.watchdog.beat("waiting for a checkpoint to be written")
-        try:
-            self.checkpoints.wait()
-        except OSError as error:
-            if self.config.on_save_error == "stop":
-                raise
-            self.journal.say(f"warning: {error}; training goes on")
+    def stop(self) -> None:
+        """Save and leave, after a signal."""
+        self.save()
+        self.checkpoints.wait()
+        # Together: torchrun ends all ranks as soon as it sees that one has left.
+        self.world.barrier()
+        done = f"interrupted at step {self.state.step}: saved"
+        self.journal.say(f"{done}; go on with --resume --out {self.run}")
+        raise SystemExit(EXIT_SAVED)
 
     def finish(self) -> None:
-        """Curves, the test split seeing and blind, a grid of answers, and the summary."""
-        model, accuracies = unsharded(self.model), {}
+        """Curves, the test split with and without images, a grid of answers, and the summary."""
+        model = unsharded(self.model)
+        accuracies = {}
         if self.world.first:
-            parts = (
+            accuracies = summarise(
                 self.run,
                 model,
                 self.tokenizer,
-                self.val_source,
-                self.config,
-                self.state,
-                self.autocast,
+                held_out=self.val_source,
+                config=self.config,
+                state=self.state,
+                autocast=self.autocast,
+                alive=self.watchdog.evaluating,
             )
-            accuracies = summarise(*parts, self.watchdog.evaluating)
         self.watchdog.evaluated()
         self.watchdog.stop()
-        self.journal.close(accuracies)  # may wait for a network: nobody waits for it
+        # Last: it may wait for a network, which the watchdog must not take for a hang.
+        self.journal.close(accuracies)
+
+
+# What an evaluation changes in the state.
+SCORED = ("bad", "best_step", "best_accuracy", "eval")
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something that is done `every` so many steps (0: never) follows this one."""
+    return every > 0 and step % every == 0
 
 
 @reports_errors(Stopped)
@@ -403,10 +278,13 @@ def main(argv: list[str] | None = None) -> int:
         print(summary_table(plan(model_config, config)))
         return 0
     world = World.join(config.device)
+    # The lock of the folder is held until the last picture is written.
     with hold(Path(config.out), world):
         trainer = Trainer(model_config, config, world)
+        # Only now: a signal that comes earlier ends the command at once, with nothing to save.
         trainer.signals.listen()
         trainer.train()
+        # All is saved but the last scores, which --auto-resume computes again.
         trainer.signals.leave_at_once()
         trainer.finish()
     world.leave()

@@ -70,7 +70,7 @@ from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.packing.batch import PackedBatch
 from nanovlm_fast.ranges import Range
 from nanovlm_fast.training.feed import Feed
-from nanovlm_fast.training.optim import lr_factor, make_optimizers, set_lr
+from nanovlm_fast.training.optim import apply_gradients, lr_factor, make_optimizers, set_lr
 
 SIDES = ("fast", "reference")  # the fast one first: its result is there when time runs out
 MAKERS: dict[str, type[Fast] | type[Reference]] = {"fast": Fast, "reference": Reference}
@@ -297,11 +297,8 @@ class Runner:
         after = (self.step + 1) / train.max_steps
         set_lr(self.optimizers, lr_factor(before, after, train.warmup, train.min_lr))
         loss = self.side.backward(batch)
-        if train.clip:
-            nn.utils.clip_grad_norm_(self.side.model.parameters(), train.clip)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        # The update that train.py takes, on both sides: only forward and backward are compared.
+        apply_gradients(self.side.model, self.optimizers, train.clip)
         self.step += 1
         return loss
 

@@ -184,7 +184,7 @@ def soak(run: Path, steps: int, every: int, options: list[str]) -> dict[str, Any
         trainer = loop.Trainer(*parse_config(argv))
         trainer.train()
         trainer.watchdog.stop()
-        assert trainer.state["step"] == end
+        assert trainer.state.step == end
         del trainer
         # Cycles hold much of it until a collection, which the loop does at every save as well.
         gc.collect()

@@ -1,4 +1,6 @@
-"""Writes tables and pictures from the committed result files; no number in a page is typed by hand.
+"""Writes tables, pictures and the plan's rates from the committed result files.
+
+No number in a page is typed by hand.
 
 python -m bench.report            write
 python -m bench.report --check    exit with 1 if a table or a picture is out of date
@@ -12,6 +14,7 @@ from pathlib import Path
 
 from bench.harness.results import ROOT
 from bench.pages.figures import THEMES, Figure, figures, source_of
+from bench.pages.rates import rates
 from bench.pages.readme import highlights, reliability, scale, table
 from bench.pages.rows import (
     kernel_table,
@@ -21,6 +24,7 @@ from bench.pages.sections import (
     suites_page,
 )
 from nanovlm_fast.command import Parser, reports_errors
+from nanovlm_fast.reporting.plan import RATES
 
 README = ROOT.parent.parent / "README.md"
 
@@ -81,8 +85,10 @@ def make_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     after = {file: page(file) for file in TABLES}
+    after[RATES] = rates()
     to_draw, left_over = stale_pictures()
-    stale = [file for file, text in after.items() if text != file.read_text()]
+    # rates.json may not exist yet; a page whose marks are gone has failed in `page` already.
+    stale = [f for f, text in after.items() if not f.exists() or text != f.read_text()]
     if args.check:
         for file in (*stale, *(figure.file("light") for figure in to_draw), *left_over):
             how = "is out of date with bench/results: run python -m bench.report"

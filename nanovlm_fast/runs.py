@@ -1,4 +1,10 @@
-"""The folder of a run: its configuration, and whether a command may write there."""
+"""A run's folder: its lock, its configuration, its state, and the run that it replaces.
+
+RUN/config.json        options of the run, as `save_run_config` writes them
+RUN/.lock              held by the one command that may write here
+RUN/.replacing         entries of the old run while --overwrite moves them, one by one
+RUN/.replaced          the old run, complete, until the new one has a checkpoint
+"""
 
 from __future__ import annotations
 
@@ -33,6 +39,56 @@ BY_A_START = (
     "checkpoints",
 )
 LEFTOVERS = (".config.json", "hang-rank*.txt")  # of a start that was not even a run yet
+
+
+# ---- where a run stands
+@dataclasses.dataclass
+class RunState:
+    """Where a run stands: the content of a checkpoint's `state.json`, from which a run resumes.
+
+    Counts are of all ranks. `stream` holds this rank's shards while the run trains and those of all
+    ranks in a file, so that a checkpoint does not depend on how many ranks wrote it.
+    """
+
+    step: int = 0  # optimizer steps taken, skipped ones included
+    examples: int = 0  # positions of the data that were read, those left out included
+    bad: dict[str, str] = dataclasses.field(default_factory=dict)  # unreadable: example -> reason
+    too_long: int = 0  # times that an example did not fit the budget
+    seconds: float = 0.0  # training time, without evaluations
+    tokens: int = 0  # real tokens in the batches since the curriculum ended
+    capacity: int = 0  # tokens that these batches had room for
+    evaluated: int = 0  # the step that was evaluated last
+    best_step: int | None = None
+    best_accuracy: float = -1.0  # below any accuracy, so that the first evaluation is the best
+    interval: dict[str, Any] | None = None  # losses since the last log line, from `StepStats`
+    spikes: list[float] | None = None  # of the `SpikeDetector`
+    micro_batches: int = 1  # per step, on all ranks; a resume with other ranks keeps the product
+    stream: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # one state per shard
+    data: dict[str, Any] | None = None  # which data, and what of it is held out
+    eval: dict[str, Any] | None = None  # the last score of --eval
+    # Keys of a newer version: written back unchanged, so that going back to it loses nothing.
+    unknown: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> RunState:
+        """The state that `to_json` wrote. Raises ValueError naming the keys that are missing."""
+        known = {field.name for field in dataclasses.fields(cls)} - {"unknown"}
+        if missing := known - OPTIONAL - values.keys():
+            raise ValueError(f"no {', '.join(sorted(missing))}: of another version?")
+        read = {name: value for name, value in values.items() if name in known}
+        others = {name: value for name, value in values.items() if name not in known}
+        return cls(**read, unknown=others)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `state.json` holds. Lists and dicts are shared with the state, not copied."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        unknown = values.pop("unknown")
+        absent = {name for name in OPTIONAL if values[name] is None}
+        return {**{k: v for k, v in values.items() if k not in absent}, **unknown}
+
+
+# Checkpoints of the first versions have no `data`; `eval` is there once --eval was scored.
+OPTIONAL = {"data", "eval"}
 
 
 # ---- one command at a time

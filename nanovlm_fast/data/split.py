@@ -25,6 +25,7 @@ from nanovlm_fast.data.images import printable
 from nanovlm_fast.data.same import Pictures
 from nanovlm_fast.data.sources.example import Example, Source, Subset
 from nanovlm_fast.ranks import World
+from nanovlm_fast.runs import RunState
 
 
 @dataclass
@@ -267,20 +268,20 @@ def _misshapen(kept: Any) -> str | None:
     return None
 
 
-def begin_again(state: dict[str, Any], record: dict[str, Any]) -> None:
+def begin_again(state: RunState, record: dict[str, Any]) -> None:
     """Put the record into the state and, if the data has changed, read it from its beginning.
 
     The positions of a run in the old data mean nothing in the new. How many examples it has seen
     still counts, so it becomes the position of all shards.
     """
-    kept = state.get("data")
-    state["data"] = record
+    kept = state.data
+    state.data = record
     if kept is None or not differences(kept, record):
         return
-    shards = len(state["stream"])
-    at = {"shards": shards, "position": state["examples"], "buffer": []}
-    state["stream"] = [{"shard": i, **at} for i in range(shards)]
-    state["bad"] = {}  # its keys are numbers of examples in the old data
+    shards = len(state.stream)
+    at = {"shards": shards, "position": state.examples, "buffer": []}
+    state.stream = [{"shard": i, **at} for i in range(shards)]
+    state.bad = {}  # its keys are numbers of examples in the old data
 
 
 def check_curriculum(source: Source, config: TrainConfig) -> None:

@@ -153,7 +153,7 @@ class StepStats:
         return read
 
 
-class Spikes:
+class SpikeDetector:
     """Finds steps whose loss stands out: over the running mean by more than `deviations` running deviations."""
 
     def __init__(
@@ -166,7 +166,7 @@ class Spikes:
         self.seen, self.mean, self.variance = kept or [0, 0.0, 0.0]
         self.deviations, self.memory, self.after = deviations, memory, after
 
-    def is_one(self, loss: float) -> bool:
+    def observe(self, loss: float) -> bool:
         """Take in the next step's loss, and say whether it is one; what is not finite counts as one."""
         if not math.isfinite(loss):
             return True

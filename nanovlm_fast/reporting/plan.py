@@ -7,7 +7,6 @@ Counts come from the data itself where it and its tokenizer are on this machine 
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,9 @@ from nanovlm_fast.model.flops import peak_flops, step_flops
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.presets import COUNTS
 
-RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
+# Measured tokens/s by preset and device, which `python -m bench.report` writes from its results. It
+# ships with the package: an installed package has no bench/ beside it.
+RATES = Path(__file__).with_name("rates.json")
 
 
 def plan(model: VLMConfig, config: TrainConfig) -> dict[str, str]:
@@ -123,27 +124,17 @@ def counts(
 
 
 def prediction(config: TrainConfig, device: torch.device, tokens: float) -> str:
-    """Hours at the rate of a committed run of the preset on this device, else at that of a bare optimizer step."""
-    for file in sorted(RESULTS.glob("*/train_*.json")):
-        run = json.loads(file.read_text())
-        options = run.get("options", [])
-        preset = (
-            options[options.index("--preset") + 1] if "--preset" in options else TrainConfig.preset
-        )
-        if (
-            run["device"] == device_name(device)
-            and preset == config.preset
-            and (rate := run.get("tokens_per_s"))
-        ):
-            source = f"bench/results/{file.parent.name}/{file.name}: {shlex.join(options) or 'no options'}"
-            return f"{tokens / rate / 3600:.2f} h at {rate:,.0f} tokens/s ({source})"
-    preset = (
-        "" if config.preset == "tiny" else f"_{config.preset}"
-    )  # bench.train_step names its files so
-    for file in sorted(RESULTS.glob(f"*/train_step{preset}.json")):
-        step = json.loads(file.read_text())
-        rate = step["variants"].get("ours", {}).get("tokens_per_s")
-        if step["device"] == device_name(device) and rate:
-            source = f"bench/results/{file.parent.name}/{file.name}"
-            return f"{tokens / rate / 3600:.2f} h at a bare step's rate, {rate:,.0f} tokens/s ({source})"
+    """Hours for so many tokens, at the measured rate of the preset on this device.
+
+    The rate is that of a whole run if one was measured, else that of a bare optimizer step.
+    """
+    rates = json.loads(RATES.read_text())
+    # A run comes first: its rate includes evaluations, checkpoints and waiting for data.
+    for kind, at in (("runs", "at {}"), ("steps", "at a bare step's rate, {}")):
+        for measured in rates[kind]:
+            where = (measured["device"], measured["preset"])
+            if where == (device_name(device), config.preset):
+                rate = measured["tokens_per_s"]
+                speed = at.format(f"{rate:,.0f} tokens/s")
+                return f"{tokens / rate / 3600:.2f} h {speed} ({measured['source']})"
     return f"unknown: no run of {config.preset} was measured on {device_name(device)}"

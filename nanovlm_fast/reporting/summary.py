@@ -25,6 +25,7 @@ from nanovlm_fast.files import write_whole
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.reporting.metrics import summary_table
 from nanovlm_fast.reporting.pictures import plot_curves, plot_samples
+from nanovlm_fast.runs import RunState
 
 KEPT = ("step", "seconds", "examples", "tokens", "capacity", "too_long", "bad")
 
@@ -35,7 +36,7 @@ def score(
     held_out: Source,
     benchmark: Source | None,
     config: TrainConfig,
-    state: dict[str, Any],
+    state: RunState,
     alive: Callable[[], object],
 ) -> dict[str, Any]:
     """What metrics.jsonl keeps: 'accuracy' on the held-out images and 'eval' on --eval, where there are such.
@@ -43,25 +44,25 @@ def score(
     Notes in `state` the best step, unreadable held-out images, and the last score of --eval. What
     fails is named and costs that score, not the run. `alive` is called before every batch.
     """
-    step, scores = state["step"], {}
+    step, scores = state.step, {}
     with convenience(f"step {step}: the held-out images are not scored"):
         if len(held_out):
             result = evaluate(model, tokenizer, held_out, config.turns, alive=alive)
             if result.accuracy is not None:
                 scores["accuracy"] = result.accuracy
-                if result.accuracy > state["best_accuracy"]:
-                    state["best_accuracy"], state["best_step"] = result.accuracy, step
+                if result.accuracy > state.best_accuracy:
+                    state.best_accuracy, state.best_step = result.accuracy, step
             tqdm.write(f"step {step}: {result.say('held-out questions')}")
             for reason in result.unreadable:
-                if reason not in state["bad"]:
-                    state["bad"][reason] = reason
+                if reason not in state.bad:
+                    state.bad[reason] = reason
                     tqdm.write(f"skipped, held out: {reason}")
     with convenience(f"step {step}: {config.eval} is not scored"):
         if benchmark:
             data, style = config.eval, config.eval_style
             options = dict(style=style, seed=config.seed, alive=alive)
             result = evaluate(model, tokenizer, benchmark, **options)
-            scores["eval"] = state["eval"] = {"data": data, "style": style, **result.as_dict()}
+            scores["eval"] = state.eval = {"data": data, "style": style, **result.as_dict()}
             tqdm.write(f"step {step}: {result.say(f'questions of {data} ({style})')}")
     return scores
 
@@ -72,7 +73,7 @@ def summarise(
     tokenizer: Tokenizer,
     held_out: Source,
     config: TrainConfig,
-    state: dict[str, Any],
+    state: RunState,
     autocast: Callable[[], AbstractContextManager],
     alive: Callable[[], object],
 ) -> dict[str, float]:
@@ -86,18 +87,14 @@ def summarise(
     with convenience("no curves.png", unwritten):
         plot_curves(run)
     device = next(model.parameters()).device
-    filled = (
-        f"{state['tokens'] / state['capacity']:.1%} of the token budget"
-        if state["capacity"]
-        else "-"
-    )
+    filled = f"{state.tokens / state.capacity:.1%} of the token budget" if state.capacity else "-"
     rows = {
         "run": run,
-        "steps": f"{state['step']:,} in {state['seconds'] / 60:.1f} min on {device}",
+        "steps": f"{state.step:,} in {state.seconds / 60:.1f} min on {device}",
         "packing": f"{filled} (curriculum aside)" if config.curriculum else filled,
-        "skipped": f"{len(state['bad'])} unreadable, {state['too_long']} too long",
+        "skipped": f"{len(state.bad)} unreadable, {state.too_long} too long",
     }
-    result = {"eval": state.get("eval"), **{k: state[k] for k in KEPT}}  # --eval's last
+    result = {"eval": state.eval, **{name: getattr(state, name) for name in KEPT}}  # --eval's last
     sees = None
     if config.final_eval:
         with convenience("the run is not scored at its end"), autocast():

@@ -1,105 +1,116 @@
-"""Optimizers, their parameter groups and the learning-rate schedule."""
+"""Optimizers, their parameter groups, the learning-rate schedule, and the one optimizer update.
+
+Shapes: Muon sees weight matrices (rows, columns); those of one shape are stacked to (n, rows, columns).
+"""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nanovlm_fast.config import TrainConfig
 from nanovlm_fast.model.packed import VisionLanguageModel
+from nanovlm_fast.training.parallel import whole
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised by a Newton-Schulz iteration, for weight matrices (Keller Jordan, 2024).
+    """Momentum orthogonalised by a Newton-Schulz iteration, for weight matrices (Keller Jordan, 2024).
 
-    `torch.optim.Muon` iterates in bfloat16, which CPUs without fast bfloat16 products run a hundred times slower;
-    here a CPU iterates in float32. Matrices of one shape go through the iteration as one batch, and fused ones
-    (q, k, v; gate, up) as the parts they hold: a group's `parts` gives each parameter's row counts.
+    `torch.optim.Muon` iterates in bfloat16, which is a hundred times slower on CPUs without fast
+    bfloat16 products; this one iterates in float32 on a CPU. Matrices of one shape go through the
+    iteration as one batch. Fused matrices (q, k, v; gate, up) are orthogonalised part by part: a
+    group's `parts` gives the row counts of each parameter's parts.
     """
 
-    def __init__(self, groups: list[dict], momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(
+        self, groups: list[dict[str, Any]], momentum: float = 0.95, weight_decay: float = 0.0
+    ):
         super().__init__(groups, dict(lr=0.0, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
-        """Update every parameter that has a gradient; none where the attribute `found_inf` is a tensor of 1."""
-        found_inf = getattr(self, "found_inf", None)
-        keep = 1.0 if found_inf is None else 1 - found_inf  # a tensor: nobody waits to know
+    def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]  # no loss is returned
+        """Update every parameter that has a gradient; change nothing where `found_inf` is 1."""
+        # `found_inf` is the attribute that `skip_if_not_finite` sets. The factor stays a tensor,
+        # because an `if` would wait for the device.
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        keep = 1.0 if found_inf is None else 1 - found_inf
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-            for parameter, rows in zip(group["params"], group["parts"], strict=True):
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                grad = (
-                    parameter.grad if found_inf is None else parameter.grad.where(found_inf == 0, 0)
-                )
-                weight = torch.as_tensor(
-                    (1 - group["momentum"]) * keep, dtype=grad.dtype, device=grad.device
-                )
-                momentum = state["momentum"].lerp_(grad, weight)
-                update = grad.lerp(momentum, group["momentum"])  # Nesterov's
-                for weight, part in zip(parameter.split(rows), update.split(rows), strict=True):
-                    by_shape[weight.shape].append((weight, part))
-            for (out_rows, in_columns), pairs in by_shape.items():
-                updates = orthogonalise(torch.stack([part for _, part in pairs]))
+            for (out_rows, in_columns), pairs in self._updates_by_shape(group, keep).items():
+                updates = orthogonalise(torch.stack([update for _, update in pairs]))
+                # A matrix with more rows than columns needs larger steps for the same effect.
                 scale = group["lr"] * max(1.0, out_rows / in_columns) ** 0.5 * keep
+                decay = 1 - group["lr"] * group["weight_decay"] * keep
                 for (weight, _), update in zip(pairs, updates, strict=True):
-                    weight.mul_(1 - group["lr"] * group["weight_decay"] * keep).sub_(update * scale)
+                    weight.mul_(decay).sub_(update * scale)
+
+    def _updates_by_shape(
+        self, group: dict[str, Any], keep: Tensor | float
+    ) -> dict[torch.Size, list[tuple[Tensor, Tensor]]]:
+        """Advance the momentum of a group; return (weight, update) of its parts, by shape."""
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for parameter, rows in zip(group["params"], group["parts"], strict=True):
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state["momentum"] = torch.zeros_like(parameter)
+            grad = parameter.grad
+            # Selected, not multiplied: NaN times 0 is NaN and would reach the momentum.
+            if found_inf is not None:
+                grad = grad.where(found_inf == 0, 0)
+            share = torch.as_tensor(
+                (1 - group["momentum"]) * keep, dtype=grad.dtype, device=grad.device
+            )
+            momentum = state["momentum"].lerp_(grad, share)
+            update = grad.lerp(momentum, group["momentum"])  # Nesterov momentum
+            for weight, part in zip(parameter.split(rows), update.split(rows), strict=True):
+                by_shape[weight.shape].append((weight, part))
+        return by_shape
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     """(n, rows, columns) -> nearly the closest semi-orthogonal matrices (singular values about 1)."""
     dtype = matrices.dtype if matrices.device.type == "cpu" else torch.bfloat16
     x = matrices.to(dtype)
+    # x x^T is the smaller of the two products only for a wide matrix.
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
+    # The iteration converges for singular values up to 1, which the Frobenius norm bounds.
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
+        # Coefficients of Keller Jordan: steepest at 0, so small singular values grow fastest.
         x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
     return (x.mT if tall else x).to(matrices.dtype)
 
 
 def make_optimizers(model: VisionLanguageModel, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Fused AdamW, and with `optimizer=muon` Muon for the matrices of the blocks and the projector.
+    """Fused AdamW; with `optimizer=muon`, Muon for the matrices of the blocks and the projector.
 
-    One group each for projector, vision and language; a rate of 0 freezes the part. Every group keeps its `peak_lr`.
+    There is one group each for projector, vision and language, and a rate of 0 freezes the part.
+    Every group keeps its `peak_lr`. Raises ValueError if all rates are 0.
     """
     rates = {
         "MP": config.lr_projector,
         "vision_encoder": config.lr_vision,
         "decoder": config.lr_language,
     }
-    parts = {name: list(rows.values()) for name, rows in model.fused_parts().items()}
-    adamw, muon = [], []
+    adamw: list[dict[str, Any]] = []
+    muon: list[dict[str, Any]] = []
     for part, lr in rates.items():
         module = getattr(model, part).requires_grad_(lr > 0)
         if lr <= 0:
             continue
-        matrices = {}
+        matrices = matrices_of(model, part) if config.optimizer == "muon" else {}
         if config.optimizer == "muon":
-            for name, layer in module.named_modules(prefix=part):
-                if isinstance(layer, nn.Linear) and name != "decoder.head":
-                    rows = len(layer.weight)
-                    thirds = (
-                        [rows // 3] * 3 if "vision_encoder" in name and "qkv" in name else [rows]
-                    )
-                    matrices[layer.weight] = parts.get(f"{name}.weight", thirds)
-            muon_lr = lr * config.muon_scale
-            muon.append(
-                dict(
-                    params=list(matrices),
-                    parts=list(matrices.values()),
-                    name=f"{part}.matrices",
-                    lr=muon_lr,
-                )
-            )
+            weights = dict(params=list(matrices), parts=list(matrices.values()))
+            muon.append(dict(**weights, name=f"{part}.matrices", lr=lr * config.muon_scale))
         rest = [parameter for parameter in module.parameters() if parameter not in matrices]
         if rest:
             adamw.append(dict(params=rest, lr=lr, name=part))
@@ -108,13 +119,13 @@ def make_optimizers(model: VisionLanguageModel, config: TrainConfig) -> list[tor
     optimizers: list[torch.optim.Optimizer] = []
     if adamw:
         on_gpu = next(model.parameters()).is_cuda
-        options = dict(
-            betas=(0.9, config.beta2),
-            weight_decay=config.weight_decay,
-            fused=True,
-            capturable=on_gpu,
+        betas = (0.9, config.beta2)
+        decay = config.weight_decay
+        # Fused reads `found_inf` on the device; capturable keeps the step count there too, so a
+        # skipped step is not counted without the host knowing that it was skipped.
+        optimizers.append(
+            torch.optim.AdamW(adamw, betas=betas, weight_decay=decay, fused=True, capturable=on_gpu)
         )
-        optimizers.append(torch.optim.AdamW(adamw, **options))
     if muon:
         optimizers.append(Muon(muon, weight_decay=config.weight_decay))
     for optimizer in optimizers:
@@ -123,23 +134,77 @@ def make_optimizers(model: VisionLanguageModel, config: TrainConfig) -> list[tor
     return optimizers
 
 
-def skip_if_not_finite(optimizers: list[torch.optim.Optimizer], norm: Tensor) -> Tensor:
-    """() float32 on the device: 1 where the gradients' `norm` is not finite, and the next `step` changes nothing.
+def matrices_of(model: VisionLanguageModel, part: str) -> dict[nn.Parameter, list[int]]:
+    """Weight matrices of a part that Muon updates -> the row counts of the matrices fused in each.
 
-    The fused optimizers read it as they read a GradScaler's; nothing is copied to the host.
+    The output head is left to AdamW: its rows are token embeddings, not one linear map.
+    """
+    fused = {name: list(rows.values()) for name, rows in model.fused_parts().items()}
+    matrices: dict[nn.Parameter, list[int]] = {}
+    for name, layer in getattr(model, part).named_modules(prefix=part):
+        if not isinstance(layer, nn.Linear) or name == "decoder.head":
+            continue
+        rows = len(layer.weight)
+        # The vision encoder's q, k, v are one matrix in nanoVLM's checkpoints too, so
+        # `fused_parts` does not list it.
+        whole_or_thirds = [rows]
+        if "vision_encoder" in name and "qkv" in name:
+            whole_or_thirds = [rows // 3] * 3
+        matrices[layer.weight] = fused.get(f"{name}.weight", whole_or_thirds)
+    return matrices
+
+
+class Update(NamedTuple):
+    """What `apply_gradients` measured; scalars on the device."""
+
+    norm: Tensor  # of all gradients, before clipping
+    skipped: Tensor  # 1.0 where the update was skipped, else 0.0
+
+
+def apply_gradients(
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    clip: float = 0.0,
+    keep_gradients: bool = False,
+) -> Update:
+    """The optimizer update: norm, clip, skip if not finite, step, zero. Never waits for the device.
+
+    `clip` is the largest norm, 0 for no limit. `keep_gradients` zeroes gradients in place instead
+    of dropping them. Training and the benchmarks share this function, so that what is measured is
+    what trains.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = whole(nn.utils.get_total_norm(gradients))
+    # Clipping comes before the check: it divides by the norm, and a norm that is not finite makes
+    # every gradient useless anyway; the check below is what keeps them out of the weights.
+    if clip:
+        nn.utils.clip_grads_with_norm_(model.parameters(), clip, norm)
+    skipped = skip_if_not_finite(optimizers, norm)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=not keep_gradients)
+    return Update(norm, skipped)
+
+
+def skip_if_not_finite(optimizers: list[torch.optim.Optimizer], norm: Tensor) -> Tensor:
+    """() float32 on the device: 1 if `norm` is not finite, and then the next `step` changes nothing.
+
+    The fused optimizers read the attribute as they read that of a GradScaler. Nothing is copied to
+    the host, so the host does not wait for the step in order to decide.
     """
     found_inf = norm.isfinite().logical_not().float()
     for optimizer in optimizers:
-        optimizer.found_inf = found_inf
+        optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # PyTorch's own side channel
     return found_inf
 
 
 def lr_factor(before: float, after: float, warmup: float, floor: float) -> float:
-    """Learning rate as a share of its peak: linear warm-up, then cosine down to `floor`.
+    """Learning rate as a share of its peak: linear warm-up, then a cosine down to `floor`.
 
-    `before` and `after` say how far the run is, in [0, 1], around the step. The warm-up goes by the end of the step, so
-    that the first has a rate, the cosine by its beginning: nanoVLM v0.1's schedule step by step, but for the warm-up's
-    last step, which overshoots the peak there where the warm-up is no whole number of steps.
+    `before` and `after` say how far the run is, in [0, 1], before and after the step. The warm-up
+    uses `after`, so that the first step has a rate above 0; the cosine uses `before`. This is
+    nanoVLM v0.1's schedule at every step but one: where the warm-up is not a whole number of steps,
+    v0.1 overshoots the peak in its last step.
     """
     if before < warmup:
         return min(after / warmup, 1.0)
@@ -148,6 +213,7 @@ def lr_factor(before: float, after: float, warmup: float, floor: float) -> float
 
 
 def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    """Set every group to `factor` times its peak rate."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor

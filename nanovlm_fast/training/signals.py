@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 
-SAVED = 75  # exit code of a run that a signal ended: all is saved, --auto-resume goes on
+EXIT_SAVED = 75  # exit code of a run that a signal ended: all is saved, --auto-resume goes on
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PATIENCE = 5.0  # seconds
 
@@ -31,9 +31,9 @@ class Signals:
     def leave_at_once(self) -> None:
         """From here on all is saved but the last evaluation, which the same command with --auto-resume does again."""
         for signum in SIGNALS:
-            signal.signal(signum, lambda *_: sys.exit(SAVED))
+            signal.signal(signum, lambda *_: sys.exit(EXIT_SAVED))
         if self.came:
-            sys.exit(SAVED)
+            sys.exit(EXIT_SAVED)
 
     def _note(self, signum: int, _frame: object) -> None:
         if self.since is None:

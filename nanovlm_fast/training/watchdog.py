@@ -12,12 +12,12 @@ from pathlib import Path
 
 from nanovlm_fast.ranks import World
 
-HUNG = 70  # exit code
+EXIT_HUNG = 70  # exit code
 REPORTING = 3.0
 
 
 class Watchdog:
-    """Reports the stack of this process when `beat` was not heard for `seconds`, and exits with HUNG.
+    """Reports the stack of this process when `beat` was not heard for `seconds`, and exits with EXIT_HUNG.
 
     The report goes to stderr and to RUN/hang-rank<r>.txt. Ranks that wait for a hung one hang too; they grant it a
     tenth more time to report first. Where not even Python runs any more (a call that holds its lock), the interpreter's
@@ -68,7 +68,7 @@ class Watchdog:
             if time.monotonic() - self.since > self.limit:
                 faulthandler.cancel_dump_traceback_later()
                 self._report()
-                os._exit(HUNG)
+                os._exit(EXIT_HUNG)
 
     def _report(self) -> None:
         """Each place has a thread and `REPORTING` seconds: it may be what hangs."""

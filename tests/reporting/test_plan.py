@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from bench.pages.rates import rates
 from nanovlm_fast.cli import parse_config
 from nanovlm_fast.data.sources.cauldron import ALL45, configurations
 from nanovlm_fast.device import device_name
@@ -97,33 +99,42 @@ def test_what_only_the_hub_knows_is_called_unknown(options, reason, monkeypatch)
     )
 
 
+def write_rates(results: Path) -> None:
+    """RESULTS/rates.json, as bench.report writes it from the results there."""
+    (results / "rates.json").write_text(rates(results))
+
+
 def test_hours_come_from_a_measured_run_of_the_preset_on_the_device(tmp_path, monkeypatch):
     device = torch.device("cpu")
-    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(module, "RATES", tmp_path / "rates.json")
     _, config = parse_config([])
     (tmp_path / "here").mkdir()
     run = {"device": device_name(device), "options": [], "tokens_per_s": 5000.0}
     (tmp_path / "here" / "train_tiny.json").write_text(json.dumps(run))
+    write_rates(tmp_path)
     assert prediction(config, device, 36e6).startswith(
         "2.00 h at 5,000 tokens/s (bench/results/here/train_tiny.json"
     )
     for changes in ({"device": "another"}, {"options": ["--preset", "nanovlm-222m"]}):
         (tmp_path / "here" / "train_tiny.json").write_text(json.dumps({**run, **changes}))
+        write_rates(tmp_path)
         assert prediction(config, device, 36e6).startswith("unknown: no run of tiny")
 
 
 def test_without_a_run_hours_come_from_a_bare_step(tmp_path, monkeypatch):
     device = torch.device("cpu")
-    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(module, "RATES", tmp_path / "rates.json")
     _, config = parse_config(["--preset", "nanovlm-222m", "--dry-run"])
     step = {"device": device_name(device), "variants": {"ours": {"tokens_per_s": 5000.0}}}
     file = tmp_path / "here" / "train_step_nanovlm-222m.json"
     file.parent.mkdir()
     (file.parent / "train_step_nanovlm-222m_2layers.json").write_text(json.dumps(step))
+    write_rates(tmp_path)
     assert prediction(config, device, 36e6).startswith("unknown"), (
         "a cut model's rate is not the preset's"
     )
     file.write_text(json.dumps(step))
+    write_rates(tmp_path)
     expected = "2.00 h at a bare step's rate, 5,000 tokens/s (bench/results/here/train_step_nanovlm-222m.json)"
     assert prediction(config, device, 36e6) == expected
     run = {
@@ -132,8 +143,10 @@ def test_without_a_run_hours_come_from_a_bare_step(tmp_path, monkeypatch):
         "tokens_per_s": 2500.0,
     }
     (file.parent / "train_222m.json").write_text(json.dumps(run))
+    write_rates(tmp_path)
     assert prediction(config, device, 36e6).startswith("4.00 h at 2,500 tokens/s")
     (file.parent / "train_222m.json").unlink()
     for changes in ({"device": "another"}, {"variants": {"ours": {"error": "no time"}}}):
         file.write_text(json.dumps({**step, **changes}))
+        write_rates(tmp_path)
         assert prediction(config, device, 36e6).startswith("unknown")

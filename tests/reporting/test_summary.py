@@ -23,6 +23,7 @@ from nanovlm_fast.reporting import summary
 from nanovlm_fast.reporting.journal import Journal
 from nanovlm_fast.reporting.pictures import plot_samples
 from nanovlm_fast.reporting.summary import score, summarise
+from nanovlm_fast.runs import RunState
 from nanovlm_fast.weights.card import model_card
 from tests.support.runs import CONVERSATION, train
 from tests.support.samples import SMALL
@@ -80,8 +81,7 @@ def finish(tmp_path):
         held_out = JsonLines("train", data)
         model_config = VLMConfig(**{**SMALL, "lm_vocab_size": 300})
         tokenizer = Tokenizer.train(texts(held_out, model_config.prompt), 300)
-        state = {"step": 1, "seconds": 1.0, "examples": 1, "tokens": 1, "capacity": 2}
-        state |= {"too_long": 0, "bad": {}}
+        state = RunState(step=1, seconds=1.0, examples=1, tokens=1, capacity=2)
         config = TrainConfig(data=f"jsonl:{data}", **options)
         model = VisionLanguageModel(model_config)
         try:
@@ -118,9 +118,9 @@ def test_held_out_pictures_that_cannot_be_read_are_no_score_either(tmp_path, cap
     held_out = JsonLines("train", write_data(tmp_path / "data", train=[None] * 2))
     tokenizer = Tokenizer.train(texts(held_out, VLMConfig.prompt), 300)
     model = VisionLanguageModel(VLMConfig(**{**SMALL, "lm_vocab_size": 300}))
-    state = {"step": 4, "bad": {}, "best_accuracy": -1.0, "best_step": None}
+    state = RunState(step=4)
     assert score(model, tokenizer, held_out, None, TrainConfig(), state, lambda: None) == {}
-    assert state["best_step"] is None and len(state["bad"]) == 2
+    assert state.best_step is None and len(state.bad) == 2
     said = "step 4: none of the held-out questions could be asked; left out: 2 unreadable"
     assert said in capsys.readouterr().out
 
@@ -134,10 +134,10 @@ def test_a_question_over_the_context_is_left_out_and_not_unreadable(tmp_path, fi
     assert Image.open(tmp_path / "run" / "samples.png").size[0] > 500
     held_out = JsonLines("train", data)
     model = VisionLanguageModel(VLMConfig(**{**SMALL, "lm_vocab_size": 300}))
-    state = {"step": 4, "bad": {}, "best_accuracy": -1.0, "best_step": None}
+    state = RunState(step=4)
     tokenizer = Tokenizer.train(texts(held_out, VLMConfig.prompt), 300)
     scores = score(model, tokenizer, held_out, None, TrainConfig(), state, lambda: None)
-    assert state["best_step"] == 4 and scores.keys() == {"accuracy"} and state["bad"] == {}
+    assert state.best_step == 4 and scores.keys() == {"accuracy"} and state.bad == {}
     assert "of 2 held-out questions; left out: 1 too long for the model" in capsys.readouterr().out
 
 
@@ -165,7 +165,7 @@ def test_an_evaluation_that_fails_costs_no_other_score(tmp_path, finish, capsys,
     data = write_data(tmp_path / "data", train=[GOOD])
     model = VisionLanguageModel(VLMConfig(**{**SMALL, "lm_vocab_size": 300}))
     tokenizer = Tokenizer.train(WORDS, 300)
-    state = {"step": 4, "bad": {}, "best_accuracy": -1.0, "best_step": None}
+    state = RunState(step=4)
     config = TrainConfig(eval="synthetic")
     sources = Broken([1]), JsonLines("train", data)
     scores = score(model, tokenizer, *sources, config, state, lambda: None)
@@ -206,16 +206,15 @@ def test_a_run_ends_well_whatever_its_test_split_holds(tmp_path):
     assert Image.open(tmp_path / "run" / "samples.png").size[0] > 500
 
 
-def test_weights_and_biases_that_fail_at_the_end_are_named(capsys):
+def test_weights_and_biases_that_fail_at_the_end_are_named(tmp_path, capsys):
     class Broken:
         summary: ClassVar[dict[str, float]] = {}
 
         def finish(self):
             raise ConnectionError("no route to host")
 
-    journal = Journal.__new__(Journal)  # without a run's files
+    journal = Journal(tmp_path, VLMConfig(), TrainConfig(), RunState(), World())
     journal.wandb = Broken()
-    journal.world = World()
     journal.close({"sees": 0.5})
     said = "warning: no more is logged to Weights & Biases: no route to host"
-    assert said in capsys.readouterr().out
+    assert said in capsys.readouterr().out and Broken.summary == {"sees": 0.5}

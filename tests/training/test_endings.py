@@ -267,7 +267,7 @@ def test_more_images_than_there_is_room_for_are_not_called_unreadable(loop, tmp_
     options = f"--data {data} --max-steps 3 --max-bad-samples 0 --val-samples 0"
     subject = trainer(loop, tmp_path / "run", options)
     subject.train()
-    assert subject.state["too_long"] > 0 and subject.state["bad"] == {}
+    assert subject.state.too_long > 0 and subject.state.bad == {}
     said = r"too long: .*jsonl:7: 200 images take 800 tokens, --lm-max-position-embeddings is 512"
     assert re.search(said, capsys.readouterr().out)
 
@@ -276,4 +276,4 @@ def test_a_held_out_prompt_that_is_too_long_is_not_called_unreadable(loop, tmp_p
     options = "--lm-max-position-embeddings 16 --max-steps 2 --max-bad-samples 0"
     subject = trainer(loop, tmp_path / "run", options)
     subject.train()
-    assert subject.state["too_long"] > 0 and subject.state["bad"] == {}
+    assert subject.state.too_long > 0 and subject.state.bad == {}

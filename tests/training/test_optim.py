@@ -133,7 +133,7 @@ def test_the_loop_gives_each_step_its_rate(loop, tmp_path, length):
     )
     steps: list[tuple[int, float]] = []
     group = subject.optimizers[0].param_groups[0]
-    note = lambda *_: steps.append((subject.state["examples"], group["lr"] / group["peak_lr"]))  # noqa: E731
+    note = lambda *_: steps.append((subject.state.examples, group["lr"] / group["peak_lr"]))  # noqa: E731
     subject.optimizers[0].register_step_pre_hook(note)
     subject.train()
     done = [number / len(steps) for number in range(len(steps) + 1)]

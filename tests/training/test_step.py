@@ -18,7 +18,7 @@ from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.packing.batch import pack
 from nanovlm_fast.packing.documents import IGNORE
 from nanovlm_fast.packing.packer import Budget
-from nanovlm_fast.reporting.metrics import Spikes, StepStats, read_metrics
+from nanovlm_fast.reporting.metrics import SpikeDetector, StepStats, read_metrics
 from nanovlm_fast.training.feed import Feed
 from nanovlm_fast.training.warmup import full_batch, out_of_memory, warm_up
 from tests.support.processes import ROOT
@@ -169,14 +169,14 @@ def test_skipped_steps_are_counted_in_all_and_in_a_row():
 
 
 def test_a_loss_that_stands_out_is_a_spike_and_the_next_one_still_is():
-    rng, spikes = np.random.default_rng(0), Spikes()
-    assert not any(spikes.is_one(loss) for loss in 3 + 0.1 * rng.standard_normal(300))
-    assert [spikes.is_one(loss) for loss in (3.2, 9.0, 3.0, 9.0, float("nan"), 3.1)] == [
+    rng, spikes = np.random.default_rng(0), SpikeDetector()
+    assert not any(spikes.observe(loss) for loss in 3 + 0.1 * rng.standard_normal(300))
+    assert [spikes.observe(loss) for loss in (3.2, 9.0, 3.0, 9.0, float("nan"), 3.1)] == [
         False, True, False, True, True, False,
     ]  # fmt: skip
-    again = Spikes(spikes.kept())
-    assert (again.mean, again.variance) == (spikes.mean, spikes.variance) and again.is_one(9.0)
-    assert not any(Spikes().is_one(loss) for loss in (3.0, 3.0, 9.0)), (
+    again = SpikeDetector(spikes.kept())
+    assert (again.mean, again.variance) == (spikes.mean, spikes.variance) and again.observe(9.0)
+    assert not any(SpikeDetector().observe(loss) for loss in (3.0, 3.0, 9.0)), (
         "at first nobody knows what is usual"
     )
 
@@ -249,7 +249,7 @@ def test_no_step_waits_for_the_device(trainer_of, compile, optimizer):
     step = trainer.optimizer_step
 
     def watched(*arguments) -> None:
-        if trainer.state["step"] >= 2:  # the optimizers make their state in their first step
+        if trainer.state.step >= 2:  # the optimizers make their state in their first step
             torch.cuda.set_sync_debug_mode("error")
         try:
             step(*arguments)
@@ -258,7 +258,7 @@ def test_no_step_waits_for_the_device(trainer_of, compile, optimizer):
 
     trainer.optimizer_step = watched
     trainer.train()
-    assert trainer.state["step"] == 30
+    assert trainer.state.step == 30
 
 
 @pytest.mark.gpu

@@ -23,6 +23,7 @@ from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.packing.batch import pack
 from nanovlm_fast.packing.packer import Budget
 from nanovlm_fast.reporting.metrics import read_metrics
+from nanovlm_fast.training.steps import StepData
 from nanovlm_fast.weights.folder import load_pretrained
 from tests.support import forks
 from tests.support.runs import (
@@ -235,7 +236,7 @@ def test_learning_rate_0_freezes_exactly_that_part(loop, tmp_path, part):
         assert torch.equal(weight, before[name]) == name.startswith(prefix), name
 
 
-def test_accumulated_gradients_are_weighted_by_labelled_tokens(loop, tmp_path):
+def test_accumulated_gradients_are_weighted_by_labelled_tokens(loop, tmp_path, monkeypatch):
     """Two micro-batches with very different label counts step as one batch of both does."""
     subject = trainer(loop, tmp_path, "--max-steps 1 --accumulate 2 --clip 0")
     config, model = subject.model.config, subject.model
@@ -257,8 +258,8 @@ def test_accumulated_gradients_are_weighted_by_labelled_tokens(loop, tmp_path):
         def note(*_) -> None:
             seen.update({name: p.grad.clone() for name, p in model.named_parameters()})
 
-        subject.state["step"] = 0
-        subject.next_batches = lambda *_: list(batches)
+        subject.state.step = 0
+        monkeypatch.setattr(loop, "next_batches", lambda *_: StepData(list(batches)))
         weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         handle = subject.optimizers[0].register_step_pre_hook(note)
         subject.train()

@@ -83,10 +83,10 @@ def test_samples_over_the_budget_are_named_a_hundred_times_and_then_counted(loop
     batch = next(iter(subject.stream))
     for start in (0, 60, 120):
         names = [f"long {i}" for i in range(start, start + 60)]
-        subject.journal.hear(dataclasses.replace(batch, bad={}, too_long=names))
+        subject.journal.note_left_out(dataclasses.replace(batch, bad={}, too_long=names))
         subject.journal.note_skipped()
     named = [line["skipped"] for line in read_metrics(tmp_path)]
-    assert named == [f"long {i}" for i in range(100)] and subject.state["too_long"] == 180
+    assert named == [f"long {i}" for i in range(100)] and subject.state.too_long == 180
 
 
 # ---- numbers that go wrong

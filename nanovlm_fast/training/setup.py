@@ -1,0 +1,242 @@
+"""What a run needs before its first step: data, device, tokenizer, state, model, folder.
+
+`Run.__init__` prepares these in an order that matters; each block of it says why. Nothing is
+written into the run's folder before the last block, so a command that cannot start (no data, no
+memory, a wrong option) leaves everything as it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanovlm_fast.config import TrainConfig, VLMConfig
+from nanovlm_fast.data.budget import measure_budget
+from nanovlm_fast.data.samples import SampleLoader
+from nanovlm_fast.data.sources.example import Source
+from nanovlm_fast.data.sources.registry import load_source, make_tokenizer
+from nanovlm_fast.data.split import Split, begin_again, split_run
+from nanovlm_fast.data.stream import PackedStream, deal, initial_states
+from nanovlm_fast.data.text import TextProcessor, Tokenizer
+from nanovlm_fast.device import autocast_to, be_deterministic, pick_device, pick_dtype
+from nanovlm_fast.model.flops import peak_flops
+from nanovlm_fast.packing.batch import PackedBatch
+from nanovlm_fast.packing.packer import Budget
+from nanovlm_fast.ranks import World
+from nanovlm_fast.reporting.journal import Journal
+from nanovlm_fast.reporting.metrics import Meter, StepStats
+from nanovlm_fast.runs import RunState, beginning, check_run_folder, save_run_config
+from nanovlm_fast.training.build import build
+from nanovlm_fast.training.checkpoint import Checkpointer, newest_state
+from nanovlm_fast.training.signals import Signals
+from nanovlm_fast.training.warmup import warm_up
+from nanovlm_fast.training.watchdog import Watchdog
+
+
+class Run:
+    """One rank's part of a run that is ready to train; `state` is what its checkpoints keep.
+
+    Raises ValueError or OSError, with a message for the user, for a run that cannot start.
+    """
+
+    def __init__(self, model_config: VLMConfig, config: TrainConfig, world: World | None = None):
+        self.born = time.perf_counter()
+        self.world = world or World()
+        self.run = Path(config.out)
+        self.watchdog = Watchdog(config.hang_timeout, self.run, self.world)
+        # Data and weights may come from far away: only from the budgets on is silence a fault.
+        self.watchdog.pause()
+
+        # The data first: what it was when the checkpoint was written decides whether the run may
+        # resume at all. All ranks must find the same checkpoint and the same data.
+        checkpoint: Path | None = None
+        saved: dict[str, Any] | None = None
+        if config.resume:
+            checkpoint, saved = newest_state(self.run, self.world)
+        split = split_run(load_source(config.data, "train"), config, self.world, saved)
+        self.train_source: Source = split.train
+        self.val_source: Source = split.held_out
+        check_run_folder(self.run, config)
+        self.benchmark = load_source(config.eval, "test") if config.eval else None
+
+        # The device before anything is put on it. CUDA events are the current device's, so a rank
+        # must select its own before it records one.
+        self.device = pick_device(self.world.device(config.device))
+        if self.device.index is not None:
+            torch.cuda.set_device(self.device)
+        self.dtype = pick_dtype(config.dtype, self.device)
+        self.autocast = autocast_to(self.dtype, self.device)
+        if config.deterministic:
+            be_deterministic()
+
+        # Sizes that are measured on the data now are the run's from here on, and are written to
+        # its config.json: a resume that measured again could pack other batches.
+        self.tokenizer = self._load_tokenizer(model_config, config)
+        load = self._sample_loader(model_config, config)
+        self.watchdog.beat("measuring the budgets on the data")
+        budget = measure_budget(load, config)
+        self.watchdog.pause()
+        self.config = config = with_sizes(config, budget)
+
+        # The model after the state, because a state that these ranks cannot share should be an
+        # error before gigabytes of weights are read.
+        self.state = begin_state(config, self.world, split, checkpoint, saved)
+        self.accumulate = micro_batches_per_rank(self.state, self.world)
+        built = build(model_config, config, self.device, self.dtype, self.world, checkpoint)
+        self.model = built.model
+        self.optimizers = built.optimizers
+        self.step_model = built.step_model
+        # Set by `warm_up`: gradients that live in a CUDA graph's memory are zeroed in place.
+        self.keep_gradients = False
+
+        self.checkpoints = Checkpointer(
+            self.run,
+            self.tokenizer,
+            keep=config.keep_checkpoints,
+            first=self.world.first,
+            saved=self.state.step if checkpoint else None,
+        )
+        self.stats = StepStats(self.device, self.world, self.state.interval)
+        self.stream = PackedStream(load, budget, self.state.stream, self.state.micro_batches)
+        self.total = self.stream.total  # examples in the whole run
+        self.signals = Signals()
+        self.stopping = False
+
+        # All ranks have read what the folder holds; only now may the first one change it. What
+        # fails in here (a full disk, Weights & Biases) is undone.
+        self.world.barrier()
+        with beginning(self.run, config.resume, self.world):
+            if self.world.first:
+                save_run_config(self.run, model_config, config)
+                self.tokenizer.save(self.run)
+            self.journal = Journal(self.run, model_config, config, self.state, self.world)
+        # An error that names the last checkpoint must first wait until it is written.
+        self.journal.settle = self.wait_for_checkpoint
+        self._introduce(split, resumed=checkpoint is not None)
+
+    def _load_tokenizer(self, model: VLMConfig, config: TrainConfig) -> Tokenizer:
+        """The tokenizer of a resumed run, or a new one: a retrained one may number tokens anew."""
+        if config.resume and (self.run / "tokenizer.json").exists():
+            return Tokenizer.load(self.run)
+        return make_tokenizer(model, self.train_source)
+
+    def _sample_loader(self, model: VLMConfig, config: TrainConfig) -> SampleLoader:
+        text = TextProcessor(self.tokenizer, model.prompt, model.image_tokens, config.turns)
+        return SampleLoader(self.train_source, model, config, text)
+
+    def _introduce(self, split: Split, resumed: bool) -> None:
+        dtype = str(self.dtype).removeprefix("torch.")
+        how = f"{dtype} · compile: {self.config.compile} · {self.model.ops}{self.world}"
+        self.journal.say(f"device: {self.device}, {how}")
+        if resumed:
+            self.journal.say(f"resuming {self.run} after step {self.state.step}")
+        self.journal.say("\n".join(split.lines))
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """The summed loss of a packed batch."""
+        # Without the mark, CUDA graphs of one micro-batch could overwrite the outputs of another.
+        if self.config.compile == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()
+        return self.step_model(batch)
+
+    def warm_up(self) -> None:
+        """Compile, load kernels, try the memory and the first reduction, before the clock starts.
+
+        The batch is made up and fills the budget: a run that does not fit ends here and not hours
+        later, at the first full batch.
+        """
+        # The first compilation takes minutes, which must not count as a hang.
+        self.watchdog.pause()
+        graphs = self.config.compile == "reduce-overhead"
+        if self.config.compile != "none" or self.device.type == "cuda" or self.world.size > 1:
+            # Graphs are recorded in the second round and replayed in the third.
+            rounds = 3 if graphs else 1
+            warm_up(self.forward, self.model, self.stream.budget, self.autocast, rounds=rounds)
+        # The next micro-batch would overwrite gradients that live in a graph's memory, so they are
+        # allocated here, outside of it, and added to.
+        self.keep_gradients = graphs and self.accumulate > 1
+        if self.keep_gradients:
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter)
+        seconds = time.perf_counter() - self.born
+        self.journal.say(f"ready for the first step {seconds:.1f} s after the start")
+
+    def make_meter(self) -> Meter:
+        """A meter that counts no backward FLOPs for parts that are frozen."""
+        frozen = []
+        for name, part in self.model.named_children():
+            if not next(part.parameters()).requires_grad:
+                frozen.append(name)
+        return Meter(self.model.config, peak_flops(self.device, self.dtype), frozen)
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until the checkpoint that was begun is written.
+
+        Raises OSError if it could not be, unless --on-save-error is continue; ValueError for
+        weights that are not finite.
+        """
+        self.watchdog.beat("waiting for a checkpoint to be written")
+        try:
+            self.checkpoints.wait()
+        except OSError as error:
+            if self.config.on_save_error == "stop":
+                raise
+            self.journal.say(f"warning: {error}; training goes on")
+
+
+def with_sizes(config: TrainConfig, budget: Budget) -> TrainConfig:
+    """The configuration with the sizes that were measured on the data."""
+    return dataclasses.replace(
+        config,
+        images_per_batch=budget.images,
+        documents_per_batch=budget.documents,
+        labels_per_batch=budget.labels,
+        max_seqlen=budget.max_seqlen,
+    )
+
+
+def begin_state(
+    config: TrainConfig,
+    world: World,
+    split: Split,
+    checkpoint: Path | None,
+    saved: dict[str, Any] | None,
+) -> RunState:
+    """A new run's state, or that of the checkpoint, with this rank's share of the data's shards.
+
+    Raises ValueError if keys are missing or the ranks cannot share the shards evenly.
+    """
+    if saved is None:
+        shards = max(config.workers, 1) * world.size
+        state = RunState(
+            micro_batches=config.accumulate * world.size, stream=initial_states(shards)
+        )
+    else:
+        try:
+            state = RunState.from_json(saved)
+        except ValueError as error:
+            assert checkpoint is not None
+            raise ValueError(f"{checkpoint / 'state.json'}: {error}") from error
+    # On all shards, before they are dealt: data that changed is read anew in every one of them.
+    begin_again(state, split.record)
+    state.stream = deal(state.stream, world.rank, world.size)
+    return state
+
+
+def micro_batches_per_rank(state: RunState, world: World) -> int:
+    """The micro-batches of a step that each rank takes. Raises ValueError if they do not divide.
+
+    The run fixes their number over all ranks, so that a resume on other ranks trains the same.
+    """
+    each, uneven = divmod(state.micro_batches, world.size)
+    if uneven:
+        raise ValueError(
+            f"{world.size} processes cannot share {state.micro_batches} micro-batches a step"
+        )
+    return each

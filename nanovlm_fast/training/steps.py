@@ -1,0 +1,99 @@
+"""The data of one optimizer step: this rank's micro-batches, and what all ranks agree on.
+
+Each rank reads its own shards of the data. Before a step computes, the ranks sum a handful of
+integers over gloo, from host to host, while the devices still compute the previous step: no rank
+waits for its device, and all ranks end the data, or stop for a signal, at the same step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from nanovlm_fast.config import VLMConfig
+from nanovlm_fast.data.stream import StreamBatch, advance
+from nanovlm_fast.packing.batch import PackedBatch, pack
+from nanovlm_fast.packing.packer import Budget
+from nanovlm_fast.ranks import World
+from nanovlm_fast.reporting.journal import Journal
+from nanovlm_fast.reporting.metrics import Meter
+from nanovlm_fast.runs import RunState
+from nanovlm_fast.training.feed import Feed
+
+
+@dataclass
+class Taken:
+    """What the batches of a step took from the data."""
+
+    examples: int = 0
+    tokens: int = 0  # real ones
+    capacity: int = 0  # tokens that the batches had room for
+
+    def add(self, batch: StreamBatch) -> None:
+        self.examples += batch.consumed
+        # While a curriculum lasts, images and not tokens limit a batch: its fill says nothing.
+        if not batch.curriculum:
+            self.tokens += batch.packed.n_tokens
+            self.capacity += batch.packed.input_ids.numel()
+
+
+@dataclass
+class StepData:
+    """This rank's share of one optimizer step."""
+
+    batches: list[PackedBatch] = field(default_factory=list)  # on the device
+    taken: Taken = field(default_factory=Taken)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Sums over all ranks for one step."""
+
+    n_labels: int  # 0: the data of every rank is exhausted
+    pending_skips: int  # examples that were left out and are not named yet
+    signals: int  # ranks that were asked to stop
+    taken: Taken
+
+
+def next_batches(
+    feed: Feed, wanted: int, state: RunState, meter: Meter, journal: Journal
+) -> StepData:
+    """Take `wanted` micro-batches with labels from the feed; fewer once this rank's data ends."""
+    step = StepData()
+    while len(step.batches) < wanted:
+        batch, on_device = next(feed, (None, None))
+        if batch is None or on_device is None:
+            break
+        meter.add(batch.packed)
+        # Advanced when a batch is used, not when a worker packs it: a resume must not lose the
+        # batches that lie ready in the workers' queues.
+        state.stream = advance(state.stream, batch)
+        step.taken.add(batch)
+        journal.note_left_out(batch)
+        # A batch whose samples were all left out, or have no answer, cannot be trained on.
+        if batch.packed.n_labels:
+            step.batches.append(on_device)
+    return step
+
+
+def agree(world: World, step: StepData, pending_skips: int, signalled: bool) -> Agreement:
+    """Sum over ranks what they must know before the step. All ranks must call it."""
+    labels = sum(batch.n_labels for batch in step.batches)
+    taken = step.taken
+    mine = [labels, pending_skips, signalled, taken.examples, taken.tokens, taken.capacity]
+    labels, skips, signals, *sums = (int(value) for value in world.sum(mine))
+    return Agreement(labels, skips, signals, Taken(*sums))
+
+
+def fill_with_padding(
+    step: StepData, wanted: int, budget: Budget, config: VLMConfig, device: torch.device
+) -> None:
+    """Append batches of padding until the step has `wanted`: other ranks still have data.
+
+    Collectives need every rank. A rank whose own data is exhausted therefore computes on padding,
+    which has no labels and thus no gradient, until the last rank is done.
+    """
+    while len(step.batches) < wanted:
+        padding = pack([], budget, config.image_tokens, config.vit_img_size)
+        step.batches.append(padding.to(device))
