@@ -93,7 +93,8 @@ def test_a_record_may_say_that_it_has_no_picture(tmp_path):
 
 OTHER_NAMES = (
     "img Image IMAGES image_path imagePath image_file img_path image_url picture photo photos pic "
-    "image1 image_0 video videos audio"
+    "image1 image_0 video videos audio image_list image_base64 main_image pil_image screenshot "
+    "file_name media"
 ).split()
 
 
@@ -103,6 +104,21 @@ def test_a_picture_under_another_name_is_refused_by_it(tmp_path, key):
     source = written(tmp_path, [{key: "a.png", "conversations": talk("What?", "A cat.")}])
     with pytest.raises(ValueError, match=rf"train\.jsonl:1: .*{key}.*'image' or 'images'"):
         source[0]
+
+
+def test_a_picture_deeper_in_a_record_is_refused(tmp_path):
+    asked, said = talk("What is in a.png?", "A cat.png")
+    deeper = [
+        {"data": {"files": ["a.png"]}, "conversations": [asked, said]},
+        {"conversations": [{**asked, "image": "a.png"}, said]},
+        {"image_data": {"bytes": "aGVsbG8="}, "conversations": [asked, said]},
+    ]
+    plain = {"id": "7", "has_image": False, "conversations": [asked, said]}
+    source = written(tmp_path, [*deeper, plain])
+    for index in range(len(deeper)):
+        with pytest.raises(ValueError, match=rf":{index + 1}: .*'image' or 'images'"):
+            source[index]
+    assert source[3].images == [], "what a turn says is no picture"
 
 
 def test_what_says_two_things_is_refused(tmp_path):

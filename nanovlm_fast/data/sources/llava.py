@@ -52,10 +52,12 @@ def content_of(content: Any) -> str:
     return "\n".join(said)
 
 
-# Keys, without punctuation and in lower case, that seem to name a picture, or a medium that a model
-# here cannot take: img, Image, image_path, image1, video
-KINDS = "image|img|picture|pic|photo|video|audio"
-SHOWN = re.compile(rf"({KINDS})s?(path|file|filename|name|url)?s?\d*")
+# Keys that seem to name a picture, or a medium that a model here cannot take: img, Image,
+# main_image, image_path1, video
+KINDS = "image|img|picture|pic|photo|screenshot|frame|video|audio"
+ENDS = "path|file|filename|file_name|name|url|list|data|bytes|base64|b64"
+SHOWN = re.compile(rf"(.*[\W_])?({KINDS})s?[\W_]?({ENDS})?s?[\W_]?\d*")
+FILE = re.compile(r".*\.(jpe?g|png|webp|gif|bmp|tiff?|ppm|jp2|avif|mp4)", re.IGNORECASE)
 
 
 def images_of(record: dict[str, Any]) -> list[str]:
@@ -69,10 +71,20 @@ def images_of(record: dict[str, Any]) -> list[str]:
     if given:
         return [given[0]] if isinstance(given[0], str) else [*given[0]]
     for key, value in record.items():
-        if value and SHOWN.fullmatch(re.sub(r"[\W_]", "", key.lower())):
+        if seems_shown(key, value):
             found = f"no 'image', but {key!r}"
             raise ValueError(f"{found}: pictures are named under 'image' or 'images'")
     return []
+
+
+def seems_shown(key: str, value: Any) -> bool:
+    """Whether an entry is a picture by its name, or by a file's name in it; what a turn says is not."""
+    if not value or not isinstance(value, (str, list, dict)) or key in ("value", "content", "text"):
+        return False
+    if SHOWN.fullmatch(key.lower()) or (isinstance(value, str) and FILE.fullmatch(value.strip())):
+        return True
+    entries = value.items() if isinstance(value, dict) else ((key, part) for part in value)
+    return not isinstance(value, str) and any(seems_shown(*entry) for entry in entries)
 
 
 def turns_of(record: dict[str, Any]) -> list[tuple[Any, str]]:
