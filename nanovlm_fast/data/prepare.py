@@ -62,7 +62,8 @@ class ShardMaker(Dataset):
 
     def __getitem__(self, task: Task) -> dict[str, Any]:
         number, items = task
-        rows, skipped = [], []
+        rows: list[dict[str, Any]] = []
+        skipped: list[str] = []
         for item in items:
             try:
                 rows.append(self.row(item))
@@ -71,7 +72,7 @@ class ShardMaker(Dataset):
         try:
             entry = shards.write_shard(self.folder / f"shard-{number:05d}.arrow", rows)
             entry |= {"number": number, "examples": len(rows) + len(skipped), "skipped": skipped}
-            # After the shard, so that a note stands for a whole shard wherever the command is killed
+            # After the shard: a note stands for a whole shard, wherever the command is killed
             note = self.folder / f"shard-{number:05d}.json"
             shards.replace_file(note, lambda temporary: temporary.write_text(json.dumps(entry)))
             return entry
