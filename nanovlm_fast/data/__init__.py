@@ -1,1 +1,1 @@
-"""From files to packed batches: sources -> images and text -> the packed stream."""
+"""Data: from the records of a data set to packed batches on the host. See README.md."""

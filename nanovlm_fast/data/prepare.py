@@ -1,11 +1,15 @@
-"""Decode, resize and tokenise a data set once, in parallel, into shards that train.py reads with no decoding.
+"""Decode, resize and tokenise a data set once, in parallel, into shards for train.py.
 
-    python -m nanovlm_fast.data.prepare --preset nanovlm-222m --data HuggingFaceM4/the_cauldron:ai2d --out DIR
+    python -m nanovlm_fast.data.prepare --preset nanovlm-222m --data OWNER/NAME --out DIR
     python train.py --preset nanovlm-222m --data prepared:DIR
     python -m nanovlm_fast.data.prepare --verify --out DIR
 
-All options of train.py that decide what a sample holds are options here. Killed at any moment, the same command goes
-on where it stopped; on a finished folder it makes what is missing or has not its size. shards.py says what is written.
+All options of train.py that decide what a sample holds are options here. If the command is killed,
+the same command continues; on a finished folder it makes the shards that are missing or of the
+wrong size. sources/shards.py describes the files. While the command runs there are also
+
+    DIR/plan.json               the manifest to be, without the shards; replaced by manifest.json
+    DIR/shard-00000.json ...    the manifest's entry of a finished shard
 """
 
 from __future__ import annotations
@@ -32,56 +36,71 @@ from nanovlm_fast.data.sources.cauldron import read_streaming
 from nanovlm_fast.data.sources.example import Example, Source
 from nanovlm_fast.data.sources.registry import load_source, make_tokenizer
 from nanovlm_fast.data.text import TextProcessor
-from nanovlm_fast.data.workers import begin_worker
+from nanovlm_fast.data.workers import as_is, begin_worker
 from nanovlm_fast.files import read_json
 from nanovlm_fast.paths import absolute_paths
 from nanovlm_fast.ranges import Range
 from nanovlm_fast.runs import is_empty, locked
 
-Task = tuple[
-    int, Iterable[int | Example | ValueError]
-]  # a shard's number, and its examples or where they are
+# What a shard holds: numbers of examples, or the examples of a streamed source, where a ValueError
+# stands for one that could not be read
+Items = Iterable[int | Example | ValueError]
+Task = tuple[int, Items]  # the number of a shard, and what it holds
 
 
 class ShardMaker(Dataset):
-    """`maker[task]` writes a shard and returns its entry. In a data loader's workers, which end with their parent."""
+    """`maker[task]` writes a shard and returns its entry in the manifest.
+
+    A data set, so that the workers of a data loader can run it: these end with their parent.
+    """
 
     def __init__(self, source: Source | None, image_size: int, text: TextProcessor, folder: Path):
-        self.source, self.image_size, self.text, self.folder = source, image_size, text, folder
+        self.source = source  # None for a streamed source, whose tasks hold the examples themselves
+        self.image_size = image_size
+        self.text = text
+        self.folder = folder
 
     def __getitem__(self, task: Task) -> dict[str, Any]:
         number, items = task
-        rows, skipped = [], []
+        rows: list[dict[str, Any]] = []
+        skipped: list[str] = []
         for item in items:
             try:
-                if isinstance(item, ValueError):
-                    raise item
-                example = item if isinstance(item, Example) else self.source[item]
-                example = example.first() if self.text.mode == "first" else example
-                rows.append(
-                    shards.row_of(make_sample(example, self.image_size, self.text), example.turns)
-                )
+                rows.append(self.row(item))
             except ValueError as error:
                 skipped.append(str(error))
         try:
             entry = shards.write_shard(self.folder / f"shard-{number:05d}.arrow", rows)
             entry |= {"number": number, "examples": len(rows) + len(skipped), "skipped": skipped}
-            note = self.folder / f"shard-{number:05d}.json"  # says that the shard is whole
+            # After the shard: a note stands for a whole shard, wherever the command is killed
+            note = self.folder / f"shard-{number:05d}.json"
             shards.replace_file(note, lambda temporary: temporary.write_text(json.dumps(entry)))
             return entry
         except OSError as error:
+            # Returned: raised, it would reach the parent as a traceback and not as one line
             return {"error": str(error)}
+
+    def row(self, item: int | Example | ValueError) -> dict[str, Any]:
+        """One example as a row of a shard. Raises ValueError if it cannot be read."""
+        if isinstance(item, ValueError):
+            raise item
+        if not isinstance(item, Example):
+            assert self.source is not None, "numbers of examples, and no source"
+            item = self.source[item]
+        # Here too, and not in make_sample alone: the row keeps the turns as well
+        example = item.first() if self.text.mode == "first" else item
+        return shards.row_of(make_sample(example, self.image_size, self.text), example.turns)
 
 
 def finished(folder: Path, plan: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Entries of the shards that are there and whole, by number; makes the folder ready for the rest.
+    """Entries of the finished shards, by number; makes the folder ready for the others.
 
-    Raises ValueError if the folder holds something else, or what another command prepared.
+    Raises ValueError if the folder holds other files, or what another command prepared.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    noted = next(
-        (folder / name for name in ("manifest.json", "plan.json") if (folder / name).exists()), None
-    )
+    # The manifest first: a command killed at its very end leaves a plan beside it
+    files = [folder / name for name in ("manifest.json", "plan.json")]
+    noted = next((file for file in files if file.exists()), None)
     if noted is None:
         if not is_empty(folder):
             raise ValueError(f"{folder} holds other files: --out names another folder")
@@ -90,14 +109,8 @@ def finished(folder: Path, plan: dict[str, Any]) -> dict[int, dict[str, Any]]:
         )
         return {}
     before = read_json(noted)
-    for name, value in {**plan, **plan["processing"]}.items():
-        had = {**before, **before.get("processing", {}), **absolute_paths(before)}.get(name)
-        unknown = name == "fingerprint" and had is None  # of a version whose sources had none
-        if name != "processing" and had != value and not unknown:
-            raise ValueError(
-                f"{folder} was prepared with {name} {had!r} and not {value!r}: --out names another folder"
-            )
-    for leftover in folder.glob(".shard-*"):
+    check_plan(folder, before, plan)
+    for leftover in folder.glob(".shard-*"):  # of a killed process; see `shards.replace_file`
         leftover.unlink()
     entries = before.get("shards") or [read_json(note) for note in folder.glob("shard-*.json")]
     try:
@@ -108,34 +121,51 @@ def finished(folder: Path, plan: dict[str, Any]) -> dict[int, dict[str, Any]]:
         raise ValueError(f"{noted} is damaged: {error!r}; --out names another folder") from error
 
 
-def tasks(
-    examples: Iterable[int | Example | ValueError] | range, per_shard: int, done: dict[int, Any]
-) -> Iterator[Task]:
-    """The shards that are still to make."""
+def check_plan(folder: Path, before: dict[str, Any], plan: dict[str, Any]) -> None:
+    """Raise ValueError naming the first value in which a manifest or plan differs from `plan`.
+
+    Shards made in two ways must not end up in one folder.
+    """
+    # Paths made absolute, as older versions stored them as they were given
+    known = {**before, **before.get("processing", {}), **absolute_paths(before)}
+    for name, value in {**plan, **plan["processing"]}.items():
+        had = known.get(name)
+        unknown = name == "fingerprint" and had is None  # of a version whose sources had none
+        # "processing" itself is compared value by value, to name the one that differs
+        if name != "processing" and had != value and not unknown:
+            was = f"{folder} was prepared with {name} {had!r} and not {value!r}"
+            raise ValueError(f"{was}: --out names another folder")
+
+
+def tasks(examples: Items, per_shard: int, done: dict[int, Any]) -> Iterator[Task]:
+    """The shards that are still to be made."""
     if isinstance(examples, range):
         for number, start in enumerate(range(0, len(examples), per_shard)):
             if number not in done:
                 yield number, examples[start : start + per_shard]
         return
-    number = first_missing(done)  # what comes before was not read
-    examples = iter(examples)
-    while chunk := list(islice(examples, per_shard)):
+    # A streamed source is opened after the last shard of an unbroken row; see `prepare`
+    number = first_missing(done)
+    stream = iter(examples)
+    while chunk := list(islice(stream, per_shard)):
         if number not in done:
             yield number, chunk
         number += 1
 
 
 def first_missing(done: dict[int, Any]) -> int:
+    """The smallest number of a shard that is not done."""
     return next(number for number in range(len(done) + 1) if number not in done)
 
 
 def prepare(model: VLMConfig, train: TrainConfig, args: argparse.Namespace) -> dict[str, Any]:
     """Make the missing shards of `args.out`, then its manifest, which is returned.
 
-    Raises ValueError or OSError, in one line, if the data or the folder will not do, if over --max-bad-samples examples
-    cannot be read, or if the disk is full. Whole shards stay for the next try.
+    Raises ValueError or OSError, in one line, if the data or the folder cannot be used, if more
+    than --max-bad-samples examples cannot be read, or if the disk is full. Finished shards stay for
+    the next attempt.
     """
-    folder, per_shard = args.out, args.shard_samples
+    folder: Path = args.out
     source = None if args.streaming else load_source(train.data, args.split)
     if source is None and model.lm_tokenizer == "train":
         raise ValueError(
@@ -143,43 +173,67 @@ def prepare(model: VLMConfig, train: TrainConfig, args: argparse.Namespace) -> d
         )
     tokenizer = make_tokenizer(model, source)
     text = TextProcessor(tokenizer, model.prompt, model.image_tokens, train.turns)
+    # All that decides what the shards hold: with another plan the folder is refused
     plan = {
         "format": shards.FORMAT,
         "data": train.data,
         "split": args.split,
-        "fingerprint": getattr(source, "fingerprint", None),
+        "fingerprint": None if source is None else source.fingerprint,
         "examples": None if source is None else len(source),
-        "shard_samples": per_shard,
+        "shard_samples": args.shard_samples,
         "lm_tokenizer": model.lm_tokenizer,
         "processing": shards.processing(model.vit_img_size, text),
     }
     done = finished(folder, plan)
+    # After `finished`, which refuses a folder that holds other files
     tokenizer.save(folder)
     ready = sum(entry["examples"] for entry in done.values())
     if source is None:
-        examples: Any = read_streaming(train.data, args.split, skip=first_missing(done) * per_shard)
+        # What is skipped fills whole shards: each takes --shard-samples examples, bad ones included
+        skip = first_missing(done) * args.shard_samples
+        examples: Items = read_streaming(train.data, args.split, skip=skip)
     else:
         examples = range(len(source))
-        needed, free = (
-            (len(source) - ready) * 3 * model.vit_img_size**2,
-            shutil.disk_usage(folder).free,
-        )
-        if needed > free:
-            raise ValueError(
-                f"--out {folder}: an image each takes {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} are free"
-            )
+        check_disk(folder, len(source) - ready, model.vit_img_size)
     maker = ShardMaker(source, model.vit_img_size, text, folder)
     made = DataLoader(
         maker,
         batch_size=None,
-        sampler=tasks(examples, per_shard, done),
+        sampler=tasks(examples, args.shard_samples, done),
         num_workers=args.workers,
-        collate_fn=_as_it_is,
+        collate_fn=as_is,
         worker_init_fn=begin_worker,
+        # A task ahead may be a shard full of pictures, so no more than one per worker
         prefetch_factor=1 if args.workers else None,
     )
+    write_shards(folder, made, done, train.max_bad_samples, total=plan["examples"], ready=ready)
+    return write_manifest(folder, plan, [done[number] for number in sorted(done)])
+
+
+def check_disk(folder: Path, examples: int, image_size: int) -> None:
+    """Raise ValueError if the disk has no room for one image per example, a lower bound."""
+    needed = examples * 3 * image_size**2
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        taken = f"an image each takes {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} are free"
+        raise ValueError(f"--out {folder}: {taken}")
+
+
+def write_shards(
+    folder: Path,
+    made: Iterable[dict[str, Any]],
+    done: dict[int, dict[str, Any]],
+    max_bad_samples: int,
+    total: Any,
+    ready: int,
+) -> None:
+    """Add the entries of `made`, as its workers write the shards, to `done`.
+
+    Raises OSError if one cannot be written, ValueError if over `max_bad_samples` are unreadable,
+    those of earlier attempts included.
+    """
     skipped = [reason for entry in done.values() for reason in entry["skipped"]]
-    with tqdm(total=plan["examples"], initial=ready, unit="example", dynamic_ncols=True) as bar:
+    with tqdm(total=total, initial=ready, unit="example", dynamic_ncols=True) as bar:
         for entry in made:
             if "error" in entry:
                 raise OSError(f"--out {folder}: {entry['error']}")
@@ -188,16 +242,15 @@ def prepare(model: VLMConfig, train: TrainConfig, args: argparse.Namespace) -> d
             for reason in entry["skipped"]:
                 bar.write(f"skipped, unreadable: {reason}")
             bar.update(entry["examples"])
-            if len(skipped) > train.max_bad_samples:
-                raise ValueError(
-                    f"{len(skipped)} unreadable samples are over --max-bad-samples {train.max_bad_samples}"
-                )
-    return write_manifest(folder, plan, [done[number] for number in sorted(done)])
+            if len(skipped) > max_bad_samples:
+                over = f"are over --max-bad-samples {max_bad_samples}"
+                raise ValueError(f"{len(skipped)} unreadable samples {over}")
 
 
 def write_manifest(
     folder: Path, plan: dict[str, Any], entries: list[dict[str, Any]]
 ) -> dict[str, Any]:
+    """Write the manifest, which makes the folder a finished one, and return it."""
     totals = {
         name: sum(entry[name] for entry in entries) for name in ("samples", "tokens", "bytes")
     }
@@ -211,13 +264,14 @@ def write_manifest(
         folder / "manifest.json",
         lambda file: file.write_text(json.dumps(manifest, indent=2) + "\n"),
     )
+    # Only now: killed before, the command finds its notes again
     for leftover in [folder / "plan.json", *folder.glob("shard-*.json")]:
         leftover.unlink(missing_ok=True)
     return manifest
 
 
 def verify(folder: Path) -> None:
-    """Compare every shard with its SHA-256. Raises DamagedShard naming those that differ."""
+    """Compare every shard with its SHA-256. Raises DamagedShard, naming those that differ."""
     prepared = shards.Prepared(folder)
     wrong = [
         entry["file"]
@@ -230,29 +284,27 @@ def verify(folder: Path) -> None:
         )
 
 
-def _as_it_is(entry: dict[str, Any]) -> dict[str, Any]:
-    return entry
-
-
 def make_parser() -> Parser:
     parser = Parser(
         prog="python -m nanovlm_fast.data.prepare",
-        description=__doc__.splitlines()[0],
-        epilog="Further options are train.py's: --preset, --data, --turns, --prompt, --lm-tokenizer ...",
+        description=(__doc__ or "").partition("\n")[0],
+        epilog="All options of train.py are taken too: --preset, --data, --turns, --prompt, "
+        "--lm-tokenizer ...",
+        # An abbreviation here could be an option of train.py, which gets the rest of the line
         allow_abbrev=False,
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
     parser.add_argument(
-        "--split", default="train", help="train or test; test split: --out DIR/test"
+        "--split", default="train", help="train or test; train.py looks for test in DIR/test"
     )
     parser.add_argument(
         "--workers",
         type=Range(int),
         default=len(os.sched_getaffinity(0)),
-        help="processes; 0: in this one",
+        help="processes; 0: all in this one",
     )
     parser.add_argument(
-        "--shard-samples", type=Range(int, least=1), default=512, help="examples in a shard"
+        "--shard-samples", type=Range(int, least=1), default=512, help="examples per shard"
     )
     parser.add_argument(
         "--streaming",
@@ -278,12 +330,10 @@ def main(argv: list[str] | None = None) -> int:
             manifest = prepare(*parse_config(rest), args)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted: the same command goes on from here") from None
-    print(
-        f"{manifest['samples']:,} samples, {manifest['tokens']:,} tokens, {manifest['bytes'] / 1e9:,.2f} GB"
-    )
-    print(
-        f"{manifest['skipped']} unreadable left out · train with: python train.py --data prepared:{args.out}"
-    )
+    size = f"{manifest['bytes'] / 1e9:,.2f} GB"
+    print(f"{manifest['samples']:,} samples, {manifest['tokens']:,} tokens, {size}")
+    train_with = f"python train.py --data prepared:{args.out}"
+    print(f"{manifest['skipped']} unreadable left out · train with: {train_with}")
     return 0
 
 

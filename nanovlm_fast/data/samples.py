@@ -14,7 +14,7 @@ from nanovlm_fast.data.sources.example import Example, Source
 from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.packing.documents import Sample
 
-# Decoded examples that each worker keeps: enough for all of easy-VQA, at the size of the preset tiny
+# Decoded examples that each worker keeps: enough for all of easy-VQA with the preset tiny
 CACHE_BYTES = 2**30
 
 

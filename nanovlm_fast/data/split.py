@@ -1,8 +1,8 @@
 """The held-out split of a run, by picture: no picture is on both sides, under whatever name.
 
 Examples are often one question each, so a split by example would train on the pictures that it
-scores. A checkpoint keeps what was held out (`Split.record`); a run that resumes takes it from there
-and compares no pictures again.
+scores. A checkpoint keeps what was held out (`Split.record`). A run that resumes takes it from
+there and compares no pictures again.
 
 The record is JSON:
 
@@ -50,6 +50,7 @@ def split_off(source: Source, held_out: int, seed: int, data: str = "") -> tuple
 
 
 def check_not_empty(source: Source, data: str) -> None:
+    """Raise ValueError, naming the file if there is one, for a data set without records."""
     if len(source) == 0:
         no_record = f": no record in {source.file}" if source.file else ""
         raise ValueError(f"--data {data}: the data set is empty{no_record}")
@@ -235,7 +236,8 @@ def fewer(wanted: int, groups: int, count: int) -> str:
 
 def describe(record: dict[str, Any]) -> str:
     """The line of the log about the split."""
-    count, held_out = record["examples"], len(record["held_out"])
+    count = record["examples"]
+    held_out = len(record["held_out"])
     pictures = sum(size != TEXT for size, _ in record["marks"])
     shown = f"{pictures:,} pictures in " if pictures else ""
     return f"training on {count - held_out:,} of {count:,} examples, held out: {shown}{held_out:,}"

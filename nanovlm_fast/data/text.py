@@ -1,4 +1,12 @@
-"""Tokenizer, prompt and documents: a conversation becomes token ids with the targets that carry loss."""
+"""Tokenizer and documents: a conversation becomes token ids, with targets where there is loss.
+
+A document of one turn, with k image tokens, a prompt of p tokens and an answer of m; - is IGNORE.
+Only the answer carries loss, and each label is the token after its position:
+
+    input_ids   0 ...   0  p_0 ... p_p  a_0 ... a_m  eos    (n,) int64
+    labels      - ...   -  -   ... a_0  a_1 ... eos  -      (n,) int64
+    image_rows  0 ... k-1  -1  ...  -1  -1  ...  -1  -1     (n,) int32
+"""
 
 from __future__ import annotations
 
@@ -17,13 +25,14 @@ from nanovlm_fast.data.images import printable
 from nanovlm_fast.files import read_json, write_whole
 from nanovlm_fast.packing.documents import IGNORE, Document
 
-EOS = "<|endoftext|>"  # where no file names one: SmolLM2's, and that of tokenizers made here
+# The end of sequence if no file names one: that of SmolLM2, and of tokenizers made here
+EOS = "<|endoftext|>"
 TOKENS_MAP = "special_tokens_map.json"
 Turn = tuple[str, str]  # question, answer
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a tokenizer's name can only be the hub's: no folder, no other path, not 'train'."""
+    """Whether a tokenizer's name can only be one on the hub: not a path, and not 'train'."""
     shaped = re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name)
     return bool(shaped) and name != "train" and not Path(name).is_dir()
 
@@ -31,40 +40,48 @@ def is_hub_name(name: str) -> bool:
 class Tokenizer:
     """A `tokenizers` tokenizer and its end of sequence, stored in the layout of `transformers`.
 
-    A special token that a text spells out (`<|endoftext|>` in a question) is text like any other,
-    so no text can end a document. Added tokens that are not special are vocabulary: they are found
-    in a text and come back from it.
+    A special token spelled out in a text (`<|endoftext|>` in a question) is encoded as text like
+    any other, so no text can end a document. Added tokens that are not special are vocabulary: they
+    are encoded as one token, and decoded again.
     """
 
     def __init__(self, base: BaseTokenizer, eos: str = EOS):
         self.base = base
         self.eos = eos
-        self.eos_id = base.token_to_id(eos)
-        if self.eos_id is None:
+        eos_id: int | None = base.token_to_id(eos)
+        if eos_id is None:
             raise ValueError(f"the tokenizer has no end-of-sequence token {eos!r}")
+        self.eos_id = eos_id
+        # A file may switch both on. Truncation would shorten texts without a word
         base.no_padding()
         base.no_truncation()
-        base.encode_special_tokens = True  # a setting, not in tokenizer.json: the fingerprint stays
+        # A setting that is not stored in tokenizer.json, so the fingerprint stays what it was
+        base.encode_special_tokens = True
         if self.eos_id in base.encode(eos, add_special_tokens=False).ids:
-            base.add_special_tokens([eos])  # it was an added token that is not marked as special
+            # An added token that is not marked as special, and so is still found in text
+            base.add_special_tokens([eos])
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[BaseTokenizer, str]]:
-        """Pickle by constructing anew: `base` alone comes out of a pickle without its settings."""
+        """Pickle by constructing anew: unpickled, `base` has lost `encode_special_tokens`."""
         return Tokenizer, (self.base, self.eos)
 
     def __len__(self) -> int:
-        """Rows that an embedding of its ids needs."""
+        """Rows that an embedding of its ids needs.
+
+        That is the largest id + 1, not the number of entries: ids may have gaps.
+        """
         return max(self.base.get_vocab().values(), default=-1) + 1
 
     @property
     def fingerprint(self) -> str:
-        """Equal for tokenizers that give the same ids."""
+        """Equal for tokenizers with the same content, which give the same ids."""
         return hashlib.sha256(f"{self.base.to_str()}{self.eos}".encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, none of them the end of sequence.
 
-        Raises ValueError if the tokenizer's model has no other way to write it (a Unigram may not).
+        Raises ValueError if the model of the tokenizer has no other token for a text that spells
+        the end of sequence. A Unigram model may have none.
         """
         ids = self.base.encode(text, add_special_tokens=False).ids
         if self.eos_id in ids:
@@ -74,7 +91,7 @@ class Tokenizer:
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:
-        """Ids of the tokens that `encode` takes for text."""
+        """Ids of the special tokens, which `encode` never gives."""
         added = self.base.get_added_tokens_decoder().items()
         return {token.content: number for number, token in added if token.special}
 
@@ -86,6 +103,7 @@ class Tokenizer:
         return self.base.decode(ids, skip_special_tokens=True)
 
     def save(self, folder: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, as `transformers` reads them."""
         write_whole(folder / "tokenizer.json", self.base.to_str(pretty=True))
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -93,11 +111,16 @@ class Tokenizer:
             "pad_token": self.eos,
         }
         write_whole(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
-        (folder / TOKENS_MAP).unlink(missing_ok=True)  # another tokenizer's would be believed
+        # One that another tokenizer left would take precedence; see `named_eos`
+        (folder / TOKENS_MAP).unlink(missing_ok=True)
 
     @staticmethod
     def load(folder: Path) -> Tokenizer:
-        """Read what `save` (or transformers) wrote. Raises FileNotFoundError without a tokenizer.json."""
+        """Read what `save` or transformers wrote.
+
+        Raises FileNotFoundError without a tokenizer.json, ValueError if a file is damaged or no end
+        of sequence is known.
+        """
         if not (folder / "tokenizer.json").exists():
             raise FileNotFoundError(
                 f"{folder} has no tokenizer.json; --lm-tokenizer names another tokenizer"
@@ -108,7 +131,7 @@ class Tokenizer:
             base = BaseTokenizer.from_file(str(file))
             if base.token_to_id(eos) is not None:
                 return Tokenizer(base, eos)
-        except Exception as error:  # tokenizers raises nothing narrower
+        except Exception as error:  # `tokenizers` raises plain Exception
             raise ValueError(f"{file} is damaged: {printable(str(error))}") from error
         if source is None:
             where = "eos_token in tokenizer_config.json"
@@ -117,28 +140,33 @@ class Tokenizer:
 
     @staticmethod
     def from_hub(name: str) -> Tokenizer:
-        """A Hugging Face tokenizer, by hub name or local folder."""
-        folder = Path(os.path.expanduser(name))  # Path's own raises for a user that is not there
+        """A Hugging Face tokenizer, by hub name or local folder.
+
+        Raises FileNotFoundError for a name that is neither, OSError if the hub cannot be reached,
+        and what `load` raises.
+        """
+        folder = Path(os.path.expanduser(name))  # Path.expanduser raises for an unknown user
         if folder.is_dir():
             return Tokenizer.load(folder)
         if not is_hub_name(name):
             raise FileNotFoundError(f"--lm-tokenizer {name}: no such folder, and not a hub name")
+        # Imported here: it takes seconds, and training from a local folder must not need it
         from transformers import AutoTokenizer
 
         try:
-            loaded = AutoTokenizer.from_pretrained(
-                name, trust_remote_code=False
-            )  # left out, it asks
+            # Without trust_remote_code=False, a tokenizer with code of its own makes it prompt
+            loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except OSError as error:
             raise OSError(
-                f"tokenizer {name!r} could not be loaded from the Hugging Face hub. Give a local folder with its "
-                f"tokenizer.json: --lm-tokenizer FOLDER ({str(error).splitlines()[0]})"
+                f"tokenizer {name!r} could not be loaded from the Hugging Face hub. Give a local "
+                "folder with its tokenizer.json: --lm-tokenizer FOLDER "
+                f"({str(error).splitlines()[0]})"
             ) from error
         return Tokenizer(loaded.backend_tokenizer, loaded.eos_token or EOS)
 
     @staticmethod
     def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Byte-level BPE (as GPT-2's) on the given text, with at most `vocab_size` entries."""
+        """Train a byte-level BPE (as GPT-2's) with at most `vocab_size` entries."""
         from tokenizers import decoders, models, pre_tokenizers, trainers
 
         alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -152,6 +180,8 @@ class Tokenizer:
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=[EOS],
+            # All bytes, or a text with a byte that the training texts lack could not be encoded.
+            # Sorted: `alphabet` comes in no fixed order, and ids follow it
             initial_alphabet=sorted(alphabet),
             show_progress=False,
         )
@@ -160,11 +190,11 @@ class Tokenizer:
 
 
 def named_eos(folder: Path) -> tuple[str, Path | None]:
-    """The end-of-sequence token of a folder and the file that names it; else `EOS` and None.
+    """(end-of-sequence token of a folder, the file that names it), or (EOS, None).
 
-    It is what `transformers` says: special_tokens_map.json goes before tokenizer_config.json,
-    unless that has `added_tokens_decoder`, with which the other went out of use. Raises ValueError
-    for a file that names no token.
+    The precedence is that of `transformers`: special_tokens_map.json goes before
+    tokenizer_config.json, unless the latter has `added_tokens_decoder`, which came when the former
+    went out of use. Raises ValueError if what a file names is not a token.
     """
     config = folder / "tokenizer_config.json"
     other = folder / TOKENS_MAP
@@ -174,7 +204,8 @@ def named_eos(folder: Path) -> tuple[str, Path | None]:
         named = values[file].get("eos_token")
         if named is None:
             continue
-        eos = named.get("content") if isinstance(named, dict) else named  # a dict has flags too
+        # A dict is a token with its flags
+        eos = named.get("content") if isinstance(named, dict) else named
         if not isinstance(eos, str):
             raise ValueError(f"{file} is damaged: its eos_token is {printable(repr(named))}")
         return eos, file
@@ -182,29 +213,29 @@ def named_eos(folder: Path) -> tuple[str, Path | None]:
 
 
 class TextProcessor:
-    """Turns -> documents of `[image tokens][prompt answer eos ...]`, each position labelled with its next token.
+    """Makes documents of turns, each position labelled with its next token.
 
     Only answers and their end-of-sequence token carry loss. Special tokens in the prompt around
-    the question are meant; those in a question or an answer are text. `mode`: 'first' takes the
-    first turn, 'independent' makes every turn a document, 'chat' puts all turns in one. A text
-    seen before is not tokenised again.
+    the question are special; those in a question or an answer are text. `mode`: 'first' takes the
+    first turn, 'independent' makes a document of every turn, 'chat' puts all turns into one.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, prompt: str, image_tokens: int, mode: str = "independent"
     ):
-        self.tokenizer, self.prompt, self.image_tokens, self.mode = (
-            tokenizer,
-            prompt,
-            image_tokens,
-            mode,
-        )
+        self.tokenizer = tokenizer
+        self.prompt = prompt
+        self.image_tokens = image_tokens
+        self.mode = mode
+        # Longest first: the first alternative that matches wins, and one token may begin another
         longest_first = sorted(tokenizer.special_tokens, key=len, reverse=True)
         special = "|".join(map(re.escape, longest_first))
+        # Cut before a question is put in: special tokens of the prompt only, not of the question
         self.prompt_parts = re.split(f"({special})", prompt) if special else [prompt]
         self.seen: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
+        """Ids of a text. Answers and questions repeat, so the first 100,000 texts are kept."""
         ids = self.seen.get(text)
         if ids is None:
             ids = self.tokenizer.encode(text)
@@ -213,33 +244,41 @@ class TextProcessor:
         return ids
 
     def ask(self, question: str, before: str = "") -> list[int]:
-        """The prompt around the question, after the text `before`."""
+        """Ids of the text `before` and the prompt around the question."""
         special = self.tokenizer.special_tokens
         if len(self.prompt_parts) == 1:
+            # In one piece: cut into parts, a text may give other tokens
             return self.encode(before + self.prompt.format(question=question))
-        ids = self.encode(before)
+        ids = list(self.encode(before))  # a copy, as `encode` keeps what it returns
         for part in self.prompt_parts:
-            meant = part in special
-            ids = ids + ([special[part]] if meant else self.encode(part.format(question=question)))
+            if part in special:
+                ids.append(special[part])
+            else:
+                ids += self.encode(part.format(question=question))
         return ids
 
     def document(self, turns: Sequence[Turn], n_images: int) -> Document:
-        """One document with all turns; the last answer may be '' to make a prompt without labels."""
-        ids = [0] * (n_images * self.image_tokens)
-        targets = [IGNORE] * len(ids)
+        """One document with all turns.
+
+        With '' as the last answer it is a prompt, to which a model replies.
+        """
+        n_image_tokens = n_images * self.image_tokens
+        ids = [0] * n_image_tokens
+        targets = [IGNORE] * n_image_tokens
         for i, (question, answer) in enumerate(turns):
             prompt = self.ask(question, "\n" if i else "")
             reply = [*self.encode(" " + answer), self.tokenizer.eos_id] if answer else []
             ids += prompt + reply
             targets += [IGNORE] * len(prompt) + reply
         rows = np.full(len(ids), -1, np.int32)
-        rows[: n_images * self.image_tokens] = np.arange(n_images * self.image_tokens)
+        rows[:n_image_tokens] = np.arange(n_image_tokens)
+        # Shifted here, so that neither the packer nor the model has to know about neighbours
         labels = np.array([*targets[1:], IGNORE], np.int64)
-        return Document(
-            np.array(ids, np.int64), rows, labels, "\n".join(question for question, _ in turns)
-        )
+        asked = "\n".join(question for question, _ in turns)
+        return Document(np.array(ids, np.int64), rows, labels, asked)
 
     def documents(self, turns: Sequence[Turn], n_images: int) -> list[Document]:
+        """The documents of an example's turns, as `mode` says."""
         if self.mode == "independent":
             return [self.document([turn], n_images) for turn in turns]
         return [self.document(turns[:1] if self.mode == "first" else turns, n_images)]

@@ -20,7 +20,7 @@ from nanovlm_fast.data.images import BadImage, augment, load_image
 from nanovlm_fast.data.samples import SampleLoader
 from nanovlm_fast.data.sources.easy_vqa import EasyVQA
 from nanovlm_fast.data.sources.llava import JsonLines
-from nanovlm_fast.data.sources.registry import is_local, load_source, texts
+from nanovlm_fast.data.sources.registry import load_source, texts
 from nanovlm_fast.data.sources.synthetic import Synthetic
 from nanovlm_fast.data.split import split_off
 from nanovlm_fast.data.stream import PackedStream, advance, initial_states
@@ -37,7 +37,7 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train(texts(Synthetic("train"), PROMPT), 320)
 
 
-# --- images -----------------------------------------------------------------------------------------------------------
+# ---- images
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "1", "LA", "I;16"])
@@ -118,7 +118,7 @@ def test_a_shift_moves_the_drawing_whole_inside_its_margins():
     assert len(places) > 60 and {0, 11} <= {row for row, _ in places}
 
 
-# --- text -------------------------------------------------------------------------------------------------------------
+# ---- text
 
 
 @pytest.mark.parametrize("text", ["is the square red?", "naïve café — 日本語 🙂", " \n\t", ""])
@@ -174,7 +174,7 @@ def test_turns_become_documents(tokenizer):
     assert (prompt.labels == IGNORE).all()
 
 
-# --- sources ----------------------------------------------------------------------------------------------------------
+# ---- sources
 
 
 def test_easy_vqa_is_what_it_says():
@@ -262,26 +262,7 @@ def test_a_link_that_leaves_the_folder_is_no_way_out(tmp_path, what):
     )
 
 
-NO_FORMS = ["easy-vqa", "easy_vqa:", "easy_vqa:red", "jsonl", "jsonl:", "prepared", "prepared:", ""]
-
-
-@pytest.mark.parametrize("name", NO_FORMS)
-def test_unknown_data_sets_are_refused(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"unknown data set .*; there are: easy_vqa, synthetic, "):
-        load_source(name, "train")
-    with pytest.raises(ValueError, match="synthetic:IMAGE_SIZE must be"):
-        load_source("synthetic:big", "train")
-
-
-def test_a_name_of_the_table_goes_with_and_without_its_argument():
-    assert len(load_source("synthetic", "test")) == len(load_source("synthetic:", "test")) == 64
-    assert load_source("synthetic:32", "test")[0].images[0].size == (32, 32)
-    assert not is_local("mmstar") and is_local("mmstar:FOLDER") and is_local("jsonl:FOLDER")
-    assert is_local("easy_vqa") and not is_local("OWNER/NAME:CONFIG")
-
-
-# --- the stream -------------------------------------------------------------------------------------------------------
+# ---- the stream
 
 
 def stream_of(tokenizer, data="synthetic:32", states=None, **changes):

@@ -1,4 +1,4 @@
-"""Faults in data: 1% corrupt images and 1% malformed records change nothing about the run but what is said of them."""
+"""Faults in data: corrupt images and malformed records are named, and change nothing else."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def malformed(record: str) -> list[bytes]:
 
 
 def write_records(folder: Path, bad: list[int]) -> list[str]:
-    """A data set of COUNT records in LLaVA's format, those numbered in `bad` bad; what names each of them."""
+    """COUNT records in LLaVA's format, of which those in `bad` are bad, and what names each."""
     folder.mkdir()
     source, records, named = Synthetic("train", 32), [], []
     for i in range(COUNT):
@@ -89,7 +89,7 @@ def write_records(folder: Path, bad: list[int]) -> list[str]:
 
 @pytest.fixture
 def faulty(tmp_path) -> tuple[Path, list[int], list[str]]:
-    """(folder, the bad records, what names them); they come within the first 400 of the first epoch."""
+    """(folder, the bad records, what names them), all within the first 400 of the first epoch."""
     bad = [int(i) for i in order(COUNT)[np.random.default_rng(0).permutation(400)[:10]]]
     return tmp_path / "data", bad, write_records(tmp_path / "data", bad)
 
@@ -118,7 +118,7 @@ def test_a_run_on_faulty_data_finishes_and_names_each_fault_once(faulty, tmp_pat
 
 @pytest.mark.slow
 def test_the_losses_of_the_rest_are_those_of_a_run_without_the_faults(faulty, tmp_path):
-    """Bit for bit: two runs, the second on a folder that holds the good records alone, arranged to come in turn."""
+    """Bit for bit: the second run reads the good records alone, arranged to come in turn."""
     folder, bad, _ = faulty
     records = (folder / "train.jsonl").read_bytes().splitlines()
     met = [records[i] for i in order(COUNT) if i not in bad]
@@ -198,7 +198,7 @@ def test_the_batches_of_the_rest_are_those_without_the_faults(faulty):
 
 @pytest.fixture
 def rows(tmp_path) -> tuple[Path, list[int]]:
-    """A Parquet file of the Cauldron's schema, of 200 rows two with a corrupt image and two malformed."""
+    """200 rows of the Cauldron's schema, two with a corrupt image and two malformed."""
     source, rows = Synthetic("train", 32), []
     for i in range(200):
         rows.append(([encoded(source[i].images[0], "PNG")], texts(*source[i].turns)))

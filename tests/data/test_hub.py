@@ -1,6 +1,7 @@
-"""Data sets that `datasets` reads: the Cauldron's schema from local folders, and what is said when a hub is not there.
+"""Data sets that `datasets` reads: the Cauldron's schema and MMStar, from local folders.
 
-Folders are made by `datasets` itself and read by the same call that reads the hub.
+And the error where the hub cannot be reached. Folders are made by `datasets` itself and read by the
+same call that reads the hub.
 """
 
 from __future__ import annotations
@@ -189,7 +190,7 @@ def test_offline_is_said_in_one_line_with_a_way_out(tmp_path):
 
 
 def test_training_reads_a_folder_of_the_cauldrons_schema(tmp_path):
-    """Bad rows are named and counted, decoding happens in a worker, and a resumed run sees the same."""
+    """Bad rows are named and counted, and the run goes on."""
     rows = easy_vqa_rows(40)
     rows[3] = ([b"no image"], rows[3][1])
     rows[7] = (rows[7][0], [])

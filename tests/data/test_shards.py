@@ -1,4 +1,4 @@
-"""Prepared shards: they hold what decoding gives, a killed preparation goes on, changes and damage are named."""
+"""Prepared shards hold what decoding gives; a killed `prepare` continues; damage is named."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Thirty rows of the Cauldron's schema: every kind of picture, none, two of them, conversations."""
+    """Thirty rows of the Cauldron's schema: every kind of picture, none, two; conversations."""
     rows = easy_vqa_rows(20)
     rows += [
         ([file], texts(("What?", f"A {name}."), ("Sure?", "yes")))

@@ -1,1 +1,1 @@
-"""Data sets, one file each; `registry.py` finds the one that `--data` names."""
+"""Data sets, one file each. `registry.SOURCES` is the table that `--data` selects from."""

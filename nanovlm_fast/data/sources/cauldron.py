@@ -158,12 +158,11 @@ class Cauldron(Source):
             yield from text_columns(chunk)
 
     def pictures(self) -> Pictures:
-        blocks = [
-            picture_sizes(chunk)
-            for _, rows in self.parts
-            for batch in rows.select_columns(["images"]).iter(BLOCK)
-            for chunk in batch["images"].chunks
-        ]
+        """Compare the pictures' files, by length and then by content."""
+        blocks = []
+        for _, rows in self.parts:
+            for batch in rows.select_columns(["images"]).iter(BLOCK):
+                blocks += [picture_sizes(chunk) for chunk in batch["images"].chunks]
         none = np.zeros(0, np.int64)
         counts, sizes = (np.concatenate([none, *parts]) for parts in zip(*blocks, strict=True))
         starts = np.cumsum(counts) - counts

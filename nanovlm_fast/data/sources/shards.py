@@ -73,6 +73,7 @@ def processing(image_size: int, text: TextProcessor) -> dict[str, Any]:
 
 
 def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file, read in blocks: a shard need not fit into memory."""
     digest = hashlib.sha256()
     with file.open("rb") as handle:
         while block := handle.read(2**22):
@@ -96,7 +97,7 @@ def row_of(sample: Sample, turns: list[tuple[str, str]]) -> dict[str, Any]:
     """A sample as the columns of a shard."""
 
     def joined(column: str) -> np.ndarray:
-        # The empty array first: concatenate refuses an empty list, and a sample may have no document
+        # The empty array, since concatenate refuses an empty list and a sample may have no document
         parts = [np.zeros(0, np.int32)]
         parts += [getattr(document, column) for document in sample.documents]
         return np.concatenate(parts).astype(np.int32)
