@@ -13,6 +13,7 @@ import gc
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from nanovlm_fast.command import end_on_interrupt, reports_errors
 
@@ -221,13 +222,13 @@ class Trainer(Run):
         values = {**state.to_json(), "stream": undeal(shares)}
         # One at a time: both would copy into the same host memory.
         self.wait_for_checkpoint()
-        group = max(
-            (group for optimizer in self.optimizers for group in optimizer.param_groups),
-            key=lambda group: group["lr"] / group["peak_lr"],
-        )
-        advice = self.journal.advice(state.step, group["lr"] / group["peak_lr"])
+        factors = [g["lr"] / g["peak_lr"] for o in self.optimizers for g in o.param_groups]
+        advice = self.journal.advice(state.step, max(factors))
+
         # The statistics are on the device: the writer thread reads them, and the loop goes on.
-        late = lambda: {"interval": read_stats()["kept"]}  # noqa: E731
+        def late() -> dict[str, Any]:
+            return {"interval": read_stats()["kept"]}
+
         self.checkpoints.save(self.model, self.optimizers, values, late, advice)
         gc.collect()
 

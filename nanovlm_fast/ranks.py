@@ -1,8 +1,10 @@
-"""Processes that train together: data parallel (DDP), or with the model's state sharded over them (FSDP2).
+"""The processes that train together, and what they exchange.
 
-`torchrun --nproc_per_node N train.py ...` starts one process a GPU, a *rank*. What they must agree on from step to step
-(labels of the step, whether to stop) are a few integers: those go between the hosts, over gloo, while the devices
-still compute the step before; nothing waits for a device.
+`torchrun --nproc_per_node N train.py ...` starts one process per GPU, a *rank*. Data parallel (DDP)
+and sharded (FSDP2) training are in training/parallel.py; this module is what both need. What ranks
+must agree on in each step (labels of the step, whether to stop) is a few integers. They travel
+between the hosts, over gloo, while the devices still compute the previous step, so that nothing
+waits for a device.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,25 +29,27 @@ from torch.distributed.rendezvous import rendezvous
 
 from nanovlm_fast.ranges import Range
 
-# rank 0 evaluates while the others wait: only the watchdog knows what is too long
+# The first rank evaluates while the others wait, maybe for hours: what is too long is for the
+# watchdog to decide, and not for a time limit of gloo.
 HOST_TIMEOUT = datetime.timedelta(days=1)
 JOIN_TIMEOUT = datetime.timedelta(minutes=10)
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """This process among those that train: `rank` of `size`, the `local_rank`-th of its machine."""
+    """This process among those that train: `rank` of `size`, and `local_rank` on its machine."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    host: dist.ProcessGroup | None = None  # gloo, for what the hosts tell each other
+    host: dist.ProcessGroup | None = None  # gloo, between the hosts
 
     @classmethod
     def join(cls, device: str = "auto") -> World:
-        """The processes that torchrun started with this one; alone without it. `device` is that of --device.
+        """Join the processes that torchrun started; without torchrun, a world of one.
 
-        Raises ValueError if the machine has fewer GPUs than processes.
+        `device` is the value of --device. Raises ValueError if the machine has fewer GPUs than
+        processes, and ConnectionError if a rank does not come.
         """
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             return cls()
@@ -59,9 +63,9 @@ class World:
         on_gpu = device != "cpu" and torch.cuda.is_available()
         if on_gpu:
             if local >= torch.cuda.device_count():
-                raise ValueError(
-                    f"process {local} of this machine has no GPU: it has {torch.cuda.device_count()}"
-                )
+                gpus = torch.cuda.device_count()
+                raise ValueError(f"process {local} of this machine has no GPU: it has {gpus}")
+            # Before the process group: NCCL takes the current device.
             torch.cuda.set_device(local)
         if not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
@@ -80,26 +84,30 @@ class World:
         return self.rank == 0
 
     def device(self, name: str) -> str:
-        """The --device of this process: with several, 'auto' and 'cuda' are its own GPU."""
+        """The device of this process for a --device: with several ranks, its own GPU."""
         on_gpu = self.size > 1 and name in ("auto", "cuda") and torch.cuda.is_available()
         return f"cuda:{self.local_rank}" if on_gpu else name
 
-    def sum(self, values: list[float]) -> list[float]:
-        """Element-wise over the ranks; whole numbers stay exact up to 2^53."""
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sum element-wise over the ranks; whole numbers are exact up to 2^53."""
         if self.size == 1:
-            return values
+            return list(values)
         total = torch.tensor(values, dtype=torch.float64)
         with _others_are_there():
             dist.all_reduce(total, group=self.host)
         return total.tolist()
 
     def gather(self, value: Any) -> list[Any]:
-        """`value`, which JSON can hold, of every rank, in their order. (PyTorch's own would unpickle it.)"""
+        """Collect `value`, which JSON can hold, from every rank, in the order of ranks.
+
+        PyTorch's `all_gather_object` would unpickle what other machines send.
+        """
         if self.size == 1:
             return [value]
         text = torch.from_numpy(np.frombuffer(json.dumps(value).encode(), np.uint8).copy())
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         with _others_are_there():
+            # All parts of a gather have one size, so the sizes go first and texts are padded.
             dist.all_gather(sizes, torch.tensor([len(text)]), group=self.host)
             padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
             padded[: len(text)] = text
@@ -112,50 +120,57 @@ class World:
         self.sum([0])
 
     def leave(self) -> None:
+        """Close the connections to the other ranks."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 @contextlib.contextmanager
 def _others_are_there() -> Iterator[None]:
+    """Turn gloo's RuntimeError for a closed connection into a ConnectionError of one line."""
     try:
         yield
-    except RuntimeError as error:  # gloo's, of a connection that closed
-        raise ConnectionError(
-            f"another rank ended, see what it said last ({str(error).splitlines()[0]})"
-        ) from error
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ConnectionError(f"another rank ended, see what it said last ({reason})") from error
 
 
 def _store_of_this_start(rank: int, size: int) -> dist.Store:
-    """torchrun's store under a prefix of its own: the store outlives a restart, and with it addresses of dead ranks.
+    """torchrun's store, under a prefix of its own.
 
-    The first rank makes up the prefix and tells it each other one, under a name that one has just made up: nothing of
-    this can be left from before. (The count of restarts would not do: machines may count differently.) Raises
-    ConnectionError if a rank does not come.
+    The store outlives a restart, and with it the addresses of dead ranks. The first rank therefore
+    makes up a prefix, and gives it to each other rank under a name that this rank has just made up:
+    nothing of this can be left from an earlier start. (The count of restarts would not do, because
+    machines may count differently.) Raises ConnectionError if a rank does not come.
     """
     store, *_ = next(rendezvous("env://", rank, size, timeout=JOIN_TIMEOUT))
-    mine, deadline = uuid.uuid4().hex, time.monotonic() + JOIN_TIMEOUT.total_seconds()
+    mine = uuid.uuid4().hex
+    deadline = time.monotonic() + JOIN_TIMEOUT.total_seconds()
     if rank:
         store.set(f"rank {rank}", mine)
-        prefix = store.get(mine).decode()  # waits for it
+        prefix = store.get(mine).decode()  # waits until the first rank has set it
         store.set(f"{prefix} {rank}", "heard")
         return dist.PrefixStore(prefix, store)
     missing = set(range(1, size))
     while missing:
         for other in sorted(missing):
+            # Again in every round: what is there may be of a process that died, whose successor
+            # writes its own name later.
             if store.check([f"rank {other}"]):
                 store.set(store.get(f"rank {other}").decode(), mine)
             if store.check([f"{mine} {other}"]):
                 missing.remove(other)
         if time.monotonic() > deadline:
-            raise ConnectionError(
-                f"of {size} processes, number {min(missing)} did not come in {JOIN_TIMEOUT}"
-            )
+            absent = f"number {min(missing)} did not come in {JOIN_TIMEOUT}"
+            raise ConnectionError(f"of {size} processes, {absent}")
         time.sleep(0.02)
     return dist.PrefixStore(mine, store)
 
 
 def _end_with_parent() -> None:
-    """A rank whose torchrun was killed is killed too (Linux): the next start would find it writing in its folder."""
+    """Have the kernel kill this process when torchrun dies (Linux).
+
+    A rank that outlived its torchrun would still write in the run's folder at the next start.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

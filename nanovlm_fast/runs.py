@@ -27,9 +27,12 @@ from nanovlm_fast.files import read_json, write_whole
 if TYPE_CHECKING:
     from nanovlm_fast.ranks import World
 
-LOCK, REPLACED, REPLACING = ".lock", ".replaced", ".replacing"
+LOCK = ".lock"
+REPLACED = ".replaced"
+REPLACING = ".replacing"
 OURS = (LOCK, REPLACED, REPLACING)
-# what a start writes before the first step, under the names of files that are still being written too
+# What a start writes before the first step. A file that is still being written has a dot before
+# its name.
 BY_A_START = (
     "config.json",
     "tokenizer*.json",
@@ -38,7 +41,9 @@ BY_A_START = (
     "wandb",
     "checkpoints",
 )
-LEFTOVERS = (".config.json", "hang-rank*.txt")  # of a start that was not even a run yet
+# What remains of a start that ended before the folder was a run.
+LEFTOVERS = (".config.json", "hang-rank*.txt")
+RUNS = Path("runs")
 
 
 # ---- where a run stands
@@ -94,11 +99,14 @@ OPTIONAL = {"data", "eval"}
 # ---- one command at a time
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Nobody else is in here with the same folder, which is made, and unmade if nothing was written into it.
+    """Hold the folder's lock: one process at a time may be in this block.
 
-    Raises OSError naming the process that is. The lock is POSIX's: the kernel takes it from a process that ends,
-    however it does, so none is ever stale; children do not inherit it, so loader workers that outlive a killed parent
-    do not hold it; and over NFS it holds between machines. A file system without locks gets a warning instead.
+    The folder is created, and removed again if nothing was written into it. Raises OSError naming
+    the process that holds the lock.
+
+    The lock is a POSIX lock. The kernel releases it when its process ends, in whatever way, so it
+    is never stale. Children do not inherit it, so that loader workers that outlive a killed parent
+    do not hold it. Over NFS it holds between machines. A file system without locks gives a warning.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     if folder.exists() and not folder.is_dir():
@@ -109,19 +117,20 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            with contextlib.suppress(
-                OSError
-            ):  # the folder is gone, or cannot be written to any more
+            # The folder may be gone, or read-only by now.
+            with contextlib.suppress(OSError):
                 (folder / LOCK).unlink()
+            # After the file is gone: a process that waits for it must find it removed.
             os.close(handle)
     finally:
-        with contextlib.suppress(OSError):  # something is in it
+        # A folder that is not empty stays, and with it those above.
+        with contextlib.suppress(OSError):
             for place in made:
                 place.rmdir()
 
 
 def _take(file: Path) -> int:
-    """Lock the file for this process; returns its descriptor, whose closing gives the lock back."""
+    """Lock the file for this process; return its descriptor. Closing it releases the lock."""
     while True:
         handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -129,32 +138,35 @@ def _take(file: Path) -> int:
         except (BlockingIOError, PermissionError) as error:
             owner = os.pread(handle, 500, 0).decode(errors="replace").strip() or "another command"
             os.close(handle)
+            in_use = f"{file.parent} is in use by {owner}"
             raise BlockingIOError(
-                f"{file.parent} is in use by {owner}: wait until it has ended, or let --out name another folder"
+                f"{in_use}: wait until it has ended, or let --out name another folder"
             ) from error
         except OSError as error:
-            print(
-                f"warning: {file.parent} cannot be locked ({error.strerror}): no other command may write there"
-            )
+            no_lock = f"{file.parent} cannot be locked ({error.strerror})"
+            print(f"warning: {no_lock}: no other command may write there")
             return handle
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), os.stat(file)):
                 break
-        os.close(handle)  # its holder removed it between the two calls: this is the lock of nothing
+        # Its holder removed the file between the two calls, so this locks a file that nobody else
+        # can open: try again.
+        os.close(handle)
     now = datetime.datetime.now().isoformat(" ", "seconds")
     os.truncate(handle, 0)
-    with contextlib.suppress(OSError):  # on a full disk the lock holds as well without it
-        os.pwrite(
-            handle,
-            f"process {os.getpid()} on host {socket.gethostname()} since {now}\n".encode(),
-            0,
-        )
+    owner = f"process {os.getpid()} on host {socket.gethostname()} since {now}\n"
+    # The name is for the message only: on a full disk, the lock holds without it.
+    with contextlib.suppress(OSError):
+        os.pwrite(handle, owner.encode(), 0)
     return handle
 
 
 @contextlib.contextmanager
 def hold(run: Path, world: World) -> Iterator[None]:
-    """`locked`, by the first rank for all, and an interrupted replacement taken back; all ranks must call it."""
+    """`locked`, by the first rank for all; all ranks must call it.
+
+    A replacement that was interrupted before the new run's first checkpoint is taken back.
+    """
     with contextlib.ExitStack() as stack:
         refusal = None
         if world.first:
@@ -163,6 +175,7 @@ def hold(run: Path, world: World) -> Iterator[None]:
                 restore(run)
             except OSError as error:
                 refusal = str(error)
+        # A refusal ends all ranks: one that went on alone would wait for the others for ever.
         refusal = world.gather(refusal)[0]
         if refusal:
             raise OSError(refusal)
@@ -175,29 +188,28 @@ def has_checkpoint(run: Path) -> bool:
 
 
 def is_stub(run: Path) -> bool:
-    """Whether the run in the folder ended before its first logged step: there is nothing to keep or to go on from."""
-    log, known = (
-        run / "metrics.jsonl",
-        (*BY_A_START, *LEFTOVERS, *(f".{name}" for name in BY_A_START)),
-    )
+    """Whether the run in the folder ended before its first logged step: nothing to keep."""
+    log = run / "metrics.jsonl"
+    known = (*BY_A_START, *LEFTOVERS, *(f".{name}" for name in BY_A_START))
     if has_checkpoint(run) or (log.exists() and log.stat().st_size):
         return False
     return all(any(fnmatch(entry.name, name) for name in known) for entry in entries(run))
 
 
 def is_empty(run: Path) -> bool:
-    """Whether there is no folder, or nothing in it but what a start leaves that was killed before it was a run."""
+    """Whether the folder is absent, or holds only what a start left that was killed early."""
     return not run.exists() or all(
         any(fnmatch(entry.name, name) for name in LEFTOVERS) for entry in entries(run)
     )
 
 
 def entries(run: Path) -> list[Path]:
+    """What is in the folder besides its lock and the run that it replaces."""
     return [entry for entry in run.iterdir() if entry.name not in OURS]
 
 
 def standing(run: Path) -> Path:
-    """Where the run lies that counts: in the folder, or aside while the one to replace it has no checkpoint."""
+    """Where the valid run is: in the folder, or aside until its successor has a checkpoint."""
     if (run / REPLACING / "config.json").exists():
         return run / REPLACING
     if (run / REPLACED / "config.json").exists() and not has_checkpoint(run):
@@ -208,9 +220,9 @@ def standing(run: Path) -> Path:
 # ---- from one run to the next
 @contextlib.contextmanager
 def beginning(run: Path, resume: bool, world: World) -> Iterator[None]:
-    """What is written in here begins or resumes a run; if it fails, the folder is again as it was before.
+    """Begin or resume a run in this block; if it fails, the folder is as it was before.
 
-    The first rank moves the run aside that a new one replaces; `replaced` ends that.
+    The first rank moves a run that is replaced aside. `replaced` removes it later.
     """
     if not world.first:
         yield
@@ -223,10 +235,10 @@ def beginning(run: Path, resume: bool, world: World) -> Iterator[None]:
             _clear(run)
         else:
             _move_aside(run)
-            print(
-                f"{run}: the run in it is kept in {run / REPLACED} until the new one has a checkpoint"
-            )
-    try:  # from here on what lies in the folder is the new run's
+            kept = f"the run in it is kept in {run / REPLACED}"
+            print(f"{run}: {kept} until the new one has a checkpoint")
+    # From here on, all in the folder is the new run's.
+    try:
         yield
     except BaseException:  # Ctrl-C too
         if before is None:
@@ -237,12 +249,12 @@ def beginning(run: Path, resume: bool, world: World) -> Iterator[None]:
 
 
 def replaced(run: Path) -> None:
-    """The new run has a checkpoint: what it replaces goes."""
+    """Remove the run that was replaced, now that the new one has a checkpoint."""
     shutil.rmtree(run / REPLACED, ignore_errors=True)
 
 
 def restore(run: Path) -> None:
-    """Put back what a command moved aside that ended before its first checkpoint. The lock must be held."""
+    """Put back the run that a command moved aside and did not replace. The lock must be held."""
     if (run / REPLACED).exists() and has_checkpoint(run):
         replaced(run)
     elif (run / REPLACED).exists() or (run / REPLACING).exists():
@@ -251,6 +263,11 @@ def restore(run: Path) -> None:
 
 
 def _move_aside(run: Path) -> None:
+    """Move the run in the folder to RUN/.replaced.
+
+    By way of RUN/.replacing, so that .replaced is complete whenever it exists, and a kill between
+    two entries can be undone.
+    """
     aside = run / REPLACING
     aside.mkdir()
     try:
@@ -263,8 +280,10 @@ def _move_aside(run: Path) -> None:
 
 
 def _put_back(run: Path) -> None:
+    """Undo `_move_aside`, wherever it or this was interrupted."""
     aside = run / REPLACING
-    if not aside.exists():  # or what lies beside it is not the new run's
+    # With .replacing, entries of the old run may lie beside it; without, all is the new run's.
+    if not aside.exists():
         _clear(run)
         if (run / REPLACED).exists():
             os.replace(run / REPLACED, aside)
@@ -275,6 +294,7 @@ def _put_back(run: Path) -> None:
 
 
 def _clear(run: Path) -> None:
+    """Remove the run in the folder."""
     for entry in entries(run):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -282,11 +302,14 @@ def _clear(run: Path) -> None:
             entry.unlink()
 
 
-RUNS = Path("runs")
+# ---- its configuration
 
 
 def load_run_config(run: Path) -> dict[str, Any]:
-    """What `save_run_config` wrote, as one flat dict of option names and values. Raises ValueError if it is damaged."""
+    """Read what `save_run_config` wrote, as one flat dict of option names and values.
+
+    Raises ValueError if it is damaged.
+    """
     values = read_json(run / "config.json")
     try:
         for config_class in (VLMConfig, TrainConfig):
@@ -297,39 +320,44 @@ def load_run_config(run: Path) -> dict[str, Any]:
 
 
 def save_run_config(run: Path, model: VLMConfig, train: TrainConfig) -> None:
+    """Write RUN/config.json."""
     values = {**dataclasses.asdict(model), **dataclasses.asdict(train)}
+    # They are about one command: a resume must not overwrite because the first start did.
     once = ("resume", "data_changed", "auto_resume", "overwrite", "dry_run")
     values |= dict.fromkeys(once, False)
     write_whole(run / "config.json", json.dumps(values, indent=2) + "\n")
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether the folder is one that train.py wrote."""
+    """Whether the folder is one that train.py wrote. (An exported model has a config.json too.)"""
     return (folder / "config.json").exists() and "preset" in load_run_config(folder)
 
 
 def check_run_folder(run: Path, config: TrainConfig) -> None:
-    """Raise ValueError unless `run` is new or empty, or a run that may be resumed or overwritten. Changes nothing.
+    """Raise ValueError unless `run` is new, empty, or a run that may be resumed or overwritten.
 
-    What a start leaves that ended before its first logged step is as good as nothing.
+    A run that ended before its first logged step counts as nothing. Changes nothing.
     """
     if holds_run(run):
         if not (config.resume or config.overwrite or is_stub(run)):
-            raise ValueError(
-                f"{run} holds a run: --resume continues it, --overwrite deletes it, --out names another"
-            )
+            ways = "--resume continues it, --overwrite deletes it, --out names another"
+            raise ValueError(f"{run} holds a run: {ways}")
     elif not is_empty(run):
         raise ValueError(f"{run} holds files that are no run: --out names another folder")
 
 
 def latest_run(runs: Path = RUNS) -> Path:
-    """The run folder under `runs` that was written to last. Raises FileNotFoundError if there is none."""
+    """The run folder under `runs` that was written to last.
+
+    Raises FileNotFoundError if there is none.
+    """
     found = [run for run in runs.glob("*") if (standing(run) / "config.json").exists()]
     if not found:
         raise FileNotFoundError(f"no run under {runs}/; train one with: python train.py")
-    return max(
-        found,
-        key=lambda run: (
-            (run / "metrics.jsonl" if (run / "metrics.jsonl").exists() else run).stat().st_mtime
-        ),
-    )
+
+    def written(run: Path) -> float:
+        # The log and not the folder, whose time does not change when its files do.
+        log = run / "metrics.jsonl"
+        return (log if log.exists() else run).stat().st_mtime
+
+    return max(found, key=written)

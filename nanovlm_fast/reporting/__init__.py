@@ -1,1 +1,1 @@
-"""What a run says: metrics, journal, pictures, summary, and the plan of `--dry-run`."""
+"""What a run reports: metrics, journal, pictures, summary, and the plan of `--dry-run`."""

@@ -141,7 +141,7 @@ class Journal:
             raise Stopped(f"{steps}: their gradients are not finite{advice}")
 
     def note_spikes(self, first: int, losses: list[float]) -> None:
-        """Name the samples of steps whose loss stands out; `first` is the step of the first loss."""
+        """Name the samples of steps whose loss is a spike; `first` is the step of the first one."""
         # The mean before these steps, which a spike among them would have moved.
         mean = self.spikes.mean
         found = []
@@ -222,7 +222,7 @@ class Journal:
 
 
 def start_wandb(run: Path, model: VLMConfig, config: TrainConfig) -> Any:
-    """Start a Weights & Biases run; None without --wandb. Raises OSError, in one line, if it fails."""
+    """Start a Weights & Biases run; None without --wandb. Raises OSError if it cannot."""
     if not config.wandb:
         return None
     try:

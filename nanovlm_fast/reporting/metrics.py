@@ -1,4 +1,4 @@
-"""What a run reports: speed as the field counts it, and the log."""
+"""The numbers of a run: speed, losses and gradient norms, spikes, and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -16,133 +16,146 @@ from torch import Tensor
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.files import write_whole
 from nanovlm_fast.model.flops import step_flops
+from nanovlm_fast.packing.batch import PackedBatch
 from nanovlm_fast.ranks import World
 
 ALONE = World()
 
 
 class Meter:
-    """Counts between two log lines. Tokens are nanoVLM's: text and image tokens of real documents, never padding.
+    """Counts between two log lines.
 
-    Time is wall-clock with the wait for data in it; `wait` is that share. `peak` is the device's FLOP/s (`peak_flops`);
-    with it there is an `mfu`, the share of it that model FLOPs took (`step_flops`; `frozen` as there).
+    Tokens are nanoVLM's: text and image tokens of real documents, never padding. Time is wall-clock
+    time, waiting for data included. `peak` is the device's FLOP/s (`peak_flops`); with it there is
+    an `mfu`, the share of it that model FLOPs took. `frozen` is passed on to `step_flops`.
     """
 
     def __init__(
         self, config: VLMConfig, peak: float | None = None, frozen: Collection[str] = ()
     ) -> None:
-        self.config, self.peak, self.frozen = config, peak, frozen
+        self.config = config
+        self.peak = peak
+        self.frozen = frozen
         self.reset()
 
     def reset(self) -> None:
+        """Start an interval."""
         self.counts = {"tokens": 0, "labels": 0, "images": 0, "questions": 0}
-        self.flops, self.capacity, self.since = 0, 0, time.perf_counter()
+        self.flops = 0
+        self.capacity = 0
+        self.since = time.perf_counter()
 
-    def add(self, packed: Any) -> None:
-        """Count a PackedBatch."""
-        added = (packed.n_tokens, packed.n_labels, packed.n_images, packed.n_documents)
-        for name, more in zip(self.counts, added, strict=True):
-            self.counts[name] += more
-        if packed.n_labels:  # a batch without them is not trained on
-            sizes = packed.n_images, packed.n_tokens, packed.n_labels, packed.n_pairs
-            self.flops += step_flops(self.config, *sizes, self.frozen)
+    def add(self, packed: PackedBatch) -> None:
+        """Count a batch."""
+        self.counts["tokens"] += packed.n_tokens
+        self.counts["labels"] += packed.n_labels
+        self.counts["images"] += packed.n_images
+        self.counts["questions"] += packed.n_documents
+        if packed.n_labels:  # a batch without labels is not trained on
+            self.flops += step_flops(
+                self.config,
+                packed.n_images,
+                packed.n_tokens,
+                packed.n_labels,
+                packed.n_pairs,
+                self.frozen,
+            )
         self.capacity += packed.input_ids.numel()
 
     def read(self, waited: float, world: World = ALONE) -> dict[str, float]:
-        """Rates since the last reading, `waited` seconds of which the device had no batch; and start again.
+        """Rates since the last reading; start a new interval.
 
-        Counts are of all ranks of `world`, which must all call it; waiting is the mean rank's, `mfu` of all devices.
+        `waited` is the time in seconds for which the device had no batch. Counts are those of all
+        ranks, which must all call it; waiting is the mean over ranks, `mfu` is of all devices.
         """
         elapsed = max(time.perf_counter() - self.since, 1e-9)
-        *counts, flops, capacity, waited = world.sum(
-            [*self.counts.values(), self.flops, self.capacity, waited]
-        )
-        values = {
-            f"{name}_per_s": count / elapsed
-            for name, count in zip(self.counts, counts, strict=True)
-        }
+        mine = [*self.counts.values(), self.flops, self.capacity, waited]
+        *counts, flops, capacity, waited = world.sum(mine)
+        values = {}
+        for name, count in zip(self.counts, counts, strict=True):
+            values[f"{name}_per_s"] = count / elapsed
         values["tflops_per_s"] = flops / elapsed / 1e12
         if self.peak:
             values["mfu"] = flops / elapsed / (self.peak * world.size)
-        values |= {
-            "data_wait": waited / elapsed / world.size,
-            "packing": counts[0] / max(capacity, 1),
-        }
+        values["data_wait"] = waited / elapsed / world.size
+        values["packing"] = counts[0] / max(capacity, 1)
         self.reset()
         return values
 
 
 class StepStats:
-    """Losses and gradient norms of the steps, kept on the device and read a logging interval later: nobody waits.
+    """Losses and gradient norms of the steps of an interval.
 
-    `world` is where the losses are summed over ranks. `kept` is what `snapshot` gave, of the run that is resumed.
+    They stay on the device and are read a logging interval later, so that no step waits for them.
+    Losses are summed over the ranks of `world`. `kept` is what `peek` gave as `kept` in the run
+    that is resumed.
+
+    Shapes: scalars (), float64 on the device; `skipped` is (3,).
     """
 
     def __init__(
         self, device: torch.device, world: World = ALONE, kept: dict[str, Any] | None = None
     ):
-        self.device, self.world = device, world
+        self.device = device
+        self.world = world
         kept = kept or {"losses": [], "labels": [], "skipped": [0, 0, 0]}
+        # Kept losses are sums over ranks, and each rank adds its own when they are summed again.
         self.losses = [self._scalar(loss / self.world.size) for loss in kept["losses"]]
         self.labels: list[int] = list(kept["labels"])
         self.norm = self._scalar(0.0)
-        # steps skipped in all, in a row until now, and in a row at most since the last line
+        # Skipped steps: in all, in a row until now, and most in a row since the last line.
         self.skipped = torch.tensor(kept["skipped"], dtype=torch.float64, device=device)
 
     def _scalar(self, value: float) -> Tensor:
         return torch.tensor(value, dtype=torch.float64, device=self.device)
 
     def add(self, loss_sum: Tensor, labels: int, norm: Tensor, skipped: Tensor) -> None:
-        """Count a step: its summed loss on this rank, over so many labels on all; the norm of its gradient.
+        """Count a step: its summed loss on this rank, its labels on all ranks, its gradient norm.
 
-        `skipped` is 1 where it was skipped; all of these but `labels` are scalars on the device.
+        `skipped` is 1 if the update was skipped. All but `labels` are scalars on the device.
         """
         self.losses.append(loss_sum.double())
         self.labels.append(labels)
         self.norm.copy_(norm)
+        # Arithmetic instead of an `if`, which would wait for the device.
         row = (self.skipped[1] + skipped) * skipped
         self.skipped = torch.stack(
             [self.skipped[0] + skipped, row, torch.maximum(self.skipped[2], row)]
         )
 
     def take(self) -> Callable[[], dict[str, Any]]:
-        """`peek`, and start again."""
+        """`peek`, and start a new interval."""
         read = self.peek()
-        self.losses, self.labels = [], []
+        self.losses = []
+        self.labels = []
         self.skipped[2].zero_()
         return read
 
     def peek(self) -> Callable[[], dict[str, Any]]:
-        """Start the copy to the host; the result, called later, gives the interval's numbers. All ranks must call it.
+        """Begin the copy to the host; return a function that waits for it and gives the numbers.
 
-        `loss` (of the steps where it is finite; None without any), `grad_norm`, `skipped` (in all),
-        `skipped_in_a_row` (at most), `losses` (of each step, a labelled token), and `kept`, to go on from.
+        These are `loss` (mean over the steps where it is finite, None without any), `grad_norm`,
+        `skipped` (in all), `skipped_in_a_row` (at most), `losses` (of each step, per labelled
+        token), and `kept`, from which a resumed run continues. All ranks must call it.
         """
         losses = torch.stack(self.losses) if self.losses else self.norm.new_zeros(0)
         if self.world.size > 1 and self.losses:
             dist.all_reduce(losses)
         values = torch.cat([self.norm[None], self.skipped, losses])
-        host = torch.empty(len(values), dtype=values.dtype, pin_memory=values.is_cuda).copy_(
-            values, non_blocking=True
-        )
-        there = torch.cuda.Event() if values.is_cuda else None
-        if there:
-            there.record()
+        # Page-locked memory: a copy into any other would wait for the device.
+        host = torch.empty(len(values), dtype=values.dtype, pin_memory=values.is_cuda)
+        host.copy_(values, non_blocking=True)
+        copied = torch.cuda.Event() if values.is_cuda else None
+        if copied:
+            copied.record()
         labels = list(self.labels)
 
         def read() -> dict[str, Any]:
-            if there:
-                there.synchronize()
+            if copied:
+                copied.synchronize()
             norm, skipped, row, worst, *sums = host.tolist()
-            finite = [
-                (total, count)
-                for total, count in zip(sums, labels, strict=True)
-                if math.isfinite(total)
-            ]
             return {
-                "loss": sum(total for total, _ in finite) / sum(n for _, n in finite)
-                if finite
-                else None,
+                "loss": finite_mean(sums, labels),
                 "grad_norm": norm,
                 "skipped": int(skipped),
                 "skipped_in_a_row": int(worst),
@@ -153,8 +166,26 @@ class StepStats:
         return read
 
 
+def finite_mean(sums: list[float], counts: list[int]) -> float | None:
+    """Sum of the finite `sums` over the sum of their counts; None if none is finite.
+
+    A single step that is not finite is skipped, and must not hide the others' loss.
+    """
+    total = 0.0
+    count = 0
+    for each, of in zip(sums, counts, strict=True):
+        if math.isfinite(each):
+            total += each
+            count += of
+    return total / count if count else None
+
+
 class SpikeDetector:
-    """Finds steps whose loss stands out: over the running mean by more than `deviations` running deviations."""
+    """Finds steps whose loss is over the running mean by more than `deviations` deviations.
+
+    Mean and deviation have a memory of `memory` steps. Nothing is a spike in the first `after`
+    steps, in which the loss falls fast.
+    """
 
     def __init__(
         self,
@@ -164,51 +195,58 @@ class SpikeDetector:
         after: int = 50,
     ):
         self.seen, self.mean, self.variance = kept or [0, 0.0, 0.0]
-        self.deviations, self.memory, self.after = deviations, memory, after
+        self.deviations = deviations
+        self.memory = memory
+        self.after = after
 
     def observe(self, loss: float) -> bool:
-        """Take in the next step's loss, and say whether it is one; what is not finite counts as one."""
+        """Take in the loss of the next step; return whether it is a spike (or not finite)."""
+        # Not taken in: the mean would be NaN from here on.
         if not math.isfinite(loss):
             return True
+        limit = self.deviations * self.variance**0.5
         distance = loss - self.mean
-        spike = self.seen >= self.after and distance > self.deviations * self.variance**0.5
+        spike = self.seen >= self.after and distance > limit
         self.seen += 1
         weight = 1 / min(self.seen, self.memory)
-        distance = (
-            min(distance, self.deviations * self.variance**0.5) if spike else distance
-        )  # or it would hide the next
+        # A spike counts with the limit only, or it would raise the deviation and hide the next.
+        if spike:
+            distance = min(distance, limit)
         self.mean += weight * distance
         self.variance = (1 - weight) * (self.variance + weight * distance**2)
         return spike
 
     def kept(self) -> list[float]:
+        """What a resumed run's detector begins with."""
         return [self.seen, self.mean, self.variance]
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object a line.
+    """metrics.jsonl: one JSON object per line.
 
-    Opening it at a step (a resume) drops the lines after that step, and the scores of evaluations after `evaluated`.
+    Opening it at a step (a resume) drops the lines after that step, which the run writes again, and
+    the scores of evaluations after step `evaluated`.
     """
 
     def __init__(self, run: Path, step: int = 0, evaluated: int = 0):
         self.path = run / "metrics.jsonl"
         if self.path.exists():
-            lines = [line for line in read_metrics(run) if line["step"] <= step]
-            kept = [
-                line
-                for line in lines
-                if line["step"] <= evaluated or not {"accuracy", "eval"} & line.keys()
-            ]
+            kept = []
+            for line in read_metrics(run):
+                is_score = bool({"accuracy", "eval"} & line.keys())
+                if line["step"] <= (min(step, evaluated) if is_score else step):
+                    kept.append(line)
             write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        # By line, so that a killed run loses at most the line that it was writing.
         self.file = self.path.open("a", buffering=1)
 
     def write(self, values: dict[str, Any]) -> None:
+        """Append a line."""
         self.file.write(json.dumps(values) + "\n")
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that was cut off by a crash is left out."""
+    """The lines of metrics.jsonl, up to the first that is damaged: a crash may cut off the last."""
     lines = []
     for line in (run / "metrics.jsonl").read_bytes().split(b"\n"):
         try:

@@ -1,4 +1,7 @@
-"""curves.png and samples.png: what a run looks like."""
+"""The pictures of a run: curves.png and samples.png.
+
+Shapes: an image is (3, H, W) uint8.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ from nanovlm_fast.reporting.metrics import read_metrics
 
 
 def pyplot() -> ModuleType:
-    """matplotlib.pyplot, drawing into files."""
+    """matplotlib.pyplot, which draws into files and needs no display."""
+    # Imported here, because it takes a second that most commands should not pay.
     import matplotlib
 
     matplotlib.use("Agg")
@@ -27,10 +31,14 @@ def pyplot() -> ModuleType:
 
 
 def save(figure: Any, file: Path, **options: Any) -> None:
-    """Raises OSError naming the file if it cannot be written; of what fails nothing is left."""
+    """Write the figure and close it.
+
+    Raises OSError naming the file if it cannot be written. A file that failed half-way is removed.
+    """
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for it
+            # A character that no font has is drawn as a box.
+            warnings.filterwarnings("ignore", "Glyph .* missing")
             figure.savefig(file, **options)
     except Exception as error:
         with contextlib.suppress(OSError):  # a folder stands there, or the disk is gone
@@ -43,14 +51,14 @@ def save(figure: Any, file: Path, **options: Any) -> None:
 
 
 def legible(text: str, lines: int, width: int = 30) -> str:
-    """Any text, as a few short lines that every font and terminal takes."""
+    """Shorten any text to a few lines without control characters."""
     text = printable(" ".join(text.split()))
     return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" ..."))
 
 
 @contextlib.contextmanager
 def panels(file: Path, titles: Sequence[str]) -> Iterator[Sequence]:
-    """Axes side by side, a step on every x axis; saved as `file` in the end."""
+    """Axes side by side with the step on every x axis; saved as `file` at the end of the block."""
     plt = pyplot()
     figure, axes = plt.subplots(
         1, len(titles), figsize=(4.35 * len(titles), 3.6), constrained_layout=True
@@ -69,14 +77,13 @@ def plot_curves(run: Path) -> None:
     drawn = {"loss": "training loss", "accuracy": "held-out accuracy", "tokens_per_s": "tokens/s"}
     with panels(run / "curves.png", list(drawn.values())) as axes:
         for axis, name in zip(axes, drawn, strict=True):
-            points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-            if points:
-                axis.plot(
-                    *zip(*points, strict=True),
-                    marker="o" if len(points) < 40 else None,
-                    color="#1f6feb",
-                    lw=1.5,
-                )
+            having = [line for line in lines if line.get(name) is not None]
+            if having:
+                # Markers, or a curve of a single point would not be visible.
+                marker = "o" if len(having) < 40 else None
+                steps = [line["step"] for line in having]
+                values = [line[name] for line in having]
+                axis.plot(steps, values, marker=marker, color="#1f6feb", lw=1.5)
         axes[0].set_yscale("log")
         axes[1].set_ylim(0, 1)
         axes[2].set_ylim(bottom=0)
@@ -85,7 +92,7 @@ def plot_curves(run: Path) -> None:
 def plot_samples(
     file: Path, samples: Sequence[tuple[np.ndarray, str, str, str]], columns: int = 6
 ) -> None:
-    """A grid of (image (3, H, W) uint8, question, right answer, model's answer); wrong ones in red."""
+    """Draw a grid of (image, question, right answer, model's answer), with wrong answers in red."""
     plt = pyplot()
     rows = -(-len(samples) // columns)
     figure, axes = plt.subplots(
@@ -95,11 +102,13 @@ def plot_samples(
         axis.axis("off")
     for axis, (image, question, right, answer) in zip(axes.flat, samples, strict=False):
         axis.imshow(image.transpose(1, 2, 0))
-        said, colour = answer, "#1a7f37"
+        said = answer
+        colour = "#1a7f37"
         if answer != right.strip():
-            said, colour = f"{answer} (it is: {right})", "#cf222e"
+            said = f"{answer} (it is: {right})"
+            colour = "#cf222e"
         title = f"{legible(question, 2)}\n{legible(said, 3)}"
-        axis.set_title(title, fontsize=9, color=colour, parse_math=False)  # a dollar is a dollar
-    save(
-        figure, file, dpi=90, bbox_inches="tight"
-    )  # the titles of the first row reach out of the layout
+        # Not parsed: a dollar sign in an answer would begin a formula.
+        axis.set_title(title, fontsize=9, color=colour, parse_math=False)
+    # Tight, because the titles of the first row reach out of the layout.
+    save(figure, file, dpi=90, bbox_inches="tight")

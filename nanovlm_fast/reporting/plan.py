@@ -1,12 +1,14 @@
-"""What a run would be, without beginning it (`train.py --dry-run`): no network, nothing written.
+"""The plan of a run (`train.py --dry-run`): nothing is downloaded and nothing is written.
 
-Counts come from the data itself where it and its tokenizer are on this machine (an even draw of it is read), and from
-`config.COUNTS` for the recipe's. Hours come from a committed measurement of the same preset on the same device.
+Counts are measured on the data where it and its tokenizer are on this machine (an even draw of it
+is read), and come from `presets.COUNTS` for the recipe's. Hours come from a committed measurement
+of the same preset on the same device.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,53 +30,89 @@ from nanovlm_fast.presets import COUNTS
 RATES = Path(__file__).with_name("rates.json")
 
 
+@dataclass(frozen=True)
+class Example:
+    """The size of the average example."""
+
+    images: float
+    tokens: float
+    labels: float
+    pairs: float  # of query and key that attention lets meet
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The size of an epoch; `example` is None if it is unknown, and `origin` says why."""
+
+    examples: int
+    example: Example | None
+    origin: str
+
+
 def plan(model: VLMConfig, config: TrainConfig) -> dict[str, str]:
     """Names and values of the plan, for people.
 
-    Raises what opening a local data set raises; hub data without known counts is said to be unknown.
+    Hub data without known counts is reported as unknown. Raises what opening a local data set
+    raises.
     """
-    device = pick_device(config.device)
-    examples, per_example, origin = counts(model, config)
-    images, tokens, labels, pairs = per_example
+    found = counts(model, config)
     batch = config.tokens_per_batch * config.accumulate
     rows = {"model": parameters(model), "data": f"{config.data}, turns: {config.turns}"}
-    rates = f"{config.lr_projector:g} projector, {config.lr_vision:g} vision, {config.lr_language:g} language"
-    rows["optimizer"] = (
-        f"{config.optimizer}, {rates}; {config.warmup:.0%} warm-up, cosine to {config.min_lr:.0%}"
-    )
-    rows["scored by"] = ", ".join(
-        filter(None, (f"{config.val_samples} held-out images", config.eval))
-    )
-    if not examples:
-        return {**rows, "an epoch": f"unknown ({origin})", "a step": f"at most {batch:,} tokens"}
-    rows["an epoch"] = (
-        f"{examples:,} examples of {images:.1f} images, {tokens:.1f} tokens, {labels:.1f} labels ({origin})"
-    )
-    in_step = min(batch / tokens, examples)  # examples
-    steps = config.max_steps or int(np.ceil(config.epochs * examples / in_step))
-    epochs = steps * in_step / examples if config.max_steps else config.epochs
-    total = epochs * examples * tokens
-    rows["steps"] = (
-        f"about {steps:,} of {in_step:,.0f} examples, {in_step * tokens:,.0f} tokens; {epochs:.1f} epochs"
-    )
-    frozen = [
-        name
-        for name, rate in (
-            ("vision_encoder", config.lr_vision), ("MP", config.lr_projector), ("decoder", config.lr_language),
-        )
-        if not rate
-    ]  # fmt: skip
+    rows["optimizer"] = optimizer(config)
+    held_out = f"{config.val_samples} held-out images"
+    rows["scored by"] = ", ".join(filter(None, (held_out, config.eval)))
+    example = found.example
+    if example is None:
+        rows["an epoch"] = f"unknown ({found.origin})"
+        rows["a step"] = f"at most {batch:,} tokens"
+        return rows
+    each = f"{example.images:.1f} images, {example.tokens:.1f} tokens, {example.labels:.1f} labels"
+    rows["an epoch"] = f"{found.examples:,} examples of {each} ({found.origin})"
+    # As if every batch were full, which packing comes close to.
+    in_step = min(batch / example.tokens, found.examples)  # examples
+    steps = config.max_steps or int(np.ceil(config.epochs * found.examples / in_step))
+    epochs = steps * in_step / found.examples if config.max_steps else config.epochs
+    size = f"{in_step:,.0f} examples, {in_step * example.tokens:,.0f} tokens"
+    rows["steps"] = f"about {steps:,} of {size}; {epochs:.1f} epochs"
+    examples = epochs * found.examples
+    rows |= compute(model, config, example, in_step, examples)
+    rows["predicted"] = prediction(config, pick_device(config.device), examples * example.tokens)
+    return rows
+
+
+def optimizer(config: TrainConfig) -> str:
+    """Optimizer, learning rates and their schedule."""
+    projector = f"{config.lr_projector:g} projector"
+    rates = f"{projector}, {config.lr_vision:g} vision, {config.lr_language:g} language"
+    schedule = f"{config.warmup:.0%} warm-up, cosine to {config.min_lr:.0%}"
+    return f"{config.optimizer}, {rates}; {schedule}"
+
+
+def compute(
+    model: VLMConfig, config: TrainConfig, example: Example, in_step: float, examples: float
+) -> dict[str, str]:
+    """Rows on tokens, FLOPs and the device's peak; `examples` are those of the whole run."""
+    rates = {
+        "vision_encoder": config.lr_vision,
+        "MP": config.lr_projector,
+        "decoder": config.lr_language,
+    }
     flops = step_flops(
-        model, *(round(in_step * each) for each in (images, tokens, labels, pairs)), frozen
+        model,
+        n_images=round(in_step * example.images),
+        n_tokens=round(in_step * example.tokens),
+        n_labels=round(in_step * example.labels),
+        n_pairs=round(in_step * example.pairs),
+        frozen=[name for name, rate in rates.items() if not rate],
     )
-    whole = flops / in_step * epochs * examples
-    rows["tokens"] = f"{total:,.0f}"
-    rows["FLOPs"] = (
-        f"{scaled(flops)} a step, {scaled(flops / in_step)} an example, {scaled(whole)} in all"
-    )
+    in_all = flops / in_step * examples
+    rows = {"tokens": f"{examples * example.tokens:,.0f}"}
+    of_example = f"{scaled(flops / in_step)} an example"
+    rows["FLOPs"] = f"{scaled(flops)} a step, {of_example}, {scaled(in_all)} in all"
+    device = pick_device(config.device)
     if peak := peak_flops(device, pick_dtype(config.dtype, device)):
-        rows["at peak"] = f"{whole / peak / 3600:.2f} h if {device_name(device)} did nothing else"
-    rows["predicted"] = prediction(config, device, total)
+        hours = in_all / peak / 3600
+        rows["at peak"] = f"{hours:.2f} h if {device_name(device)} did nothing else"
     return rows
 
 
@@ -85,42 +123,43 @@ def scaled(flops: float) -> str:
 
 
 def parameters(model: VLMConfig) -> str:
+    """Parameters of the model, in all and by part."""
+    # On the meta device, which allocates nothing: the plan of a large model must fit a laptop.
     with torch.device("meta"):
         built = VisionLanguageModel(model)
     parts = {"vision": built.vision_encoder, "projector": built.MP, "language": built.decoder}
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-    return f"{sum(sizes.values()):,} parameters: " + ", ".join(
-        f"{name} {size:,}" for name, size in sizes.items()
-    )
+    by_part = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+    return f"{sum(sizes.values()):,} parameters: {by_part}"
 
 
-def counts(
-    model: VLMConfig, config: TrainConfig
-) -> tuple[int, tuple[float, float, float, float], str]:
-    """(examples an epoch, (images, tokens, labels, attended pairs) of one, where that is from); 0 if unknown."""
+def counts(model: VLMConfig, config: TrainConfig) -> Counts:
+    """The size of an epoch: known for the recipe's data, measured on local data, else unknown."""
+    # First, because the recipe's data would take hours to download for a plan.
     if config.data in COUNTS and config.turns == "first":
         examples, images, tokens, labels = COUNTS[config.data]
-        return examples, (images, tokens, labels, tokens * (tokens + 1) / 2), "the recipe's counts"
+        # As if all examples were as long as their mean.
+        pairs = tokens * (tokens + 1) / 2
+        return Counts(examples, Example(images, tokens, labels, pairs), "the recipe's counts")
     if not is_local(config.data):
-        return 0, (0, 0, 0, 0), f"{config.data} is on the hub, and this reads nothing from there"
-    whole = load_source(config.data, "train")
-    source, held_out = split_off(whole, config.val_samples, config.seed, config.data)
+        return Counts(0, None, f"{config.data} is on the hub, and this reads nothing from there")
+    everything = load_source(config.data, "train")
+    source, held_out = split_off(everything, config.val_samples, config.seed, config.data)
     try:
         tokenizer = make_tokenizer(model, source, local=True)
     except FileNotFoundError as error:
-        return 0, (0, 0, 0, 0), str(error)
+        return Counts(0, None, str(error))
     text = TextProcessor(tokenizer, model.prompt, model.image_tokens, config.turns)
     drawn = even_draw(SampleLoader(source, model, config, text))
-    pairs = sum(len(d) * (len(d) + 1) // 2 for sample in drawn for d in sample.documents)
-    sums = (
-        sum(len(s.images) for s in drawn),
-        sum(s.tokens for s in drawn),
-        sum(s.labels for s in drawn),
-        pairs,
+    lengths = [len(document) for sample in drawn for document in sample.documents]
+    example = Example(
+        images=sum(len(sample.images) for sample in drawn) / len(drawn),
+        tokens=sum(sample.tokens for sample in drawn) / len(drawn),
+        labels=sum(sample.labels for sample in drawn) / len(drawn),
+        pairs=sum(length * (length + 1) // 2 for length in lengths) / len(drawn),
     )
-    images, tokens, labels, pairs = (total / len(drawn) for total in sums)
     origin = f"measured on {len(drawn):,} of them, {len(held_out):,} more held out"
-    return len(source), (images, tokens, labels, pairs), origin
+    return Counts(len(source), example, origin)
 
 
 def prediction(config: TrainConfig, device: torch.device, tokens: float) -> str:

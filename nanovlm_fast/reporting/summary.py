@@ -1,6 +1,7 @@
-"""What a run scores on its way, and what it leaves when it is done.
+"""The scores of a run on its way, and what it leaves when it is done.
 
-That is curves.png, the test split scored seeing and blind, result.json, samples.png and a table.
+At its end a run leaves curves.png, the test split scored with and without images, result.json,
+samples.png, and a table on the terminal.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,15 @@ from nanovlm_fast.data.images import printable
 from nanovlm_fast.data.sources.example import Source
 from nanovlm_fast.data.sources.registry import load_source
 from nanovlm_fast.data.text import Tokenizer
-from nanovlm_fast.evaluate import answer_samples, evaluate
+from nanovlm_fast.evaluate import Evaluation, answer_samples, evaluate
 from nanovlm_fast.files import write_whole
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.reporting.metrics import summary_table
 from nanovlm_fast.reporting.pictures import plot_curves, plot_samples
 from nanovlm_fast.runs import RunState
 
-KEPT = ("step", "seconds", "examples", "tokens", "capacity", "too_long", "bad")
+# What result.json takes from the state.
+REPORTED = ("step", "seconds", "examples", "tokens", "capacity", "too_long", "bad")
 
 
 def score(
@@ -39,32 +42,48 @@ def score(
     state: RunState,
     alive: Callable[[], object],
 ) -> dict[str, Any]:
-    """What metrics.jsonl keeps: 'accuracy' on the held-out images and 'eval' on --eval, where there are such.
+    """Score the held-out images and --eval; return a part of a line of metrics.jsonl.
 
-    Notes in `state` the best step, unreadable held-out images, and the last score of --eval. What
-    fails is named and costs that score, not the run. `alive` is called before every batch.
+    That is 'accuracy' and 'eval', as far as there is something to score. Notes in `state` the best
+    step, unreadable held-out images, and the last score of --eval. A failure is reported and costs
+    that score, not the run. `alive` is called before every batch.
     """
-    step, scores = state.step, {}
+    step = state.step
+    scores: dict[str, Any] = {}
     with convenience(f"step {step}: the held-out images are not scored"):
         if len(held_out):
             result = evaluate(model, tokenizer, held_out, config.turns, alive=alive)
             if result.accuracy is not None:
                 scores["accuracy"] = result.accuracy
                 if result.accuracy > state.best_accuracy:
-                    state.best_accuracy, state.best_step = result.accuracy, step
+                    state.best_accuracy = result.accuracy
+                    state.best_step = step
             tqdm.write(f"step {step}: {result.say('held-out questions')}")
+            # By reason: a held-out example has no index among the training examples.
             for reason in result.unreadable:
                 if reason not in state.bad:
                     state.bad[reason] = reason
                     tqdm.write(f"skipped, held out: {reason}")
     with convenience(f"step {step}: {config.eval} is not scored"):
         if benchmark:
-            data, style = config.eval, config.eval_style
-            options = dict(style=style, seed=config.seed, alive=alive)
-            result = evaluate(model, tokenizer, benchmark, **options)
-            scores["eval"] = state.eval = {"data": data, "style": style, **result.as_dict()}
-            tqdm.write(f"step {step}: {result.say(f'questions of {data} ({style})')}")
+            style = config.eval_style
+            result = evaluate(
+                model, tokenizer, benchmark, style=style, seed=config.seed, alive=alive
+            )
+            state.eval = {"data": config.eval, "style": style, **result.as_dict()}
+            scores["eval"] = state.eval
+            tqdm.write(f"step {step}: {result.say(f'questions of {config.eval} ({style})')}")
     return scores
+
+
+@dataclass
+class FinalScores:
+    """The model's score at the end of a run, with its images and with blank ones."""
+
+    split: str
+    source: Source
+    seeing: Evaluation
+    blind: Evaluation
 
 
 def summarise(
@@ -77,54 +96,42 @@ def summarise(
     autocast: Callable[[], AbstractContextManager],
     alive: Callable[[], object],
 ) -> dict[str, float]:
-    """Write the files and print the table; returns the accuracies {'sees', 'blind'}, empty where none was measured.
+    """Write the files and print the table; return the accuracies 'sees' and 'blind', if measured.
 
-    The training is done: what fails here is named in a line, and the rest goes on. Raises OSError
-    in the end for a file that could not be written, unless --on-save-error says continue. `alive`
-    is called before every batch.
+    Training is done, so a failure is reported in a line, and the rest continues. At the end, raises
+    OSError for a file that could not be written, unless --on-save-error is continue. `alive` is
+    called before every batch.
     """
     unwritten: list[OSError] = []
     with convenience("no curves.png", unwritten):
         plot_curves(run)
-    device = next(model.parameters()).device
-    filled = f"{state.tokens / state.capacity:.1%} of the token budget" if state.capacity else "-"
-    rows = {
-        "run": run,
-        "steps": f"{state.step:,} in {state.seconds / 60:.1f} min on {device}",
-        "packing": f"{filled} (curriculum aside)" if config.curriculum else filled,
-        "skipped": f"{len(state.bad)} unreadable, {state.too_long} too long",
-    }
-    result = {"eval": state.eval, **{name: getattr(state, name) for name in KEPT}}  # --eval's last
-    sees = None
+    rows = outline(run, model, config, state)
+    final: FinalScores | None = None
     if config.final_eval:
         with convenience("the run is not scored at its end"), autocast():
-            test = test_split(config.data)
-            name, source = ("test split", test) if test else ("held-out images", held_out)
-            if len(source):
-                asked = model, tokenizer, source, config.turns
-                ask = functools.partial(evaluate, *asked, progress=True, alive=alive)
-                sees, blind = ask(), ask(blank_images=True)
-    accuracies = {}
-    if sees:
-        result |= {"split": name, "seeing": sees.as_dict(), "blind": blind.as_dict()}
-        for kind, (correct, total) in sorted(sees.by_kind.items()):
-            rows[f"  {kind}"] = f"{correct / total:.1%} of {total:,} questions"
-        if sees.skipped:
-            rows["  left out"] = sees.left_out
-        rows[name] = "none of its questions could be asked"
-        if sees.total:
-            rows[name] = f"sees: {sees.accuracy:.1%} · blind: {blind.accuracy:.1%}"
-            accuracies = {"sees": sees.accuracy, "blind": blind.accuracy}
-    if scored := result["eval"]:
+            final = final_scores(model, tokenizer, held_out, config, alive)
+    result: dict[str, Any] = {"eval": state.eval}  # --eval's last
+    result |= {name: getattr(state, name) for name in REPORTED}
+    accuracies: dict[str, float] = {}
+    if final:
+        seeing, blind = final.seeing, final.blind
+        result["split"] = final.split
+        result["seeing"] = seeing.as_dict()
+        result["blind"] = blind.as_dict()
+        rows |= score_rows(final)
+        if seeing.accuracy is not None and blind.accuracy is not None:
+            accuracies = {"sees": seeing.accuracy, "blind": blind.accuracy}
+    if scored := state.eval:
         accuracy = scored["accuracy"]
         said = "none could be asked" if accuracy is None else f"{accuracy:.1%}"
-        rows[config.eval] = f"{said} ({scored['style']})"
-    if sees or scored:  # before the pictures: nothing may cost the scores
+        rows[str(config.eval)] = f"{said} ({scored['style']})"
+    # Results before pictures: a picture that fails must not cost the scores.
+    if final or state.eval:
         with convenience("no result.json", unwritten):
             write_whole(run / "result.json", json.dumps(result, indent=2) + "\n")
-    if sees:
+    if final:
         with convenience("no samples.png", unwritten), autocast():
-            if samples := answer_samples(model, tokenizer, source, mode=config.turns):
+            if samples := answer_samples(model, tokenizer, final.source, mode=config.turns):
                 plot_samples(run / "samples.png", samples)
     print(summary_table(rows))
     if unwritten and config.on_save_error == "stop":
@@ -132,12 +139,67 @@ def summarise(
     return accuracies
 
 
+def outline(
+    run: Path, model: VisionLanguageModel, config: TrainConfig, state: RunState
+) -> dict[str, Any]:
+    """The first rows of the table: where, how long, how full, what was skipped."""
+    filled = "-"
+    if state.capacity:
+        filled = f"{state.tokens / state.capacity:.1%} of the token budget"
+    device = next(model.parameters()).device
+    return {
+        "run": run,
+        "steps": f"{state.step:,} in {state.seconds / 60:.1f} min on {device}",
+        "packing": f"{filled} (curriculum aside)" if config.curriculum else filled,
+        "skipped": f"{len(state.bad)} unreadable, {state.too_long} too long",
+    }
+
+
+def final_scores(
+    model: VisionLanguageModel,
+    tokenizer: Tokenizer,
+    held_out: Source,
+    config: TrainConfig,
+    alive: Callable[[], object],
+) -> FinalScores | None:
+    """Score the test split, or the held-out images of data without one; None without either.
+
+    What a model answers to blank images is what it has learned from the questions alone.
+    """
+    split = "test split"
+    source = test_split(config.data)
+    # Also for a test split without examples.
+    if not source:
+        split = "held-out images"
+        source = held_out
+    if not len(source):
+        return None
+    ask = functools.partial(
+        evaluate, model, tokenizer, source, config.turns, progress=True, alive=alive
+    )
+    return FinalScores(split, source, seeing=ask(), blind=ask(blank_images=True))
+
+
+def score_rows(final: FinalScores) -> dict[str, str]:
+    """The rows of the table with the final scores."""
+    seeing = final.seeing
+    rows = {}
+    for kind, (correct, total) in sorted(seeing.by_kind.items()):
+        rows[f"  {kind}"] = f"{correct / total:.1%} of {total:,} questions"
+    if seeing.skipped:
+        rows["  left out"] = seeing.left_out
+    rows[final.split] = "none of its questions could be asked"
+    if seeing.total:
+        rows[final.split] = f"sees: {seeing.accuracy:.1%} · blind: {final.blind.accuracy:.1%}"
+    return rows
+
+
 @contextlib.contextmanager
 def convenience(what: str, unwritten: list[OSError] | None = None) -> Iterator[None]:
-    """What is no part of the training may fail: a warning says `what` and why, in one line.
+    """Let the block fail: a warning gives `what` and the reason, in one line.
 
-    `unwritten` takes the error of a file that could not be written (a full disk), which
-    --on-save-error judges.
+    For what is not part of the training. An OSError, as of a full disk, is appended to `unwritten`:
+    --on-save-error decides later whether it ends the command.
     """
     try:
         yield

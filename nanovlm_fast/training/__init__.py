@@ -1,1 +1,4 @@
-"""What the loop of train.py calls: build, feed, optimise, save, watch."""
+"""What train.py is made of: setting up, feeding, stepping, saving, and noticing when a rank hangs.
+
+The loop itself is in train.py. See README.md here for scale and reliability.
+"""

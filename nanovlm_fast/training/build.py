@@ -1,4 +1,4 @@
-"""What a run trains: the model with its weights, its optimizers, and the form in which the step runs it."""
+"""Builds what a run trains: the model with its weights, its optimizers, and its compiled form."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from nanovlm_fast.weights.backbones import load_pretrained_weights
 
 
 class Built(NamedTuple):
+    """A model that is ready to train."""
+
     model: VisionLanguageModel
     optimizers: list[torch.optim.Optimizer]
-    step_model: Callable[
-        [PackedBatch], Tensor
-    ]  # the model compiled, replicated or sharded: the summed loss of a batch
+    # The model compiled, replicated or sharded: batch -> summed loss.
+    step_model: Callable[[PackedBatch], Tensor]
 
 
 def build(
@@ -36,21 +37,23 @@ def build(
     world: World,
     checkpoint: Path | None = None,
 ) -> Built:
-    """From a checkpoint of the run, from pretrained weights, or from scratch; sharded or replicated over `world`.
+    """Build from a checkpoint of the run, from pretrained weights, or from scratch.
 
-    Raises ValueError for a way to compile that does not go with several ranks, and what loading raises.
+    With several ranks the model is sharded or replicated over `world`. Raises ValueError for a way
+    to compile that does not work with several ranks, and what loading raises.
     """
     if config.compile == "reduce-overhead" and world.size > 1:
         raise ValueError(
             "--compile reduce-overhead is for one process; several take --compile default"
         )
+    # The same seed on all ranks: they must start from the same weights.
     torch.manual_seed(config.seed)
     ops = choose_ops(config.kernels, device, config.attention, dtype, config.recompute)
     if ops.asleep and world.first:
-        print(
-            f"warning: --kernels {config.kernels}: Triton kernels need a GPU; plain PyTorch takes their place"
-        )
+        kernels = f"warning: --kernels {config.kernels}: Triton kernels need a GPU"
+        print(f"{kernels}; plain PyTorch takes their place")
     model = VisionLanguageModel(model_config, ops).to(device)
+    # Weights before sharding, since a file holds whole tensors.
     if checkpoint:
         load_weights(checkpoint, model)
     else:
@@ -58,9 +61,12 @@ def build(
     sharded = config.shard and world.size > 1
     if sharded:
         shard_model(model, config.compile != "none")
+    # Optimizers after sharding, which replaces the parameters, and their state after both.
     optimizers = make_optimizers(model, config)
     if checkpoint:
         load_training_state(checkpoint, model, optimizers)
+    # Compiling before DDP: DDP cuts the compiled graph at its buckets, so that the first ones are
+    # reduced while backward still runs.
     step_model: Callable[[PackedBatch], Tensor] = model
     if config.compile != "none" and not sharded:
         step_model = torch.compile(model, fullgraph=True, dynamic=False, mode=config.compile)

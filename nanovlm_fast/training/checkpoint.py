@@ -1,12 +1,13 @@
-"""Checkpoints: a model folder with nanoVLM's weight names, and beside it what a run needs to continue exactly.
+"""Checkpoints: a model folder with nanoVLM's weight names, and what a run needs to continue.
 
-    RUN/checkpoints/step-000500/   config.json model.safetensors tokenizer.json tokenizer_config.json
-                                   optimizer.safetensors state.json
-    RUN/last, RUN/best             links to two of them
+    RUN/checkpoints/step-000500/
+        config.json  model.safetensors  tokenizer.json  tokenizer_config.json
+        optimizer.safetensors  state.json
+    RUN/last, RUN/best          links to two of them
 
-A checkpoint is written to a temporary folder and renamed: a folder named step-* is complete. No pickle anywhere: that
-is why torch.distributed.checkpoint, whose own format is one, gives no format here. A checkpoint knows nothing of how
-many ranks wrote it, or whether they held parts of the state.
+A checkpoint is written to a temporary folder and renamed, so a folder named step-* is complete. It
+does not depend on how many ranks wrote it, or on whether they held parts of the state. There is no
+pickle in it, and therefore torch.distributed.checkpoint, whose own format is a pickle, is not used.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +44,22 @@ OPTIMIZER = "optimizer.safetensors"
 
 
 def newest_state(run: Path, world: World) -> tuple[Path | None, dict[str, Any] | None]:
-    """The newest checkpoint, as the first rank sees the shared folder, and its state; or None."""
+    """The newest checkpoint of a run and the content of its state.json, or (None, None).
+
+    The first rank's view counts: on a shared file system others may see a new folder later.
+    """
     newest = newest_checkpoint(run)
     found = world.gather(str(newest) if newest else None)[0]
     return (Path(found), read_state(Path(found))) if found else (None, None)
 
 
 class Checkpointer:
-    """Writes checkpoints of a run in the background: the loop waits only while the state is copied to the host.
+    """Writes the checkpoints of a run in the background.
 
-    Not even for that on a GPU: the copies are queued behind the step, into page-locked memory that is kept for the
-    next time. `first` is False for ranks that only lend their part of the state; `saved` is the step of the checkpoint
-    that the run goes on from.
+    The loop waits only while the state is copied to the host, and on a GPU not even for that: the
+    copies are queued behind the step, into page-locked memory that is reused by the next save.
+    `first` is False for ranks that only contribute their part of the state. `saved` is the step of
+    the checkpoint that the run resumed from.
     """
 
     def __init__(
@@ -65,18 +70,15 @@ class Checkpointer:
         first: bool = True,
         saved: int | None = None,
     ):
-        self.run, self.tokenizer, self.keep, self.first, self.saved = (
-            run,
-            tokenizer,
-            keep,
-            first,
-            saved,
-        )
-        self.host: dict[str, Tensor] = {}  # the copies, by name
-        self.copied: tuple[dict[str, Tensor], dict[str, Tensor]] = (
-            {},
-            {},
-        )  # of the step that was saved last
+        self.run = run
+        self.tokenizer = tokenizer
+        self.keep = keep
+        self.first = first
+        self.saved = saved
+        self.host: dict[str, Tensor] = {}  # page-locked memory, by name
+        # Copies of the step that was saved last: weights, and optimizer and random state.
+        self.weights: dict[str, Tensor] = {}
+        self.others: dict[str, Tensor] = {}
         self.writer: threading.Thread | None = None
         self.error: Exception | None = None
 
@@ -88,16 +90,20 @@ class Checkpointer:
         late: Callable[[], dict[str, Any]] = dict,
         advice: str = "",
     ) -> None:
-        """Begin to write the checkpoint of `state['step']`; raises what the one before it met (see `wait`).
+        """Begin to write the checkpoint of `state['step']`; raise what the previous one met.
 
-        `state` is anything JSON can hold; what `late()` returns, once the device is there, becomes a part of it.
-        `advice` ends the error that weights which are not finite raise.
+        `state` is anything JSON can hold; what `late()` returns, once the device has computed it,
+        is added to it. `advice` ends the error that weights which are not finite raise.
         """
         self.wait()
-        text, again, self.saved = json.dumps(state), self.saved == state["step"], state["step"]
-        if not again:  # or only the state may have changed
+        # As text, because the loop goes on and changes the state while the thread writes.
+        text = json.dumps(state)
+        # A step that is saved again (after an evaluation) has the same tensors.
+        if self.saved != state["step"]:
             weights, others = tensors_of(model, optimizers)
-            self.copied = self._copies(weights), self._copies(others)
+            self.weights = self._copies(weights)
+            self.others = self._copies(others)
+        self.saved = state["step"]
         if not self.first:
             return
         copied = torch.cuda.Event() if torch.cuda.is_available() else None
@@ -112,19 +118,21 @@ class Checkpointer:
                     self.run,
                     model,
                     self.tokenizer,
-                    *self.copied,
-                    {**json.loads(text), **late()},
-                    self.keep,
-                    advice,
+                    weights=self.weights,
+                    others=self.others,
+                    state={**json.loads(text), **late()},
+                    keep=self.keep,
+                    advice=advice,
                 )
-            except Exception as error:  # the loop's to raise
+            except Exception as error:  # `wait` raises it, in the loop's thread
                 self.error = error
 
+        # No daemon: a process that ends must not cut off a checkpoint.
         self.writer = threading.Thread(target=write, name="checkpoint")
         self.writer.start()
 
     def wait(self) -> None:
-        """Until the checkpoint that was begun is written. Raises OSError or ValueError if it could not be."""
+        """Wait until the checkpoint is written. Raises OSError or ValueError if it could not be."""
         if self.writer:
             self.writer.join()
             self.writer = None
@@ -135,7 +143,8 @@ class Checkpointer:
     def _copies(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         copies = {}
         for name, tensor in tensors.items():
-            tensor = whole(tensor.detach())  # all ranks
+            # A collective if the tensor is sharded, so it comes before the question who writes.
+            tensor = whole(tensor.detach())
             if self.first:
                 if name not in self.host:
                     self.host[name] = torch.empty_like(
@@ -153,13 +162,16 @@ def save_checkpoint(
     state: dict[str, Any],
     keep: int = 1,
 ) -> Path:
-    """Write the checkpoint of `state['step']` and point RUN/last, and if state['best_step'] says so RUN/best, at it.
+    """Write the checkpoint of `state['step']`, and point RUN/last and RUN/best at the right ones.
 
-    `state` is anything JSON can hold. Of older checkpoints `keep` - 1 and the best are kept. Returns the new folder.
-    Raises OSError, naming the newest checkpoint there is, if it cannot be written, and ValueError for weights that are
-    not finite.
+    `state` is anything JSON can hold; its `best_step` is what RUN/best points at. Of older
+    checkpoints, `keep` - 1 and the best are kept. Returns the new folder. Raises OSError naming the
+    newest checkpoint if this one cannot be written, and ValueError for weights that are not finite.
     """
-    return write_checkpoint(run, model, tokenizer, *tensors_of(model, optimizers), state, keep)
+    weights, others = tensors_of(model, optimizers)
+    return write_checkpoint(
+        run, model, tokenizer, weights=weights, others=others, state=state, keep=keep
+    )
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -169,17 +181,17 @@ def step_folder(run: Path, step: int) -> Path:
 def tensors_of(
     model: VisionLanguageModel, optimizers: list[torch.optim.Optimizer]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights, and what else a run goes on from: the optimizers' tensors by parameter, and random states."""
+    """Weights, and the other tensors of a run: optimizer state by parameter name, random state."""
     weights = dict(model.state_dict())
+    # A tied head is the token embedding, and safetensors refuses shared memory.
     if model.config.lm_tie_weights:
         weights.pop("decoder.head.weight", None)
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    tensors = {
-        f"{names[parameter]}.{slot}": tensor
-        for optimizer in optimizers
-        for parameter, slots in optimizer.state.items()
-        for slot, tensor in slots.items()
-    }
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    tensors = {}
+    for optimizer in optimizers:
+        for parameter, slots in optimizer.state.items():
+            for slot, tensor in slots.items():
+                tensors[f"{names[parameter]}.{slot}"] = tensor
     tensors["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
@@ -190,71 +202,101 @@ def write_checkpoint(
     run: Path,
     model: VisionLanguageModel,
     tokenizer: Tokenizer,
+    *,
     weights: dict[str, Tensor],
     others: dict[str, Tensor],
     state: dict[str, Any],
     keep: int = 1,
     advice: str = "",
 ) -> Path:
-    """`save_checkpoint` of tensors that were copied; without `weights` only the state of a step that is there."""
-    root, target = run / "checkpoints", step_folder(run, state["step"])
+    """`save_checkpoint` of tensors on the host, which need not be the model's own.
+
+    If the step's folder exists, only its state is written again, and `weights` may be empty.
+    """
+    root = run / "checkpoints"
+    target = step_folder(run, state["step"])
     temporary = root / f".tmp-{target.name}"
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        for leftover in root.glob(".tmp-*"):
-            shutil.rmtree(leftover)
-        if not all(tensor.isfinite().all() for tensor in weights.values()):
-            raise ValueError(f"weights are not finite after step {state['step']}{advice}")
-        if not (weights or target.exists()):
-            raise FileNotFoundError(f"{target} was not written before")
-        if not target.exists():
-            write_pretrained(temporary, model, weights, tokenizer)
-            save_file(
-                {name: t.detach().cpu().contiguous() for name, t in others.items()},
-                temporary / OPTIMIZER,
-            )
-        temporary.mkdir(exist_ok=True)
-        (temporary / "state.json").write_text(json.dumps(state) + "\n")
-        for file in temporary.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        if target.exists():  # this step again: the folder must not be gone for a moment
-            os.replace(temporary / "state.json", target / "state.json")
-            shutil.rmtree(temporary)
-        else:
-            os.replace(temporary, target)
-        best = step_folder(run, state["best_step"]) if state.get("best_step") is not None else None
-        if best and not best.exists():  # it could not be written: the one before it stays
-            best = root / (run / "best").resolve().name if (run / "best").exists() else None
+        _write_folder(temporary, target, model, tokenizer, weights, others, state, advice)
+        best = _best(run, state)
         _link(run / "last", target)
-        if (
-            best and (run / "best").resolve() != best.resolve()
-        ):  # not only this step's: a crash may have come before
+        # Whenever it differs and not only if this step is the best: a crash may have come between
+        # an earlier checkpoint and its link.
+        if best and (run / "best").resolve() != best.resolve():
             _link(run / "best", best)
+        # Old ones go last: until the links are right, they may be what a link points at.
         older = sorted(set(checkpoints_of(run)) - {target, best}, key=step_of)
         for folder in older[: max(len(older) - keep + 1, 0)]:
-            gone = folder.with_name(
-                f".tmp-{folder.name}"
-            )  # whatever is named step-* is complete, to its end
+            # Renamed before it is removed: whatever is named step-* is complete, to its end.
+            gone = folder.with_name(f".tmp-{folder.name}")
             os.replace(folder, gone)
             shutil.rmtree(gone)
         replaced(run)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        there = newest_checkpoint(run)
-        kept = f"the newest checkpoint is {there}" if there else "there is no checkpoint yet"
+        newest = newest_checkpoint(run)
+        kept = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
         if (run / REPLACED).exists():
             kept += f", and until then {run / REPLACED} keeps the run that it replaces"
-        raise OSError(
-            f"the checkpoint of step {state['step']} could not be written to {root}: {error}; {kept}"
-        ) from error
+        failed = f"the checkpoint of step {state['step']} could not be written to {root}"
+        raise OSError(f"{failed}: {error}; {kept}") from error
     return target
+
+
+def _write_folder(
+    temporary: Path,
+    target: Path,
+    model: VisionLanguageModel,
+    tokenizer: Tokenizer,
+    weights: dict[str, Tensor],
+    others: dict[str, Tensor],
+    state: dict[str, Any],
+    advice: str,
+) -> None:
+    """Write a checkpoint to `temporary`, flush it to the disk, and move it to `target`."""
+    root = target.parent
+    root.mkdir(parents=True, exist_ok=True)
+    # What an interrupted save or removal left behind takes disk space that this one may need.
+    for leftover in root.glob(".tmp-*"):
+        shutil.rmtree(leftover)
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        raise ValueError(f"weights are not finite after step {state['step']}{advice}")
+    if not (weights or target.exists()):
+        raise FileNotFoundError(f"{target} was not written before")
+    if not target.exists():
+        write_pretrained(temporary, model, weights, tokenizer)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in others.items()}
+        save_file(tensors, temporary / OPTIMIZER)
+    temporary.mkdir(exist_ok=True)
+    (temporary / "state.json").write_text(json.dumps(state) + "\n")
+    # Before the rename: after a power cut, a renamed folder could otherwise hold empty files.
+    for file in temporary.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    if target.exists():
+        # The same step again: its folder must not be missing for a moment.
+        os.replace(temporary / "state.json", target / "state.json")
+        shutil.rmtree(temporary)
+    else:
+        os.replace(temporary, target)
+
+
+def _best(run: Path, state: dict[str, Any]) -> Path | None:
+    """The folder that RUN/best should point at."""
+    if state.get("best_step") is None:
+        return None
+    best = step_folder(run, state["best_step"])
+    if best.exists():
+        return best
+    # It could not be written (--on-save-error continue): the one before it stays.
+    link = run / "best"
+    return run / "checkpoints" / link.resolve().name if link.exists() else None
 
 
 def load_checkpoint(
     folder: Path, model: VisionLanguageModel, optimizers: list[torch.optim.Optimizer]
 ) -> dict[str, Any]:
-    """Restore model, optimizer and random state in place; returns the `state` that was saved with them."""
+    """Restore model, optimizer and random state in place; return the `state` saved with them."""
     load_weights(folder, model)
     return load_training_state(folder, model, optimizers)
 
@@ -268,9 +310,32 @@ def load_weights(folder: Path, model: VisionLanguageModel) -> None:
 def load_training_state(
     folder: Path, model: VisionLanguageModel, optimizers: list[torch.optim.Optimizer]
 ) -> dict[str, Any]:
-    """The second half of `load_checkpoint`; of a sharded model's optimizer state each rank takes its part."""
+    """The second half of `load_checkpoint`, after sharding: each rank takes its part of the state.
+
+    Raises ValueError naming the file if it is damaged.
+    """
     file = folder / OPTIMIZER
     tensors = load_tensors(file)
+    _restore_random_state(file, tensors)
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    names = {parameter: name for name, parameter in parameters.items()}
+    slots = _slots(file, tensors, parameters)
+    for optimizer in optimizers:
+        # PyTorch numbers the parameters of an optimizer. The file has them by name, so that state
+        # stays with its parameter when a part has been frozen or unfrozen since.
+        held = [names[p] for group in optimizer.param_groups for p in group["params"]]
+        state = {i: slots[name] for i, name in enumerate(held) if name in slots}
+        groups = optimizer.state_dict()["param_groups"]
+        try:
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+        except (KeyError, TypeError, RuntimeError) as error:
+            kind = type(optimizer).__name__
+            raise ValueError(f"{file} is damaged: not the state of {kind} ({error!r})") from error
+    return read_state(folder)
+
+
+def _restore_random_state(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Restore and remove the random states among the tensors."""
     try:
         torch.set_rng_state(tensors.pop("rng.cpu"))
         cuda_rng = tensors.pop("rng.cuda", None)
@@ -278,43 +343,28 @@ def load_training_state(
             torch.cuda.set_rng_state(cuda_rng)
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{file} is damaged: no random state in it ({error})") from error
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    slots = _slots(file, tensors, {name: parameter for parameter, name in names.items()})
-    for (
-        optimizer
-    ) in optimizers:  # by name: a part that was frozen or freed since keeps the others' in place
-        held = [
-            names[parameter] for group in optimizer.param_groups for parameter in group["params"]
-        ]
-        state = {i: slots[name] for i, name in enumerate(held) if name in slots}
-        try:
-            optimizer.load_state_dict(
-                {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-            )
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(
-                f"{file} is damaged: not the state of {type(optimizer).__name__} ({error!r})"
-            ) from error
-    return read_state(folder)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The `state` that was saved with a checkpoint. Raises ValueError naming the file if it is damaged."""
+    """The `state` saved with a checkpoint. Raises ValueError naming the file if it is damaged."""
     return read_json(folder / "state.json")
 
 
 def _slots(
-    file: Path, tensors: dict[str, Tensor], parameters: dict[str, Tensor]
+    file: Path, tensors: dict[str, Tensor], parameters: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
-    """Optimizer state by parameter and slot. Raises ValueError naming the first that has not its parameter's shape."""
+    """Optimizer state by parameter and slot.
+
+    Raises ValueError naming the first tensor whose shape is not that of its parameter.
+    """
     slots: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         parameter, _, slot = name.rpartition(".")
+        # Scalars, as AdamW's step count, have no parameter's shape and are never sharded.
         if parameter in parameters and tensor.dim():
-            if tensor.shape != parameters[parameter].shape:
-                shapes = (
-                    f"{tuple(tensor.shape)}, its parameter {tuple(parameters[parameter].shape)}"
-                )
+            wanted = tuple(parameters[parameter].shape)
+            if tensor.shape != wanted:
+                shapes = f"{tuple(tensor.shape)}, its parameter {wanted}"
                 raise ValueError(f"{file}: {name} has shape {shapes}")
             tensor = as_shard_of(tensor, parameters[parameter])
         slots.setdefault(parameter, {})[slot] = tensor
@@ -322,6 +372,7 @@ def _slots(
 
 
 def _link(link: Path, target: Path) -> None:
+    """Point the link at the target, in one step: a reader finds the old target or the new one."""
     temporary = link.with_name(f".{link.name}.tmp")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target.relative_to(link.parent))

@@ -1,4 +1,4 @@
-"""Batches on the device, copied while the step before still computes."""
+"""Batches on the device, copied while the previous step still computes."""
 
 from __future__ import annotations
 
@@ -11,55 +11,65 @@ import torch
 from nanovlm_fast.data.stream import StreamBatch
 from nanovlm_fast.packing.batch import PackedBatch
 
-AHEAD = 3  # batches that the host may be ahead of the device
+AHEAD = 3  # batches that the host may be ahead of the device; more would only take memory
 
 
 class Feed:
-    """Batches of a loader on the device: copied on a stream of their own, while the step before still computes.
+    """An iterator over a loader's batches, each as it came and on the device.
 
-    Iterating gives each batch as it came, and its packed batch on the device; with `trim` that is without its padding.
+    Copies run on a CUDA stream of their own. With `trim`, the batch on the device is without its
+    padding.
     """
 
     def __init__(self, batches: Iterator[StreamBatch], device: torch.device, trim: bool = False):
-        self.batches, self.device, self.trim = batches, device, trim
+        self.batches = batches
+        self.device = device
+        self.trim = trim
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.seconds = 0.0
-        self.marks: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = (
-            deque()
-        )  # the device needed it; it was there
+        self.seconds = 0.0  # waited for the loader, on a CPU
+        # Pairs of events: the device needs the batch, and the batch is on the device.
+        self.marks: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def __iter__(self) -> Feed:
         return self
 
     def __next__(self) -> tuple[StreamBatch, PackedBatch]:
-        asked = time.perf_counter()
         if self.copies is None:
+            asked = time.perf_counter()
             batch, packed = self._next_on_device()
             self.seconds += time.perf_counter() - asked
             return batch, packed
-        needed, there = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        needed = torch.cuda.Event(enable_timing=True)
+        arrived = torch.cuda.Event(enable_timing=True)
         compute = torch.cuda.current_stream(self.device)
-        needed.record(compute)  # reached once the step before is done
+        # Reached once the previous step is done: from there on the device would wait.
+        needed.record(compute)
         with torch.cuda.stream(self.copies):
             batch, packed = self._next_on_device()
-            there.record(self.copies)
-        compute.wait_event(there)
+            arrived.record(self.copies)
+        compute.wait_event(arrived)
+        # Or the allocator would give the memory to the next copy while the step still reads it.
         packed.record_stream(compute)
-        self.marks.append((needed, there))
-        if (
-            len(self.marks) > AHEAD
-        ):  # or the batches of many steps would lie on the device before the first is done
+        self.marks.append((needed, arrived))
+        # Or the batches of many steps would lie on the device before the first step is done.
+        if len(self.marks) > AHEAD:
             self.marks[-AHEAD][0].synchronize()
         return batch, packed
 
     def _next_on_device(self) -> tuple[StreamBatch, PackedBatch]:
         batch = next(self.batches)
-        return batch, (batch.packed.trimmed() if self.trim else batch.packed).to(self.device)
+        packed = batch.packed.trimmed() if self.trim else batch.packed
+        return batch, packed.to(self.device)
 
     def waited(self) -> float:
-        """Seconds that the device stood waiting for a batch since the last call, so far as known without waiting."""
-        seconds, self.seconds = self.seconds, 0.0
+        """Seconds that the device waited for batches since the last call.
+
+        Only pairs of events that have already passed count; reading others would wait for them.
+        """
+        seconds = self.seconds
+        self.seconds = 0.0
         while self.marks and all(event.query() for event in self.marks[0]):
-            needed, there = self.marks.popleft()
-            seconds += max(needed.elapsed_time(there), 0.0) / 1e3
+            needed, arrived = self.marks.popleft()
+            # Negative when the batch arrived before the device needed it.
+            seconds += max(needed.elapsed_time(arrived), 0.0) / 1e3
         return seconds

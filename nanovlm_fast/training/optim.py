@@ -1,6 +1,6 @@
 """Optimizers, their parameter groups, the learning-rate schedule, and the one optimizer update.
 
-Shapes: Muon sees weight matrices (rows, columns); those of one shape are stacked to (n, rows, columns).
+Shapes: Muon updates matrices (rows, columns); those of one shape are stacked (n, rows, columns).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nanovlm_fast.training.parallel import whole
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum orthogonalised by a Newton-Schulz iteration, for weight matrices (Keller Jordan, 2024).
+    """Momentum orthogonalised by a Newton-Schulz iteration, for matrices (Keller Jordan, 2024).
 
     `torch.optim.Muon` iterates in bfloat16, which is a hundred times slower on CPUs without fast
     bfloat16 products; this one iterates in float32 on a CPU. Matrices of one shape go through the
@@ -75,7 +75,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """(n, rows, columns) -> nearly the closest semi-orthogonal matrices (singular values about 1)."""
+    """(n, rows, columns) -> nearly the closest semi-orthogonal ones (singular values about 1)."""
     dtype = matrices.dtype if matrices.device.type == "cpu" else torch.bfloat16
     x = matrices.to(dtype)
     # x x^T is the smaller of the two products only for a wide matrix.
@@ -134,13 +134,13 @@ def make_optimizers(model: VisionLanguageModel, config: TrainConfig) -> list[tor
     return optimizers
 
 
-def matrices_of(model: VisionLanguageModel, part: str) -> dict[nn.Parameter, list[int]]:
+def matrices_of(model: VisionLanguageModel, part: str) -> dict[Tensor, list[int]]:
     """Weight matrices of a part that Muon updates -> the row counts of the matrices fused in each.
 
     The output head is left to AdamW: its rows are token embeddings, not one linear map.
     """
     fused = {name: list(rows.values()) for name, rows in model.fused_parts().items()}
-    matrices: dict[nn.Parameter, list[int]] = {}
+    matrices: dict[Tensor, list[int]] = {}
     for name, layer in getattr(model, part).named_modules(prefix=part):
         if not isinstance(layer, nn.Linear) or name == "decoder.head":
             continue
@@ -187,7 +187,7 @@ def apply_gradients(
 
 
 def skip_if_not_finite(optimizers: list[torch.optim.Optimizer], norm: Tensor) -> Tensor:
-    """() float32 on the device: 1 if `norm` is not finite, and then the next `step` changes nothing.
+    """Return 1.0 on the device if `norm` is not finite; the next `step` then changes nothing.
 
     The fused optimizers read the attribute as they read that of a GradScaler. Nothing is copied to
     the host, so the host does not wait for the step in order to decide.

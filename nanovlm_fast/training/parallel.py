@@ -1,4 +1,4 @@
-"""Models replicated or sharded over ranks: DDP and FSDP2."""
+"""The model on several ranks: replicated (DDP) or sharded (FSDP2)."""
 
 from __future__ import annotations
 
@@ -13,27 +13,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nanovlm_fast.model.packed import VisionLanguageModel
 
-def shard_model(model: nn.Module, compile_blocks: bool) -> None:
-    """FSDP2, in place: weights, gradients and optimizer state of each block in equal parts on all ranks (ZeRO-3).
 
-    A block's weights are whole only while it computes; they stay float32, and so does what travels. `compile_blocks`
-    compiles block by block: FSDP's hooks, which fetch and free weights, run between them.
+def shard_model(model: VisionLanguageModel, compile_blocks: bool) -> None:
+    """Shard weights, gradients and optimizer state over all ranks, in place (FSDP2, ZeRO-3).
+
+    A block's weights are whole only while it computes. They stay float32, and so does what travels.
+    `compile_blocks` compiles block by block, because FSDP's hooks, which gather and free weights,
+    run between them.
     """
+    # Imported here, because a run in one process needs none of it.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     blocks = [*model.vision_encoder.blocks, *model.decoder.blocks]
-    if compile_blocks:  # the `layer` of a language block is part of its graph's key
-        torch._dynamo.config.recompile_limit = max(
-            torch._dynamo.config.recompile_limit, 4 * len(blocks)
-        )
+    if compile_blocks:
+        # The `layer` of a language block is part of its graph's key, so each block is a
+        # recompilation of the same function, and the default limit is 8.
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, 4 * len(blocks))
         for block in blocks:
             block.compile(fullgraph=True, dynamic=False)
-    warnings.filterwarnings(
-        "ignore", message="FSDP2-wrapped module .* returned a view"
-    )  # nothing is changed in place
+    # The views are not changed in place, which is what the warning is about.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
+    # From the inside out: the outermost call takes the parameters that no block has taken.
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -42,64 +47,73 @@ def shard_model(model: nn.Module, compile_blocks: bool) -> None:
 def replicate(
     model: nn.Module, step_model: Any, recompute: bool
 ) -> nn.parallel.DistributedDataParallel:
-    """DDP around the model or its compiled form: gradients are averaged bucket by bucket while backward runs.
+    """Wrap the model or its compiled form in DDP, which averages gradients during backward.
 
-    A compiled graph is cut at the buckets, so that the first are on their way before backward is through; recomputation
-    cannot be cut. The first backward of a static graph must reduce: the warm-up's does.
+    Gradients are reduced bucket by bucket. A compiled graph is cut at the buckets, so that the
+    first ones are on their way before backward is done. The first backward of a static graph must
+    reduce; the warm-up's does.
     """
+    # DDP's cuts cannot go through a region that is recomputed.
     if recompute:
         torch._dynamo.config.optimize_ddp = False
     device = next(model.parameters()).device
     ddp = nn.parallel.DistributedDataParallel
-    # tables of cosines need no broadcasting; from PyTorch 2.12 on the option has another name
-    name = next(
-        n
-        for n in ("forward_sync_buffers", "broadcast_buffers")
-        if n in inspect.signature(ddp).parameters
-    )
+    options: dict[str, Any] = {}
+    # Buffers are tables of cosines, the same on all ranks. The option that keeps DDP from
+    # broadcasting them before every forward has another name from PyTorch 2.12 on.
+    for name in ("forward_sync_buffers", "broadcast_buffers"):
+        if name in inspect.signature(ddp).parameters:
+            options[name] = False
+            break
     return ddp(
         step_model,
         device_ids=[device.index] if device.type == "cuda" else None,
-        **{name: False},
         gradient_as_bucket_view=True,
         static_graph=True,
+        **options,
     )
 
 
 @contextlib.contextmanager
 def reducing(step_model: Any, now: bool) -> Iterator[None]:
-    """Forward and backward in here reduce gradients over the ranks if `now`, and else add them up on this one."""
+    """Reduce gradients over the ranks in this block if `now`, else accumulate them on this rank.
+
+    Both forward and backward must be in the block.
+    """
     context: AbstractContextManager = contextlib.nullcontext()
     if isinstance(step_model, nn.parallel.DistributedDataParallel) and not now:
         context = step_model.no_sync()
-    elif hasattr(step_model, "set_requires_gradient_sync"):
+    elif hasattr(step_model, "set_requires_gradient_sync"):  # FSDP2's
         step_model.set_requires_gradient_sync(now)
     with context:
         yield
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor, or of a sharded one all of it: every rank must ask."""
+    """The tensor itself, or all of a sharded one. A collective: every rank must call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def as_shard_of(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """This rank's part of `tensor` where `parameter`, of the same shape, is sharded; else the tensor itself."""
+    """This rank's part of `tensor` if the `parameter` of the same shape is sharded; else all."""
     if not hasattr(parameter, "full_tensor") or tensor.shape != parameter.shape:
         return tensor
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
+    assert isinstance(parameter, DTensor)
     tensor = tensor.detach().to(parameter.device)
+    # No source rank: all ranks have read the same file, so nothing is sent.
     return distribute_tensor(
         tensor, parameter.device_mesh, parameter.placements, src_data_rank=None
     )
 
 
-def unsharded(model: nn.Module) -> nn.Module:
-    """The model, or of a sharded one a whole copy, on every rank: all must ask."""
+def unsharded(model: VisionLanguageModel) -> VisionLanguageModel:
+    """The model itself, or a whole copy of a sharded one on every rank. A collective."""
     if not any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
         return model
-    copy = type(model)(model.config, model.ops).to(next(model.parameters()).device)
+    # Not type(model): `fully_shard` has replaced the class of the sharded one by its own subclass.
+    copy = VisionLanguageModel(model.config, model.ops).to(next(model.parameters()).device)
     copy.load_state_dict({name: whole(tensor) for name, tensor in model.state_dict().items()})
     copy.extra_config = model.extra_config
     return copy

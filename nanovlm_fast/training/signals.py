@@ -6,15 +6,17 @@ import signal
 import sys
 import time
 
-EXIT_SAVED = 75  # exit code of a run that a signal ended: all is saved, --auto-resume goes on
+# Exit code of a run that a signal ended: all is saved, and --auto-resume continues.
+EXIT_SAVED = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-PATIENCE = 5.0  # seconds
+PATIENCE = 5.0  # seconds after the first signal in which another one counts as the same
 
 
 class Signals:
-    """Whether one came. Another one stops the process at once, but not within `PATIENCE` of the first.
+    """Remembers that a signal came, so that the loop can stop after its step.
 
-    For a scheduler's reaches a rank twice, from it and from torchrun.
+    A second signal ends the process at once, but not within `PATIENCE` of the first: a scheduler's
+    signal reaches a rank twice, from the scheduler itself and from torchrun.
     """
 
     def __init__(self) -> None:
@@ -25,19 +27,26 @@ class Signals:
         return self.since is not None
 
     def listen(self) -> None:
+        """Handle signals from here on."""
         for signum in SIGNALS:
             signal.signal(signum, self._note)
 
     def leave_at_once(self) -> None:
-        """From here on all is saved but the last evaluation, which the same command with --auto-resume does again."""
+        """Exit as soon as a signal comes, or now if one came.
+
+        Called when all is saved but the last evaluation, which --auto-resume repeats.
+        """
+        # The handlers before the check: a signal between the two would be lost.
         for signum in SIGNALS:
             signal.signal(signum, lambda *_: sys.exit(EXIT_SAVED))
         if self.came:
             sys.exit(EXIT_SAVED)
 
     def _note(self, signum: int, _frame: object) -> None:
+        # Nothing else happens in a handler: the interrupted code may hold any lock.
         if self.since is None:
             self.since = time.monotonic()
         elif time.monotonic() - self.since > PATIENCE:
+            # The default action, so that the exit status names the signal.
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)

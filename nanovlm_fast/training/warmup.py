@@ -1,4 +1,4 @@
-"""The first step before the clock starts: compiles, loads kernels, and finds out whether the budgets fit the memory."""
+"""The first step, before the clock starts: compiles, loads kernels, and tries the memory."""
 
 from __future__ import annotations
 
@@ -17,61 +17,75 @@ from nanovlm_fast.packing.batch import PackedBatch, pack
 from nanovlm_fast.packing.documents import Document, Sample
 from nanovlm_fast.packing.packer import Budget
 
+Step = Callable[[PackedBatch], Tensor]
+Autocast = Callable[[], AbstractContextManager]
+
 
 def full_batch(budget: Budget, config: VLMConfig) -> PackedBatch:
-    """A made-up batch that fills the budget: every token real, every image and label used."""
+    """A made-up batch that fills the budget: every token is real, every image and label is used."""
     lengths = [budget.max_seqlen] * (budget.tokens // budget.max_seqlen)
-    lengths += [budget.tokens % budget.max_seqlen] * (budget.tokens % budget.max_seqlen > 0)
-    image_tokens, labels, documents = budget.images * config.image_tokens, budget.labels, []
+    if rest := budget.tokens % budget.max_seqlen:
+        lengths.append(rest)
+    all_image_tokens = budget.images * config.image_tokens
+    # Image tokens and labels go to the first documents that have room, until none are left.
+    image_tokens = all_image_tokens
+    labels = budget.labels
+    documents = []
     for length in lengths:
-        shown, labelled = min(length, image_tokens), min(length, labels)
-        rows = np.arange(length) + (budget.images * config.image_tokens - image_tokens)
-        image_tokens, labels = image_tokens - shown, labels - labelled
-        rows[shown:] = -1
+        shown = min(length, image_tokens)
+        labelled = min(length, labels)
+        rows = np.arange(length) + (all_image_tokens - image_tokens)
+        rows[shown:] = -1  # text
         targets = np.where(np.arange(length) < labelled, 0, -100)
         documents.append(Document(np.zeros(length, np.int64), rows.astype(np.int32), targets))
+        image_tokens -= shown
+        labels -= labelled
     size = config.vit_img_size
     images = np.full((budget.images, 3, size, size), 127, np.uint8)
     return pack([Sample("warm-up", images, documents)], budget, config.image_tokens, size)
 
 
 def warm_up(
-    step: Callable[[PackedBatch], Tensor],
+    step: Step,
     model: VisionLanguageModel,
     budget: Budget,
-    autocast: Callable[[], AbstractContextManager],
+    autocast: Autocast,
     rounds: int = 1,
 ) -> None:
-    """Forward and backward on a full batch, `rounds` times; leaves weights, gradients and random state as they were.
+    """Run forward and backward on a full batch, `rounds` times.
 
-    `step` is the model or its compiled form. Raises ValueError, saying what to lower and by how much, if the device's
-    memory does not hold the batch.
+    `step` is the model or its compiled form. Weights, gradients and random state are left as they
+    were. Raises ValueError, saying what to lower and by how much, if the device's memory does not
+    hold the batch.
     """
     device = next(model.parameters()).device
     fits = True
+    # What the made-up batch draws must not move the run's random state.
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             for _ in range(rounds):
-                _forward_backward(
-                    step, model, full_batch(budget, model.config).to(device), autocast
-                )
+                batch = full_batch(budget, model.config).to(device)
+                _forward_backward(step, model, batch, autocast)
         except torch.OutOfMemoryError:
-            fits = False  # no more here: while the error lives, so does all that the attempt had in memory
+            # No more in here: the error's traceback keeps all that the attempt had in memory.
+            fits = False
         if not fits:
             torch._dynamo.reset()  # recorded graphs hold memory too
             gc.collect()
             if dist.is_initialized():  # a smaller attempt would need all ranks
-                raise ValueError(
-                    f"out of memory: lower --tokens-per-batch {budget.tokens}, or take --recompute blocks"
-                )
+                lower = f"lower --tokens-per-batch {budget.tokens}"
+                raise ValueError(f"out of memory: {lower}, or take --recompute blocks")
             raise ValueError(_smaller(model, budget, autocast))
 
 
-def _forward_backward(step, model, batch, autocast) -> None:
+def _forward_backward(
+    step: Step, model: VisionLanguageModel, batch: PackedBatch, autocast: Autocast
+) -> None:
     try:
         with autocast():
             loss = step(batch)
         loss.backward()
+        # Kernels that fail, or are compiled on their first call, do so before the clock starts.
         if batch.input_ids.is_cuda:
             torch.cuda.synchronize()
     finally:
@@ -79,40 +93,45 @@ def _forward_backward(step, model, batch, autocast) -> None:
 
 
 def _smaller(
-    model: VisionLanguageModel, budget: Budget, autocast: Callable, share: int = 16
+    model: VisionLanguageModel, budget: Budget, autocast: Autocast, share: int = 16
 ) -> str:
-    """Measure a `share`-th of the budget and say what would fit."""
+    """Measure the memory of a `share`-th of the budget, and say what would fit."""
     torch.cuda.empty_cache()
     part = budget.shrunk(share)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     try:
-        _forward_backward(
-            model,
-            model,
-            full_batch(part, model.config).to(next(model.parameters()).device),
-            autocast,
-        )
+        batch = full_batch(part, model.config).to(next(model.parameters()).device)
+        # The model itself and not its compiled form: compiling again would take minutes.
+        _forward_backward(model, model, batch, autocast)
     except torch.OutOfMemoryError:
-        return f"out of memory, and even {part.tokens} tokens with {part.images} images are too many for this device"
+        amount = f"{part.tokens} tokens with {part.images} images"
+        return f"out of memory, and even {amount} are too many for this device"
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    activations = (
-        (torch.cuda.max_memory_allocated() - before - weights) * budget.tokens / part.tokens
-    )
-    return out_of_memory(budget, before + 3 * weights, activations, torch.cuda.mem_get_info()[1])
+    # The peak is weights, their gradients and activations. Activations grow with the tokens.
+    activations = torch.cuda.max_memory_allocated() - before - weights
+    needed = activations * budget.tokens / part.tokens
+    memory = torch.cuda.mem_get_info()[1]
+    # Gradients and AdamW's two moments: each as large as the weights.
+    return out_of_memory(budget, before + 3 * weights, needed, memory)
 
 
 def out_of_memory(budget: Budget, fixed: float, activations: float, memory: float) -> str:
-    """What to lower: `fixed` bytes for weights, gradients and optimizer, `activations` for a full batch."""
+    """Say what to lower.
+
+    `fixed` are the bytes of weights, gradients and optimizer, `activations` those of a full batch,
+    and `memory` those of the device.
+    """
+    # A tenth is left to fragmentation; a multiple of 128 suits the tiles of matrix products.
     fits = int(0.9 * (memory - fixed) / activations * budget.tokens) // 128 * 128
-    needs = (
-        f"out of memory: --tokens-per-batch {budget.tokens} with {budget.images} images needs about "
-        f"{(fixed + activations) / 1e9:.1f} GB, the device has {memory / 1e9:.1f} GB"
-    )
+    wanted = f"--tokens-per-batch {budget.tokens} with {budget.images} images"
+    needs = f"needs about {(fixed + activations) / 1e9:.1f} GB"
+    says = f"out of memory: {wanted} {needs}, the device has {memory / 1e9:.1f} GB"
     if fits < budget.max_seqlen:
-        return f"{needs}, and not even one document of {budget.max_seqlen} tokens fits: --recompute blocks"
+        longest = f"not even one document of {budget.max_seqlen} tokens fits"
+        return f"{says}, and {longest}: --recompute blocks"
     accumulate = -(-budget.tokens // fits)
-    return (
-        f"{needs}: lower --tokens-per-batch to {fits} (--accumulate {accumulate} keeps the step's size; an explicit "
-        f"--images-per-batch shrinks in proportion), or take --recompute blocks"
-    )
+    same_step = f"--accumulate {accumulate} keeps the step's size"
+    images = "an explicit --images-per-batch shrinks in proportion"
+    lower = f"lower --tokens-per-batch to {fits} ({same_step}; {images})"
+    return f"{says}: {lower}, or take --recompute blocks"
