@@ -1,4 +1,7 @@
-"""nanovlm_fast: nanoVLM's small vision-language model, trained as fast as the hardware allows."""
+"""nanovlm_fast: nanoVLM's small vision-language model, trained as fast as the hardware allows.
+
+The public name is `VisionLanguageModel`, with `from_pretrained` and `save_pretrained`.
+"""
 
 import sys
 from typing import Any
@@ -8,13 +11,17 @@ from nanovlm_fast.command import end_on_interrupt
 __version__ = "0.1.0"
 __all__ = ["VisionLanguageModel"]
 
-end_on_interrupt(
-    sys.argv[:1] == ["-m"]
-)  # of `python -m nanovlm_fast.<command>`, and of nobody else
+# While `python -m nanovlm_fast.<command>` imports this package, argv[0] is "-m". A program that
+# imports the package keeps its own handling of Ctrl-C.
+end_on_interrupt(sys.argv[:1] == ["-m"])
 
 
 def __getattr__(name: str) -> Any:
-    """`nanovlm_fast.VisionLanguageModel`, imported when asked for: the package itself comes without torch."""
+    """Import `nanovlm_fast.VisionLanguageModel` on first use.
+
+    Importing the package itself must not import torch, which takes seconds: a command prints its
+    help and its errors without it.
+    """
     if name == "VisionLanguageModel":
         from nanovlm_fast.weights.pretrained import VisionLanguageModel
 

@@ -1,8 +1,15 @@
-"""What every command does alike: an error is one line on stderr and an exit code, and so is Ctrl-C.
+"""What all commands have in common: an error is one line on stderr and an exit code; so is Ctrl-C.
 
-Exit codes: 0 done, 1 an error, 2 a command line that makes no sense (argparse's), 70 a hang
-(watchdog.py), 75 saved for a signal (signals.py), 130 Ctrl-C. An exception that nobody foresaw keeps
-its traceback.
+| code | meaning |
+| --- | --- |
+| 0 | done |
+| 1 | an error |
+| 2 | a command line that makes no sense (argparse's code) |
+| 70 | a hang (`training/watchdog.py`) |
+| 75 | saved because of a signal (`training/signals.py`) |
+| 130 | Ctrl-C |
+
+An exception that is not foreseen is a bug, and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -19,39 +26,47 @@ from typing import NoReturn
 INTERRUPTED = 130
 USAGE = 2
 
+Main = Callable[..., int]  # main(argv=None) -> exit code
+
 
 class UsageError(Exception):
     """A command line that makes no sense."""
 
 
 class Parser(argparse.ArgumentParser):
-    """One whose errors `reports_errors` prints: a line, without the usage of thirty options before it."""
+    """A parser whose errors `reports_errors` prints: one line, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
 
-def reports_errors(*more: type[Exception], code: int = 1) -> Callable[[Callable], Callable]:
-    """Decorate a command's `main(argv)` so that what goes wrong is printed as one line.
+def reports_errors(*more: type[Exception], code: int = 1) -> Callable[[Main], Main]:
+    """Decorate a command's `main(argv)` so that errors are printed as one line.
 
-    OSError, ValueError, `more` and lack of memory return `code`, a `Parser`'s errors USAGE. Ctrl-C
-    returns INTERRUPTED; a command with more to say about it raises KeyboardInterrupt again, with that.
+    OSError, ValueError, the exceptions in `more` and a lack of memory return `code`; errors of a
+    `Parser` return USAGE. Ctrl-C returns INTERRUPTED; a command with more to say about it raises
+    KeyboardInterrupt again, with that text.
     """
 
-    def decorate(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
+    expected: tuple[type[Exception], ...] = (OSError, ValueError, *more)
+
+    def decorate(main: Main) -> Main:
         @functools.wraps(main)
         def reporting(argv: list[str] | None = None) -> int:
             try:
+                # From here on Ctrl-C is an exception, so that the command can clean up.
                 if signal.getsignal(signal.SIGINT) is _leave:
                     signal.signal(signal.SIGINT, signal.default_int_handler)
                 done = main(argv)
-                sys.stdout.flush()  # a full disk behind it is an error of the command too
+                # Flushed here and not at exit: if stdout is a file on a full disk, that is an
+                # error of the command too.
+                sys.stdout.flush()
                 return done
             except UsageError as error:
                 return _fail(one_line(error), USAGE)
             except KeyboardInterrupt as stop:
                 return _fail(one_line(stop) if str(stop) else "interrupted", INTERRUPTED)
-            except (OSError, ValueError, *more) as error:
+            except expected as error:
                 return _fail(one_line(error), code)
             except (MemoryError, RuntimeError) as error:
                 if not ran_out_of_memory(error):
@@ -64,23 +79,26 @@ def reports_errors(*more: type[Exception], code: int = 1) -> Callable[[Callable]
 
 
 def one_line(error: BaseException) -> str:
-    """What the exception says, without line breaks; its type where it says nothing."""
+    """Return the exception's message without line breaks, or its type if the message is empty."""
+    # str() of a KeyError is only the key.
     text = repr(error) if isinstance(error, KeyError) else str(error)
     lines = [line.strip() for line in text.splitlines()]
     return " ".join(filter(None, lines)) or type(error).__name__
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
-    """Whether the host's or the device's memory was too small."""
+    """Return whether the host's or the device's memory was too small."""
+    # By name, since importing torch for its OutOfMemoryError would take seconds.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return "can't allocate memory" in str(error)  # PyTorch's on a CPU, which has no type of its own
+    # On a CPU PyTorch raises a plain RuntimeError.
+    return "can't allocate memory" in str(error)
 
 
 def utf8(text: str) -> str:
-    """The `type` of an option whose text a tokenizer reads.
+    """The `type` of an option whose text goes to a tokenizer.
 
-    Bytes of a command line that are no UTF-8 arrive as surrogates, which no tokenizer takes.
+    Bytes of a command line that are not UTF-8 arrive as surrogates, which no tokenizer accepts.
     """
     try:
         text.encode()
@@ -90,9 +108,10 @@ def utf8(text: str) -> str:
 
 
 def end_on_interrupt(is_command: bool) -> None:
-    """Make Ctrl-C one line while a command still imports torch, which takes seconds.
+    """Make Ctrl-C print one line while a command is importing torch, which takes seconds.
 
-    `reports_errors` takes over from there. A SIGINT that the shell had ignored stays ignored.
+    `reports_errors` takes over afterwards. If SIGINT was ignored from the start, as by `nohup` or
+    for jobs in the background, it stays ignored.
     """
     if is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
@@ -100,7 +119,10 @@ def end_on_interrupt(is_command: bool) -> None:
 
 @contextlib.contextmanager
 def keeping_interrupts() -> Iterator[None]:
-    """Processes started in here never hear Ctrl-C, which a terminal sends to all: this one decides."""
+    """Make processes that are started inside ignore Ctrl-C.
+
+    A terminal sends it to all processes of a command, but only this one should decide how to end.
+    """
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -109,6 +131,7 @@ def keeping_interrupts() -> Iterator[None]:
 
 
 def _leave(*_: object) -> None:
+    # Not sys.exit: an exception in the middle of an import can be caught and lost there.
     os._exit(_fail("interrupted", INTERRUPTED))
 
 
@@ -116,7 +139,9 @@ def _fail(message: str, code: int) -> int:
     print(f"error: {message}", file=sys.stderr, flush=True)
     try:
         sys.stdout.flush()
-    except OSError:  # or the interpreter would try again at its end, and complain
+    except OSError:
+        # stdout cannot be written. The interpreter would try again at exit and print a traceback,
+        # so what is left goes to the null device.
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code

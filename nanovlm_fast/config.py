@@ -1,7 +1,8 @@
-"""Configuration: the model (`VLMConfig`), the run (`TrainConfig`), the presets, and the command line made from them.
+"""Configuration: the fields of the model (`VLMConfig`) and of a run (`TrainConfig`).
 
-`VLMConfig` keeps the field names of huggingface/nanoVLM, so its checkpoints' `config.json` reads here.
-Every field is an option of `train.py`; its help text is the field's own.
+`VLMConfig` has the field names of huggingface/nanoVLM v0.1, so the `config.json` of its checkpoints
+can be read. Every field of both classes is an option of `train.py`, and carries its help text and
+its range of values.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ ShareBelowOne = Annotated[float, Range(float, least=0, below=1)]
 
 
 def option(default: Any, help: str) -> Any:
+    """Declare a field with its default and the help text of its option."""
     return dataclasses.field(default=default, metadata={"help": help})
 
 
 @dataclass
 class VLMConfig:
-    """Sizes of the model; the defaults are nanoVLM v0.1's 222M model."""
+    """The model: sizes, pixels, prompt. The defaults are those of nanoVLM v0.1's 222M model."""
 
     vit_img_size: Size = option(224, "side of the square image, in pixels")
     vit_patch_size: Size = option(16, "side of a patch, in pixels")
@@ -41,32 +43,35 @@ class VLMConfig:
     lm_n_blocks: Size = option(30, "language layers")
     lm_rms_eps: float = option(1e-5, "epsilon of the RMSNorms")
     lm_re_base: Positive = option(100000.0, "base of the rotary frequencies")
-    # a table that no weights hold to its length
+    # No weight has this length, so that nothing else would limit the rotary tables' memory.
     lm_max_position_embeddings: Annotated[int, Range(int, least=1, most=2**21)] = option(
-        8192, "longest document the rotary embedding is used for"
+        8192, "positions of the rotary embedding: the longest document"
     )
     lm_vocab_size: Size = option(49152, "rows of the token embedding")
     lm_tie_weights: bool = option(True, "share the token embedding with the head")
-    lm_max_length: Size = option(79, "text tokens a padded batch is padded to (the reference only)")
+    lm_max_length: Size = option(79, "text tokens that a padded row has (reference model only)")
     lm_tokenizer: str = option(
         "HuggingFaceTB/cosmo2-tokenizer",
-        "Hugging Face tokenizer: hub name or folder; 'train' makes one from the data",
+        "tokenizer: hub name or folder; 'train' makes one from the data",
     )
     mp_pixel_shuffle_factor: Size = option(
-        2, "pixel shuffle: a factor x factor square of patches makes one image token"
+        2, "pixel shuffle: factor x factor patches become one image token"
     )
     image_mean: Annotated[float, Range(float, least=-1000, most=1000)] = option(
         0.0,
         "subtracted from pixels in [0, 1]",
     )
     image_std: Positive = option(
-        1.0, "divides what is left (nanoVLM trains on plain [0, 1]; SigLIP's own are 0.5, 0.5)"
+        1.0,
+        "divides the pixels after image_mean is subtracted (nanoVLM trains on plain [0, 1]: mean "
+        "0, std 1; SigLIP was trained with 0.5 and 0.5)",
     )
     init: Literal["seed", "scratch"] = option(
         "seed",
-        "weights to start from: nanoVLM's N(0, 0.02), or what a small model learns faster from (reference.py)",
+        "initial weights: 'seed' is nanoVLM's, N(0, 0.02); 'scratch' is one that small models "
+        "learn faster from (model/init.py)",
     )
-    prompt: str = option("Question: {question} Answer:", "how a question becomes the prompt")
+    prompt: str = option("Question: {question} Answer:", "the prompt; {question} is replaced")
 
     @property
     def grid(self) -> int:
@@ -80,30 +85,28 @@ class VLMConfig:
 
     @property
     def head_dim(self) -> int:
+        """Channels of one attention head of the language model."""
         return self.lm_hidden_dim // self.lm_n_heads
 
     def validate(self) -> VLMConfig:
-        """Raise ValueError naming the first field whose size does not fit the others; returns self."""
+        """Raise ValueError naming the first field that does not fit the others; return self."""
         check_fields(self, option=False)
-        checks = [
-            ("vit_img_size", self.vit_img_size, "vit_patch_size", self.vit_patch_size),
-            ("vit_hidden_dim", self.vit_hidden_dim, "vit_n_heads", self.vit_n_heads),
-            ("lm_hidden_dim", self.lm_hidden_dim, "lm_n_heads", self.lm_n_heads),
-            ("lm_n_heads", self.lm_n_heads, "lm_n_kv_heads", self.lm_n_kv_heads),
-            (
-                "patches per side",
-                self.grid,
-                "mp_pixel_shuffle_factor",
-                self.mp_pixel_shuffle_factor,
-            ),
-        ]
-        for name, size, by, factor in checks:
-            if factor < 1 or size < 1 or size % factor:
-                raise ValueError(f"{name} = {size} must be a positive multiple of {by} = {factor}")
+        for name, factor_name in (
+            ("vit_img_size", "vit_patch_size"),
+            ("vit_hidden_dim", "vit_n_heads"),
+            ("lm_hidden_dim", "lm_n_heads"),
+            ("lm_n_heads", "lm_n_kv_heads"),
+        ):
+            _check_multiple(name, getattr(self, name), factor_name, getattr(self, factor_name))
+        # Last: the grid is only right once the image size is a multiple of the patch size.
+        factor = self.mp_pixel_shuffle_factor
+        _check_multiple("patches per side", self.grid, "mp_pixel_shuffle_factor", factor)
         if self.head_dim % 2:
             raise ValueError(
-                f"lm_hidden_dim / lm_n_heads = {self.head_dim} must be even for the rotary embedding"
+                f"lm_hidden_dim / lm_n_heads = {self.head_dim} must be even for the rotary "
+                "embedding"
             )
+        # Tried with a question: counting braces would get "{{question}}" wrong.
         try:
             fits = b"?!" in self.prompt.format(question="?!").encode()
         except (KeyError, IndexError, ValueError):
@@ -114,74 +117,75 @@ class VLMConfig:
         return self
 
 
+def _check_multiple(name: str, size: int, factor_name: str, factor: int) -> None:
+    if factor < 1 or size < 1 or size % factor:
+        raise ValueError(f"{name} = {size} must be a positive multiple of {factor_name} = {factor}")
+
+
 @dataclass
 class TrainConfig:
-    """One run. Sizes are per micro-batch; 0 where the text says 'measured' takes the size from the data."""
+    """A run. Sizes are per micro-batch. Where the help says "measured", 0 takes the data's."""
 
-    preset: str = option("tiny", "named set of defaults for everything below and for the model")
+    preset: str = option("tiny", "named defaults for the model and for all options below")
     data: str = option(
         "easy_vqa",
         "easy_vqa | synthetic | jsonl:FOLDER (train.jsonl, test.jsonl and the images) | "
-        "HuggingFaceM4/the_cauldron:all45, or any hub name or folder of its schema, of some :CONFIG,CONFIG | "
-        "prepared:FOLDER",
+        "HuggingFaceM4/the_cauldron:all45, or any hub name or folder of its schema, with "
+        ":CONFIG,CONFIG for parts of it | prepared:FOLDER",
     )
     turns: Literal["first", "independent", "chat"] = option(
         "independent",
-        "first image and question only (nanoVLM's recipe), every question a document on one shared image, or one "
-        "conversation",
+        "first: only the first image and question (nanoVLM's recipe); independent: every question "
+        "is a document of its own on the shared image; chat: one conversation",
     )
-    questions_per_image: int = option(
-        0, "questions drawn anew for each pass over an image; 0 takes all"
-    )
+    questions_per_image: int = option(0, "questions drawn per image, again in each epoch; 0: all")
     curriculum: str = option(
-        "", "for the first --curriculum-share of the run ask only questions that contain this"
+        "", "train only on questions with this text for --curriculum-share of the run"
     )
-    curriculum_share: ShareBelowOne = option(0.2, "share of the run that --curriculum lasts")
+    curriculum_share: ShareBelowOne = option(
+        0.2, "share of the run, from its start, that --curriculum lasts"
+    )
     augment: Literal["none", "shift", "dihedral"] = option(
         "none",
-        "per image and pass: nothing, shift inside plain margins and mirror, or flips and transposes; only where "
-        "they leave the answers true",
+        "per image and epoch: none; shift: shift inside plain margins, and mirror; dihedral: flips "
+        "and transposes. Use only what leaves the answers true",
     )
-    vision: str = option(
-        "", "SigLIP vision tower to start from: hub name or folder; none: from scratch"
-    )
+    vision: str = option("", "SigLIP vision tower to start from: hub name or folder; default: none")
     language: str = option(
-        "", "language model (SmolLM2, Llama) to start from: hub name or folder; none: from scratch"
+        "", "language model (SmolLM2, Llama) to start from: hub name or folder; default: none"
     )
     start_from: str = option(
         "", "checkpoint to start a new run from: run, folder, or hub name in nanoVLM's layout"
     )
-    val_samples: int = option(100, "images held out, with all their examples, to evaluate on")
+    val_samples: int = option(100, "images held out with all their questions, to evaluate on")
     out: str = option("", "run folder; default runs/PRESET")
     resume: bool = option(
         False, "continue the run in --out (or the latest run) from its newest checkpoint"
     )
     data_changed: bool = option(
         False,
-        "with --resume: go on although --data is not what the checkpoint was trained on; pictures "
-        "that were held out stay so where they are found again, by their content",
+        "with --resume: continue although --data has changed since the checkpoint; pictures that "
+        "were held out stay held out, recognised by their content",
     )
     auto_resume: bool = option(
         False,
-        "--resume if --out holds a run already, else start it: the same command before and after a crash",
+        "--resume if --out already holds a run, otherwise start it",
     )
     overwrite: bool = option(
         False,
-        "start again in place of the run that --out holds, which is deleted at the first checkpoint",
+        "replace the run in --out, which is deleted at the first checkpoint",
     )
-    dry_run: bool = option(
-        False, "only print what the run would be: model, data, steps, tokens, FLOPs, hours"
-    )
+    dry_run: bool = option(False, "only print the plan: model, data, steps, tokens, FLOPs, hours")
     seed: Annotated[int, SEED] = option(
         0,
-        "seed of weights, data order and augmentation",
+        "random seed of weights, data order and augmentation",
     )
     device: str = option("auto", "auto | cpu | cuda | cuda:1 ...")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "compute type; weights stay float32; auto is bfloat16 on a GPU that has it"
+        "auto", "type to compute in; weights stay float32; auto: bfloat16 on a GPU that supports it"
     )
     kernels: str = option(
-        "auto", "Triton kernels: auto (what won on this device) | none | all | name,name"
+        "auto", "Triton kernels: auto (the measured best on this device) | none | all | name,name"
     )
     attention: str = option(
         "auto",
@@ -189,25 +193,28 @@ class TrainConfig:
     )
     compile: Literal["none", "default", "reduce-overhead"] = option(
         "none",
-        "torch.compile the model: one graph of static shapes; reduce-overhead replays it as CUDA graphs",
+        "torch.compile the model into one graph of static shapes; reduce-overhead: replay it as "
+        "CUDA graphs",
     )
     recompute: Literal["none", "norms_and_activations", "blocks"] = option(
-        "none", "compute again in the backward instead of keeping: less memory, more time"
+        "none", "recompute activations in the backward pass: less memory, more time"
     )
     shard: bool = option(
         False,
-        "with several processes, each holds a part of weights, gradients and optimizer state (FSDP2)",
+        "split weights, gradients and optimizer state among the processes (FSDP2)",
     )
     deterministic: bool = option(
-        False, "bit for bit the same result again on the same device, more slowly"
+        False, "give the same bits each time on the same device, more slowly"
     )
-    epochs: float = option(5.0, "passes over the training split; the schedule is sized to them")
+    epochs: float = option(
+        5.0, "passes over the training split; they set the learning rate schedule"
+    )
     max_steps: int = option(
-        0, "stop after so many optimizer steps, the schedule sized to them; 0: --epochs decides"
+        0, "optimizer steps of the run, and of its schedule; 0: --epochs decides"
     )
     accumulate: Size = option(
         1,
-        "micro-batches per optimizer step; the loss is weighted by labelled tokens",
+        "micro-batches per optimizer step, weighted by their labelled tokens",
     )
     tokens_per_batch: Size = option(20736, "token budget of a packed micro-batch")
     images_per_batch: int = option(0, "image budget; 0: measured")
@@ -216,22 +223,24 @@ class TrainConfig:
     max_seqlen: int = option(0, "longest document; 0: measured")
     look_ahead: Size = option(256, "samples the packer chooses from")
     workers: int = option(1, "processes that decode, tokenise and pack; 0: in the main process")
-    max_bad_samples: int = option(100, "stop with an error after so many unreadable samples")
+    max_bad_samples: int = option(100, "stop with an error after this many unreadable samples")
     lr_projector: float = option(2e-3, "peak learning rate of the projector; 0 freezes it")
     lr_vision: float = option(1e-4, "peak learning rate of the vision tower; 0 freezes it")
     lr_language: float = option(1e-4, "peak learning rate of the language model; 0 freezes it")
-    warmup: ShareBelowOne = option(0.03, "share of the run in which the learning rate rises")
+    warmup: ShareBelowOne = option(
+        0.03, "share of the run, from its start, in which the learning rate rises"
+    )
     min_lr: Share = option(0.1, "learning rate at the end of the cosine, as a share of the peak")
     optimizer: Literal["adamw", "muon"] = option(
-        "adamw", "AdamW for everything, or Muon for the matrices and AdamW else"
+        "adamw", "AdamW, or Muon for the matrices and AdamW for the rest"
     )
     muon_scale: Positive = option(
         10.0,
-        "learning rate of Muon's matrices, as a multiple of their part's",
+        "learning rate of Muon, as a multiple of the part's rate",
     )
     beta2: ShareBelowOne = option(0.999, "AdamW's second momentum")
     weight_decay: float = option(
-        0.01, "AdamW's weight decay, on everything as in the seed's recipe"
+        0.01, "AdamW's weight decay, on all weights as in nanoVLM's recipe"
     )
     clip: float = option(0.0, "clip the gradient norm; 0: off")
     log_every: Size = option(10, "steps between lines in metrics.jsonl")
@@ -240,65 +249,74 @@ class TrainConfig:
     )
     eval: str = option(
         "",
-        "at every --eval-every score this too: mmstar | mmstar:FOLDER | another data set's test split",
+        "also score this at every --eval-every: mmstar | mmstar:FOLDER | another data set, whose "
+        "test split is used",
     )
     eval_style: Literal["greedy", "v0.1"] = option(
         "greedy",
-        "how --eval decodes: greedy, cut at the end of sequence; or sampled and not cut, as nanoVLM published",
+        "how --eval decodes: greedy and cut at the end of sequence, or v0.1: sampled and not cut, "
+        "as nanoVLM v0.1 was scored",
     )
     save_every: int = option(500, "steps between checkpoints; 0: only at the end")
-    keep_checkpoints: Size = option(1, "newest checkpoints to keep, besides the best")
+    keep_checkpoints: Size = option(1, "number of newest checkpoints to keep, besides the best")
     on_save_error: Literal["stop", "continue"] = option(
-        "stop", "what a checkpoint that cannot be written (a full disk) does to the run"
+        "stop", "what to do when a checkpoint cannot be written, as on a full disk"
     )
     max_skipped_steps: Size = option(
-        10, "a step whose gradients are not finite is skipped; after so many in a row the run stops"
+        10, "steps with gradients that are not finite are skipped; stop after this many in a row"
     )
-    # the most that the interpreter's clocks, which count nanoseconds, wait for
+    # The interpreter's clocks count nanoseconds in 64 bits: a longer wait overflows.
     hang_timeout: Annotated[float, Range(float, most=1e9)] = option(
         1800.0,
-        "seconds without a step after which a process reports where it hangs and exits with 70; 0: never",
+        "seconds without a step after which a process prints where it hangs and exits with 70; 0: "
+        "never",
     )
     final_eval: bool = option(
-        True, "evaluate the test split at the end, seeing and blind, and draw samples.png"
+        True, "at the end score the test split, with images and without, and draw samples.png"
     )
-    wandb: bool = option(False, "log to Weights & Biases too (WANDB_MODE=offline works)")
-    wandb_project: str = option("nanovlm_fast", "its project")
+    wandb: bool = option(False, "also log to Weights & Biases (WANDB_MODE=offline works)")
+    wandb_project: str = option("nanovlm_fast", "project of --wandb")
 
     def validate(self) -> TrainConfig:
-        """Raise ValueError naming the first option that makes no sense; returns self."""
+        """Raise ValueError naming the first option that makes no sense; return self."""
         check_fields(self, option=True)
         if self.epochs <= 0 and self.max_steps <= 0:
             raise ValueError("--epochs or --max-steps must be positive")
         if self.resume and self.overwrite:
             raise ValueError(
-                "--resume continues a run and --overwrite deletes it: give one of them"
+                "--resume continues a run and --overwrite deletes it: give only one of them"
             )
         if self.shard and self.optimizer == "muon":
             raise ValueError(
-                "--shard splits the matrices that Muon needs whole: take --optimizer adamw"
+                "--shard splits the matrices that Muon needs whole: use --optimizer adamw"
             )
         if self.start_from and (self.vision or self.language):
-            raise ValueError("--start-from brings both towers: leave out --vision and --language")
+            raise ValueError("--start-from has both towers: leave out --vision and --language")
         return self
 
 
 def fields_of(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
-    """The entries of `values` that are fields of the dataclass `config_class`."""
+    """Return the entries of `values` that are fields of the dataclass `config_class`."""
     names = {field.name for field in dataclasses.fields(config_class)}
     return {name: value for name, value in values.items() if name in names}
 
 
 def check_types(config_class: type, values: dict[str, Any]) -> None:
-    """Raise ValueError naming the first entry of `values`, as a file had it, that its field cannot hold."""
+    """Raise ValueError naming the first entry of `values` that its field cannot hold.
+
+    For values from a file: what comes from the command line has its type already.
+    """
     kinds = get_type_hints(config_class)
     for name, value in values.items():
-        kind, choices = kinds[name], get_args(kinds[name])
-        right = (
-            value in choices
-            if choices
-            else type(value) in ((int, float) if kind is float else (kind,))
-        )
-        if not right or (kind is float and not math.isfinite(value)):
+        kind = kinds[name]
+        choices = get_args(kind)  # of a Literal
+        if choices:
+            right = value in choices
+        elif kind is float:
+            # JSON writes 1.0 as 1 in other languages, and Python reads NaN and Infinity from it.
+            right = type(value) in (int, float) and math.isfinite(value)
+        else:
+            right = type(value) is kind  # not isinstance: True is an int
+        if not right:
             wanted = f"one of {', '.join(choices)}" if choices else f"of type {kind.__name__}"
             raise ValueError(f"{name} must be {wanted}, got {repr(value)[:80]}")

@@ -1,4 +1,4 @@
-"""Where to compute, and in which type."""
+"""Where to compute (`--device`), and in which type (`--dtype`)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device of a --device option; 'auto' is a GPU where there is one.
+    """Return the device of a --device option. "auto" is a GPU if there is one.
 
-    Raises ValueError if it is not there, or is of a kind that nothing here was tried on.
+    Raises ValueError if the device does not exist or is of an untested kind (only cpu and cuda).
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -26,14 +26,13 @@ def pick_device(name: str = "auto") -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {name}: only cpu and cuda are supported")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"--device {name}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
-        )
+        count = torch.cuda.device_count()
+        raise ValueError(f"--device {name}: PyTorch {torch.__version__} sees {count} CUDA devices")
     return device
 
 
 def device_name(device: torch.device) -> str:
-    """'NVIDIA H100 80GB HBM3', or the processor and the threads used."""
+    """Return a name such as "NVIDIA H100 80GB HBM3", or the processor and the threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     model = "CPU"
@@ -44,12 +43,14 @@ def device_name(device: torch.device) -> str:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type to compute in: 'auto' is bfloat16 on a GPU that has it and float32 elsewhere.
+    """Return the type to compute in. "auto" is bfloat16 on a GPU that supports it, else float32.
 
     Raises ValueError for bfloat16 on a GPU that can only emulate it.
     """
     if name == "float32" or (name == "auto" and device.type != "cuda"):
         return torch.float32
+    # Without `including_emulation` PyTorch says yes on GPUs that compute bfloat16 in float32, more
+    # slowly than float32 itself.
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         gpu = torch.cuda.get_device_name(device)
         if name == "bfloat16":
@@ -60,16 +61,23 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def be_deterministic() -> None:
-    """Only algorithms that give the same bits every time, on this device; an operation without one raises."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    """Use only algorithms that give the same bits each time on this device.
+
+    An operation that does not have one raises.
+    """
+    # cuBLAS reads this when it starts, and is not deterministic without it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+    # The benchmark may pick another algorithm in each run.
     torch.backends.cudnn.benchmark = False
 
 
 def autocast_to(dtype: torch.dtype, device: torch.device) -> Callable[[], AbstractContextManager]:
-    """Makes the context to compute in.
+    """Return a function that makes the context to compute in.
 
-    The section "Precision" of nanovlm_fast/model/README.md says what computes in which type.
+    A function, because an autocast context holds casts of weights for as long as it is open: each
+    forward needs a new one. The section "Precision" of nanovlm_fast/model/README.md lists what
+    computes in which type.
     """
     if dtype == torch.float32:
         return contextlib.nullcontext

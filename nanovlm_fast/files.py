@@ -1,4 +1,4 @@
-"""JSON files read, and text written whole or not at all."""
+"""Reading JSON files, and writing text files as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write the file so that whoever is killed on the way leaves the old one, or none."""
+    """Write a file so that a crash in the middle leaves the old one, or none."""
+    # In the same folder: only within one file system is a rename atomic.
     temporary = file.with_name(f".{file.name}")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -22,21 +23,23 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def naming(error: OSError, file: Path) -> OSError:
-    """The same error with the file in its message: one of writing, unlike one of opening, does not say where."""
+    """Return the same error with the file in its message.
+
+    Python names the file when opening it fails, but not when writing to it does (a full disk).
+    """
     return OSError(error.errno, error.strerror or str(error), str(file))
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object of a file. Raises ValueError naming the file if it holds none, and OSError if it cannot be read.
+    """Read the JSON object in a file.
 
-    The only reader of JSON files here: whatever bytes are in one, no other error comes out.
+    Raises ValueError naming the file if it does not hold one, and OSError if it cannot be read.
+    All JSON files of this project are read here, so no file's bytes can lead to another exception.
     """
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # the second: brackets nested deeper than the parser goes
+    # RecursionError: brackets that are nested deeper than the parser can follow.
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} is damaged: it holds no JSON object")

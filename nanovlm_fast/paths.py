@@ -1,4 +1,8 @@
-"""Folders among the options: a run keeps them from the root of the file system, and can be resumed from anywhere."""
+"""Folders among the options.
+
+A run stores them as absolute paths, so that it can be resumed from any folder. A model card shows
+none of them.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-FOLDERS = ("vision", "language", "start_from", "lm_tokenizer")  # each a folder or a hub name
-MADE = "train"  # --lm-tokenizer: one that is made from the data, whatever folder has that name
-DATA = ("data", "eval")  # see `split_data`
+FOLDER_OPTIONS = ("vision", "language", "start_from", "lm_tokenizer")  # a folder or a hub name each
+DATA_OPTIONS = ("data", "eval")  # a folder may be inside of the value: see `split_data`
+# --lm-tokenizer train makes a tokenizer from the data, also where a folder has that name.
+FROM_DATA = "train"
 
 
 def absolute_paths(options: Mapping[str, Any]) -> dict[str, str]:
-    """Those of a configuration's options that may name a folder; a hub's and a data set's name stay as they are."""
+    """Return the options that may name a folder, with absolute paths.
+
+    Names of the hub and of data sets stay as they are.
+    """
     found = {
-        name: absolute(options[name]) for name in FOLDERS if isinstance(options.get(name), str)
+        name: absolute(options[name])
+        for name in FOLDER_OPTIONS
+        if isinstance(options.get(name), str)
     }
-    for name in DATA:
+    for name in DATA_OPTIONS:
         if isinstance(options.get(name), str):
             before, place, after = split_data(options[name])
             found[name] = before + absolute(place) + after
@@ -28,41 +38,45 @@ def absolute_paths(options: Mapping[str, Any]) -> dict[str, str]:
 
 
 def absolute(name: str) -> str:
-    """The path of a folder that is there, `~` expanded; any other name as it is."""
+    """Return the absolute path of an existing folder, `~` expanded, or any other name as is."""
     folder = os.path.expanduser(name)
-    return os.path.abspath(folder) if name not in ("", MADE) and os.path.isdir(folder) else name
+    # A relative path is resolved only if it exists, since "OWNER/NAME" is a hub name as well.
+    return (
+        os.path.abspath(folder) if name not in ("", FROM_DATA) and os.path.isdir(folder) else name
+    )
 
 
 def split_data(data: str) -> tuple[str, str, str]:
-    """What stands before a data set's folder in --data, the folder or hub name, and what stands after it."""
+    """Split a value of --data around its folder or hub name: (before, name, after)."""
     kind, colon, rest = data.partition(":")
     if kind in ("jsonl", "prepared", "mmstar") and rest:
         return f"{kind}:", rest, ""
     if data in ("easy_vqa", "mmstar") or kind == "synthetic":
         return data, "", ""
+    # Before the split at a colon: a folder's own name may contain one.
     if os.path.isdir(os.path.expanduser(data)):
         return "", data, ""
     return "", kind, colon + rest
 
 
 def without_path(data: str) -> str:
-    """A data set's name for others to read: no path of the machine that has it."""
+    """Return a data set's name without the path of the machine that has it, for model cards."""
     before, place, after = split_data(data)
     named = bool(before and place) or os.path.isabs(place)
     return before + (Path(place).name if named else place) + after
 
 
 def inside(options: Mapping[str, Any], folder: Path) -> str | None:
-    """The first of `absolute_paths` that lies in this folder, as it would be given, or None."""
-    for name in (*FOLDERS, *DATA):
-        place = split_data(options[name])[1] if name in DATA else options[name]
+    """Return the first option whose path lies in `folder`, as on a command line, or None."""
+    for name in (*FOLDER_OPTIONS, *DATA_OPTIONS):
+        place = split_data(options[name])[1] if name in DATA_OPTIONS else options[name]
         if os.path.isabs(place) and Path(place).resolve().is_relative_to(folder.resolve()):
             return f"--{name.replace('_', '-')} {options[name]}"
     return None
 
 
 def at_home(name: str) -> Path:
-    """The path with the home folder for `~`: a shell leaves that alone in --data jsonl:~/FOLDER."""
-    with contextlib.suppress(RuntimeError):  # ~NOBODY
+    """Return the path with `~` expanded, which a shell does not do inside --data jsonl:~/FOLDER."""
+    with contextlib.suppress(RuntimeError):  # ~NAME of a user that does not exist
         return Path(name).expanduser()
     return Path(name)

@@ -1,4 +1,4 @@
-"""Ranges of numbers: one check for fields of configurations and for options of commands."""
+"""Ranges of numbers, for fields of configurations and for options of commands alike."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ INT32_MAX = 2**31 - 1  # positions and sizes are int32 on the device
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers of one `kind`, int or float, that make sense; never NaN or infinite.
+    """The values that make sense for a number of one `kind`, int or float.
 
-    It is the `type` of an argparse option. In `Annotated[int, Range(int)]` it is what `check_fields`
-    holds a dataclass field to. Whole numbers end at INT32_MAX if `most` does not say otherwise.
+    NaN and infinity are never in a range. Whole numbers end at INT32_MAX unless `most` says
+    otherwise. A Range is the `type` of an argparse option; inside `Annotated[int, Range(int)]` it
+    is the range of a dataclass's field, which `check_fields` checks.
     """
 
     kind: type
@@ -25,6 +26,7 @@ class Range:
 
     def __str__(self) -> str:
         least = self.least if self.above is None else None
+        # `above` is the stricter of the two lower limits, so `least` is not worth naming beside it.
         limits = (
             ("of at least", least),
             ("above", self.above),
@@ -40,8 +42,9 @@ class Range:
         return INT32_MAX if self.kind is int and self.most is None else self.most
 
     def holds(self, value: float) -> bool:
-        """Whether `value` is one of them."""
-        # comparisons take integers of any size, and are false for NaN
+        """Return whether `value` is in the range."""
+        # Comparisons and not math.isfinite, which raises OverflowError for large integers. With NaN
+        # every comparison is false.
         return (
             float("-inf") < value < float("inf")
             and (self.least is None or value >= self.least)
@@ -51,11 +54,11 @@ class Range:
         )
 
     def read(self, name: str, text: str | float) -> Any:
-        """The number in `text`. Raises ValueError, which calls it `name`, if it is not in the range."""
+        """Return the number in `text`. Raises ValueError, naming `name`, if it is out of range."""
         try:
             value = self.kind(text)
         except (ValueError, TypeError, OverflowError):
-            value = float("nan")
+            value = float("nan")  # not a number: fails the check below, with the same message
         if not self.holds(value):
             raise ValueError(f"{name} must be {self}, got {text!r:.40}".strip())
         return value
@@ -67,17 +70,17 @@ class Range:
             raise argparse.ArgumentTypeError(str(error)) from error
 
     def several(self, text: str) -> list[Any]:
-        """The `type` of an option that takes numbers separated by commas: sorted, each once."""
+        """The `type` of an option with several numbers, as in "1,4,2": sorted, without repeats."""
         return sorted({self(part) for part in text.split(",")})
 
 
-SEED = Range(int, most=2**63 - 1)  # what torch and numpy both take
+SEED = Range(int, most=2**63 - 1)  # the random seeds that both torch and numpy accept
 
 
 def check_fields(config: Any, option: bool) -> None:
-    """Raise ValueError naming the first number of the dataclass that is out of its range.
+    """Raise ValueError naming the first number of a dataclass that is out of its range.
 
-    `option`: name the field as the command line does.
+    With `option`, fields are named as on the command line.
     """
     for name, allowed in ranges_of(type(config)).items():
         label = f"--{name.replace('_', '-')}" if option else name
@@ -85,7 +88,7 @@ def check_fields(config: Any, option: bool) -> None:
 
 
 def ranges_of(config_class: type) -> dict[str, Range]:
-    """The range of every number of a dataclass: the annotated one, or what `Range` says of the type."""
+    """Return the range of each number of a dataclass: the annotated one, or the type's default."""
     ranges = {}
     for name, hint in get_type_hints(config_class, include_extras=True).items():
         if hint in (int, float):

@@ -275,7 +275,10 @@ def test_an_interrupt_while_torch_is_imported_is_one_line(command, tmp_path):
 
 
 def test_an_import_of_the_package_leaves_ctrl_c_alone():
-    program = "import signal, nanovlm_fast, bench; print(signal.getsignal(2) is signal.default_int_handler)"
+    program = (
+        "import signal, nanovlm_fast, bench\n"
+        "print(signal.getsignal(2) is signal.default_int_handler)"
+    )
     assert run_python("-c", program).stdout == "True\n"
 
 
@@ -290,7 +293,7 @@ def test_an_import_of_the_package_leaves_ctrl_c_alone():
     ],
 )
 def test_an_interrupt_at_work_is_one_line_and_leaves_nothing(command, says, tmp_path):
-    """The data is a pipe that nobody writes into: the command waits for it when the signal comes."""
+    """The data is a pipe without a writer, so the command waits for it when the signal comes."""
     (tmp_path / "data").mkdir()
     os.mkfifo(tmp_path / "data" / "train.jsonl")
     arguments = command.replace("OUT", str(tmp_path / "out")).split()

@@ -25,7 +25,10 @@ from tests.support.processes import run_python
 from tests.support.runs import train
 from tests.support.samples import SMALL
 
-LONG = "a rather long answer of many words which no short limit on new tokens would let through to its end"
+LONG = (
+    "a rather long answer of many words which no short limit on new tokens would let through to "
+    "its end"
+)
 
 
 class Talks(list, Source):
@@ -38,7 +41,7 @@ def source(*talks: list[tuple[str, str]]) -> Talks:
 
 @pytest.fixture
 def setup(monkeypatch):
-    """A model whose replies are looked up by the last question; `asked` collects the prompts as text."""
+    """A model that looks replies up by the last question; `asked` collects the prompts as text."""
     tokenizer = Tokenizer.train(["who? what? where? yes no blue " + LONG], 300)
     model = VisionLanguageModel(
         VLMConfig(**{**SMALL, "lm_vocab_size": 300, "lm_max_position_embeddings": 256})
@@ -205,7 +208,8 @@ def mmstar_source(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("reply", "right"),
     [
-        ("B", True), ("B.", True), ("The answer is (B).", True), ("(see B here)", True), ("B is right", True),
+        ("B", True), ("B.", True), ("The answer is (B).", True), ("(see B here)", True),
+        ("B is right", True),
         ("b", False), ("AB", False), ("A", False), ("", False), ("Both", False), ("B<", True),
     ],
 )  # fmt: skip
@@ -261,7 +265,7 @@ def test_style_v01_samples_and_does_not_stop_at_the_end_of_sequence(mmstar_sourc
 
 
 def test_sampling_is_repeatable_and_leaves_the_training_alone(mmstar_source):
-    """The real `generate`: as many tokens as are asked for, the same from one seed, other ones from another."""
+    """The real `generate`: all tokens up to the limit, equal for equal random seeds only."""
     tokenizer = Tokenizer.train(["A B The Question Answer only with the letter"], 300)
     model = VisionLanguageModel(VLMConfig(**{**SMALL, "lm_vocab_size": 300}))
     judged: list[str] = []
@@ -284,7 +288,8 @@ def test_a_run_scores_mmstar_and_so_does_the_command(mmstar_source, tmp_path):
         folder / "train.parquet"
     )
     home, data = {"HF_HOME": str(tmp_path / "home")}, f"mmstar:{tmp_path / 'mmstar'}"
-    options = f"--data {folder} --eval {data} --eval-every 15 --max-steps 30 --val-samples 0 --no-final-eval"
+    options = f"--data {folder} --eval {data} --eval-every 15 --max-steps 30"
+    options += " --val-samples 0 --no-final-eval"
     prompt = "--lm-max-position-embeddings 512"
     result = train(tmp_path / "run", f"{options} {prompt}", **home)
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""Generation: the cache changes nothing, prompts of a batch do not see each other, sampling keeps its promises."""
+"""Generation: the cache, the independence of prompts in a batch, and sampling."""
 
 from __future__ import annotations
 

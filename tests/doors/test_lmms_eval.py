@@ -1,4 +1,4 @@
-"""The adapter for lmms-eval, against a stand-in with its interface: its base class, manifest and requests."""
+"""The adapter for lmms-eval, with a stand-in for its base class, manifest and requests."""
 
 from __future__ import annotations
 

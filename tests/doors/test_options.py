@@ -1,4 +1,4 @@
-"""Every option of every command takes nonsense with success or one line: never a traceback, never a hang.
+"""Nonsense for every option of every command: success or one line, no traceback, no hang.
 
 The options are read from the parsers, so a new one is walked too.
 """
@@ -33,7 +33,8 @@ from tests.support.runs import CONVERSATION, TINY
 VALUES = ("nan", "inf", "-1", "0", str(10**20), "", "FOLDER", "MISSING")
 SECONDS = 120  # until a call counts as a hang, on a machine that does much else
 ONE_STEP = (
-    "--workers 0 --hang-timeout 0 --epochs 1 --max-steps 1 --no-final-eval --val-samples 0 --overwrite --out run"
+    "--workers 0 --hang-timeout 0 --epochs 1 --max-steps 1 --no-final-eval --val-samples 0 "
+    "--overwrite --out run"
 ).split()
 COMMANDS = sorted(
     ".".join(file.relative_to(ROOT).with_suffix("").parts)
@@ -150,7 +151,7 @@ def trained(few, loop, tmp_path_factory) -> str:
 
 @pytest.fixture
 def cheap_collections() -> Iterator[None]:
-    """The loop collects garbage at every save: all that is loaded here would take longer than the step."""
+    """Keep what is loaded here out of the loop's garbage collections: they outlast its step."""
     gc.freeze()
     yield
     gc.unfreeze()

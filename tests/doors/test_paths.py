@@ -1,4 +1,4 @@
-"""Folders among the options: kept from the root of the file system; what is no folder stays as it is."""
+"""Folders among the options become absolute paths; everything else stays as it is."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nanovlm_fast.runs import save_run_config
 
 @pytest.fixture
 def places(tmp_path, monkeypatch) -> Path:
-    """A directory with a data set `data`, and an empty one beside it, which is the home directory too."""
+    """A folder with a data set `data`, and an empty one beside it, which is the home folder."""
     (tmp_path / "here" / "data").mkdir(parents=True)
     (tmp_path / "here" / "data" / "train.jsonl").write_text("{}\n")
     (tmp_path / "home" / "data").mkdir(parents=True)

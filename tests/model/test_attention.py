@@ -1,4 +1,4 @@
-"""Every attention backend that can run here against a loop over documents: outputs and all gradients."""
+"""Every attention backend that runs here against a loop over documents: outputs and gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LENGTHS = [[7], [1, 1, 1], [5, 0, 16, 1, 0, 3], [16, 16, 0, 0]]
 
 
 def loop(q, k, v, cu_seqlens, max_seqlen, causal):
-    """Each document by itself, heads repeated, softmax written out; all of it in the type of the inputs."""
+    """Each document by itself, heads repeated, softmax written out, in the type of the inputs."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     documents = []
@@ -54,7 +54,7 @@ def test_equals_a_loop_over_documents(causal, heads, lengths):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("lengths", [*LENGTHS, [128, 1, 77, 0, 128, 0, 0]])
 def test_each_backend_on_the_gpu(backend, causal, lengths):
-    """The design's rule for outputs and gradients, in bfloat16 at the model's heads; compiled without a break too."""
+    """Outputs and gradients in bfloat16 at the model's heads, also compiled in one graph."""
     try:
         name, attend = choose_attention(backend, torch.device("cuda"), torch.bfloat16)
     except ValueError as error:

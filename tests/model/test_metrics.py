@@ -38,7 +38,7 @@ def counted(config: VLMConfig, text: int, frozen: tuple[str, ...] = ()) -> int:
         getattr(model, part).requires_grad_(False)
     ids = torch.randint(config.lm_vocab_size, (1, text))
     images = torch.rand(1, 3, config.vit_img_size, config.vit_img_size)
-    # attention as two products: the fused backward computes the first again, which is nobody's model FLOPs
+    # Attention as two products: the fused backward computes the first again, which is not counted.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(ids, images, targets=ids)[1].backward()
     return counter.get_total_flops()
@@ -48,7 +48,7 @@ def counted(config: VLMConfig, text: int, frozen: tuple[str, ...] = ()) -> int:
 def test_step_flops_is_what_pytorch_counts_in_the_reference(name):
     config, text = CONFIGS[name], 11
     tokens = config.image_tokens + text
-    # the reference multiplies the whole square of queries and keys, and the head with every text position
+    # The reference computes the whole square of queries and keys, and the head at every position.
     assert step_flops(config, 1, tokens, text, tokens**2) == counted(config, text)
 
 
@@ -60,7 +60,7 @@ def test_frozen_parts_leave_out_the_gradients_that_nobody_needs(frozen):
 
 
 def test_a_nanovlm_sample_costs_159_gflop():
-    """49 image and 32 text tokens, 12 labelled: 105 in the vision tower, 52 in the language model, 2 in the head."""
+    """49 image and 32 text tokens, 12 labelled: tower 105, language model 52, head 2."""
     config, tokens = preset("nanovlm-222m")[0], 49 + 32
     pairs = tokens * (tokens + 1) // 2
     vision, head = step_flops(config, 1, 0, 0, 0), step_flops(config, 0, 0, 12, 0)
@@ -105,7 +105,8 @@ def test_the_meter_adds_up_and_divides_by_wall_clock(small_config):
         meter.add(batch)
     speed = read_after(meter, 100.0, waited=20.0)
     assert speed.keys() == {
-        "tokens_per_s", "labels_per_s", "images_per_s", "questions_per_s", "tflops_per_s", "mfu", "data_wait", "packing"
+        "tokens_per_s", "labels_per_s", "images_per_s", "questions_per_s", "tflops_per_s", "mfu",
+        "data_wait", "packing"
     }  # fmt: skip
     expected = {
         "tokens_per_s": 2 * batch.n_tokens / 100,

@@ -1,4 +1,4 @@
-"""The packed model against the reference, one document at a time: loss, logits and every gradient."""
+"""The packed model against the reference, per document: loss, logits and every gradient."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def batch_of(samples: list[Sample], config: VLMConfig, spare: int = 13) -> Packe
 def run_reference(
     model: reference.VisionLanguageModel, samples: list[Sample]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(summed loss, logits at the labelled positions), each document by itself and without padding."""
+    """(summed loss, logits at labelled positions), each document by itself and without padding."""
     config, losses, logits = model.config, [], []
     for sample in samples:
         pixels = (
@@ -82,7 +82,7 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def mixed_samples(config: VLMConfig, n_documents: int, rng: np.random.Generator) -> list[Sample]:
-    """Documents with one image, with a shared image, with none and with two, until there are n_documents."""
+    """n_documents documents: with one image, with a shared image, with none and with two."""
     samples: list[Sample] = []
     kinds = [(1, 1), (1, 4), (0, 1), (2, 1), (2, 3)]
     while (left := n_documents - sum(len(s.documents) for s in samples)) > 0:

@@ -1,4 +1,4 @@
-"""The precision policy of model/README.md against the types that a bfloat16 step really computes in."""
+"""The precision policy of model/README.md against the types that a bfloat16 step computes in."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ bit_for_bit = pytest.mark.skipif(
     GPU, reason="on a GPU attention's backward adds up in no fixed order"
 )
 PRODUCT_OPS = ("aten.mm.", "aten.addmm.", "aten.bmm.", "aten.baddbmm.", "aten.convolution")
-STATISTICS = "layer_norm rms_norm rsqrt. pow. mean. var. log_softmax nll_loss logsumexp exp. embedding_dense".split()
+STATISTICS = (
+    "layer_norm rms_norm rsqrt. pow. mean. var. log_softmax nll_loss logsumexp exp. embedding_dense"
+).split()
 with_kernels = pytest.mark.parametrize(
     "kernels", CHOICES, ids=["plain", "pointwise kernels", "all kernels"][: len(CHOICES)]
 )
@@ -44,7 +46,7 @@ def float_dtypes(values: object) -> list[torch.dtype]:
 
 
 class Watch(TorchDispatchMode):
-    """Notes down every operation that runs: its name and the floating-point dtypes that go in and come out."""
+    """Records every operation: its name and the floating-point types of its inputs and outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,14 +217,15 @@ def test_an_image_shown_by_many_documents_sums_its_gradient_in_float32(kernels):
         gradient
     )
     exact = gradient.view(documents, tokens, width).sum(0)
-    # one rounding: half a unit in the last place, or a whole one in Triton's interpreter, which cuts off
+    # One rounding: half a unit in the last place, or a whole one in Triton's interpreter, which
+    # truncates.
     assert images.grad.dtype == BF16 and ((images.grad - exact).abs() <= exact.abs() / 128).all()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mean", [0.0, 0.5, 0.875])
 def test_bright_pictures_keep_their_bits(mean):
-    """The folded normalisation against normalised pixels, both in bfloat16: the design's rule, output and gradient."""
+    """The folded normalisation against normalised pixels, both in bfloat16: output and gradient."""
     config = dataclasses.replace(preset("tiny")[0], image_mean=mean, image_std=0.25)
     torch.manual_seed(0)
     ours, plain = (

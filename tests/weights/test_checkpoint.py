@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved is what is loaded, damage is named, and the two commands that read them."""
+"""Checkpoints: a round trip, errors that name the damage, and the commands that read them."""
 
 from __future__ import annotations
 
@@ -110,7 +110,10 @@ def test_a_222m_model_has_nanovlms_424_entries():
 
 @pytest.mark.parametrize("stored", ["decoder.head.weight", "decoder.token_embedding.weight"])
 def test_either_name_of_the_tied_weights_will_do(saved, stored):
-    """safetensors' save_model, which nanoVLM uses, keeps one of two shared tensors; the buffer may be absent too."""
+    """nanoVLM uses safetensors' save_model, which keeps one of two shared tensors.
+
+    The rotary buffer may be absent too.
+    """
     expected = load_file(saved / "model.safetensors")["decoder.token_embedding.weight"]
 
     def rename(tensors):
@@ -198,7 +201,7 @@ def test_unknown_fields_of_a_configuration_are_pointed_out(saved):
 
 
 def test_the_api_that_nanovlms_users_know(tmp_path, saved, tokenizer):
-    """from_pretrained gives the model alone, and what save_pretrained wrote, with or without a tokenizer."""
+    """from_pretrained loads what save_pretrained wrote, with or without a tokenizer."""
     model = nanovlm_fast.VisionLanguageModel.from_pretrained(str(saved))
     assert isinstance(model, VisionLanguageModel)
     weights = load_pretrained(saved)[0].state_dict()
@@ -255,7 +258,7 @@ def test_pickles_are_refused_and_not_read(saved, name):
 
 
 def save_step(run: Path, step: int, tokenizer: Tokenizer, best: int | None = None) -> Path:
-    """A checkpoint of a run at `step`, by a model and optimizers of their own; returns its folder."""
+    """Write a run's checkpoint at `step`, of a new model and optimizers; return its folder."""
     model = VisionLanguageModel(CONFIG)
     optimizers = make_optimizers(model, TrainConfig())
     return checkpoints.save_checkpoint(
@@ -316,7 +319,7 @@ class Crash(BaseException):
 @pytest.mark.parametrize("call", ["save_file", "fsync", "replace", "rmtree"])
 @pytest.mark.parametrize("step", [6, 9], ids=["same step again", "next step"])
 def test_a_crash_while_saving_loses_no_checkpoint(tmp_path, tokenizer, monkeypatch, call, step):
-    """Wherever the process dies, the newest folder named step-* is whole. (A run saves its last step twice.)"""
+    """Wherever the process dies, the newest step-* is complete. (A last step is saved twice.)"""
     save_step(tmp_path, 6, tokenizer)
     module = {"save_file": checkpoints, "rmtree": checkpoints.shutil}.get(call, checkpoints.os)
     real, crashes = getattr(module, call), 0

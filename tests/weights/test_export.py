@@ -1,4 +1,4 @@
-"""Checkpoints leave and come back: transformers gives our logits and answers, nanoVLM's layout is read and written."""
+"""Exports: transformers gives our logits and answers; nanoVLM's layout is read and written."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def tokenizer() -> Tokenizer:
 
 
 def random_model(config: VLMConfig) -> VisionLanguageModel:
-    """Weights far from uniform answers: a wrong place, order or scale of anything changes the argmax."""
+    """Weights far from uniform answers: an error of place, order or scale changes the argmax."""
     model = VisionLanguageModel(config).eval()
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
@@ -252,12 +252,13 @@ def test_the_command_says_what_it_did_or_one_clear_line(saved, tmp_path, capsys)
 
 # ---- nanoVLM's layout
 
-# the fields of VLMConfig in huggingface/nanoVLM v0.1 (models/config.py); its constructor takes no others
+# The fields of VLMConfig in nanoVLM v0.1 (models/config.py); its constructor takes no others.
 V01 = (
-    "vit_hidden_dim vit_inter_dim vit_patch_size vit_img_size vit_n_heads vit_dropout vit_n_blocks vit_ln_eps "
-    "vit_cls_flag vit_model_type lm_hidden_dim lm_inter_dim lm_rms_eps lm_re_base lm_max_position_embeddings "
-    "lm_vocab_size lm_n_heads lm_n_kv_heads lm_dropout lm_n_blocks lm_attn_scaling lm_max_length lm_use_tokens "
-    "lm_tie_weights lm_model_type lm_tokenizer lm_eos_token_id mp_pixel_shuffle_factor vlm_load_backbone_weights "
+    "vit_hidden_dim vit_inter_dim vit_patch_size vit_img_size vit_n_heads vit_dropout "
+    "vit_n_blocks vit_ln_eps vit_cls_flag vit_model_type lm_hidden_dim lm_inter_dim lm_rms_eps "
+    "lm_re_base lm_max_position_embeddings lm_vocab_size lm_n_heads lm_n_kv_heads lm_dropout "
+    "lm_n_blocks lm_attn_scaling lm_max_length lm_use_tokens lm_tie_weights lm_model_type "
+    "lm_tokenizer lm_eos_token_id mp_pixel_shuffle_factor vlm_load_backbone_weights "
     "vlm_checkpoint_path"
 ).split()
 NanoVLMConfig = dataclasses.make_dataclass("VLMConfig", [(name, object, None) for name in V01])
@@ -278,7 +279,7 @@ V01_EXTRA = dict(  # what v0.1 itself writes beyond the fields that are ours too
 @pytest.mark.parametrize("name", ["tiny", "untied, normalised, full vocabulary"])
 @pytest.mark.filterwarnings("ignore:nanoVLM's prompt")
 def test_nanovlm_loads_what_is_written_for_it(tmp_path, tokenizer, name):
-    """As its from_pretrained does: every field a keyword, safetensors' load_model in strict mode, plain pixels."""
+    """Load as its from_pretrained does: fields as keywords, strict load_model, plain pixels."""
     config = CONFIGS[name]
     model = random_model(config)
     to_nanovlm(tmp_path, model, tokenizer)
@@ -328,7 +329,7 @@ def test_a_model_saves_itself_in_nanovlms_layout(tmp_path, tokenizer):
 
 @pytest.fixture
 def nanovlm(tmp_path) -> tuple[Path, reference.VisionLanguageModel]:
-    """A folder as nanoVLM v0.1's save_pretrained leaves it: its fields, safetensors' save_model, no tokenizer."""
+    """A folder as nanoVLM v0.1's save_pretrained writes it: save_model, and no tokenizer."""
     config = VLMConfig(**{**SMALL, "lm_vocab_size": 281, "image_mean": 0.0, "image_std": 1.0})
     plain = reference.VisionLanguageModel(config)
     folder = tmp_path / "nanovlm"
@@ -378,10 +379,12 @@ def test_a_nanovlm_checkpoint_generates_and_trains_on_by_its_hub_name(tmp_path, 
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("b" * 40)
     env = dict(HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="1")
-    command = "-m nanovlm_fast.generate --checkpoint lusxvr/nanoVLM-222M --prompt what? --max-new-tokens 3"
+    command = "-m nanovlm_fast.generate --checkpoint lusxvr/nanoVLM-222M --prompt what?"
+    command += " --max-new-tokens 3"
     result = run_python(*command.split(), **env)
     assert result.returncode == 0 and result.stdout.strip(), result.stderr
-    options = "--data synthetic:32 --device cpu --max-steps 2 --tokens-per-batch 512 --look-ahead 16 --no-final-eval"
+    options = "--data synthetic:32 --device cpu --max-steps 2 --tokens-per-batch 512"
+    options += " --look-ahead 16 --no-final-eval"
     out = tmp_path / "run"
     command = f"train.py --start-from lusxvr/nanoVLM-222M {options} --out {out}"
     result = run_python(*command.split(), **env)
