@@ -31,7 +31,7 @@ from typing import IO
 import torch
 import torch.distributed as dist
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ALONE = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
 # what every run imports, and the programs, which are then forgotten: they must run, not be there
 LIBRARIES = (
