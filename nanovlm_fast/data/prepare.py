@@ -34,7 +34,7 @@ from nanovlm_fast.data.sources.registry import load_source, make_tokenizer
 from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.data.workers import begin_worker
 from nanovlm_fast.files import read_json
-from nanovlm_fast.paths import absolute_paths
+from nanovlm_fast.paths import absolute_paths, at_home
 from nanovlm_fast.ranges import Range
 from nanovlm_fast.runs import is_empty, locked
 
@@ -241,13 +241,13 @@ def make_parser() -> Parser:
         epilog="Further options are train.py's: --preset, --data, --turns, --prompt, --lm-tokenizer ...",
         allow_abbrev=False,
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
+    parser.add_argument("--out", type=at_home, required=True, help="folder of the shards")
     parser.add_argument(
         "--split", default="train", help="train or test; test split: --out DIR/test"
     )
     parser.add_argument(
         "--workers",
-        type=Range(int),
+        type=Range(int, most=1024),
         default=len(os.sched_getaffinity(0)),
         help="processes; 0: in this one",
     )

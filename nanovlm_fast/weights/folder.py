@@ -18,6 +18,7 @@ from nanovlm_fast.data.images import printable
 from nanovlm_fast.data.text import Tokenizer, is_hub_name
 from nanovlm_fast.files import read_json
 from nanovlm_fast.model.packed import VisionLanguageModel
+from nanovlm_fast.paths import at_home
 from nanovlm_fast.runs import latest_run, standing
 from nanovlm_fast.weights.hub import WEIGHTS, fetch
 from nanovlm_fast.weights.tensors import load_tensors, stored_shapes
@@ -200,7 +201,7 @@ def resolve(checkpoint: Path | str | None) -> Path:
     None is the latest run. Raises FileNotFoundError naming what was looked for, OSError if the hub did not give it,
     and ValueError for weights that are a pickle: reading one can run any code.
     """
-    folder = Path(checkpoint) if checkpoint is not None else latest_run()
+    folder = at_home(str(checkpoint)) if checkpoint is not None else latest_run()
     if isinstance(checkpoint, str) and not folder.exists() and not folder.parent.is_dir():
         folder = fetch(checkpoint, *WEIGHTS)
     if (folder / "model.safetensors").exists():
