@@ -127,7 +127,9 @@ def make_prompt(
     prompt = text.document([*before, (question, "")], len(example.images))
     limit = reply_tokens or len(text.encode(f" {answer}")) + 2
     if len(prompt) + limit > model.config.lm_max_position_embeddings:
-        raise TooLong(f"{example.name}: a prompt of {len(prompt)} tokens is too long for the model")
+        room = f"the model's {model.config.lm_max_position_embeddings} positions"
+        what = f"a prompt of {len(prompt)} tokens and its answer of {limit} are over {room}"
+        raise TooLong(f"{example.name}: {what}")
     return prompt, limit
 
 

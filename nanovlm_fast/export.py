@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.data.text import is_hub_name
 from nanovlm_fast.files import read_json
+from nanovlm_fast.paths import at_home
 from nanovlm_fast.weights.card import model_card
 from nanovlm_fast.weights.folder import load_pretrained, resolve
 from nanovlm_fast.weights.hub import push_to_hub
@@ -96,7 +97,7 @@ def make_parser() -> Parser:
         help="run (its newest checkpoint), RUN/best, folder, or hub name; default: the latest run",
     )
     parser.add_argument("--to", required=True, choices=TARGETS, help="what is to load it")
-    parser.add_argument("--out", required=True, type=Path, help="folder to write, new or empty")
+    parser.add_argument("--out", required=True, type=at_home, help="folder to write, new or empty")
     parser.add_argument(
         "--push", default="", metavar="OWNER/NAME", help="also upload it to the Hugging Face hub"
     )

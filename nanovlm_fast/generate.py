@@ -25,6 +25,7 @@ from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.packing.batch import PackedBatch, pack
 from nanovlm_fast.packing.documents import Document, Sample
 from nanovlm_fast.packing.packer import Budget
+from nanovlm_fast.paths import at_home
 from nanovlm_fast.ranges import SEED, Range
 from nanovlm_fast.weights.folder import load_pretrained
 
@@ -284,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
     device = pick_device(args.device)
     model, tokenizer = load_pretrained(args.checkpoint, device, args.lm_tokenizer)
     size = model.config.vit_img_size
-    images = [load_image(file, size) for file in args.image]
+    images = [load_image(at_home(file), size) for file in args.image]
     text = TextProcessor(tokenizer, model.config.prompt, model.config.image_tokens)
     prompts = [text.document([(prompt, "")], len(images)) for prompt in args.prompt]
     stacked = np.stack(images) if images else np.zeros((0, 3, size, size), np.uint8)

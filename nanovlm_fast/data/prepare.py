@@ -38,7 +38,7 @@ from nanovlm_fast.data.sources.registry import load_source, make_tokenizer
 from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.data.workers import as_is, begin_worker
 from nanovlm_fast.files import read_json
-from nanovlm_fast.paths import absolute_paths
+from nanovlm_fast.paths import absolute_paths, at_home
 from nanovlm_fast.ranges import Range
 from nanovlm_fast.runs import is_empty, locked
 
@@ -293,13 +293,13 @@ def make_parser() -> Parser:
         # An abbreviation here could be an option of train.py, which gets the rest of the line
         allow_abbrev=False,
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
+    parser.add_argument("--out", type=at_home, required=True, help="folder of the shards")
     parser.add_argument(
         "--split", default="train", help="train or test; train.py looks for test in DIR/test"
     )
     parser.add_argument(
         "--workers",
-        type=Range(int),
+        type=Range(int, most=1024),
         default=len(os.sched_getaffinity(0)),
         help="processes; 0: all in this one",
     )

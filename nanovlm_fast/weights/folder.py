@@ -22,6 +22,7 @@ from nanovlm_fast.data.images import printable
 from nanovlm_fast.data.text import Tokenizer, is_hub_name
 from nanovlm_fast.files import read_json
 from nanovlm_fast.model.packed import VisionLanguageModel
+from nanovlm_fast.paths import at_home
 from nanovlm_fast.runs import latest_run, standing
 from nanovlm_fast.weights.hub import MODEL_FILES, fetch
 from nanovlm_fast.weights.tensors import load_tensors, stored_shapes
@@ -252,7 +253,7 @@ def resolve(checkpoint: Path | str | None) -> Path:
         OSError: if the hub does not provide it.
         ValueError: for weights that are a pickle, since reading one can run any code.
     """
-    folder = Path(checkpoint) if checkpoint is not None else latest_run()
+    folder = at_home(str(checkpoint)) if checkpoint is not None else latest_run()
     # A hub name looks like a relative path. If its parent is a folder here, it is a mistyped path
     # and the hub is not asked.
     if isinstance(checkpoint, str) and not folder.exists() and not folder.parent.is_dir():

@@ -119,8 +119,14 @@ def test_flex_attention_sees_what_the_reference_sees(name, monkeypatch):
 
 @pytest.fixture
 def in_this_process(monkeypatch) -> None:
-    """Nothing is measured here that a process of its own would measure better; starting one takes seconds."""
-    monkeypatch.setattr(processes, "from_a_process", lambda generator, *args: generator(*args))
+    """Run in this process what has one of its own: starting it takes seconds, and these tests
+    measure nothing that it would measure better."""
+
+    def here(generator, *args):
+        return generator(*args)
+
+    monkeypatch.setattr(processes, "from_a_process", here)
+    monkeypatch.setattr(memory, "from_a_process", here)
 
 
 MEMORY = ["--preset", "tiny", "--data", "synthetic", "--layers", "1", "--device", "cpu"]

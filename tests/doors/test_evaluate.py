@@ -130,7 +130,8 @@ def test_one_long_question_costs_the_others_nothing(monkeypatch):
             assert result.total == 3 and result.too_long == result.skipped
             shown = result.say("questions")
             assert shown.startswith("0.0% of 3 questions; left out: 1 too long for the model, ")
-            assert ", the first: talk 3" in shown
+            assert ", the first: talk 3: a prompt of " in shown
+            assert " tokens and its answer of " in shown and shown.endswith("128 positions")
         assert set(said) == {"no", LONG, "blue"}
         assert all(len(set(replies)) == 1 for replies in said.values()), said
         assert len(tokenizer.encode(said[LONG][0])) > 20, "not cut to what the long question leaves"

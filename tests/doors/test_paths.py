@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from nanovlm_fast import export, generate
 from nanovlm_fast.cli import parse_config
 from nanovlm_fast.config import TrainConfig, VLMConfig
+from nanovlm_fast.data import prepare
 from nanovlm_fast.paths import without_path
 from nanovlm_fast.runs import save_run_config
 
@@ -78,6 +82,27 @@ def test_what_a_command_reads_it_does_not_overwrite(finished, copy, capsys, opti
         parse_config([*given, "--out", str(copy / ".." / copy.name), "--overwrite"])
     error = capsys.readouterr().err.strip()
     assert " ".join(given[:2]) in error and "--overwrite" in error and "\n" not in error
+
+
+def test_home_is_home_in_every_option_that_names_a_place(copy, tmp_path, monkeypatch, capsys):
+    """A shell leaves ~ alone in --out=~/FOLDER."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    asked = "--checkpoint=~/copy --image=~/a.png --prompt x --max-new-tokens 1 --device cpu"
+    assert generate.main(asked.split()) == 0, capsys.readouterr().err
+    exported = "--checkpoint=~/copy --to nanovlm --out=~/exported"
+    assert export.main(exported.split()) == 0, capsys.readouterr().err
+    small = "--vit-img-size 32 --mp-pixel-shuffle-factor 2 --workers 0"
+    (tmp_path / "data").mkdir()
+    record = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    (tmp_path / "data" / "train.jsonl").write_text(json.dumps(record))
+    shards = f"--data jsonl:~/data --out=~/shards {small}"
+    assert prepare.main(shards.split()) == 0, capsys.readouterr().err
+    assert (tmp_path / "exported" / "config.json").exists()
+    assert (tmp_path / "shards" / "manifest.json").exists()
+    assert not list(Path.cwd().iterdir())
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_a_kernel_file_has_its_tests_its_line_and_its_parts():
     )
     assert sorted(kernel.name for kernel in KERNELS) == FILES
     for kernel in KERNELS:
-        assert (ROOT / "tests" / f"test_{kernel.name}.py").exists(), kernel.name
+        assert (ROOT / "tests" / "kernels" / f"test_{kernel.name}.py").exists(), kernel.name
         for part in (kernel.name, f"{kernel.name}_reference", "make_inputs", "cost", "aot"):
             assert callable(getattr(kernel.module, part)), f"{kernel.name}: {part}"
 
