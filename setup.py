@@ -1,8 +1,9 @@
-"""The root folder `kernels/` is installed as `nanovlm_fast.kernels`, by the link `nanovlm_fast/kernels`.
+"""Installs the root folder `kernels/` as `nanovlm_fast.kernels`, by the link `nanovlm_fast/kernels`.
 
-Hugging Face has a package named `kernels` that `transformers` imports. Our folder has no `__init__.py` on purpose:
-where the repository root is on `sys.path` (`python train.py`, `python -m bench`), a plain folder gives way to an
-installed package of the same name, and is not taken for one where none is installed.
+Hugging Face has a package named `kernels` that `transformers` imports. Our folder has no
+`__init__.py` on purpose: where the repository root is on `sys.path` (`python train.py`,
+`python -m bench`), a plain folder gives way to an installed package of the same name, and is not
+mistaken for one where none is installed.
 """
 
 from setuptools import find_packages, setup

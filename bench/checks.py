@@ -1,7 +1,7 @@
 """The tests that need a GPU, as a result file: counts, failures, and which kernels are red.
 
-    python -m bench.checks                              pytest -m "gpu and not slow"
-    python -m bench.checks -- tests/model/test_attention.py   options and files after -- go to pytest
+    python -m bench.checks                       pytest -m "gpu and not slow"
+    python -m bench.checks -- tests/kernels      options and files after -- go to pytest
 
 A kernel is red if one of its tests failed. bench.kernels does not time a red kernel on the same
 device and commit; everything else is still measured. Exit code 1 if a test failed, or if pytest was

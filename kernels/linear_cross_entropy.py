@@ -162,6 +162,8 @@ def _check(h: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> None:
             fail(TypeError, f"{name} is {tensor.dtype}, expected one of {expected}")
         if tensor.device != h.device:
             fail(ValueError, f"{name} is on {tensor.device}, h is on {h.device}")
+        if not tensor.is_contiguous():
+            fail(ValueError, f"{name} must be contiguous, its strides are {tensor.stride()}")
     if h.dim() != 2 or h.shape[1] < 1:
         fail(ValueError, f"h has shape {tuple(h.shape)}, expected (L, H) with H > 0")
     if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != h.shape[1]:
@@ -169,9 +171,6 @@ def _check(h: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> None:
         fail(ValueError, f"weight has shape {tuple(weight.shape)}, expected {expected}")
     if labels.shape != h.shape[:1]:
         fail(ValueError, f"labels has shape {tuple(labels.shape)}, expected {tuple(h.shape[:1])}")
-    for name, tensor in (("h", h), ("weight", weight), ("labels", labels)):
-        if not tensor.is_contiguous():
-            fail(ValueError, f"{name} must be contiguous, its strides are {tensor.stride()}")
     if chunk < 1:
         fail(ValueError, f"chunk is {chunk}, expected at least 1")
 

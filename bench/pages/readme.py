@@ -23,7 +23,7 @@ def markdown(rows: Rows) -> str:
 
 
 def table(results: Path = ROOT) -> str:
-    """The summary of bench/README.md: one row per measurement, the newest of its kind and device."""
+    """The summary of bench/README.md: for each kind of measurement, the newest on each device."""
     rows: Rows = [("what", "measured", "on", "commit", "command")]
     for run in newest(results, "train_tiny*"):
         rows.append(run_row(run))
@@ -41,7 +41,10 @@ def table(results: Path = ROOT) -> str:
 
 
 def highlights(results: Path = ROOT) -> str:
-    """The three rows of README.md: a whole run, an optimizer step, the data loader; the commit is in `table`."""
+    """The three rows of README.md: a whole run, an optimizer step, and the data loader.
+
+    They leave out the commits, which `table` has.
+    """
     rows: Rows = [("what", "measured", "on", "commit", "command")]
     rows += [run_row(run) for run in newest(results, "train_tiny")]
     rows += [step_row(step) for step in newest(results, "train_step")]

@@ -78,7 +78,10 @@ def images_of(record: dict[str, Any]) -> list[str]:
 
 
 def seems_shown(key: str, value: Any) -> bool:
-    """Whether an entry is a picture by its name, or by a file's name in it; what a turn says is not."""
+    """Whether an entry seems to be a picture: by its key, or because it holds the name of a file.
+
+    The text of a turn may name a file without showing it, so it is not looked at.
+    """
     if not value or not isinstance(value, (str, list, dict)) or key in ("value", "content", "text"):
         return False
     if SHOWN.fullmatch(key.lower()) or (isinstance(value, str) and FILE.fullmatch(value.strip())):
