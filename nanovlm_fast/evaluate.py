@@ -270,8 +270,7 @@ def answer_samples(
     Each is (image (3, H, W) uint8, question, right answer, the model's answer). Examples that
     `evaluate` leaves out, and those without an image, are skipped.
     """
-    config = model.config
-    device = next(model.parameters()).device
+    config, device = model.config, next(model.parameters()).device
     text = TextProcessor(tokenizer, getattr(source, "prompt", config.prompt), config.image_tokens)
     samples = []
     indices = np.unique(np.linspace(0, len(source) - 1, count).astype(int))

@@ -589,10 +589,10 @@ def test_the_hubs_cache_serves_a_name_offline(tmp_path, backbones):
     refs.mkdir()
     (refs / "main").write_text("a" * 40)
     program = (
-        "import torch; from nanovlm_fast.cli import *\n"
-        "from nanovlm_fast.weights.backbones import *\n"
-        "options = ['--vision', 'some/tower', '--mp-pixel-shuffle-factor', '2']\n"
-        "config, train = parse_config(options)\n"
+        "from nanovlm_fast.cli import parse_config\n"
+        "from nanovlm_fast.model.packed import VisionLanguageModel\n"
+        "from nanovlm_fast.weights.backbones import load_pretrained_weights\n"
+        "config, train = parse_config(['--vision', 'some/tower', '--mp-pixel-shuffle-factor', '2'])\n"
         "model = VisionLanguageModel(config); load_pretrained_weights(model, train)\n"
         "print(config.vit_hidden_dim, model.vision_encoder.layer_norm.bias.std().item() > 0.1)"
     )
