@@ -1,4 +1,4 @@
-"""Installs the root folder `kernels/` as `nanovlm_fast.kernels`, by the link `nanovlm_fast/kernels`.
+"""Installs the root folder `kernels/` as `nanovlm_fast.kernels`, through `nanovlm_fast/kernels`.
 
 Hugging Face has a package named `kernels` that `transformers` imports. Our folder has no
 `__init__.py` on purpose: where the repository root is on `sys.path` (`python train.py`,
