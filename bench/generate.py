@@ -64,6 +64,7 @@ class Models:
         self.dtype = dtype
         self.autocast = autocast_to(dtype, device)
         torch.manual_seed(0)  # the result file does not hold the weights, so they are reproducible
+        ours: VisionLanguageModel
         if checkpoint:
             ours = load_pretrained(checkpoint)[0]
         else:

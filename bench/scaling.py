@@ -17,9 +17,8 @@ up the following parts.
   is reduced once it is full and the previous one is done; what continues after the backward is
   exposed.
 - A collective in nodes of eight GPUs, with NVLink inside and one network card per GPU between
-  nodes: reduce inside, exchange each GPU's eighth between the nodes, gather inside, one after the
-  other.
-  Each phase costs bytes over bandwidth, and hops. The hops of a ring grow with the number of nodes,
+  nodes: reduce inside, exchange each GPU's eighth between the nodes, gather inside, in turn. Each
+  phase costs bytes over bandwidth, and hops. The hops of a ring grow with the number of nodes,
   those of a tree with its logarithm; NCCL has trees for all-reduce alone and takes them where they
   are faster.
 - FSDP2 (`shard`): one unit per block. A unit is gathered for the forward, and again for the

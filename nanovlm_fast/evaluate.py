@@ -27,7 +27,7 @@ from nanovlm_fast.generate import generate, generator_of
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.packing.documents import Document
 from nanovlm_fast.ranges import SEED
-from nanovlm_fast.weights.folder import load_pretrained
+from nanovlm_fast.weights.pretrained import load_pretrained
 
 BLANK = 127  # every pixel of a blanked image: mid-grey
 

@@ -21,8 +21,9 @@ from nanovlm_fast.data.text import is_hub_name
 from nanovlm_fast.files import read_json
 from nanovlm_fast.paths import at_home
 from nanovlm_fast.weights.card import model_card
-from nanovlm_fast.weights.folder import load_pretrained, resolve
+from nanovlm_fast.weights.folder import resolve
 from nanovlm_fast.weights.hub import push_to_hub
+from nanovlm_fast.weights.pretrained import load_pretrained
 from nanovlm_fast.weights.to_nanovlm import to_nanovlm
 from nanovlm_fast.weights.to_transformers import to_transformers
 

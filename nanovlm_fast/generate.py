@@ -27,7 +27,7 @@ from nanovlm_fast.packing.documents import Document, Sample
 from nanovlm_fast.packing.packer import Budget
 from nanovlm_fast.paths import at_home
 from nanovlm_fast.ranges import SEED, Range
-from nanovlm_fast.weights.folder import load_pretrained
+from nanovlm_fast.weights.pretrained import load_pretrained
 
 TEMPERATURE = Range(float)
 TOP_K = Range(int)

@@ -25,7 +25,7 @@ from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.device import autocast_to, pick_device, pick_dtype
 from nanovlm_fast.generate import generate, generator_of
 from nanovlm_fast.packing.documents import Document
-from nanovlm_fast.weights.folder import load_pretrained
+from nanovlm_fast.weights.pretrained import load_pretrained
 
 
 def manifest() -> Any:

@@ -70,7 +70,11 @@ print(processor.decode(reply, skip_special_tokens=True))
 ```
 
 `to_rgb` is how pictures were read in training. Without it the processor sees other pixels in a
-picture that is turned by an EXIF tag, has transparency, or has 16 or 32 bits per pixel."""
+picture that is turned by an EXIF tag, has transparency, or has 16 or 32 bits per pixel.
+
+In training, special tokens that a question spells out (`<|endoftext|>`) were text. The processor
+takes them for control tokens; pass `split_special_tokens=True` for a question that may hold some,
+and put the image token before it yourself."""
 
 NANOVLM_USAGE = """```python
 from models.vision_language_model import VisionLanguageModel  # github.com/huggingface/nanoVLM, v0.1

@@ -11,7 +11,7 @@ import json
 import os
 import warnings
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -25,7 +25,7 @@ from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.paths import at_home
 from nanovlm_fast.runs import latest_run, standing
 from nanovlm_fast.weights.hub import MODEL_FILES, fetch
-from nanovlm_fast.weights.tensors import load_tensors, stored_shapes
+from nanovlm_fast.weights.tensors import stored_shapes
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -61,8 +61,6 @@ FIELDS_AFTER_V01 = (
     "resize_to_max_side_len",
 )
 KNOWN_FIELDS = {*V01_FIELDS, "hf_repo_name"}  # the latter came a week after v0.1, without effect
-
-Model = TypeVar("Model", bound=VisionLanguageModel)
 
 
 # ---- writing
@@ -104,37 +102,6 @@ def write_pretrained(
         tokenizer.save(folder)
 
 
-# ---- reading
-def load_pretrained(
-    checkpoint: Path | str | None = None, device: str | torch.device = "cpu", lm_tokenizer: str = ""
-) -> tuple[VisionLanguageModel, Tokenizer]:
-    """Load model and tokenizer of a model folder, a run (its newest checkpoint), or a hub name.
-
-    Args:
-        checkpoint: see `resolve`; None is the latest run.
-        lm_tokenizer: hub name or folder of a tokenizer to use. The default is the folder's own,
-            and if it has none, the one that its config.json names.
-
-    Raises:
-        FileNotFoundError: if there is no such checkpoint or tokenizer.
-        ValueError: naming the file or the weights, if something is damaged, is not supported, or
-            does not fit the configuration.
-    """
-    folder = resolve(checkpoint)
-    model = load_model(folder)
-    if lm_tokenizer:
-        tokenizer = Tokenizer.from_hub(lm_tokenizer)
-        model.config = dataclasses.replace(model.config, lm_tokenizer=lm_tokenizer)
-    else:
-        tokenizer = tokenizer_of(folder, model.config.lm_tokenizer)
-    if len(tokenizer) > model.config.lm_vocab_size:
-        raise ValueError(
-            f"{folder}: its tokenizer has {len(tokenizer)} ids, the model "
-            f"{model.config.lm_vocab_size}"
-        )
-    return model.to(device), tokenizer
-
-
 def tokenizer_of(folder: Path, name: str) -> Tokenizer:
     """Load the tokenizer in `folder`, or else the one that its config.json calls `name`."""
     if (folder / "tokenizer.json").exists():
@@ -147,27 +114,6 @@ def tokenizer_of(folder: Path, name: str) -> Tokenizer:
             f"config.json is {name!r}): --lm-tokenizer takes a hub name or a folder that has it"
         )
     return Tokenizer.from_hub(name)
-
-
-@overload
-def load_model(folder: Path) -> VisionLanguageModel: ...
-
-
-@overload
-def load_model(folder: Path, model_class: type[Model]) -> Model: ...
-
-
-def load_model(
-    folder: Path, model_class: type[VisionLanguageModel] = VisionLanguageModel
-) -> VisionLanguageModel:
-    """Load the model of a folder on the CPU. Raises what `load_pretrained` raises."""
-    config, extra = read_config(folder)
-    # Before the model is built: this takes its memory.
-    check_sizes(folder, config)
-    model = model_class(config)
-    model.extra_config = extra
-    model.load_reference_state_dict(load_tensors(folder / "model.safetensors"))
-    return model
 
 
 def check_sizes(folder: Path, config: VLMConfig) -> None:

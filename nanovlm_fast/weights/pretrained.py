@@ -1,17 +1,25 @@
-"""`nanovlm_fast.VisionLanguageModel`: the packed model, with `from_pretrained` and the like.
+"""Loading models, and the model as users meet it: `nanovlm_fast.VisionLanguageModel`.
 
-Both methods have the names that nanoVLM's users know.
+It is the packed model with the two methods that nanoVLM's users know.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
 
 from nanovlm_fast.data.text import Tokenizer
 from nanovlm_fast.model import packed
-from nanovlm_fast.weights.folder import load_model, resolve, save_pretrained
+from nanovlm_fast.weights.folder import (
+    check_sizes,
+    read_config,
+    resolve,
+    save_pretrained,
+    tokenizer_of,
+)
+from nanovlm_fast.weights.tensors import load_tensors
 from nanovlm_fast.weights.to_nanovlm import to_nanovlm
 
 
@@ -28,10 +36,9 @@ class VisionLanguageModel(packed.VisionLanguageModel):
     ) -> VisionLanguageModel:
         """Load the model of a checkpoint in float32: a folder, a run, or a hub name.
 
-        Raises what `weights.folder.load_pretrained` raises; that function also returns the
-        tokenizer.
+        Raises what `load_pretrained` raises; that function also returns the tokenizer.
         """
-        return load_model(resolve(checkpoint), cls).to(device)
+        return load_model(resolve(checkpoint)).to(device)
 
     def save_pretrained(
         self,
@@ -50,3 +57,44 @@ class VisionLanguageModel(packed.VisionLanguageModel):
         if layout not in layouts:
             raise ValueError(f"layout {layout!r}: there are {', '.join(layouts)}")
         layouts[layout](Path(folder), self, tokenizer)
+
+
+def load_pretrained(
+    checkpoint: Path | str | None = None, device: str | torch.device = "cpu", lm_tokenizer: str = ""
+) -> tuple[VisionLanguageModel, Tokenizer]:
+    """Load model and tokenizer of a model folder, a run (its newest checkpoint), or a hub name.
+
+    Args:
+        checkpoint: see `resolve`; None is the latest run.
+        lm_tokenizer: hub name or folder of a tokenizer to use. The default is the folder's own,
+            and if it has none, the one that its config.json names.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint or tokenizer.
+        ValueError: naming the file or the weights, if something is damaged, is not supported, or
+            does not fit the configuration.
+    """
+    folder = resolve(checkpoint)
+    model = load_model(folder)
+    if lm_tokenizer:
+        tokenizer = Tokenizer.from_hub(lm_tokenizer)
+        model.config = dataclasses.replace(model.config, lm_tokenizer=lm_tokenizer)
+    else:
+        tokenizer = tokenizer_of(folder, model.config.lm_tokenizer)
+    if len(tokenizer) > model.config.lm_vocab_size:
+        raise ValueError(
+            f"{folder}: its tokenizer has {len(tokenizer)} ids, the model "
+            f"{model.config.lm_vocab_size}"
+        )
+    return model.to(device), tokenizer
+
+
+def load_model(folder: Path) -> VisionLanguageModel:
+    """Load the model of a folder on the CPU. Raises what `load_pretrained` raises."""
+    config, extra = read_config(folder)
+    # Before the model is built: this takes its memory.
+    check_sizes(folder, config)
+    model = VisionLanguageModel(config)
+    model.extra_config = extra
+    model.load_reference_state_dict(load_tensors(folder / "model.safetensors"))
+    return model

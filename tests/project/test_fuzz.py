@@ -48,7 +48,7 @@ from nanovlm_fast.runs import load_run_config, save_run_config
 from nanovlm_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from nanovlm_fast.training.optim import make_optimizers
 from nanovlm_fast.weights.backbones import language_fields, read_tensors
-from nanovlm_fast.weights.folder import load_model, load_pretrained
+from nanovlm_fast.weights.pretrained import load_model, load_pretrained
 from tests.support.samples import SMALL
 
 GIB = 2**30

@@ -21,7 +21,8 @@ from nanovlm_fast.data.sources.llava import JsonLines
 from nanovlm_fast.data.sources.shards import Prepared
 from nanovlm_fast.data.text import Tokenizer
 from nanovlm_fast.weights.backbones import hub_config, language_fields, read_tensors
-from nanovlm_fast.weights.folder import load_pretrained, save_pretrained
+from nanovlm_fast.weights.folder import save_pretrained
+from nanovlm_fast.weights.pretrained import load_pretrained
 from tests.project.test_layout import PRODUCT, sources
 from tests.support.processes import ROOT
 from tests.support.samples import SMALL

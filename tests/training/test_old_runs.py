@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from nanovlm_fast import evaluate as evaluating
 from nanovlm_fast import export as exporting
-from nanovlm_fast.weights.folder import load_pretrained, resolve
+from nanovlm_fast.weights.folder import resolve
+from nanovlm_fast.weights.pretrained import load_pretrained
 from tests.support import forks
 from tests.support.processes import ROOT
 from tests.support.runs import losses

@@ -24,7 +24,7 @@ from nanovlm_fast.packing.batch import pack
 from nanovlm_fast.packing.packer import Budget
 from nanovlm_fast.reporting.metrics import read_metrics
 from nanovlm_fast.training.steps import StepData
-from nanovlm_fast.weights.folder import load_pretrained
+from nanovlm_fast.weights.pretrained import load_pretrained
 from tests.support import forks
 from tests.support.runs import (
     arguments,

@@ -9,7 +9,8 @@ import re
 import pytest
 
 from nanovlm_fast.reporting.metrics import read_metrics
-from nanovlm_fast.weights.folder import load_pretrained, newest_checkpoint
+from nanovlm_fast.weights.folder import newest_checkpoint
+from nanovlm_fast.weights.pretrained import load_pretrained
 from tests.support.runs import CONVERSATION, error_of, lines, losses, train, trainer, write_llava
 
 

@@ -36,7 +36,8 @@ from nanovlm_fast.packing.packer import Budget
 from nanovlm_fast.presets import PRESETS, preset
 from nanovlm_fast.runs import load_run_config
 from nanovlm_fast.weights.backbones import load_pretrained_weights, resize_positions
-from nanovlm_fast.weights.folder import load_pretrained, save_pretrained
+from nanovlm_fast.weights.folder import save_pretrained
+from nanovlm_fast.weights.pretrained import load_pretrained
 from tests.support import forks
 from tests.support.processes import run_python
 from tests.support.samples import random_document

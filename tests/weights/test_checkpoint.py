@@ -23,7 +23,8 @@ from nanovlm_fast.data.text import Tokenizer
 from nanovlm_fast.training import checkpoint as checkpoints
 from nanovlm_fast.training.checkpoint import load_checkpoint
 from nanovlm_fast.training.optim import make_optimizers
-from nanovlm_fast.weights.folder import load_pretrained, newest_checkpoint, resolve, save_pretrained
+from nanovlm_fast.weights.folder import newest_checkpoint, resolve, save_pretrained
+from nanovlm_fast.weights.pretrained import load_pretrained
 from tests.support import forks
 from tests.support.processes import run_python
 from tests.support.samples import SMALL
@@ -223,6 +224,14 @@ def test_the_api_that_nanovlms_users_know(tmp_path, saved, tokenizer):
     assert not (tmp_path / "other").exists()
     with pytest.raises(FileNotFoundError, match="nowhere"):
         VisionLanguageModel.from_pretrained(tmp_path / "nowhere")
+
+
+def test_a_loaded_model_is_of_the_public_class_and_saves_itself(saved, tmp_path):
+    model, tokenizer = load_pretrained(saved)
+    assert type(model) is nanovlm_fast.VisionLanguageModel
+    model.save_pretrained(tmp_path / "again", tokenizer=tokenizer)
+    again, _ = load_pretrained(tmp_path / "again")
+    assert again.config == model.config
 
 
 def test_the_package_alone_comes_without_torch():

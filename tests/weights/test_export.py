@@ -31,8 +31,9 @@ from nanovlm_fast.model import reference
 from nanovlm_fast.presets import preset
 from nanovlm_fast.runs import save_run_config
 from nanovlm_fast.training.checkpoint import save_checkpoint
-from nanovlm_fast.weights.folder import load_pretrained, save_pretrained
+from nanovlm_fast.weights.folder import save_pretrained
 from nanovlm_fast.weights.hub import push_to_hub
+from nanovlm_fast.weights.pretrained import load_pretrained
 from nanovlm_fast.weights.to_nanovlm import to_nanovlm
 from nanovlm_fast.weights.to_transformers import to_transformers
 from tests.support import forks

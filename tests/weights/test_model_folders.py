@@ -30,7 +30,8 @@ from nanovlm_fast.packing.packer import Budget
 from nanovlm_fast.training.checkpoint import save_checkpoint
 from nanovlm_fast.weights import to_nanovlm
 from nanovlm_fast.weights.backbones import language_fields, vision_fields
-from nanovlm_fast.weights.folder import load_pretrained, save_pretrained
+from nanovlm_fast.weights.folder import save_pretrained
+from nanovlm_fast.weights.pretrained import load_pretrained
 from tests.support.samples import SMALL
 
 CONFIG = VLMConfig(**{**SMALL, "lm_vocab_size": 300, "image_mean": 0.0, "image_std": 1.0})
