@@ -47,8 +47,8 @@ from nanovlm_fast.packing.batch import pack, pad
 from nanovlm_fast.packing.documents import IGNORE, Document, Sample
 from nanovlm_fast.packing.packer import Budget
 from nanovlm_fast.ranges import Range
-from nanovlm_fast.weights.pretrained import load_pretrained
 from nanovlm_fast.weights.names import LANGUAGE_FIELDS, language_names
+from nanovlm_fast.weights.pretrained import load_pretrained
 
 FLOOR = 1e-3  # how far below the largest logit float32 may choose, in standard deviations of logits
 NEVER = -1  # an end-of-sequence id that no model produces

@@ -207,7 +207,8 @@ from nanovlm_fast.model import attention, reference
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.presets import preset
 from nanovlm_fast.training.optim import lr_factor, make_optimizers, set_lr
-from nanovlm_fast.weights.folder import load_pretrained, save_pretrained
+from nanovlm_fast.weights.folder import save_pretrained
+from nanovlm_fast.weights.pretrained import load_pretrained
 
 model_config, config = preset("tiny")
 config = dataclasses.replace(config, data="synthetic", curriculum="", tokens_per_batch=1024, workers=0)
