@@ -52,7 +52,8 @@ def _fresh(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.manual_seed(0)
     yield
     if request.node.get_closest_marker("gpu"):
-        torch._dynamo.reset()  # one function compiled for many sizes would run into its limit of recompilations
+        # one function compiled for many sizes would reach the limit of recompilations
+        torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

@@ -86,22 +86,33 @@ def all_suites(folder: Path) -> None:
         "train_step_nanovlm-222m": dict(**step, speedup=5.0, parity={"gradient": 1e-3}),
         "kernels": dict(small=False, copy_bytes_per_s=1e12, kernels={"rms_norm": {
             "cost": {"forward": [10**8, 10**8]},
-            "providers": {"compile": passes, "ours": passes, "liger": failed, "in place": {"error": NOTHING}},
+            "providers": {
+                "compile": passes, "ours": passes, "liger": failed, "in place": {"error": NOTHING},
+            },
         }}),
         "attention": dict(cases={"mixed": {"providers": {"reference": passes, "flex": failed}}}),
         "memory": dict(published_mib={"1": 4400, "512": None}, peaks={
-            "reference": {"1": {"peak_mib": 4000.0}, "2": {"error": "out of memory"}}, "none": {"1": {"peak_mib": 9.0}},
+            "reference": {"1": {"peak_mib": 4000.0}, "2": {"error": "out of memory"}},
+            "none": {"1": {"peak_mib": 9.0}},
         }),
         "generate": dict(batches={"8": {"variants": {"transformers": failed, "ours": dict(
-            first_token=timed(1.0), all_tokens=timed(2.0), tokens_per_s=1.0, decode_tokens_per_s=2.0,
+            first_token=timed(1.0), all_tokens=timed(2.0),
+            tokens_per_s=1.0, decode_tokens_per_s=2.0,
         )}}}),
         "dataloader": dict(stages={"decode": 50.0}, speedup={"1": 2.0},
                            samples_per_s={"on the fly": {"1": 10.0}, "prepared": {"1": 20.0}}),
         "peer_tiny": dict(preset="tiny", layers=2, nanovlm={"commit": "v0.1"}, cases={
-            name: dict(work={"padded_waste": waste}, variants={"nanovlm": timed(1.0, **rates), "ours": ours})
-            for name, waste, ours in (("plain", 0.0, timed(1.0, **rates)), ("ten", 0.4, timed(0.5, **rates)))
+            name: dict(
+                work={"padded_waste": waste},
+                variants={"nanovlm": timed(1.0, **rates), "ours": ours},
+            )
+            for name, waste, ours in (
+                ("plain", 0.0, timed(1.0, **rates)), ("ten", 0.4, timed(0.5, **rates)),
+            )
         }),
-        "roofline": roofline.summarised(preset("tiny")[0], roofline.Counts(4, 144, 48, 2664), roofline.H100),
+        "roofline": roofline.summarised(
+            preset("tiny")[0], roofline.Counts(4, 144, 48, 2664), roofline.H100
+        ),
     }  # fmt: skip
     folder.mkdir()
     for name, result in found.items():
@@ -109,7 +120,10 @@ def all_suites(folder: Path) -> None:
 
 
 def test_the_page_of_all_suites(tmp_path):
-    """Every suite's table and picture, rows that failed among them; suites that are missing are no trouble."""
+    """The page has the table and picture of every suite, with rows that failed.
+
+    Missing suites cause no error.
+    """
     all_suites(tmp_path / "x")
     page = sections.suites_page(tmp_path)
     assert (
@@ -165,7 +179,10 @@ def test_a_picture_is_drawn_twice_and_known_when_stale(tmp_path):
 
 
 def test_records_stand_on_result_files():
-    """Every row names a file that is there, and where the file is still of that commit, its tokens/s."""
+    """Every row names a result file that exists.
+
+    If the file is still from the row's commit, it contains the row's tokens/s.
+    """
     bench = report.ROOT.parent
     rows = [
         line.split(" | ")
@@ -244,7 +261,10 @@ def test_the_kernel_bench_rehearses_on_any_machine(tmp_path, capsys):
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_every_competitor_here_computes_the_same(kernel):
-    """In float32 at toy sizes, so that a wrong call of a rival's operation is found without a GPU."""
+    """Every provider computes the same result in float32 at toy sizes.
+
+    A wrong call of another library's operation is thus found without a GPU.
+    """
     inputs = kernel.module.make_inputs(**kernel.small, dtype=torch.float32, device="cpu")
     calls = {
         name: call_of(PROVIDERS[name], kernel)

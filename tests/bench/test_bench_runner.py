@@ -1,4 +1,7 @@
-"""`python -m bench`: one suite harms no other, results stay, and what is wrong is said in a line."""
+"""`python -m bench`: suites do not affect each other, and their results are kept.
+
+An error is reported in one line.
+"""
 
 from __future__ import annotations
 
@@ -122,7 +125,9 @@ import resource, sys
 from bench import roofline
 roofline.measured_rates = lambda device: roofline.H100
 resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
-sys.exit(roofline.main(["--preset", "tiny", "--samples", "1", "--device", "cpu", "--out", sys.argv[1]]))
+sys.exit(
+    roofline.main(["--preset", "tiny", "--samples", "1", "--device", "cpu", "--out", sys.argv[1]])
+)
 """
 
 
@@ -217,11 +222,15 @@ def test_what_warns_in_a_result_is_in_the_summary(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_quick_bench_runs_all_that_is_here(tmp_path):
-    """What CI runs, about a minute on two cores; checked is what its processes compute, not what others do beside."""
+    """Runs the command that CI runs, which takes about a minute on two cores.
+
+    The test checks what its own processes compute, not what other processes do at the same time.
+    """
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-m", "bench", "--quick", "--device", "cpu", "--out", str(tmp_path)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}, capture_output=True, text=True,
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"},
+        capture_output=True, text=True,
     )  # fmt: skip
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stdout + done.stderr

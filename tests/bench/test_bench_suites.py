@@ -1,4 +1,7 @@
-"""The suites beside the kernels' and the step's: each runs, its gate holds, its arithmetic is what a hand gets."""
+"""The suites other than those of the kernels and of the step.
+
+Each suite runs, its gate holds, and its arithmetic agrees with calculations by hand.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +106,10 @@ def test_attentions_work_by_hand():
 
 @pytest.mark.parametrize("name", ["language, 48", "vision"])
 def test_flex_attention_sees_what_the_reference_sees(name, monkeypatch):
-    """Forward only and not compiled; on a GPU the suite's own gate compares what is compiled, and the gradients."""
+    """Checks the forward pass only, without compilation.
+
+    On a GPU, the suite's own gate compares the compiled operation and the gradients.
+    """
     monkeypatch.setattr(torch, "compile", lambda call, **options: call)
     inputs = attention_cases(128, 2)[name].make(torch.float32, CPU)
     padded = attention.reference_of(inputs).call(
@@ -240,7 +246,10 @@ def test_generation_that_is_not_greedy_or_fails_gets_no_time(monkeypatch, dtype)
 
 
 def test_what_is_asked_is_the_question_alone():
-    """Prompts keep image and question; the replies of different prompts differ, so the gate has something to see."""
+    """The prompts keep the image and the question.
+
+    The replies to different prompts differ, so the gate can detect a difference.
+    """
     config = preset("tiny")[0]
     models = generate.Models(config, CPU, torch.float32)
     prompts = generate.Prompts(models, 4)

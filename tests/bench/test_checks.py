@@ -1,4 +1,7 @@
-"""The GPU tests as a result file, the profile and the device's facts: what gpu_all.sh writes beside the old suites."""
+"""The GPU tests as a result file, the profile and the device's facts.
+
+gpu_all.sh writes these in addition to the results of the older suites.
+"""
 
 from __future__ import annotations
 
@@ -140,8 +143,13 @@ def test_kernels_of_a_gpu_fall_into_kinds():
         "_linear_cross_entropy_fwd_kernel": "ours",
         "_rms_norm_bwd_kernel_0": "ours",
         "nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NNT": "product",
-        "void cutlass::device_kernel<flash::enable_sm90_or_later<flash::FlashAttnFwdSm90>>": "attention",
-        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>": "optimizer",
+        (
+            "void cutlass::device_kernel<flash::enable_sm90_or_later<flash::FlashAttnFwdSm90>>"
+        ): "attention",
+        (
+            "void at::native::(anonymous namespace)::multi_tensor_apply_kernel"
+            "<FusedAdamMathFunctor>"
+        ): "optimizer",
         "Memcpy HtoD (Pinned -> Device)": "copy",
         "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel": "other",
     }

@@ -1,4 +1,8 @@
-"""Two result files: what got slower is found, noise is not taken for it, and what differs in kind is not compared."""
+"""The comparison of two result files.
+
+It finds what became slower and does not report noise. It does not compare results of different
+kinds.
+"""
 
 from __future__ import annotations
 

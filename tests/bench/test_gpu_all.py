@@ -1,4 +1,7 @@
-"""bench/gpu_all.sh, rehearsed on a CPU at toy sizes: stages in order, results kept, nothing done twice."""
+"""bench/gpu_all.sh, rehearsed on a CPU at toy sizes.
+
+The stages run in order, their results are kept, and nothing is done twice.
+"""
 
 from __future__ import annotations
 

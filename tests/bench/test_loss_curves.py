@@ -49,7 +49,10 @@ def test_a_packed_model_that_learns_something_else_fails(tmp_path, capsys, monke
 
 
 def test_the_yardstick_is_the_spread_of_the_seeds_around_a_step(monkeypatch):
-    """Without smoothing and with a window of one step to each side; the seeds cross at the seventh step."""
+    """The curves are not smoothed, and the window is one step to each side.
+
+    The seeds cross at the seventh step.
+    """
     monkeypatch.setattr(loss_curves, "SPAN", 1)
     apart = np.array([3.0, 3.0, 3.0, 3.0, 1.0, 1.0, 0.0, 1.0, 1.0])
     truth = np.stack([0 * apart, apart / 2, apart])

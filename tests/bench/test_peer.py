@@ -1,4 +1,7 @@
-"""The adapter to huggingface/nanoVLM, with stand-ins of its two interfaces made from our reference."""
+"""The adapter to huggingface/nanoVLM.
+
+Its two interfaces are replaced by stand-ins made from this project's reference.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,9 @@ class VQACollator:
 
     def __call__(self, batch):
         texts = [item["text_data"] + item["answer"] for item in batch]
-        options = dict(padding="max_length", padding_side="left", return_tensors="pt", truncation=True)
+        options = dict(
+            padding="max_length", padding_side="left", return_tensors="pt", truncation=True
+        )
         rows = self.tokenizer.batch_encode_plus(texts, max_length=self.max_length, **options)
         labels = rows["input_ids"].roll(-1, 1)
         labels[:, -1] = -100
@@ -183,7 +188,11 @@ def test_v01s_collator_makes_of_the_samples_what_they_are(tmp_path, own_modules)
 
 
 def test_v02_is_refused_by_name(tmp_path, capsys):
-    """Its forward has v0.1's arguments, its rows hold image tokens: with neither's layout is it what it trains."""
+    """v0.2 fits neither of the layouts that are compared.
+
+    Its forward takes v0.1's arguments, but its rows contain image tokens. With either layout, the
+    benchmark would not measure what v0.2 trains.
+    """
     checkout = checkout_of(tmp_path / "nanoVLM", V01)
     config = checkout / "models" / "config.py"
     config.write_text(config.read_text() + "    mp_image_token_length: int = 64\n")

@@ -1,4 +1,8 @@
-"""The race: both sides learn alike, the clock is training's alone, and what was not reached is not made up."""
+"""The race between the two sides, fast and reference.
+
+Both sides learn alike, and the clock counts training only. A target that was not reached is not
+reported as reached.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +98,10 @@ def test_a_side_alone_leaves_the_other_and_a_race_of_other_settings_does_not(tmp
 
 
 def test_a_side_that_was_cut_off_goes_on_to_the_same_end(tmp_path, monkeypatch):
-    """Cut by its budget after the first step, and again: the losses and answers are those of one call."""
+    """The side is stopped by its budget after the first step, and then once more.
+
+    Its losses and answers are those of a single call.
+    """
     assert run(tmp_path / "whole", "--only", "fast", "--", "--eval-every", "1") == 0
     whole = result_in(tmp_path / "whole")["sides"]["fast"]
     cut = tmp_path / "cut"
@@ -143,7 +150,10 @@ def test_the_target_counts_when_the_whole_split_confirms_it(tmp_path):
 
 
 def made_up(fast: float | None, reference: float | None) -> dict:
-    """A result whose sides were evaluated at 10 and 20 s a step's ten, and reached the target when told."""
+    """A result with two evaluations for each side, at steps 10 and 20.
+
+    `fast` and `reference` are the seconds after which each side reached the target, or None.
+    """
     sides = {}
     for name, reached, scale in (("fast", fast, 1.0), ("reference", reference, 5.0)):
         points = [

@@ -28,7 +28,10 @@ def test_the_operators_flops_are_the_models(name):
 
 
 def test_one_layer_by_hand():
-    """nanovlm-222m at 256 samples of 49 + 32 tokens: 50,176 vision rows of 768, 20,736 language rows of 576."""
+    """nanovlm-222m at 256 samples of 49 + 32 tokens.
+
+    This gives 50,176 vision rows of 768 and 20,736 language rows of 576.
+    """
     config, _ = preset("nanovlm-222m")
     work = Counts.of_samples(config, samples=256, text=32, labels=12)
     found = {(o.part, o.name, o.direction): o for o in operators(config, work)}

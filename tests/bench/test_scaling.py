@@ -1,4 +1,7 @@
-"""The model of many GPUs agrees with arithmetic by hand, and its bytes with those that two processes send."""
+"""The model of many GPUs agrees with arithmetic by hand.
+
+The bytes that it predicts are those that two real processes send.
+"""
 
 from __future__ import annotations
 
@@ -116,7 +119,10 @@ def test_nodes_and_their_gpus_together_send_what_one_ring_would():
 
 
 def test_what_is_exposed_by_hand():
-    """Three buckets; the links keep up with the first two, and the last comes when the backward is through."""
+    """The gradients are sent in three buckets.
+
+    The links keep up with the first two. The last is ready when the backward pass has ended.
+    """
     million = 2**18  # elements of a MiB
     order = [
         ("decoder.a", million),

@@ -1,4 +1,7 @@
-"""Times that can be trusted: intervals cover as often as they say, equal things are called the same."""
+"""The statistics of timings.
+
+Intervals have the coverage that they state, and equal things are reported as equal.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,10 @@ from bench.harness.timing import (
 
 
 def skewed(rng: random.Random, n: int, scale: float = 1.0) -> list[float]:
-    """Times as machines give them: a floor and a long tail. The median is 1 + ln 2 / 10, times `scale`."""
+    """Times as machines give them, with a floor and a long tail.
+
+    The median is 1 + ln 2 / 10, times `scale`.
+    """
     return [scale * (1 + rng.expovariate(10)) for _ in range(n)]
 
 

@@ -1,4 +1,7 @@
-"""bench.train_step: the drawn work is as documented, every variant is the same step, a broken one gets no time."""
+"""bench.train_step: the drawn work is as documented, and every variant is the same step.
+
+A variant that computes something else gets no time.
+"""
 
 from __future__ import annotations
 
@@ -313,7 +316,10 @@ def test_a_row_that_cannot_run_says_why_and_ours_is_timed_all_the_same(
 
 
 def comparison_of(monkeypatch, **options) -> train_step.Comparison:
-    """A comparison as on a GPU, where ours is timed with graphs and everything else against ours without them."""
+    """A comparison as on a GPU.
+
+    There, ours is timed with CUDA graphs, and everything else is compared to ours without them.
+    """
     args = train_step.parse([*QUICK, "--no-ablation"])
     args = argparse.Namespace(
         **{**vars(args), "compile": "reduce-overhead", "variants": ("all",), **options}
@@ -370,7 +376,9 @@ def test_bad_options_are_one_line(options, message, capsys):
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_on_the_gpu_every_row_is_timed(tmp_path, dtype):
-    arguments = f"--preset nanovlm-222m --layers 1 --samples 32 --repeats 3 --budget-s 500 --dtype {dtype}".split()
+    arguments = (
+        f"--preset nanovlm-222m --layers 1 --samples 32 --repeats 3 --budget-s 500 --dtype {dtype}"
+    ).split()
     assert train_step.main([*arguments, "--tolerance", "1e-3", "--out", str(tmp_path)]) == 0
     (file,) = tmp_path.glob("*/*.json")
     result = json.loads(file.read_text())

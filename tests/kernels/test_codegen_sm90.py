@@ -1,4 +1,7 @@
-"""Every kernel, compiled ahead of time for sm_90 at the seed's sizes: what the assembler made of it."""
+"""What the assembler makes of every kernel.
+
+The kernels are compiled ahead of time for sm_90 at the seed's sizes.
+"""
 
 from __future__ import annotations
 

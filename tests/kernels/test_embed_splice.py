@@ -26,7 +26,8 @@ from tests.support.kernel_checks import (
 
 # positions, vocabulary, width, image tokens
 SHAPES = [
-    (199, 50, 64, 49), (33, 400, 576, 49), (1, 7, 960, 3), (CHUNK, 3, 123, 1), (CHUNK + 1, 1, 8, 5), (64, 5, 1, 100),
+    (199, 50, 64, 49), (33, 400, 576, 49), (1, 7, 960, 3), (CHUNK, 3, 123, 1),
+    (CHUNK + 1, 1, 8, 5), (64, 5, 1, 100),
     (0, 7, 16, 5),
 ]  # fmt: skip
 
@@ -81,7 +82,10 @@ def test_not_contiguous():
 
 
 def sums_exactly(keys: torch.Tensor, table_rows: int, image_rows: int, c: int = 3) -> None:
-    """Both gradients against index_add, on small integers: every sum is exact, so any lost or doubled part shows."""
+    """Compares both gradients to index_add on small integers.
+
+    Every sum is exact, so any part that is lost or counted twice is detected.
+    """
     dh = torch.randint(-8, 9, (len(keys), c), device=DEVICE).float()
     expected = torch.zeros(table_rows + image_rows, c, device=DEVICE).index_add_(0, keys.long(), dh)
     with poisoned():
@@ -93,15 +97,21 @@ def sums_exactly(keys: torch.Tensor, table_rows: int, image_rows: int, c: int = 
 @pytest.mark.parametrize(
     "runs",
     [
-        [1], [CHUNK], [CHUNK - 1, 1], [CHUNK - 1, 2], [CHUNK, 1], [1, CHUNK], [CHUNK, CHUNK], [2 * CHUNK],
-        [CHUNK - 1, CHUNK + 2, CHUNK - 1], [3, 2 * CHUNK - 3, 5], [3, 2 * CHUNK - 2, 5], [5 * CHUNK + 3],
+        [1], [CHUNK], [CHUNK - 1, 1], [CHUNK - 1, 2], [CHUNK, 1], [1, CHUNK], [CHUNK, CHUNK],
+        [2 * CHUNK], [CHUNK - 1, CHUNK + 2, CHUNK - 1], [3, 2 * CHUNK - 3, 5],
+        [3, 2 * CHUNK - 2, 5], [5 * CHUNK + 3],
         [CHUNK // 2] * 7, [1] * 40, [1, 3 * CHUNK, 1, 1, 3 * CHUNK, 2], [7, 40 * CHUNK, 5],
-        [31 * CHUNK], [32 * CHUNK], [33 * CHUNK], [33 * CHUNK + 1], [34 * CHUNK - 1, 1], [CHUNK - 1, 1 + 65 * CHUNK, 1],
+        [31 * CHUNK], [32 * CHUNK], [33 * CHUNK], [33 * CHUNK + 1], [34 * CHUNK - 1, 1],
+        [CHUNK - 1, 1 + 65 * CHUNK, 1],
     ],
     ids=str,
 )  # fmt: skip
 def test_runs_that_meet_the_borders_of_chunks(runs):
-    """Lengths of runs of one key in sorted order: inside, across and along chunks, of the table and of the images."""
+    """Runs of one key lie inside chunks, across their borders and along whole chunks.
+
+    `runs` holds the lengths of the runs in sorted order. The keys are those of the table and of the
+    images.
+    """
     keys = torch.cat(
         [torch.full((n,), 2 * i + 1, dtype=torch.int32) for i, n in enumerate(runs)]
     ).to(DEVICE)
@@ -136,7 +146,10 @@ def test_a_gradient_that_is_not_finite_stays_in_its_row():
 
 @on_the_gpu_too
 def test_documents_that_share_an_image():
-    """Three documents show the same image: its gradient is the sum; the ids below an image get none."""
+    """Three documents show the same image, and its gradient is their sum.
+
+    The token ids at the image's positions get no gradient.
+    """
     rows = torch.tensor([0, 1, 2, -1] * 3, dtype=torch.int32, device=DEVICE)
     inputs = make_inputs(12, 5, 16, 4, torch.float32, DEVICE) | {"image_rows": rows}
     check_parity(embed_splice, embed_splice_reference, inputs)

@@ -93,7 +93,11 @@ def test_large_logits_do_not_overflow(dtype):
 
 @on_the_gpu_too
 def test_without_labels_all_is_exactly_zero():
-    """Even where a row without a label holds NaN or infinity, as padding may: but dW, a sum, needs finite rows."""
+    """Without labels, the loss and all gradients are exactly zero.
+
+    This also holds if a row without a label contains NaN or infinity, as padding may. Only dW,
+    which is a sum over the rows, needs finite rows.
+    """
     inputs = make_inputs(9, 97, 16, DTYPES[0], DEVICE, ignored=1.0)
     check_parity(linear_cross_entropy, linear_cross_entropy_reference, inputs)
     assert all((value == 0).all() for value in run(linear_cross_entropy, inputs).values())
@@ -141,7 +145,10 @@ def test_not_contiguous_and_more_dimensions():
 @on_the_gpu_too
 @pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32])
 def test_16_bit_hidden_states(weight_dtype, monkeypatch):
-    """float16 is what the interpreter rounds rightly; CPUs lack the product of it that adds to float32."""
+    """The 16-bit type is float16, because the interpreter rounds it correctly.
+
+    CPUs have no float16 product that adds to float32, so the test replaces it there.
+    """
     if DEVICE == "cpu":
 
         def add_product(total, a, b, first):
@@ -181,7 +188,10 @@ class Launches:
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_one_chunk_of_logits_at_a_time(gradient, monkeypatch):
-    """The operator's body, traced: one buffer for the logits, of chunk x V, and no value read by the host."""
+    """The operator's body, traced.
+
+    It has one buffer for the logits, of size chunk x V, and the host reads no value.
+    """
     launches = Launches()
     monkeypatch.setattr(module, "_linear_cross_entropy_fwd_kernel", launches)
     inputs = make_inputs(40, 1001, 8, torch.float32, "cpu")
@@ -238,7 +248,11 @@ def test_reference_gradients():
 )
 @pytest.mark.parametrize("label", [97, 2**40, -1])
 def test_labels_out_of_range(label):
-    """The reference raises; the kernel, which cannot without a sync, makes the row and the sum NaN, nothing else."""
+    """The reference raises an error, and the kernel returns NaN.
+
+    The kernel cannot raise an error without a synchronization. It makes the row and the sums NaN,
+    and nothing else.
+    """
     inputs = make_inputs(5, 97, 16, torch.float32, "cpu", ignored=0.0)
     inputs["labels"][2] = label
     with pytest.raises(IndexError, match="out of bounds"):

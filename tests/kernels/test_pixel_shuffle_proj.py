@@ -136,7 +136,10 @@ def test_reference_gradients(bias):
 
 
 def test_order_is_the_models():
-    """Patch (row, column) of a 4 x 6 grid goes to image token (row // 2, column // 2), block (row % 2, column % 2)."""
+    """The order of the patches of a 4 x 6 grid is that of the models.
+
+    Patch (row, column) goes to image token (row // 2, column // 2), block (row % 2, column % 2).
+    """
     x = torch.arange(24.0).view(1, 24, 1)
     shuffled = pixel_shuffle_proj_reference(x, torch.eye(4), 2, grid=(4, 6))
     assert shuffled[0].tolist()[:2] == [[0, 1, 6, 7], [2, 3, 8, 9]] and shuffled[

@@ -1,4 +1,7 @@
-"""The pages: what they link to exists, tests and commands that they name exist, file maps are complete."""
+"""The pages: the links, tests and commands that they name exist.
+
+The file maps are complete.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +93,10 @@ def test_every_link_and_image_leads_somewhere(page):
 
 @every_page
 def test_every_test_that_a_page_names_exists(page):
-    """Named as `tests/FOLDER/FILE.py::NAME`: a name without its path would not be found by a reader."""
+    """Tests are named as `tests/FOLDER/FILE.py::NAME`.
+
+    A reader would not find a name without its path.
+    """
     text = page.read_text()
     named = re.findall(r"([\w/.]+\.py)::(\w+)", text)
     files = {name: ROOT / name for name, _ in named}
@@ -150,7 +156,10 @@ def cpu_only() -> bool:
 
 
 def mapped(page: Path) -> list[str]:
-    """The names in the first column of the page's first table, which must be its map: `file | what it holds`."""
+    """The names in the first column of the page's first table.
+
+    This table must be the page's map, with the header `file | what it holds`.
+    """
     rows = re.search(r"^\|.*\n\| ---.*\n(?:\|.*\n)+", page.read_text(), re.M).group(0).splitlines()
     assert rows[0].startswith("| file"), f"{page} does not open with its file map"
     return [name for row in rows[2:] for name in re.findall(r"`([\w./]+)`", row.split(" | ")[0])]

@@ -1,4 +1,6 @@
-"""Random records, batches and bytes: a clear error or success, never a hang, a crash, gigabytes or a pickle.
+"""Random records, batches and bytes give a success or a clear error.
+
+They never cause a hang, a crash, an allocation of gigabytes or the loading of a pickle.
 
 Everything is drawn from fixed seeds, so a failure names the case that makes it fail again.
 """
@@ -62,7 +64,10 @@ class Hung(BaseException):
 
 @contextlib.contextmanager
 def at_most(seconds: float, case: Any) -> Iterator[None]:
-    """Raise Hung, naming the case, if what is inside takes longer. (pytest's own timer goes on after it.)"""
+    """Raise Hung, naming the case, if the block takes longer.
+
+    The timer of pytest continues afterwards.
+    """
 
     def hung(*_: Any) -> None:
         raise Hung(f"over {seconds} s: {case!r:.200}")
@@ -78,7 +83,10 @@ def at_most(seconds: float, case: Any) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_gigabytes() -> Iterator[None]:
-    """Whoever asks for 2 GiB beyond what the process has is refused by the system, which no test here lets pass."""
+    """Limits the memory to 2 GiB beyond what the process has.
+
+    The system refuses a larger allocation, and the tests of the readers do not accept that error.
+    """
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2 * GIB, hard))
@@ -87,7 +95,10 @@ def no_gigabytes() -> Iterator[None]:
 
 
 def test_the_guards_guard():
-    """The timer and the limit on memory, which all of this rests on, do stop what they are there for."""
+    """The time limit and the memory limit stop what they should stop.
+
+    All other tests of this file rely on them.
+    """
     with pytest.raises(Hung, match="endless"), at_most(0.05, "endless"):
         while True:
             with contextlib.suppress(Exception):
@@ -99,11 +110,15 @@ def test_the_guards_guard():
 # ---- records
 
 NASTY: list[Any] = [
-    None, True, False, 0, -1, 2**63, 10**400, 1e308, float("inf"), float("nan"), "", " ", "\0", "\ud800", "\udfff x",
-    "<image>", "<image>" * 50, "../outside.png", "/etc/passwd", "a\nb", "\x1b[2J", "\u2028", "x" * 5000, "日本語 🙂",
-    [], {}, [[]], [None], {"from": 1}, {"from": "human"}, {"from": ["human"], "value": {}}, "half.jpg", "text.png",
+    None, True, False, 0, -1, 2**63, 10**400, 1e308, float("inf"), float("nan"),
+    "", " ", "\0", "\ud800", "\udfff x",
+    "<image>", "<image>" * 50, "../outside.png", "/etc/passwd", "a\nb", "\x1b[2J", "\u2028",
+    "x" * 5000, "日本語 🙂",
+    [], {}, [[]], [None], {"from": 1}, {"from": "human"}, {"from": ["human"], "value": {}},
+    "half.jpg", "text.png",
     "loop.png", " ".join(map(str, range(1000))),
-    "pipe.png", "folder", "good.png/more", ["good.png"] * 3, "x" * 300 + ".png", "{question}", "%s", "system",
+    "pipe.png", "folder", "good.png/more", ["good.png"] * 3, "x" * 300 + ".png",
+    "{question}", "%s", "system",
 ]  # fmt: skip
 
 
@@ -253,7 +268,11 @@ def random_sample(rng: np.random.Generator, key: int) -> Sample:
 
 
 def check_sizes(packed: PackedBatch, budget: Budget) -> None:
-    """Static shapes; documents that cover all positions, none too long; positions from 0 in each; padding inert."""
+    """Checks the sizes, positions and padding of a batch.
+
+    The shapes are static. The documents cover all positions, and none is too long. Positions start
+    at 0 in each document, and padding has no effect.
+    """
     starts = packed.cu_seqlens.numpy()
     assert len(starts) == budget.documents + 1 and starts[0] == 0 and starts[-1] == budget.tokens
     lengths = np.diff(starts)
@@ -334,7 +353,10 @@ def test_10000_random_batches_keep_every_sample_and_every_budget():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """A run with a checkpoint, prepared shards, pictures, and a language model of transformers' layout."""
+    """A run with a checkpoint, prepared shards and pictures.
+
+    It also holds a language model in the layout of transformers.
+    """
     folder = tmp_path_factory.mktemp("whole")
     tokenizer = Tokenizer.train(texts(Synthetic("train"), CONFIG.prompt), CONFIG.lm_vocab_size)
     model, run = VisionLanguageModel(CONFIG), folder / "run"
@@ -351,7 +373,10 @@ def whole(tmp_path_factory) -> Path:
     (run / "metrics.jsonl").write_text(
         '{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 1.5, "skipped": "a"}\n'
     )
-    arguments = f"--data synthetic:32 --out {folder}/prepared --workers 0 --shard-samples 128 --vit-img-size 16"
+    arguments = (
+        f"--data synthetic:32 --out {folder}/prepared --workers 0 --shard-samples 128 "
+        "--vit-img-size 16"
+    )
     assert prepare.main([*arguments.split(), "--mp-pixel-shuffle-factor", "1"]) == 0
     noise = Image.effect_noise((24, 20), 90).convert("RGB")
     for name in ("a.png", "a.jpg", "a.webp", "a.gif", "a.tiff", "a.bmp", "a.jp2", "a.ppm"):

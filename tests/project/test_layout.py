@@ -1,4 +1,7 @@
-"""The layout holds: who may import whom, what a training step needs, the name `kernels`, sizes, no local paths."""
+"""The layout: who may import whom, and what a training step needs.
+
+Also the name `kernels`, the sizes of files and functions, and no local paths.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ from tests.support.processes import ROOT, run_python
 
 
 def sources(part: str) -> list[Path]:
-    """The Python files of a top-level file or folder. (nanovlm_fast/kernels is a link and is not followed.)"""
+    """The Python files of a top-level file or folder.
+
+    nanovlm_fast/kernels is a link and is not followed.
+    """
     place = ROOT / part
     found = (
         [place]
@@ -33,7 +39,10 @@ PRODUCT = [
 
 
 def imports(file: Path) -> set[str]:
-    """Full dotted names of all that the file imports, anywhere in it; `from a import b` counts as a and a.b."""
+    """Full dotted names of everything that the file imports, anywhere in it.
+
+    `from a import b` counts as a and a.b.
+    """
     package = file.relative_to(ROOT).parent.parts
     if package[:1] == ("kernels",):  # installed as nanovlm_fast.kernels
         package = ("nanovlm_fast", *package)
@@ -173,7 +182,10 @@ STEP = """
 import sys
 from importlib.machinery import PathFinder
 
-BLOCKED = {"transformers", "datasets", "wandb", "easy_vqa", "matplotlib", "tqdm", "huggingface_hub", "kernels"}
+BLOCKED = {
+    "transformers", "datasets", "wandb", "easy_vqa", "matplotlib", "tqdm", "huggingface_hub",
+    "kernels",
+}
 
 
 class NotInstalled(PathFinder):
@@ -211,7 +223,9 @@ from nanovlm_fast.weights.folder import save_pretrained
 from nanovlm_fast.weights.pretrained import load_pretrained
 
 model_config, config = preset("tiny")
-config = dataclasses.replace(config, data="synthetic", curriculum="", tokens_per_batch=1024, workers=0)
+config = dataclasses.replace(
+    config, data="synthetic", curriculum="", tokens_per_batch=1024, workers=0
+)
 source = load_source(config.data, "train")
 tokenizer = Tokenizer.train(texts(source, model_config.prompt), model_config.lm_vocab_size)
 text = TextProcessor(tokenizer, model_config.prompt, model_config.image_tokens)

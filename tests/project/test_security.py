@@ -1,4 +1,7 @@
-"""What SECURITY.md promises: nothing that is read runs code, and no name in data leads out of its folder."""
+"""What SECURITY.md promises.
+
+Nothing that is read runs code, and no name in data leads out of its folder.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +39,11 @@ BUILTINS = frozenset(
     "eval exec compile __import__".split()
 )  # as they are: model.eval() is something else
 CALLS = frozenset(  # how the full name of what may not be called ends
-    "os.system os.popen os.execv os.execvp os.spawnl os.spawnv pty.spawn ctypes.CDLL subprocess.getoutput "
-    "subprocess.getstatusoutput tempfile.mktemp hub.load hub.load_state_dict_from_url torch.jit.load "
-    "all_gather_object broadcast_object_list gather_object scatter_object_list send_object_list recv_object_list "
+    "os.system os.popen os.execv os.execvp os.spawnl os.spawnv pty.spawn ctypes.CDLL "
+    "subprocess.getoutput subprocess.getstatusoutput tempfile.mktemp "
+    "hub.load hub.load_state_dict_from_url torch.jit.load "
+    "all_gather_object broadcast_object_list gather_object scatter_object_list "
+    "send_object_list recv_object_list "
     "yaml.load yaml.load_all yaml.full_load yaml.unsafe_load read_pickle".split()
 )
 ARGUMENTS = {
@@ -79,7 +84,10 @@ def literal(node: ast.AST) -> object:
 
 
 def faults_of_call(name: str, arguments: dict[str | None, object]) -> list[str]:
-    """What is forbidden about a call of `name` with these keyword arguments. One that is no literal could be any."""
+    """What is forbidden about a call of `name` with these keyword arguments.
+
+    An argument that is not a literal could have any value.
+    """
     found = [
         f"{key} of {name}"
         for key, only in ARGUMENTS.items()
@@ -284,7 +292,9 @@ def test_a_manifests_file_does_not_leave_its_folder(tmp_path, way):
     out = tmp_path / "out"
     assert (
         prepare.main(
-            f"--data synthetic:32 --out {out} --workers 0 --shard-samples 256 --vit-img-size 32".split()
+            (
+                f"--data synthetic:32 --out {out} --workers 0 --shard-samples 256 --vit-img-size 32"
+            ).split()
         )
         == 0
     )
@@ -320,7 +330,10 @@ def test_an_indexs_file_does_not_leave_its_folder(tmp_path, name):
 
 
 def test_links_of_the_hubs_cache_are_followed_and_hold_safetensors_or_nothing(tmp_path):
-    """A snapshot is a folder of links to ../../blobs: what they lead to is read by the same readers as a file."""
+    """A snapshot is a folder of links to ../../blobs.
+
+    The files that the links lead to are read by the same readers as any other file.
+    """
     config = VLMConfig(**{**SMALL, "lm_vocab_size": 300})
     tokenizer = Tokenizer.train(["a red cat"] * 9, 300)
     save_pretrained(tmp_path / "blobs", VisionLanguageModel(config), tokenizer)
@@ -412,7 +425,10 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage
 
 
 def test_no_program_is_started_on_an_image(tmp_path, monkeypatch):
-    """Pillow reads EPS with Ghostscript, which is looked for on the PATH: here one that tells of having been called."""
+    """Pillow reads EPS with Ghostscript, which it looks for on the PATH.
+
+    The one on the PATH here leaves a file if it is called.
+    """
     program = tmp_path / "gs"
     program.write_text(f"#!/bin/sh\ntouch {tmp_path}/called\n")
     program.chmod(0o755)

@@ -1,4 +1,7 @@
-"""--dry-run: the plan of a run, from constants or from local data, without the network and without a trace."""
+"""--dry-run: the plan of a run, from constants or from local data.
+
+It uses no network and leaves no files.
+"""
 
 from __future__ import annotations
 
@@ -135,7 +138,10 @@ def test_without_a_run_hours_come_from_a_bare_step(tmp_path, monkeypatch):
     )
     file.write_text(json.dumps(step))
     write_rates(tmp_path)
-    expected = "2.00 h at a bare step's rate, 5,000 tokens/s (bench/results/here/train_step_nanovlm-222m.json)"
+    expected = (
+        "2.00 h at a bare step's rate, 5,000 tokens/s "
+        "(bench/results/here/train_step_nanovlm-222m.json)"
+    )
     assert prediction(config, device, 36e6) == expected
     run = {
         "device": device_name(device),

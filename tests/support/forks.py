@@ -1,4 +1,6 @@
-"""train.py and `python -m nanovlm_fast.*` without their seconds of imports: forks of a process that has them.
+"""Start train.py and `python -m nanovlm_fast.*` without the seconds that their imports take.
+
+The programs run in forks of a process that has imported everything already.
 
 The result is a process like any other: it has a pid, takes signals, starts children, ends with an
 exit code, and shares nothing with the tests. It does not prove that a program starts from nothing,
@@ -46,7 +48,10 @@ PROGRAMS = (
     *(f"nanovlm_fast.{name}" for name in ("evaluate", "generate", "export", "data.prepare")),
 )
 # read only once a program runs: `datasets` and `wandb` are not imported before
-RANK = "RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID TORCHELASTIC_USE_AGENT_STORE"
+RANK = (
+    "RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID "
+    "TORCHELASTIC_USE_AGENT_STORE"
+)
 MAY_DIFFER = {
     "PYTEST_CURRENT_TEST",
     "HF_DATASETS_CACHE",
@@ -89,7 +94,8 @@ def start(arguments: Sequence[str], out: IO, err: IO, **env: str) -> Fork | subp
 def run_ranks(arguments: Sequence[str], count: int, log: IO) -> int:
     """The program in so many processes, with what torchrun tells each of its own.
 
-    Returns 0, or the exit code of the first that fails: then the others are killed, as when all take too long.
+    Returns 0, or the exit code of the first process that fails. The others are then killed. They
+    are also killed if they take too long.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     told = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
@@ -183,7 +189,10 @@ class Fork:
 
 
 def serve(connection: socket.socket) -> tuple[dict, list[int]]:
-    """Fork for every request. Returns in the forks: with the request, and where to write output and errors."""
+    """Fork a process for every request.
+
+    Returns only in the forks, with the request and the file descriptors for output and errors.
+    """
     selector, open_fds = selectors.DefaultSelector(), set()
     selector.register(connection, selectors.EVENT_READ)
     while True:

@@ -1,7 +1,8 @@
 """The proofs that every kernel takes: used by one short test file a kernel.
 
-On a machine without a GPU the kernels run in Triton's interpreter, in float32 (conftest.py switches it on before they
-are imported); with one, `pytest -m gpu` runs the same checks on it in bfloat16 and float32.
+On a machine without a GPU, the kernels run in Triton's interpreter, in float32. conftest.py
+switches it on before they are imported. On a machine with a GPU, `pytest -m gpu` runs the same
+checks on it in bfloat16 and float32.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def run(
 ) -> dict[str, Tensor]:
     """Outputs ('out0', ...) and gradients ('d x', ...) of `op` under random upstream gradients.
 
-    Every floating-point input is differentiated but those named in `fixed`. The upstream gradients are drawn in float32
-    and are the same for every dtype of the same shapes.
+    Every floating-point input is differentiated, except those named in `fixed`. The upstream
+    gradients are drawn in float32 and are the same for every dtype of the same shapes.
     """
     leaves = {
         n: v.detach().clone().requires_grad_(n not in fixed) if is_float(v) else v
@@ -66,9 +67,10 @@ def run(
 def check_parity(
     op: Callable, reference: Callable, inputs: dict, fixed: tuple[str, ...] = ()
 ) -> None:
-    """The design's rule, for every output and gradient: max|out-gt| <= 2 max|ref-gt| + 1e-5 max|gt|.
+    """Check every output and gradient by the design's rule.
 
-    gt is the reference in float32, ref the reference in the inputs' own dtypes. A second run gives the same bits.
+    The rule is max|out-gt| <= 2 max|ref-gt| + 1e-5 max|gt|, where gt is the reference in float32
+    and ref is the reference in the inputs' own dtypes. A second run must give the same bits.
     """
     wide = {name: value.float() if is_float(value) else value for name, value in inputs.items()}
     truth, plain = run(reference, wide, fixed), run(reference, inputs, fixed)
@@ -112,5 +114,8 @@ def check_reference_gradients(
 
 
 def opcheck(op: Callable, *arguments: object) -> None:
-    """PyTorch's own checks of a custom operator: schema, fake implementation, autograd registration."""
+    """PyTorch's own checks of a custom operator.
+
+    They check the schema, the fake implementation and the autograd registration.
+    """
     torch.library.opcheck(op, arguments)

@@ -1,4 +1,7 @@
-"""Pictures as data sets have them, and data sets of the Cauldron's and of MMStar's schema made from them."""
+"""Pictures as data sets have them, and data sets made from them.
+
+The data sets have the schemas of the Cauldron and of MMStar.
+"""
 
 from __future__ import annotations
 

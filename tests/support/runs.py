@@ -17,9 +17,10 @@ from nanovlm_fast.reporting.metrics import read_metrics
 from tests.support import forks
 
 TINY = (
-    "--device cpu --vit-img-size 32 --vit-hidden-dim 32 --vit-inter-dim 64 --vit-n-heads 2 --vit-n-blocks 1 "
-    "--lm-hidden-dim 32 --lm-inter-dim 64 --lm-n-heads 2 --lm-n-kv-heads 1 --lm-n-blocks 1 --mp-pixel-shuffle-factor 2 "
-    "--look-ahead 16 --tokens-per-batch 512 --val-samples 8 --log-every 1 --save-every 3 --data synthetic:32"
+    "--device cpu --vit-img-size 32 --vit-hidden-dim 32 --vit-inter-dim 64 --vit-n-heads 2 "
+    "--vit-n-blocks 1 --lm-hidden-dim 32 --lm-inter-dim 64 --lm-n-heads 2 --lm-n-kv-heads 1 "
+    "--lm-n-blocks 1 --mp-pixel-shuffle-factor 2 --look-ahead 16 --tokens-per-batch 512 "
+    "--val-samples 8 --log-every 1 --save-every 3 --data synthetic:32"
 ).split()
 CONVERSATION = [
     {"from": "human", "value": "<image>\nWhat is it?"},
@@ -36,7 +37,10 @@ def train(out: Path, options: str = "", **env: str) -> subprocess.CompletedProce
 
 
 def error_of(result: subprocess.CompletedProcess[str]) -> str:
-    """The last line of a run that failed; progress bars may stand before it, a traceback may not."""
+    """The last line of the output of a run that failed.
+
+    Progress bars may precede it, but a traceback may not.
+    """
     assert result.returncode not in (0, None), result.stdout
     assert "Traceback" not in result.stderr, result.stderr
     last = result.stderr.strip().splitlines()[-1]
@@ -73,7 +77,10 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def different_tensors(run: Path, other: Path) -> list[str]:
-    """Names of weights, optimizer and random state in which the runs' last checkpoints are not the same bits."""
+    """The names of the tensors that differ in any bit between the runs' last checkpoints.
+
+    The tensors are those of the weights, the optimizer and the random state.
+    """
     ours, theirs = (
         {
             **load_file(folder / "last" / "model.safetensors"),
@@ -86,7 +93,10 @@ def different_tensors(run: Path, other: Path) -> list[str]:
 
 
 def write_llava(folder: Path, good: int) -> list[str]:
-    """A LLaVA-format data set with `good` examples and four bad ones; returns what must be said of the bad ones."""
+    """Write a data set in LLaVA's format with `good` examples and four bad ones.
+
+    Returns what must be reported about the bad ones.
+    """
     folder.mkdir()
     rng = np.random.default_rng(0)
     records = []

@@ -1,4 +1,7 @@
-"""Several processes: the same training as one, over any number of them, with gloo on a CPU. Processes are real."""
+"""Several processes train as one does, whatever their number.
+
+They are real processes, which use gloo on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,8 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def distance(run: Path, other: Path) -> float:
     """Norm of the difference of all weights, relative to theirs.
 
-    Single weights that hardly get a gradient (the keys' biases get none but rounding) move by its sign alone in AdamW.
+    Single weights are not compared. AdamW moves a weight that gets hardly any gradient by the
+    gradient's sign alone. The biases of the keys, for example, get only rounding errors.
     """
     ours, theirs = weights(run), weights(other)
     assert ours.keys() == theirs.keys()
@@ -59,12 +63,18 @@ def distance(run: Path, other: Path) -> float:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """alone(micro_batches) -> the run of one process that takes so many micro-batches a step, from as many shards."""
+    """alone(micro_batches) -> the run of one process with so many micro-batches a step.
+
+    The micro-batches come from as many shards.
+    """
     folder, runs = tmp_path_factory.mktemp("alone"), {}
 
     def get(micro_batches: int) -> Path:
         if micro_batches not in runs:
-            options = f"--optimizer adamw --max-steps {STEPS} --accumulate {micro_batches} --workers {micro_batches}"
+            options = (
+                f"--optimizer adamw --max-steps {STEPS} --accumulate {micro_batches} "
+                f"--workers {micro_batches}"
+            )
             runs[micro_batches] = run(folder / str(micro_batches), 1, options)
         return runs[micro_batches]
 
@@ -94,7 +104,11 @@ def test_ranks_train_the_same_parameters_as_one_process(
 
 
 def test_muon_replicated_follows_one_process(tmp_path):
-    """Its iteration raises rounding of the gradients' sum, which has another order here, a few times."""
+    """The runs agree up to rounding.
+
+    The gradients are summed in another order here, and Muon's iteration amplifies the rounding
+    errors of the sum a few times.
+    """
     ours = run(tmp_path / "two", 2, f"--max-steps {STEPS} --workers 1", torchrun=True)
     theirs = run(tmp_path / "one", 1, f"--max-steps {STEPS} --workers 2 --accumulate 2")
     assert distance(ours, theirs) < 5e-6
@@ -139,7 +153,10 @@ def test_shards_that_cannot_be_dealt_evenly_are_refused():
 
 
 def write_uneven(folder: Path) -> None:
-    """Text alone; the examples of one rank are long, the other's short: they run out after very different steps."""
+    """Write a data set of text alone, with long examples for one rank and short ones for the other.
+
+    The ranks run out of examples after very different numbers of steps.
+    """
     folder.mkdir()
     lines = []
     for i in range(64):

@@ -1,4 +1,8 @@
-"""What happens to long runs: signals, dead and hung processes, full disks, numbers that are none. Nothing is mocked."""
+"""What happens to long runs.
+
+The tests cover signals, dead and hung processes, full disks, and numbers that are not finite.
+Nothing is mocked.
+"""
 
 from __future__ import annotations
 
@@ -168,7 +172,10 @@ def test_workers_that_die_again_and_again_end_the_run_with_one_line(tmp_path):
 
 
 def test_a_hung_process_reports_its_stack_and_ends(tmp_path):
-    """Its loader's worker is frozen, as by a file system that does not answer: the batch never comes."""
+    """The worker of its loader is frozen, so the next batch never comes.
+
+    A file system that does not answer has the same effect.
+    """
     out = tmp_path / "run"
     process = start(out, 1, [*SMALL, "--max-steps", "100000", "--hang-timeout", "5"])
     until(lambda: len(losses(out)) >= 3 and loader_workers(process.pid), process, out)
@@ -337,7 +344,10 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path, keep):
 
 
 def limited(out: Path, options: list[str], size: int) -> subprocess.CompletedProcess:
-    """A run on a disk that takes no file of over `size` bytes: what the kernel says to a write beyond is an error."""
+    """A run on a disk that accepts no file of more than `size` bytes.
+
+    A write beyond that gets an error from the operating system's kernel.
+    """
     command = [sys.executable, "train.py", "--out", str(out), *SMALL, *options]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
     return subprocess.run(

@@ -1,4 +1,7 @@
-"""A run's folder: one command at a time, and nothing is lost before something better is there. Nothing is mocked."""
+"""The folder of a run: only one command uses it at a time.
+
+Nothing is lost before something better has replaced it. Nothing is mocked.
+"""
 
 from __future__ import annotations
 
@@ -127,7 +130,10 @@ def test_a_start_leaves_nothing_but_what_was_there(tmp_path):
 
 
 def test_a_run_is_replaced_at_the_first_checkpoint_of_the_next(tmp_path, loop, capsys):
-    """Killed before that, with a worker that outlives it: the old run is back, and nothing is locked."""
+    """If the next run is killed before its first checkpoint, the old run is restored.
+
+    Nothing stays locked, although a worker outlives the killed process.
+    """
     out = tmp_path / "runs" / "run"
     out.parent.mkdir()
     log = out.with_suffix(".log")
@@ -183,7 +189,11 @@ def new_run(folder: Path) -> None:
 
 
 def failing_at(call: int, action) -> bool:
-    """Run the action in a process whose `call`-th change of the file system fails; whether it came to that."""
+    """Run the action in a process in which one change of the file system fails.
+
+    The first `call` changes succeed, and the next one fails. Returns whether the action came that
+    far.
+    """
     pid = os.fork()
     if pid == 0:
         left = [call]
@@ -217,7 +227,10 @@ def test_a_start_that_fails_anywhere_leaves_the_old_run_in_place(tmp_path):
 
 
 def killed_after(calls: int, action) -> bool:
-    """Run the action in a process that dies before its `calls`-th change of the file system; whether it did."""
+    """Run the action in a process that dies after `calls` changes of the file system.
+
+    Returns whether it died, rather than completing the action.
+    """
     pid = os.fork()
     if pid == 0:
         left = [calls]

@@ -1,4 +1,7 @@
-"""The step around the model: warm-up, feeding, statistics, and on a GPU no waiting and CUDA graphs."""
+"""The step around the model: warm-up, feeding and statistics.
+
+On a GPU, the host does not wait for the device, and CUDA graphs are used.
+"""
 
 from __future__ import annotations
 
@@ -230,8 +233,14 @@ def trainer_of(tmp_path, monkeypatch):
     numbers = itertools.count()
 
     def make(options: str) -> train.Trainer:
-        small = "--data synthetic --turns independent --tokens-per-batch 1024 --val-samples 4 --lm-vocab-size 320"
-        out = f"--out {tmp_path / str(next(numbers))} --workers 0 --no-final-eval --device cuda --log-every 5"
+        small = (
+            "--data synthetic --turns independent --tokens-per-batch 1024 --val-samples 4 "
+            "--lm-vocab-size 320"
+        )
+        out = (
+            f"--out {tmp_path / str(next(numbers))} --workers 0 --no-final-eval --device cuda "
+            "--log-every 5"
+        )
         return train.Trainer(
             *parse_config([*small.split(), *out.split(), "--hang-timeout", "0", *options.split()])
         )
@@ -268,7 +277,10 @@ def test_no_step_waits_for_the_device(trainer_of, compile, optimizer):
 def test_cuda_graphs_train_as_eager_does(trainer_of, accumulate, recompute):
     losses = []
     for compile in ("none", "default", "reduce-overhead"):
-        options = f"--compile {compile} --recompute {recompute} --accumulate {accumulate} --optimizer adamw"
+        options = (
+            f"--compile {compile} --recompute {recompute} --accumulate {accumulate} "
+            "--optimizer adamw"
+        )
         trainer = trainer_of(
             f"{options} --max-steps 20 --dtype float32 --attention sdpa --log-every 1"
         )

@@ -192,7 +192,10 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path, options):
     plain, broken = tmp_path / "plain", tmp_path / "broken"
     if "FOLDER" in options:
         write_llava(tmp_path / "data", good=6)
-    config = f"{options.replace('FOLDER', str(tmp_path / 'data'))} --max-steps 40 --eval-every 7 --no-final-eval"
+    config = (
+        f"{options.replace('FOLDER', str(tmp_path / 'data'))} --max-steps 40 --eval-every 7 "
+        "--no-final-eval"
+    )
     with ThreadPoolExecutor(1) as pool:
         uninterrupted = pool.submit(train, plain, config)
         resume = ""
@@ -219,7 +222,10 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path, options):
 
 
 def disturb(model: torch.nn.Module) -> None:
-    """Away from the start, where projections of zeros let no gradient through to the parts before them."""
+    """Move the weights away from their initial values.
+
+    Initially, projections of zeros pass no gradient to the parts before them.
+    """
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)

@@ -1,4 +1,7 @@
-"""train.py on a data set of one's own, with all that is wrong in such; and when the numbers go wrong."""
+"""train.py on a user's own data set, with the errors that such data contain.
+
+Also what happens when the numbers go wrong.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,10 @@ def test_too_many_unreadable_samples_stop_the_run(tmp_path):
 def test_one_unreadable_sample_counts_once_however_often_it_is_met(tmp_path):
     """25 epochs over a data set with five bad images are no reason to stop at epoch 21."""
     write_llava(tmp_path / "data", good=8)
-    options = f"--data jsonl:{tmp_path}/data --val-samples 0 --no-final-eval --epochs 3 --max-bad-samples 4"
+    options = (
+        f"--data jsonl:{tmp_path}/data --val-samples 0 --no-final-eval --epochs 3 "
+        "--max-bad-samples 4"
+    )
     result = train(tmp_path / "run", options)
     assert result.returncode == 0, result.stderr
 
@@ -79,7 +85,11 @@ def test_a_sample_over_the_budget_is_skipped_and_named(tmp_path):
 
 
 def test_samples_over_the_budget_are_named_a_hundred_times_and_then_counted(loop, tmp_path):
-    """The recipe leaves out a part of the Cauldron: a line for each would be hundreds of thousands."""
+    """The number of lines about samples that are left out is limited.
+
+    The recipe leaves out a part of the Cauldron, and one line per sample would be hundreds of
+    thousands of lines.
+    """
     subject = trainer(loop, tmp_path, "--max-steps 1 --no-final-eval")
     batch = next(iter(subject.stream))
     for start in (0, 60, 120):

@@ -43,7 +43,10 @@ REFUSED = {  # options -> what the line must say
 def refusals(
     finished, tmp_path_factory
 ) -> dict[str, tuple[subprocess.CompletedProcess[str], bool]]:
-    """Each of REFUSED, told to overwrite a copy of a run: (result, whether the copy is as it was)."""
+    """The outcome of each of REFUSED, when told to overwrite a copy of a run.
+
+    An outcome is (result, whether the copy is unchanged).
+    """
     folder = tmp_path_factory.mktemp("refused")
     (folder / "empty").mkdir()
     (folder / "empty" / "train.jsonl").write_text("\n")
