@@ -31,7 +31,7 @@ class VLMConfig:
 """
 V01 = """
 from models.config import VLMConfig
-from nanovlm_fast import reference
+from nanovlm_fast.model import reference
 from nanovlm_fast.config import VLMConfig as Ours, fields_of
 
 class VisionLanguageModel(reference.VisionLanguageModel):
@@ -65,7 +65,7 @@ class VQACollator:
 MAIN = """
 from models.config import VLMConfig
 from data.processors import get_tokenizer
-from nanovlm_fast import reference
+from nanovlm_fast.model import reference
 from nanovlm_fast.config import VLMConfig as Ours, fields_of
 
 class VisionLanguageModel(reference.VisionLanguageModel):
