@@ -6,6 +6,7 @@ nanovlm_fast/training/README.md.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,13 +42,13 @@ def table(results: Path = ROOT) -> str:
 
 
 def highlights(results: Path = ROOT) -> str:
-    """The three rows of README.md: a whole run, an optimizer step, and the data loader.
+    """The three rows of README.md: a whole run, nanoVLM's own code beside ours, the data loader.
 
     They leave out the commits, which `table` has.
     """
     rows: Rows = [("what", "measured", "on", "commit", "command")]
     rows += [run_row(run) for run in newest(results, "train_tiny")]
-    rows += [step_row(step) for step in newest(results, "train_step")]
+    rows += [peer_row(peer) for peer in newest(results, "peer_nanovlm-222m*")]
     rows += [loader_row(loader) for loader in newest(results, "dataloader")]
     return markdown([(what, measured, on, command) for what, measured, on, _, command in rows])
 
@@ -124,6 +125,11 @@ def step_row(step: dict) -> tuple[str, ...]:
     return what, gain, step["device"], step["commit"][:7], f"`{step['command']}`"
 
 
+def shown_command(result: dict) -> str:
+    """The command of a result, without the path of a checkout on the machine that ran it."""
+    return re.sub(r"(--nanovlm) \S+", r"\1 CHECKOUT", result["command"])
+
+
 def peer_row(peer: dict) -> tuple[str, ...]:
     """A result of bench.peer: the plain case beside the others."""
     depth = peer["layers"]
@@ -137,7 +143,7 @@ def peer_row(peer: dict) -> tuple[str, ...]:
         waste = case["work"]["padded_waste"]
         rows = f" ({waste:.0%} of their rows is padding)" if waste >= 0.005 else ""
         cases.append(f"{name}{rows} **{gain.ratio:.2f}x** ({gain.low:.2f}-{gain.high:.2f})")
-    return what, "; ".join(cases), peer["device"], peer["commit"][:7], f"`{peer['command']}`"
+    return what, "; ".join(cases), peer["device"], peer["commit"][:7], f"`{shown_command(peer)}`"
 
 
 def curves_row(run: dict) -> tuple[str, ...]:

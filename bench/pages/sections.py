@@ -12,7 +12,7 @@ from bench.checks import check_rows
 from bench.device_facts import facts_rows
 from bench.harness.results import ROOT, load
 from bench.pages.figures import THEMES, Figure, figures
-from bench.pages.readme import Rows, markdown
+from bench.pages.readme import Rows, markdown, shown_command
 from bench.pages.rows import (
     attention_rows,
     curves_rows,
@@ -108,7 +108,7 @@ def file_parts(section: Section, file: Path) -> list[str]:
         origin = f"{kind(result)} timings: {origin}"
     place = os.path.relpath(file, ROOT.parent)
     source = f"[{result['commit'][:7]}, {result['date'][:10]}]({place})"
-    line = f"**{origin}** · {source} · `{result['command']}`"
+    line = f"**{origin}** · {source} · `{shown_command(result)}`"
     if notes := "; ".join(result.get("machine", {}).get("warnings", ())):
         line += f" · {notes}"
     # A rehearsal at toy sizes has times, but they mean nothing.
