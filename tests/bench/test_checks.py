@@ -70,6 +70,7 @@ def test_what_failed_is_counted_and_makes_its_kernel_red(checked, tmp_path):
     assert len(check_rows(result)) == 4
 
 
+@pytest.mark.slow
 def test_tests_that_hang_are_stopped_and_what_was_known_is_written(checked):
     hangs = TESTS.replace("assert 1 == 2", "import time; time.sleep(60); assert 1 == 2")
     code, result = checked(limit=15.0, test_rms_norm=hangs)

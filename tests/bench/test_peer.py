@@ -134,6 +134,7 @@ def checkout_of(folder: Path, model: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "questions"), [(V01, 3), (MAIN, 1)], ids=["v0.1", "main"])
 def test_both_interfaces_are_compared_with_ours(tmp_path, capsys, monkeypatch, model, questions):
     if model == MAIN:  # once is enough: starting another takes seconds

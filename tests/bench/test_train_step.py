@@ -240,6 +240,7 @@ def test_a_gradient_that_is_not_a_number_does_not_pass():
 # ---- the command
 
 
+@pytest.mark.slow
 def test_it_compares_and_writes(tmp_path, capsys):
     names = "packing,recompute:blocks"
     assert train_step.main([*QUICK, "--variants", names, "--out", str(tmp_path)]) == 0

@@ -141,6 +141,7 @@ def alive(pid: int) -> bool:
     return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
+@pytest.mark.slow
 def test_a_killed_preparation_goes_on_and_leaves_no_process(tmp_path):
     command = [
         sys.executable,

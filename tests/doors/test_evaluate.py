@@ -280,6 +280,7 @@ def test_sampling_is_repeatable_and_leaves_the_training_alone(mmstar_source):
     assert judged[:3] == judged[3:6] != judged[6:]
 
 
+@pytest.mark.slow
 def test_a_run_scores_mmstar_and_so_does_the_command(mmstar_source, tmp_path):
     """A whole run whose answers are known: trained on nothing but 'B', it says B."""
     folder = tmp_path / "data"

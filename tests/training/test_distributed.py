@@ -103,6 +103,7 @@ def test_ranks_train_the_same_parameters_as_one_process(
     assert losses(ours)[STEPS] < losses(ours)[1] - 1, "nothing was learnt, so nothing could differ"
 
 
+@pytest.mark.slow
 def test_muon_replicated_follows_one_process(tmp_path):
     """The runs agree up to rounding.
 

@@ -140,6 +140,7 @@ def test_data_that_is_at_its_end_before_max_steps_is_one_clear_error(loop, tmp_p
         subject.train()
 
 
+@pytest.mark.slow
 def test_a_rank_with_nothing_to_read_waits_for_nobody(tmp_path):
     """Of two ranks, one's pictures are all missing; then the data changes, and both refuse it."""
     data, out = write(tmp_path / "data", [GOOD, GONE] * 4), tmp_path / "run"

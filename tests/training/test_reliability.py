@@ -97,6 +97,7 @@ def test_a_preempted_run_saves_says_so_by_its_code_and_goes_on(tmp_path, plain, 
     assert losses(out) == losses(plain)
 
 
+@pytest.mark.slow
 def test_one_ranks_signal_stops_all_ranks_after_the_same_step(tmp_path):
     out, options = (
         tmp_path / "run",
@@ -113,6 +114,7 @@ def test_one_ranks_signal_stops_all_ranks_after_the_same_step(tmp_path):
     assert json.loads((out / "last" / "state.json").read_text())["step"] == step == len(losses(out))
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_run_whose_worker_died(tmp_path):
     """Elastic: --max-restarts and --auto-resume, and the losses are those of an undisturbed run."""
     options = [*SMALL, "--max-steps", STEPS, "--auto-resume"]
@@ -194,6 +196,7 @@ def test_a_hung_process_reports_its_stack_and_ends(tmp_path):
         assert "in next_batches" in report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hangs", "options", "doing"),
     [
@@ -356,6 +359,7 @@ def limited(out: Path, options: list[str], size: int) -> subprocess.CompletedPro
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_clear_error_and_leaves_the_old_checkpoint(tmp_path, plain):
     out = tmp_path / "run"
     assert end(start(out, 1, [*SMALL, "--max-steps", "6"])) == 0
@@ -383,6 +387,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_the_old_checkpoint(tmp_path, 
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_gradients_that_are_not_finite_change_nothing(optimizer, value):
     torch.manual_seed(0)
@@ -458,6 +463,7 @@ def test_the_checkpoint_that_an_error_names_is_there(tmp_path, loop, monkeypatch
     assert f"The last good checkpoint is {newest_checkpoint(out)}." in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_spike_names_its_samples(tmp_path, loop):
     options = [*ALONE, "--out", str(tmp_path / "run"), "--max-steps", "80", "--log-every", "4"]
     trainer = loop.Trainer(*parse_config(options))

@@ -129,6 +129,7 @@ def test_a_start_leaves_nothing_but_what_was_there(tmp_path):
 # ---- --overwrite
 
 
+@pytest.mark.slow
 def test_a_run_is_replaced_at_the_first_checkpoint_of_the_next(tmp_path, loop, capsys):
     """If the next run is killed before its first checkpoint, the old run is restored.
 
@@ -303,6 +304,7 @@ def test_weights_and_biases_may_refuse_and_nothing_is_lost(
     assert contents(copy) == before and not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_a_run_outlives_weights_and_biases(tmp_path, monkeypatch):
     """Its service dies in the middle."""
     monkeypatch.setenv("WANDB_MODE", "offline")
