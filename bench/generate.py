@@ -117,8 +117,7 @@ class Prompts:
         rows = pad(samples, max(len(s.documents[0]) for s in samples) - config.image_tokens)
         self.input_ids = rows.input_ids.to(device)
         self.mask = rows.attention_mask.to(device)
-        pixels = rows.images[:, 0].float() / 255
-        self.pixels = ((pixels - config.image_mean) / config.image_std).to(device)
+        self.pixels = reference.normalise(rows.images[:, 0], config).to(device)
         self.images = rows.images[:, 0].to(device)
         self.longest = max(sample.tokens for sample in samples)
         budget = Budget(sum(s.tokens for s in samples), batch, batch, 0, self.longest)

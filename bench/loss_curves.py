@@ -128,7 +128,7 @@ class Training:
         # Rows as long as nanoVLM's, or as the longest document if that is longer.
         longest = max(int((d.image_rows < 0).sum()) for s in samples for d in s.documents)
         rows = pad(samples, max(config.lm_max_length, longest))
-        pixels = (rows.images.to(self.device).float() / 255 - config.image_mean) / config.image_std
+        pixels = reference.normalise(rows.images.to(self.device), config)
         ids = rows.input_ids.to(self.device)
         mask = rows.attention_mask.to(self.device)
         targets = rows.targets.to(self.device)

@@ -45,6 +45,7 @@ from bench.subjects.workload import Work, cauldron_like, load_work
 from nanovlm_fast.command import Parser, keeping_interrupts, reports_errors
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.device import pick_device, pick_dtype
+from nanovlm_fast.model import reference
 from nanovlm_fast.model.flops import peak_flops
 from nanovlm_fast.packing.batch import pad
 from nanovlm_fast.packing.documents import Document, Sample
@@ -143,7 +144,7 @@ def rows_of(work: Work, length: int) -> dict[str, np.ndarray]:
     """Left-padded rows of `length` text tokens, with float images."""
     batch = pad(work.samples, length)
     config = work.config
-    pixels = (batch.images[:, 0].float() / 255 - config.image_mean) / config.image_std
+    pixels = reference.normalise(batch.images[:, 0], config)
     rows = {
         "input_ids": batch.input_ids,
         "attention_mask": batch.attention_mask,

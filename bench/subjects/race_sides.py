@@ -16,6 +16,7 @@ from torch import Tensor
 from bench.harness.timing import synchronize
 from bench.subjects.variants import SeedModel
 from nanovlm_fast.config import TrainConfig, VLMConfig
+from nanovlm_fast.model import reference
 from nanovlm_fast.model.ops import choose_ops
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.packing.batch import PackedBatch
@@ -181,5 +182,5 @@ def padded_rows(
     targets[place_] = next_ids[text]
     # An image that several documents share is repeated, once per document, as v0.1 does.
     images = batch.images[batch.image_rows[starts].long() // config.image_tokens]
-    pixels = (images.float() / 255 - config.image_mean) / config.image_std
+    pixels = reference.normalise(images, config)
     return ids, pixels, mask, targets

@@ -162,7 +162,7 @@ class Padded(Step):
         self.padded = bench.padded
         self.model = bench.padded
         batch = pad(bench.work.samples, bench.work.text_length)
-        pixels = (batch.images.float() / 255 - config.image_mean) / config.image_std
+        pixels = reference.normalise(batch.images, config)
         self.rows = batch.input_ids, pixels, batch.attention_mask, batch.targets
         self.step: Callable = torch.compile(self.padded) if compiled else self.padded
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0)

@@ -25,6 +25,14 @@ from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.model.init import init_weights
 
 
+def normalise(images: Tensor, config: VLMConfig) -> Tensor:
+    """Pixels of 0 to 255 -> the float32 pixels that the reference takes, of the same shape.
+
+    The packed model does not call this: it folds the normalisation into its patch embedding.
+    """
+    return (images.float() / 255 - config.image_mean) / config.image_std
+
+
 class PatchEmbedding(nn.Module):
     """(B, 3, H, W) normalised pixels -> (B, P, C): project patches, add learned positions."""
 
