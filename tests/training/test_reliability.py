@@ -282,7 +282,9 @@ def test_25_kills_leave_no_trace(tmp_path, monkeypatch, processes, count, steps)
     """`python -m bench.reliability` takes 25 each, and starts each life anew."""
     monkeypatch.setattr(reliability, "start", start)
     result = reliability.kills(tmp_path, processes, count, steps)
-    assert result["kills"] == count and result["losses_equal"] and result["in_a_save"] >= 2
+    assert result["kills"] == count and result["losses_equal"]
+    # Every third kill waits for a save; a save that ends in the same moment is missed.
+    assert result["in_a_save"] >= (2 if count > 6 else 1)
 
 
 @pytest.mark.slow
