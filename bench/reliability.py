@@ -118,9 +118,8 @@ def kills(folder: Path, processes: int, count: int, steps: int, seed: int = 0) -
     options = [*SMALL, "--max-steps", str(steps), "--auto-resume"]
     if start(plain, processes, options).wait(PATIENCE):
         raise RuntimeError(f"the undisturbed run failed:\n{end_of_log(plain)}")
-    lost: list[
-        int
-    ] = []  # steps per kill that were done after the last checkpoint, so must be repeated
+    # Steps per kill that were done after the last checkpoint, so must be repeated.
+    lost: list[int] = []
     in_saves = 0
     for number in range(count):
         process = start(broken, processes, options)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from nanovlm_fast.command import one_line
 from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.data.stream import StreamBatch
 from nanovlm_fast.files import naming
@@ -98,7 +99,7 @@ class Journal:
                 say(self.wandb)
         except Exception as error:  # of its service, of a connection, of the disk
             self.wandb = None
-            self.say(f"warning: no more is logged to Weights & Biases: {one_line(error)}")
+            self.say(f"warning: no more is logged to Weights & Biases: {one_line(error)[:300]}")
 
     def begin_line(
         self,
@@ -242,10 +243,6 @@ def start_wandb(run: Path, model: VLMConfig, config: TrainConfig) -> Any:
         )
     except Exception as error:  # of its package, its options, a key, a connection
         raise OSError(
-            f"--wandb: {one_line(error)} (WANDB_MODE=offline needs neither a key nor a network)"
+            f"--wandb: {one_line(error)[:300]} "
+            "(WANDB_MODE=offline needs neither a key nor a network)"
         ) from error
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error of another package, in one line of at most 300 characters."""
-    return " ".join((str(error) or type(error).__name__).split())[:300]
