@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nanovlm_fast.command import end_on_interrupt, reports_errors
+from nanovlm_fast.command import begin, reports_errors
 
 # Importing PyTorch takes seconds: from here on Ctrl-C ends the command in one line.
-end_on_interrupt(__name__ == "__main__")
+begin(__name__ == "__main__")
 
 import torch
 from tqdm import tqdm

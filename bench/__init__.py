@@ -2,7 +2,7 @@
 
 import sys
 
-from nanovlm_fast.command import end_on_interrupt
+from nanovlm_fast.command import begin
 
 # Only for the process of `python -m bench.<command>`, not for one that merely imports the package.
-end_on_interrupt(sys.argv[:1] == ["-m"])
+begin(sys.argv[:1] == ["-m"])

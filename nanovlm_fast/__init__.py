@@ -6,14 +6,14 @@ The public name is `VisionLanguageModel`, with `from_pretrained` and `save_pretr
 import sys
 from typing import Any
 
-from nanovlm_fast.command import end_on_interrupt
+from nanovlm_fast.command import begin
 
 __version__ = "0.1.0"
 __all__ = ["VisionLanguageModel"]
 
 # While `python -m nanovlm_fast.<command>` imports this package, argv[0] is "-m". A program that
 # imports the package keeps its own handling of Ctrl-C.
-end_on_interrupt(sys.argv[:1] == ["-m"])
+begin(sys.argv[:1] == ["-m"])
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from nanovlm_fast.command import WAITING
+
 
 def pick_device(name: str = "auto") -> torch.device:
     """Return the device of a --device option. "auto" is a GPU if there is one.
@@ -40,6 +42,14 @@ def device_name(device: torch.device) -> str:
         found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
         model = found.group(1) if found else model
     return f"{model} ({torch.get_num_threads()} threads)"
+
+
+def describe(device: torch.device) -> str:
+    """Return "cuda:0"; for a CPU also its threads and how they wait, as the log shows it."""
+    if device.type != "cpu":
+        return str(device)
+    waiting = "".join(f", {name}={os.environ[name]}" for name in WAITING if name in os.environ)
+    return f"{device} ({torch.get_num_threads()} threads{waiting})"
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -23,7 +23,7 @@ from nanovlm_fast.data.sources.registry import load_source, make_tokenizer
 from nanovlm_fast.data.split import Split, begin_again, split_run
 from nanovlm_fast.data.stream import PackedStream, deal, initial_states
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
-from nanovlm_fast.device import autocast_to, be_deterministic, pick_device, pick_dtype
+from nanovlm_fast.device import autocast_to, be_deterministic, describe, pick_device, pick_dtype
 from nanovlm_fast.model.flops import peak_flops
 from nanovlm_fast.packing.batch import PackedBatch
 from nanovlm_fast.packing.packer import Budget
@@ -132,7 +132,7 @@ class Run:
     def _introduce(self, split: Split, resumed: bool) -> None:
         dtype = str(self.dtype).removeprefix("torch.")
         how = f"{dtype} · compile: {self.config.compile} · {self.model.ops}{self.world}"
-        self.journal.say(f"device: {self.device}, {how}")
+        self.journal.say(f"device: {describe(self.device)}, {how}")
         if resumed:
             self.journal.say(f"resuming {self.run} after step {self.state.step}")
         self.journal.say("\n".join(split.lines))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -17,7 +19,7 @@ import torch
 
 from nanovlm_fast import export, generate
 from nanovlm_fast.cli import parse_config
-from nanovlm_fast.command import INTERRUPTED, Parser, reports_errors
+from nanovlm_fast.command import INTERRUPTED, OPENMP, WAITING, Parser, reports_errors
 from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.data.sources.registry import load_source
 from nanovlm_fast.device import pick_device
@@ -312,3 +314,37 @@ def test_an_interrupt_at_work_is_one_line_and_leaves_nothing(command, says, tmp_
         _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (INTERRUPTED, says)
     assert not (tmp_path / "out").exists()
+
+
+# ---- how OpenMP's threads wait
+
+
+def openmp_settings(*command: str, **env: str) -> dict[str, str]:
+    """The variables that OpenMP in a command's process reports when torch loads it."""
+    done = run_python(*command, OMP_DISPLAY_ENV="verbose", **env)
+    return dict(re.findall(r"(\w+) = '(.*)'", done.stderr))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="GNU OpenMP reports it")
+@pytest.mark.parametrize("command", [["train.py"], ["-m", "bench.roofline"]])
+def test_commands_limit_the_spinning_of_threads_before_torch_is_loaded(command, monkeypatch):
+    for name in WAITING:
+        monkeypatch.delenv(name, raising=False)
+    assert openmp_settings(*command, "--help").items() >= OPENMP.items()
+
+
+def test_the_users_own_waiting_is_left_alone(monkeypatch):
+    for name in WAITING:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    found = openmp_settings("train.py", "--help")
+    assert found["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert found["GOMP_SPINCOUNT"] != OPENMP["GOMP_SPINCOUNT"]
+
+
+def test_a_program_that_imports_the_package_keeps_its_environment():
+    told = "import os, nanovlm_fast.command; print(sorted(os.environ))"
+    before = {name: value for name, value in os.environ.items() if name not in WAITING}
+    command = [sys.executable, "-c", told]
+    done = subprocess.run(command, cwd=ROOT, env=before, capture_output=True, text=True, check=True)
+    assert not set(WAITING) & set(ast.literal_eval(done.stdout))
