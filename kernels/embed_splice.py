@@ -184,7 +184,8 @@ def _embed_splice_bwd_parts_kernel(
         same = tl.load(keys_ptr + following * CHUNK, mask=following * CHUNK < T, other=-1) == key
         more = 1
         # The chunk that a run begins in owns it, so the partials are added by one program in order.
-        while more:
+        # A comparison, not the integer: Triton 3.6 and 3.7 take only a boolean as a condition.
+        while more > 0:
             part = tl.load(
                 parts_ptr + (following[:, None] * C + columns[None, :]),
                 mask=same[:, None] & inside[None, :],
