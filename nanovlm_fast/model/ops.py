@@ -11,7 +11,7 @@ width, V vocabulary.
 | operation | inputs | result |
 | --- | --- | --- |
 | `rms_norm`, `layer_norm` | x (..., C), residual (..., C) or none | the same shape |
-| `rotary` | qkv (T, (n_q + 2 n_kv) D) | the same shape |
+| `rotary` | qkv (T, (n_q + 2 n_kv) D) | q (T, n_q, D), k and v (T, n_kv, D) |
 | `swiglu` | gate_up (T, 2 I) | (T, I) |
 | `pixel_shuffle_proj` | x (B, P, C), weight (N, factor^2 C) | (B, P / factor^2, N) |
 | `embed_splice` | input_ids (T,), table (V, C), image_rows (T,), image_tokens (R, C) | (T, C) |
@@ -77,20 +77,28 @@ def layer_norm(
 
 def rotary(
     qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, n_q: int, n_kv: int
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Apply half-rotation RoPE to the query and key heads of a packed projection.
 
-    qkv (T, (n_q + 2 n_kv) D) holds q, k and v; v is returned unchanged. cos and sin are float32
-    tables (positions, D / 2).
+    qkv (T, (n_q + 2 n_kv) D) holds q, k and v; cos and sin are float32 tables (positions, D / 2).
+    Returns q (T, n_q, D), k and v (T, n_kv, D); v is a view of qkv.
     """
-    heads = qkv.view(len(qkv), n_q + 2 * n_kv, -1)
-    qk, v = heads.split([n_q + n_kv, n_kv], dim=1)
-    cos = cos.index_select(0, position_ids)[:, None]
-    sin = sin.index_select(0, position_ids)[:, None]
-    # Rotated in float32: bfloat16 would round cos and sin to eight significant bits.
-    first, second = qk.float().chunk(2, dim=-1)
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return torch.cat([turned.to(qkv.dtype), v], dim=1).flatten(1)
+    qk, v = _heads(qkv, n_q, n_kv).split([n_q + n_kv, n_kv], dim=1)
+    cos = cos.index_select(0, position_ids)[:, None, None]
+    sin = sin.index_select(0, position_ids)[:, None, None]
+    # One expression over both halves of a head, (T, n_q + n_kv, 2, D / 2): the compiler makes one
+    # kernel of it. Halves that are put together by `cat` become float32 buffers of their own, and
+    # so does a `cat` with v. Rotated in float32: bfloat16 would round cos and sin to eight bits.
+    halves = qk.unflatten(-1, (2, -1)).float()
+    signs = torch.arange(-1, 2, 2, device=qkv.device)[:, None]  # first * cos - second * sin, and +
+    turned = (halves * cos + halves.flip(-2) * (sin * signs)).to(qkv.dtype).flatten(-2)
+    q, k = turned.split([n_q, n_kv], dim=1)
+    return q, k, v
+
+
+def _heads(qkv: Tensor, n_q: int, n_kv: int) -> Tensor:
+    """View (T, heads D) as (T, heads, D)."""
+    return qkv.unflatten(1, (n_q + 2 * n_kv, -1))
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -234,6 +242,18 @@ def _kernel(name: str) -> Callable:
     return under_autocast
 
 
+def _unpacked(packed_rotary: Callable) -> Callable:
+    """Return q, k and v as views of the kernel's result, which is packed as its input is."""
+
+    def rotary(
+        qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, n_q: int, n_kv: int
+    ) -> tuple[Tensor, ...]:
+        turned = packed_rotary(qkv, cos, sin, position_ids, n_q, n_kv)
+        return _heads(turned, n_q, n_kv).split([n_q, n_kv, n_kv], dim=1)
+
+    return rotary
+
+
 def _import_kernel(name: str) -> Callable:
     """Import one kernel.
 
@@ -252,7 +272,7 @@ def _import_kernel(name: str) -> Callable:
         case "rotary":
             from nanovlm_fast.kernels.rotary import rotary
 
-            return rotary
+            return _unpacked(rotary)
         case "swiglu":
             from nanovlm_fast.kernels.swiglu import swiglu
 

@@ -163,12 +163,9 @@ class LanguageAttention(nn.Module):
         self, ops: Ops, x: Tensor, rope: RotaryEmbedding, position_ids: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(T, C) -> rotated q (T, n_heads, D), rotated k and plain v (T, n_kv_heads, D)."""
-        qkv = ops.rotary(
+        return ops.rotary(
             self.qkv_proj(x), rope.cos, rope.sin, position_ids, self.n_heads, self.n_kv_heads
         )
-        heads = qkv.view(len(x), -1, self.head_dim)
-        q, k, v = heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=1)
-        return q, k, v
 
 
 class LanguageMLP(nn.Module):

@@ -1,0 +1,47 @@
+"""The plain operations that are written for the compiler, against a plainer formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanovlm_fast.model.ops import rotary
+
+
+def by_concatenation(
+    qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, n_q: int, n_kv: int
+) -> tuple[Tensor, ...]:
+    """RoPE as it is usually written: rotate the halves of q and k, put them and v together."""
+    heads = qkv.unflatten(1, (n_q + 2 * n_kv, -1))
+    qk, v = heads.split([n_q + n_kv, n_kv], dim=1)
+    cos = cos.index_select(0, position_ids)[:, None]
+    sin = sin.index_select(0, position_ids)[:, None]
+    first, second = qk.float().chunk(2, dim=-1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return torch.cat([turned.to(qkv.dtype), v], dim=1).split([n_q, n_kv, n_kv], dim=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("tokens", "n_q", "n_kv", "size"),
+    [(33, 9, 3, 64), (1, 15, 5, 64), (5, 3, 2, 46), (7, 2, 1, 2), (0, 9, 3, 64), (17, 1, 1, 128)],
+)
+def test_rotary_as_one_expression_gives_the_same_bits(tokens, n_q, n_kv, size, dtype):
+    generator = torch.Generator().manual_seed(tokens)
+    qkv = torch.randn(tokens, (n_q + 2 * n_kv) * size, generator=generator).to(dtype)
+    cos = torch.randn(64, size // 2, generator=generator)
+    sin = torch.randn(64, size // 2, generator=generator)
+    position_ids = torch.randint(64, (tokens,), generator=generator, dtype=torch.int32)
+    upstream = torch.randn(tokens, n_q + 2 * n_kv, size, generator=generator).to(dtype)
+
+    def run(function) -> list[Tensor]:
+        leaf = qkv.clone().requires_grad_()
+        out = function(leaf, cos, sin, position_ids, n_q, n_kv)
+        return [*out, *torch.autograd.grad(out, leaf, upstream.split([n_q, n_kv, n_kv], dim=1))]
+
+    ours = run(rotary)
+    theirs = run(by_concatenation)
+    assert [len(t.shape) for t in ours] == [3, 3, 3, 2]
+    for mine, plain in zip(ours, theirs, strict=True):
+        assert torch.equal(mine, plain)
