@@ -3,18 +3,24 @@
 python -m bench.codegen                    a table
 python -m bench.codegen --json             the same as JSON
 python -m bench.codegen --only swiglu      selected kernels
+python -m bench.codegen --target sm_80     another GPU; --dtype float16 for sm_75, which has no bf16
 python -m bench.codegen --write            the table, and the result file that kernels/README.md
                                            is written from
+
+What is compiled is what a training step of nanovlm-222m launches (`subjects/kernel_launches.py`).
 """
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -22,10 +28,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.harness.results import ROOT, facts, write_file
+from bench.subjects.kernel_launches import DTYPES
 from bench.subjects.operators import named
 from nanovlm_fast.command import Parser, reports_errors
 
-TARGET = GPUTarget("cuda", 90, 32)
+TARGETS = ("sm_90", "sm_80", "sm_75")
+PROJECT = Path(__file__).resolve().parents[1]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Limits of one multiprocessor of sm_90.
 REGISTERS = 65536
@@ -34,28 +42,18 @@ BLOCKS = 32
 SHARED = 227 * 1024
 
 
-def compile_for_sm90(spec: dict) -> dict:
-    """Compile one entry of a kernel's `aot()`: {kernel, signature, launch, constexprs}.
+def compile_launch(kernel: Any, launch: dict[str, Any], target: str = "sm_90") -> dict[str, Any]:
+    """Compile one launch as `kernel_launches` describes it.
 
-    `launch` holds the constexprs and num_warps / num_stages of the launch. Pointers and integers
-    are declared divisible by 16, which is what Triton finds at nanoVLM's sizes. Returns registers,
-    spilled and local bytes, shared memory, instruction counts and theoretical occupancy.
+    Returns registers, spilled and local bytes, shared memory, instruction counts and theoretical
+    occupancy (by the limits of sm_90).
     """
-    kernel = spec["kernel"]
-    launch = dict(spec["launch"])
-    options = {name: launch.pop(name) for name in ("num_warps", "num_stages") if name in launch}
-    constexprs = launch | spec["constexprs"]
-    signature = {name: spec["signature"].get(name, "constexpr") for name in kernel.arg_names}
-    untyped = [name for name, kind in signature.items() if kind == "constexpr"]
-    if missing := [name for name in untyped if name not in constexprs]:
-        raise ValueError(f"{kernel.__name__}: no type and no value for {', '.join(missing)}")
-    divisible = {
-        (i,): [["tt.divisibility", 16]]
-        for i, kind in enumerate(signature.values())
-        if kind[0] in "*i"
-    }
-    source = ASTSource(kernel, signature, constexprs, divisible)
-    compiled = triton.compile(source, target=TARGET, options=options)
+    positions = {name: (kernel.arg_names.index(name),) for name in launch["aligned"]}
+    divisible = {at: [["tt.divisibility", 16]] for at in positions.values()}
+    source = ASTSource(kernel, launch["signature"], launch["constants"], divisible)
+    options = {name: launch[name] for name in ("num_warps", "num_stages") if name in launch}
+    gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    compiled = triton.compile(source, target=gpu, options=options)
     sass = disassemble(compiled.asm["cubin"])
     warps = compiled.metadata.num_warps
     shared = compiled.metadata.shared
@@ -121,18 +119,62 @@ def occupancy(registers: int, warps: int, shared: int) -> float:
     return min(by_registers, by_shared, BLOCKS, WARPS // warps) * warps / WARPS
 
 
-def table(rows: list[dict]) -> str:
+def training_launches(dtype: str) -> list[dict[str, Any]]:
+    """What `kernel_launches` finds. Raises RuntimeError, with its last line, if it fails."""
+    command = [sys.executable, "-m", "bench.subjects.kernel_launches", "--dtype", dtype]
+    # Not in Triton's interpreter, which has no launches to look at.
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise RuntimeError(f"the kernels of a training step could not be recorded: {lines[-1]}")
+    return json.loads(done.stdout)
+
+
+def compiled_rows(only: str, dtype: str, target: str) -> list[dict[str, Any]]:
+    """One row per launch of the kernels of an --only option, an `error` where one does not compile.
+
+    Next to the assembler's output a row holds the launch: types, constants and alignment.
+    """
+    kernels = {kernel.name: kernel for kernel in named(only)}
+    rows = []
+    for launch in training_launches(dtype):
+        if launch["op"] not in kernels:
+            continue
+        module = importlib.import_module(f"nanovlm_fast.kernels.{launch['op']}")
+        row = {**launch, "matrix": kernels[launch["op"]].matrix, "target": target}
+        try:
+            row |= compile_launch(getattr(module, launch["kernel"]), launch, target)
+        except Exception as error:  # the others are still worth seeing
+            lines = str(error).strip().splitlines() or [""]
+            row["error"] = f"{type(error).__name__}: {lines[0]}"
+        rows.append(row)
+    order = list(kernels)
+    return sorted(rows, key=lambda row: order.index(row["op"]))
+
+
+def case_of(row: dict[str, Any]) -> str:
+    """What tells the cases of one kernel apart: types of pointers, and the switches that are on."""
+    types = [kind[1:] for kind in row["signature"].values() if kind.startswith("*")]
+    switches = [name for name, value in row["constants"].items() if value is True]
+    return " ".join([",".join(dict.fromkeys(types)), *switches])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
     columns = (
         f"{'kernel':36} {'regs':>4} {'stack':>5} {'shared':>8} {'warps':>5} {'stages':>6} "
-        f"{'occ.':>5} {'128-bit':>9} {'wgmma':>5}"
+        f"{'occ.':>5} {'128-bit':>9} {'wgmma':>5}  case"
     )
     lines = [columns]
     for row in rows:
+        if "error" in row:
+            lines.append(f"{row['kernel']:36} {row['error']}  {case_of(row)}")
+            continue
         wide = f"{row['wide_loads']}/{row['loads']} {row['wide_stores']}/{row['stores']}"
         lines.append(
             f"{row['kernel']:36} {row['registers']:>4} {row['stack']:>5} {row['shared']:>8,} "
             f"{row['warps']:>5} {row['stages']:>6} {row['occupancy']:>5.0%} {wide:>9} "
-            f"{row['wgmma']:>5}"
+            f"{row['wgmma']:>5}  {case_of(row)}"
         )
     return "\n".join(lines)
 
@@ -141,6 +183,8 @@ def make_parser() -> Parser:
     parser = Parser(prog="python -m bench.codegen", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--only", default="", help="kernels, separated by commas")
+    parser.add_argument("--target", choices=TARGETS, default=TARGETS[0])
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="type under autocast")
     parser.add_argument("--write", action="store_true", help="also write the result file")
     parser.add_argument(
         "--out", type=Path, default=ROOT, help="folder of results (default: bench/results)"
@@ -148,20 +192,19 @@ def make_parser() -> Parser:
     return parser
 
 
-@reports_errors()
+@reports_errors(RuntimeError)
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    rows = [
-        {"op": kernel.name, "matrix": kernel.matrix, **compile_for_sm90(spec)}
-        for kernel in named(args.only)
-        for spec in kernel.module.aot()
-    ]
+    rows = compiled_rows(args.only, args.dtype, args.target)
     print(json.dumps(rows) if args.json else table(rows))
     if args.write:
-        device = {"device": "none: compiled ahead of time for sm_90", "triton": triton.__version__}
-        result = {"suite": "codegen", **facts(torch.device("cpu")), **device, "kernels": rows}
-        print(f"written: {write_file(args.out / 'sm-90-ahead-of-time' / 'codegen.json', result)}")
-    return 0
+        device = {"device": f"none: compiled ahead of time for {args.target}"}
+        versions = {"triton": triton.__version__, "dtype": args.dtype}
+        result = {"suite": "codegen", **facts(torch.device("cpu")), **device, **versions}
+        folder = f"{args.target.replace('_', '-')}-ahead-of-time"
+        written = write_file(args.out / folder / "codegen.json", result | {"kernels": rows})
+        print(f"written: {written}")
+    return int(any("error" in row for row in rows))
 
 
 if __name__ == "__main__":

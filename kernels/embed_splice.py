@@ -376,20 +376,3 @@ def cost(
         "forward": (shown * image + (t - shown) * row + t * row + 16 * t, 0),
         "backward": (t * row + v * row + r * image + 4 * t, t * c),
     }
-
-
-def aot() -> list[dict]:
-    """Kernels to compile ahead of time for sm_90: table (49152, 576), T = 32768, bf16."""
-    indices = {"ids_ptr": "*i64", "rows_ptr": "*i32", "keys_ptr": "*i32", "order_ptr": "*i64"}
-    names = ("table_ptr", "image_ptr", "h_ptr", "dh_ptr", "dtable_ptr", "dimage_ptr")
-    tensors = dict.fromkeys(names, "*bf16")
-    signature = indices | tensors | {"parts_ptr": "*fp32", "T": "i32", "V": "i32", "chunks": "i32"}
-    return [
-        {"kernel": kernel, "launch": launch, "constexprs": {"C": 576},
-         "signature": {name: kind for name, kind in signature.items() if name in kernel.arg_names}}
-        for kernel, launch in (
-            (_embed_splice_fwd_kernel, FORWARD),
-            (_embed_splice_bwd_chunks_kernel, CHUNKS),
-            (_embed_splice_bwd_parts_kernel, PARTS),
-        )
-    ]  # fmt: skip

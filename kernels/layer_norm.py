@@ -289,23 +289,3 @@ def cost(
         "forward": (2 * x + 2 * stream + 8 * m, 7 * m * n),
         "backward": (2 * x + (2 * stream if residual else x) + split + 8 * m, 13 * m * n),
     }
-
-
-def aot() -> list[dict]:
-    """Kernels to compile ahead of time for sm_90: (50176, 768) in bf16, a float32 residual."""
-    launch = _launch(768)
-    shared = {"mean_ptr": "*fp32", "rstd_ptr": "*fp32", "M": "i32"}
-    forward = dict(
-        x_ptr="*bf16", residual_ptr="*fp32", weight_ptr="*fp32", bias_ptr="*fp32",
-        y_ptr="*bf16", h_ptr="*fp32",
-    )  # fmt: skip
-    backward = dict(
-        dy_ptr="*bf16", dh_ptr="*fp32", h_ptr="*fp32", weight_ptr="*fp32",
-        dx_ptr="*bf16", dresidual_ptr="*fp32", dweight_ptr="*fp32", dbias_ptr="*fp32",
-    )  # fmt: skip
-    return [
-        {"kernel": _layer_norm_fwd_kernel, "signature": forward | shared, "launch": launch,
-         "constexprs": {"N": 768, "EPS": 1e-6, "HAS_RESIDUAL": True}},
-        {"kernel": _layer_norm_bwd_kernel, "signature": backward | shared, "launch": launch,
-         "constexprs": {"N": 768, "HAS_DH": True, "TWO_GRADIENTS": True}},
-    ]  # fmt: skip

@@ -338,16 +338,3 @@ def cost(
         "backward": (2 * h + weight + dweight, (rows + vocabulary) * width),
         "memory": logits + dweight + h + 4 * rows,
     }
-
-
-def aot() -> list[dict]:
-    """Kernels to compile ahead of time for sm_90: rows of 49152 in bf16, scaling of float32 dW."""
-    pointers = dict(logits_ptr="*bf16", labels_ptr="*i64", loss_ptr="*fp32")
-    scaling = dict(x_ptr="*fp32", scale_ptr="*fp32", out_ptr="*bf16", N="i32")
-    return [
-        {"kernel": _linear_cross_entropy_fwd_kernel, "signature": pointers,
-         "launch": _launch(49152),
-         "constexprs": {"V": 49152, "IGNORED": IGNORE, "WITH_GRADIENT": True}},
-        {"kernel": _linear_cross_entropy_bwd_kernel, "signature": scaling,
-         "launch": {"num_warps": 8}, "constexprs": {"BLOCK": SCALE_BLOCK}},
-    ]  # fmt: skip

@@ -435,21 +435,3 @@ def cost(
         "forward": (size, 2 * m * n * k),
         "backward": (size + (m * k + n * k) * dtype.itemsize, 4 * m * n * k),
     }
-
-
-def aot() -> list[dict]:
-    """Kernels to compile ahead of time for sm_90: x (256, 196, 768) in bf16, factor 2."""
-    launch = _launch(576, 768, torch.bfloat16)
-    sizes = {"N": 576, "C": 768, "S": 2, "WIDTH": 14}
-    return [
-        {"kernel": _pixel_shuffle_proj_fwd_kernel, "launch": launch["forward"],
-         "signature": dict(x_ptr="*bf16", weight_ptr="*bf16", y_ptr="*bf16", M="i32"),
-         "constexprs": sizes | {"HAS_BIAS": False, "bias_ptr": None}},
-        {"kernel": _pixel_shuffle_proj_bwd_x_kernel, "launch": launch["x"],
-         "signature": dict(dy_ptr="*bf16", weight_ptr="*bf16", dx_ptr="*bf16", M="i32"),
-         "constexprs": sizes},
-        {"kernel": _pixel_shuffle_proj_bwd_weight_kernel, "launch": launch["weight"],
-         "signature": dict(dy_ptr="*bf16", x_ptr="*bf16", partials_ptr="*fp32", M="i32",
-                           part_rows="i32"),
-         "constexprs": sizes},
-    ]  # fmt: skip

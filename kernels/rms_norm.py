@@ -260,23 +260,3 @@ def cost(
         "forward": (2 * x + 2 * stream + 4 * m, 4 * m * n),
         "backward": (2 * x + (2 * stream if residual else x) + split + 4 * m, 9 * m * n),
     }
-
-
-def aot() -> list[dict]:
-    """Kernels to compile ahead of time for sm_90: (32768, 576) in bf16, a float32 residual."""
-    launch = _launch(576)
-    shared = {"M": "i32"}
-    forward = dict(
-        x_ptr="*bf16", residual_ptr="*fp32", weight_ptr="*fp32",
-        y_ptr="*bf16", h_ptr="*fp32", rstd_ptr="*fp32",
-    )  # fmt: skip
-    backward = dict(
-        dy_ptr="*bf16", dh_ptr="*fp32", h_ptr="*fp32", weight_ptr="*fp32", rstd_ptr="*fp32",
-        dx_ptr="*bf16", dresidual_ptr="*fp32", dweight_ptr="*fp32",
-    )  # fmt: skip
-    return [
-        {"kernel": _rms_norm_fwd_kernel, "signature": forward | shared, "launch": launch,
-         "constexprs": {"N": 576, "EPS": 1e-5, "HAS_RESIDUAL": True}},
-        {"kernel": _rms_norm_bwd_kernel, "signature": backward | shared, "launch": launch,
-         "constexprs": {"N": 576, "HAS_DH": True, "TWO_GRADIENTS": True}},
-    ]  # fmt: skip

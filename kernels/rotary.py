@@ -295,16 +295,3 @@ def cost(
         "forward": (2 * t * (rotated if inplace else row) * dtype.itemsize + shared, flops),
         "backward": (2 * t * row * dtype.itemsize + shared, flops),
     }
-
-
-def aot() -> list[dict]:
-    """Kernels to compile ahead of time for sm_90: (32768, 15 * 64) in bf16, also in place."""
-    signature = dict(
-        x_ptr="*bf16", cos_ptr="*fp32", sin_ptr="*fp32", position_ptr="*i32", y_ptr="*bf16", T="i32"
-    )
-    sizes = {"ROTATED": 12, "STRIDE": 960, "HALF": 32}
-    return [
-        {"kernel": _rotary_kernel, "signature": signature, "launch": _launch(32),
-         "constexprs": sizes | {"HEADS": heads, "CONJUGATE": conjugate}}
-        for heads, conjugate in ((12, False), (15, False), (15, True))
-    ]  # fmt: skip

@@ -180,14 +180,3 @@ def cost(m: int, n: int, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
     """Fewest bytes and FLOPs: {'forward': (bytes, FLOPs), 'backward': (bytes, FLOPs)}."""
     size = m * n * dtype.itemsize
     return {"forward": (3 * size, 5 * m * n), "backward": (5 * size, 11 * m * n)}
-
-
-def aot() -> list[dict]:
-    """Kernels to compile ahead of time for sm_90: nanoVLM's (32768, 2 * 1536) in bf16."""
-    sizes = {"launch": _launch(1536), "constexprs": {"N": 1536}}
-    forward = {"gate_up_ptr": "*bf16", "y_ptr": "*bf16", "M": "i32"}
-    backward = {"dy_ptr": "*bf16", "gate_up_ptr": "*bf16", "dgate_up_ptr": "*bf16", "M": "i32"}
-    return [
-        {"kernel": _swiglu_fwd_kernel, "signature": forward, **sizes},
-        {"kernel": _swiglu_bwd_kernel, "signature": backward, **sizes},
-    ]

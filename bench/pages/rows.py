@@ -21,22 +21,37 @@ def kernel_table(results: Path = ROOT) -> str:
     """The table of kernels/README.md: least work, the assembler's resources, GPU times if any."""
     resources = "registers, shared memory, warps, occupancy on sm_90"
     rows: Rows = [("file, tests", "what it does", "forward; backward", resources, "GPU")]
-    compiled: dict[str, list[str]] = {}
-    for file in results.glob("*/codegen.json"):
-        for row in load(file)["kernels"]:
-            launch = f"{row['registers']}, {row['shared'] / 1024:.0f} KB, {row['warps']}"
-            launch += f", {row['occupancy']:.0%}"
-            compiled.setdefault(row["op"], []).append(f"`{row['kernel'].strip('_')}` {launch}")
+    compiled = [
+        row for file in results.glob("sm-90-*/codegen.json") for row in load(file)["kernels"]
+    ]
     for kernel in KERNELS:
         about = (kernel.module.__doc__ or "").split("\n\n")[0].replace("\n", " ").strip()
         cost = kernel.module.cost(**kernel.sizes, dtype=torch.bfloat16)
         passes = [cost[part] for part in ("forward", "backward")]
         work = "; ".join(f"{b / 1e6:,.0f} MB, {flops / 1e9:,.1f} GFLOP" for b, flops in passes)
-        # Kernels that are compiled for several cases with the same result appear once.
-        launches = "<br>".join(dict.fromkeys(compiled.get(kernel.name, ["-"])))
+        launches = resources_of([row for row in compiled if row["op"] == kernel.name])
         name = f"`{kernel.name}.py`, [tests](../tests/kernels/test_{kernel.name}.py)"
         rows.append((name, about, work, launches, gpu_times(kernel.name, results)))
     return markdown(rows)
+
+
+def resources_of(rows: list[dict]) -> str:
+    """One line per kernel: what its cases take, from the least to the most."""
+    lines = []
+    for name in dict.fromkeys(row["kernel"] for row in rows):
+        cases = [row for row in rows if row["kernel"] == name]
+        registers = span([row["registers"] for row in cases], "{}")
+        shared = span([row["shared"] / 1024 for row in cases], "{:.0f}")
+        warps = span([row["warps"] for row in cases], "{}")
+        share = span([100 * row["occupancy"] for row in cases], "{:.0f}")
+        lines.append(f"`{name.strip('_')}` {registers}, {shared} KB, {warps}, {share}%")
+    return "<br>".join(lines) or "-"
+
+
+def span(values: list[float], form: str) -> str:
+    """The least and the most of `values` as 1-3, or 1 if they look the same."""
+    ends = [form.format(end) for end in (min(values), max(values))]
+    return "-".join(dict.fromkeys(ends))
 
 
 def gpu_times(name: str, results: Path) -> str:

@@ -1,7 +1,7 @@
 """What is compared: one line per kernel, one function per competitor.
 
-A kernel's module holds `<name>`, `<name>_reference`, `make_inputs`, `cost` and `aot` (see any file
-in kernels/). A competitor is a function of a kernel. It returns a callable with the signature of
+A kernel's module holds `<name>`, `<name>_reference`, `make_inputs` and `cost` (see any file in
+kernels/). A competitor is a function of a kernel. It returns a callable with the signature of
 `<name>`, or None where it has no such operation. It imports its package inside the function, so
 that a package that is not installed becomes a row of the table.
 """

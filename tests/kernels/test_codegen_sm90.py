@@ -1,19 +1,22 @@
 """What the assembler makes of every kernel.
 
-The kernels are compiled ahead of time for sm_90 at the seed's sizes.
+What a training step launches is compiled ahead of time for sm_90, by each Triton that users have.
 """
 
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
-from bench.codegen import SHARED, narrow_offsets, occupancy
+from bench.codegen import SHARED, narrow_offsets, occupancy, training_launches
 from bench.subjects.operators import KERNELS
+from tests.support import tritons
 from tests.support.processes import ROOT, run_python
 
-FILES = sorted(file.stem for file in (ROOT / "kernels").glob("*.py"))
+FILES = sorted((ROOT / "kernels").glob("*.py"))
 
 
 def problems(row: dict) -> list[str]:
@@ -24,40 +27,89 @@ def problems(row: dict) -> list[str]:
         "too much shared memory": row["shared"] > SHARED,
         "32-bit offsets into a matrix": row["narrow_offsets"],
         "no 128-bit load": not row["wide_loads"],
-        "no 128-bit store": not row["wide_stores"] and not row["matrix"],
+        # One store alone is a number per row: the loss, where no gradient is asked for.
+        "no 128-bit store": not row["wide_stores"] and row["stores"] > 1 and not row["matrix"],
         "no wgmma": row["matrix"] and not row["wgmma"],
     }
     return [what for what, wrong in found.items() if wrong]
 
 
-@pytest.fixture(scope="module")
-def rows() -> list[dict]:
-    result = run_python("-m", "bench.codegen", "--json")
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
-
-
-def test_every_kernel_is_what_it_should_be(rows):
-    wrong = {row["kernel"]: problems(row) for row in rows if problems(row)}
-    assert not wrong
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("version", tritons.VERSIONS)
+def test_every_kernel_of_a_training_step_is_what_it_should_be(version):
+    path = tritons.python_path(version)
+    result = run_python("-m", "bench.codegen", "--json", PYTHONPATH=path)
+    rows = json.loads(result.stdout.splitlines()[-1]) if result.stdout else []
+    wrong = {row["kernel"]: row["error"] for row in rows if "error" in row}
+    assert result.returncode == 0, wrong or result.stderr
+    assert not {row["kernel"]: problems(row) for row in rows if problems(row)}
     assert {row["op"] for row in rows} == {kernel.name for kernel in KERNELS}
+
+
+@pytest.mark.slow
+def test_what_is_compiled_is_what_training_launches():
+    """Every kernel of the folder, and the cases that a list by hand had wrong."""
+    launches = training_launches("bfloat16")
+    kernels = {launch["kernel"] for launch in launches}
+    jitted = r"^@triton\.jit.*\n(?:def (\w+_kernel)\()"
+    written = [re.findall(jitted, file.read_text(), re.MULTILINE) for file in FILES]
+    assert kernels == {name for names in written for name in names}
+    # The table of embeddings is float32, the image tokens are what autocast made of them.
+    (splice,) = [la for la in launches if la["kernel"] == "_embed_splice_fwd_kernel"]
+    assert splice["signature"]["table_ptr"] == "*fp32"
+    assert splice["signature"]["image_ptr"] == "*bf16"
+    for norm in ("rms_norm", "layer_norm"):
+        cases = {
+            (launch["signature"]["x_ptr"], launch["constants"]["HAS_RESIDUAL"])
+            for launch in launches
+            if launch["kernel"] == f"_{norm}_fwd_kernel"
+        }
+        # The first block has no residual and reads float32.
+        assert cases == {("*fp32", False), ("*bf16", True)}
+    # An argument that Triton should not specialise on is declared as it declares it.
+    loss = next(la for la in launches if la["kernel"] == "_linear_cross_entropy_fwd_kernel")
+    assert loss["aligned"] == ["logits_ptr"]
+
+
+def test_each_supported_pytorch_has_its_triton():
+    project = (ROOT / "pyproject.toml").read_text()
+    torch_range, triton_range = (
+        SpecifierSet(found.group(1))
+        for name in ("torch", "triton")
+        if (found := re.search(rf'"{name}([<>=][^";]*)', project))
+    )
+    supported = {f"2.{minor}" for minor in range(100) if f"2.{minor}.0" in torch_range}
+    assert supported == set(tritons.PAIRED)
+    assert all(version in triton_range for version in tritons.VERSIONS)
+
+
+def test_a_triton_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(tritons.VARIABLE, raising=False)
+    with pytest.raises(pytest.skip.Exception, match=r"python -m tests\.support\.tritons"):
+        tritons.python_path("0.0.1")
+    # As in CI, where a version that is not tested must not pass.
+    monkeypatch.setenv(tritons.VARIABLE, str(tmp_path))
+    with pytest.raises(pytest.fail.Exception, match=r"no Triton 0\.0\.1"):
+        tritons.python_path("0.0.1")
 
 
 def test_a_kernel_file_has_its_tests_its_line_and_its_parts():
     assert [kernel.name for kernel in KERNELS] == list(
         dict.fromkeys(kernel.name for kernel in KERNELS)
     )
-    assert sorted(kernel.name for kernel in KERNELS) == FILES
+    assert sorted(kernel.name for kernel in KERNELS) == [file.stem for file in FILES]
     for kernel in KERNELS:
         assert (ROOT / "tests" / "kernels" / f"test_{kernel.name}.py").exists(), kernel.name
-        for part in (kernel.name, f"{kernel.name}_reference", "make_inputs", "cost", "aot"):
+        for part in (kernel.name, f"{kernel.name}_reference", "make_inputs", "cost"):
             assert callable(getattr(kernel.module, part)), f"{kernel.name}: {part}"
 
 
 BAD = """
 import json
 import triton, triton.language as tl
-from bench.codegen import compile_for_sm90
+from bench.codegen import compile_launch
 
 @triton.jit
 def hoarder(x_ptr, y_ptr, M, N: tl.constexpr, ROWS: tl.constexpr):
@@ -68,9 +120,9 @@ def hoarder(x_ptr, y_ptr, M, N: tl.constexpr, ROWS: tl.constexpr):
     y = tl.load(x_ptr + offsets + 1)
     tl.store(y_ptr + offsets, x * tl.sum(y) + y * tl.sum(x))
 
-spec = dict(kernel=hoarder, signature=dict(x_ptr="*bf16", y_ptr="*bf16", M="i32"),
-            launch=dict(ROWS=32, num_warps=1), constexprs=dict(N=256))
-print(json.dumps(compile_for_sm90(spec) | {"matrix": False}))
+types = dict(x_ptr="*bf16", y_ptr="*bf16", M="i32", N="constexpr", ROWS="constexpr")
+launch = dict(signature=types, constants=dict(N=256, ROWS=32), aligned=["x_ptr", "y_ptr", "M"])
+print(json.dumps(compile_launch(hoarder, launch | {"num_warps": 1}) | {"matrix": False}))
 """
 
 
