@@ -26,6 +26,7 @@ from bench.subjects.variants import Packed, Padded, Recipe, Step, Workbench
 from bench.subjects.workload import load_work
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import pick_device, pick_dtype
+from nanovlm_fast.model.attention import VISION_BACKENDS
 from nanovlm_fast.ranges import Range
 
 KINDS = {  # kind -> what the names of its kernels contain; the first that matches
@@ -59,7 +60,10 @@ def make_step(args: argparse.Namespace, device: torch.device) -> Step:
     bench = Workbench(work, device, pick_dtype("auto", device))
     if args.reference:
         return Padded(bench)
-    return Packed(bench, Recipe(compile=args.compile, kernels=args.kernels))
+    recipe = Recipe(
+        compile=args.compile, kernels=args.kernels, vision_attention=args.vision_attention
+    )
+    return Packed(bench, recipe)
 
 
 def profiled_rows(
@@ -163,6 +167,12 @@ def make_parser() -> Parser:
         "--compile", default="auto", choices=("auto", "none", "default", "reduce-overhead")
     )
     parser.add_argument("--kernels", default="auto", help="as train.py's")
+    parser.add_argument(
+        "--vision-attention",
+        default="auto",
+        choices=("auto", *VISION_BACKENDS),
+        help="as train.py's",
+    )
     parser.add_argument("--steps", type=Range(int, least=1), default=2, help="under the profiler")
     parser.add_argument(
         "--repeats", type=Range(int, least=1), default=10, help="timed steps without it"

@@ -43,6 +43,7 @@ from bench.subjects.variants import Judge, Packed, Padded, Recipe, Step, Workben
 from bench.subjects.workload import load_work
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import pick_device, pick_dtype
+from nanovlm_fast.model.attention import VISION_BACKENDS
 from nanovlm_fast.model.flops import peak_flops
 from nanovlm_fast.ranges import Range
 
@@ -85,7 +86,12 @@ class Comparison:
         self.work = self.bench.work
         self.peak_flops = peak_flops(self.device, self.bench.dtype)
         self.on_gpu = self.device.type == "cuda"
-        self.ours = Recipe(attention=args.attention, kernels=args.kernels, compile=args.compile)
+        self.ours = Recipe(
+            attention=args.attention,
+            vision_attention=args.vision_attention,
+            kernels=args.kernels,
+            compile=args.compile,
+        )
         self.base = dataclasses.replace(self.ours, compile="default") if self.graphs else self.ours
         self.base_name = "graphs" if self.graphs else "ours"
         switches, unused = ablation(self.base, self.bench)
@@ -335,6 +341,12 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--kernels", default="auto", help="as train.py's")
     parser.add_argument("--attention", default="auto", help="as train.py's")
+    parser.add_argument(
+        "--vision-attention",
+        default="auto",
+        choices=("auto", *VISION_BACKENDS),
+        help="as train.py's",
+    )
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument(
         "--repeats", type=Range(int, least=1), default=15, help="timed rounds of a pair, at most"

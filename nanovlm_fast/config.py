@@ -193,6 +193,11 @@ class TrainConfig:
         "auto",
         "auto (the fastest that runs here) | flash_attn | torch | torch_fa3 | torch_fa4 | sdpa",
     )
+    vision_attention: Literal["auto", "flash", "cudnn"] = option(
+        "auto",
+        "attention of the vision tower: auto (flash on a GPU that has it, else PyTorch's own) | "
+        "flash | cudnn",
+    )
     compile: Literal["none", "default", "reduce-overhead"] = option(
         "none",
         "torch.compile the model into one graph of static shapes; reduce-overhead: replay it as "

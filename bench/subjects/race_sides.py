@@ -43,7 +43,12 @@ class Fast:
     def __init__(self, setting: Setting, start: dict[str, Tensor]):
         train = setting.train
         ops = choose_ops(
-            train.kernels, setting.device, train.attention, setting.dtype, train.recompute
+            train.kernels,
+            setting.device,
+            train.attention,
+            setting.dtype,
+            train.recompute,
+            train.vision_attention,
         )
         self.model = VisionLanguageModel(setting.config, ops).to(setting.device)
         self.model.load_reference_state_dict(start)

@@ -58,6 +58,7 @@ class Recipe:
     prefetch: bool = True
     fused_optimizer: bool = True
     attention: str = "auto"
+    vision_attention: str = "auto"
     kernels: str = "auto"
     compile: str = "none"
     recompute: str = "none"
@@ -91,12 +92,18 @@ class Workbench:
 
         Recipes that agree in operations and compilation share both.
         """
-        key = recipe.kernels, recipe.attention, recipe.recompute, recipe.compile
+        how = recipe.kernels, recipe.attention, recipe.recompute, recipe.vision_attention
+        key = *how, recipe.compile
         if key not in self.forwards:
             assert self.packed is not None
             model = copy.copy(self.packed)  # shallow: the same modules and weights
             model.ops = choose_ops(
-                recipe.kernels, self.device, recipe.attention, self.dtype, recipe.recompute
+                recipe.kernels,
+                self.device,
+                recipe.attention,
+                self.dtype,
+                recipe.recompute,
+                recipe.vision_attention,
             )
             step: Callable[[PackedBatch], Tensor] = model
             step = model

@@ -1,6 +1,7 @@
-"""Attention over packed documents: each document attends to itself only.
+"""Attention: over packed documents in the language model, inside each image in the vision tower.
 
-Every backend has the interface of FlashAttention's varlen functions (Dao, 2023):
+In the language model each document attends to itself only. Every backend has the interface of
+FlashAttention's varlen functions (Dao, 2023):
 
     attend(q, k, v, cu_seqlens, max_seqlen, causal) -> out
 
@@ -19,6 +20,18 @@ Every backend has the interface of FlashAttention's varlen functions (Dao, 2023)
 | `torch` | `torch.nn.attention.varlen.varlen_attn`, FlashAttention-2 in PyTorch | the same |
 | `torch_fa3`, `torch_fa4` | the same with FlashAttention-3 or 4 | their packages and their GPUs |
 | `sdpa` | `scaled_dot_product_attention` over documents padded to max_seqlen | nothing |
+
+The images of the vision tower have one length, so it needs no offsets and no mask:
+
+    attend(q, k, v) -> out                  all (N, heads, P, D)
+
+That is `scaled_dot_product_attention`, held to one of its kernels by `choose_vision_attention`:
+
+| backend | what runs | needs |
+| --- | --- | --- |
+| `flash` | FlashAttention-2 in PyTorch | CUDA, capability 8.0, 16-bit type |
+| `cudnn` | cuDNN's fused attention | the same, and a cuDNN that has it |
+| `sdpa` | what PyTorch itself prefers there | nothing |
 """
 
 from __future__ import annotations
@@ -31,8 +44,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, int, bool], Tensor]
+VisionAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def sdpa(
@@ -170,3 +185,56 @@ def unfit_for_flash(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in (torch.bfloat16, torch.float16):
         return "--dtype bfloat16"
     return None
+
+
+# What --vision-attention can hold `scaled_dot_product_attention` to.
+VISION_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+
+
+def only(backend: SDPBackend) -> VisionAttention:
+    """Return attention (N, heads, P, D) by this kernel of PyTorch's and by no other."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # Around each call and not once for the process: the switch is global, and the language
+        # model's `sdpa` may need another kernel.
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    return attend
+
+
+def choose_vision_attention(
+    name: str, device: torch.device, dtype: torch.dtype
+) -> tuple[str, VisionAttention]:
+    """Return name and function of the vision tower's attention.
+
+    "auto" is `flash` where FlashAttention runs, else `sdpa`. Left to itself, PyTorch takes cuDNN or
+    FlashAttention by the versions of its wheel, so two installations would time different steps.
+    Which of the two is faster on these shapes has not been measured. Raises ValueError, saying what
+    is missing, if the requested backend cannot run.
+    """
+    if name != "auto" and name not in VISION_BACKENDS:
+        there = ", ".join(VISION_BACKENDS)
+        raise ValueError(f"--vision-attention {name}: there are auto, {there}")
+    missing = unfit_for_flash(device, dtype)
+    if name == "auto":
+        if missing:
+            return "sdpa", F.scaled_dot_product_attention
+        return "flash", only(VISION_BACKENDS["flash"])
+    anywhere = "--vision-attention auto runs anywhere"
+    if missing:
+        raise ValueError(f"--vision-attention {name} needs {missing}; {anywhere}")
+    attend = only(VISION_BACKENDS[name])
+    # Tried once: whether cuDNN has the kernel depends on its version and the GPU, and without a try
+    # the first step would end with "No available kernel".
+    try:
+        attend(*torch.zeros(3, 1, 1, 16, 64, device=device, dtype=dtype))
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--vision-attention {name} does not run here ({reason}): {anywhere}"
+        ) from error
+    return name, attend

@@ -1,8 +1,8 @@
 """The model's operations, each as a Triton kernel or as plain PyTorch (`--kernels`).
 
 The model calls `ops.rms_norm(...)` and the like; `choose_ops` decides once, before training, what
-runs behind each name, and also carries the choice of attention backend (`--attention`) and of
-recomputation (`--recompute`).
+runs behind each name, and also carries the choices of attention backends (`--attention`,
+`--vision-attention`) and of recomputation (`--recompute`).
 
 The functions in this file are the plain PyTorch versions. They define what a kernel must compute,
 and run wherever no kernel is chosen. Shapes: T packed tokens, C channels, D head size, I MLP
@@ -30,7 +30,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovlm_fast.model.attention import Attention, choose_attention, sdpa
+from nanovlm_fast.model.attention import (
+    Attention,
+    VisionAttention,
+    choose_attention,
+    choose_vision_attention,
+    sdpa,
+)
 
 KERNELS = (
     "rms_norm",
@@ -153,7 +159,8 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor) -> tuple[Ten
 class Ops:
     """How the model computes: one callable per operation, the attention, the recomputation.
 
-    `kernels` names the operations that are Triton kernels, `backend` the attention's backend.
+    `kernels` names the operations that are Triton kernels, `backend` and `vision_backend` what
+    computes attention in the language model and in the vision tower.
     """
 
     rms_norm: Callable = rms_norm
@@ -166,6 +173,8 @@ class Ops:
     kernels: tuple[str, ...] = ()
     attention: Attention = sdpa
     backend: str = "sdpa"
+    vision_attention: VisionAttention = F.scaled_dot_product_attention
+    vision_backend: str = "sdpa"
     recompute: str = "none"
     asleep: bool = False  # no GPU: the chosen kernels fall back to plain PyTorch
 
@@ -173,7 +182,8 @@ class Ops:
         kernels = ", ".join(self.kernels) or "none, plain PyTorch"
         if self.asleep:
             kernels = f"none, plain PyTorch (they need a GPU: {kernels})"
-        return f"attention: {self.backend} · kernels: {kernels} · recompute: {self.recompute}"
+        attention = f"attention: {self.backend} · vision attention: {self.vision_backend}"
+        return f"{attention} · kernels: {kernels} · recompute: {self.recompute}"
 
 
 def choose_ops(
@@ -182,6 +192,7 @@ def choose_ops(
     attention: str = "auto",
     dtype: torch.dtype = torch.float32,
     recompute: str = "none",
+    vision_attention: str = "auto",
 ) -> Ops:
     """Choose the operations of a model that computes in `dtype` on `device`.
 
@@ -190,6 +201,7 @@ def choose_ops(
             commas.
         attention: see `choose_attention`.
         recompute: see `recompute.py`.
+        vision_attention: see `choose_vision_attention`.
 
     Raises:
         ValueError: for an unknown name, and for an attention backend that cannot run here.
@@ -197,6 +209,7 @@ def choose_ops(
     device = torch.device(device)
     names = _kernel_names(kernels, device)
     backend, attend = choose_attention(attention, device, dtype)
+    vision_backend, attend_to_image = choose_vision_attention(vision_attention, device, dtype)
     chosen: dict[str, Any] = {name: _kernel(name) for name in names}
     # Triton's interpreter runs kernels on a CPU; the tests use it.
     asleep = bool(names) and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1"
@@ -205,6 +218,8 @@ def choose_ops(
         kernels=names,
         attention=attend,
         backend=backend,
+        vision_attention=attend_to_image,
+        vision_backend=vision_backend,
         recompute=recompute,
         asleep=asleep,
     )

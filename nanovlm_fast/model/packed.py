@@ -89,7 +89,8 @@ class VisionBlock(nn.Module):
             y = ops.layer_norm(x, self.ln1.weight, self.ln1.bias, self.ln1.eps)
         else:
             y, x = ops.layer_norm(delta, self.ln1.weight, self.ln1.bias, self.ln1.eps, x)
-        y, x = ops.layer_norm(self.attn(y), self.ln2.weight, self.ln2.bias, self.ln2.eps, x)
+        out = self.attn(y, ops.vision_attention)
+        y, x = ops.layer_norm(out, self.ln2.weight, self.ln2.bias, self.ln2.eps, x)
         return x, self.mlp(y)
 
 

@@ -16,6 +16,7 @@ Shapes: B samples, N images per sample, P patches, S text tokens, C channels, V 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -55,11 +56,14 @@ class VisionAttention(nn.Module):
         self.qkv_proj = nn.Linear(config.vit_hidden_dim, 3 * config.vit_hidden_dim)
         self.out_proj = nn.Linear(config.vit_hidden_dim, config.vit_hidden_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, attend: Callable[..., Tensor] = F.scaled_dot_product_attention
+    ) -> Tensor:
+        """(B, P, C) -> (B, P, C). The packed model passes an `attend` of its own choice."""
         batch, patches, width = x.shape
         qkv = self.qkv_proj(x).view(batch, patches, 3, self.n_heads, width // self.n_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = attend(q, k, v)
         return self.out_proj(out.transpose(1, 2).reshape(batch, patches, width))
 
 

@@ -48,7 +48,14 @@ def build(
         )
     # The same seed on all ranks: they must start from the same weights.
     torch.manual_seed(config.seed)
-    ops = choose_ops(config.kernels, device, config.attention, dtype, config.recompute)
+    ops = choose_ops(
+        config.kernels,
+        device,
+        config.attention,
+        dtype,
+        config.recompute,
+        config.vision_attention,
+    )
     if ops.asleep and world.first:
         kernels = f"warning: --kernels {config.kernels}: Triton kernels need a GPU"
         print(f"{kernels}; plain PyTorch takes their place")

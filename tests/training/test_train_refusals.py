@@ -32,6 +32,8 @@ REFUSED = {  # options -> what the line must say
     "--recompute some": "norms_and_activations",
     "--attention fast": "flash_attn.*sdpa",
     "--attention flash_attn --device cpu": "CUDA device.*sdpa",
+    "--vision-attention ours": "auto.*flash.*cudnn",
+    "--vision-attention cudnn --device cpu": "cudnn needs a CUDA device; .*auto runs anywhere",
     "--device cuda:99": "cuda",
     "--tokens-per-batch 5": "--tokens-per-batch 5 .*synthetic/train/",
     "--lm-vocab-size 100": "--lm-vocab-size",
@@ -134,6 +136,14 @@ def test_kernels_that_cannot_run_are_not_announced(loop, tmp_path, capsys, monke
     trainer(loop, tmp_path / "other", "--kernels rms_norm --max-steps 1")
     said = capsys.readouterr().out
     assert "kernels: rms_norm" in said and "warning" not in said
+
+
+def test_a_run_says_and_keeps_which_attention_its_vision_tower_has(finished):
+    out, result = finished
+    assert "vision attention: sdpa" in result.stdout
+    assert json.loads((out / "config.json").read_text())["vision_attention"] == "auto"
+    options = ["--out", str(out), "--resume", "--vision-attention", "cudnn"]
+    assert parse_config(options)[1].vision_attention == "cudnn", "it may change on a resume"
 
 
 def test_embeddings_keep_the_tokenizer_that_they_were_trained_with(finished, tmp_path, capsys):
