@@ -14,7 +14,7 @@ from torch import Tensor
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.packing.batch import PackedBatch, pack
-from nanovlm_fast.packing.documents import Document, Sample
+from nanovlm_fast.packing.documents import IGNORE, Document, Sample
 from nanovlm_fast.packing.packer import Budget
 
 Step = Callable[[PackedBatch], Tensor]
@@ -22,7 +22,14 @@ Autocast = Callable[[], AbstractContextManager]
 
 
 def full_batch(budget: Budget, config: VLMConfig) -> PackedBatch:
-    """A made-up batch that fills the budget: every token is real, every image and label is used."""
+    """A made-up batch that fills the budget: every token is real, every image and label is used.
+
+    Token ids, targets and pixels are random and the same at each call. Constant ones would do for
+    memory and not for time: a GPU runs faster on zeros, as fewer of its transistors switch, and the
+    gradients of one embedding row would all wait for each other.
+    """
+    # Its own generator: a run's random state must not depend on whether it warmed up.
+    rng = np.random.default_rng(0)
     lengths = [budget.max_seqlen] * (budget.tokens // budget.max_seqlen)
     if rest := budget.tokens % budget.max_seqlen:
         lengths.append(rest)
@@ -36,12 +43,14 @@ def full_batch(budget: Budget, config: VLMConfig) -> PackedBatch:
         labelled = min(length, labels)
         rows = np.arange(length) + (all_image_tokens - image_tokens)
         rows[shown:] = -1  # text
-        targets = np.where(np.arange(length) < labelled, 0, -100)
-        documents.append(Document(np.zeros(length, np.int64), rows.astype(np.int32), targets))
+        ids, targets = rng.integers(0, config.lm_vocab_size, (2, length))
+        ids[:shown] = 0  # what stands under image tokens
+        targets[labelled:] = IGNORE
+        documents.append(Document(ids, rows.astype(np.int32), targets))
         image_tokens -= shown
         labels -= labelled
     size = config.vit_img_size
-    images = np.full((budget.images, 3, size, size), 127, np.uint8)
+    images = rng.integers(0, 256, (budget.images, 3, size, size), np.uint8)
     return pack([Sample("warm-up", images, documents)], budget, config.image_tokens, size)
 
 

@@ -60,6 +60,21 @@ def test_a_full_batch_fills_every_budget(small_config):
     assert VisionLanguageModel(small_config)(batch).isfinite()
 
 
+def test_a_full_batch_is_random_and_leaves_the_random_state(small_config):
+    """A GPU is faster on constant data: what is timed on it would be too fast."""
+    states = torch.get_rng_state(), str(np.random.get_state())
+    batch = full_batch(BUDGET, small_config)
+    assert torch.equal(torch.get_rng_state(), states[0]) and str(np.random.get_state()) == states[1]
+    text = batch.input_ids[batch.image_rows < 0]
+    for values in (text, batch.labels):
+        assert values.unique().numel() > 0.5 * min(values.numel(), small_config.lm_vocab_size)
+        assert values.min() >= 0 and values.max() < small_config.lm_vocab_size
+    pixels = batch.images.flatten(1)
+    assert pixels.unique().numel() == 256 and (pixels[0] != pixels[1]).float().mean() > 0.9
+    again = full_batch(BUDGET, small_config)
+    assert torch.equal(again.input_ids, batch.input_ids), "every attempt times the same work"
+
+
 def test_warming_up_changes_neither_weights_nor_random_state(small_config):
     model = VisionLanguageModel(small_config)
     weights, random_state, calls = (
