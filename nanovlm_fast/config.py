@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 from nanovlm_fast.ranges import SEED, Range, check_fields
 
 Size = Annotated[int, Range(int, least=1)]
-Workers = Annotated[int, Range(int, least=0, most=1024)]
+Workers = Annotated[int, Range(int, least=-1, most=1024)]
 LookAhead = Annotated[int, Range(int, least=1, most=2**16)]  # all of them lie in memory
 Positive = Annotated[float, Range(float, above=0)]
 Share = Annotated[float, Range(float, least=0, most=1)]
@@ -229,7 +229,11 @@ class TrainConfig:
     labels_per_batch: int = option(0, "labelled-token budget; 0: measured")
     max_seqlen: int = option(0, "longest document; 0: measured")
     look_ahead: LookAhead = option(256, "samples the packer chooses from")
-    workers: Workers = option(1, "processes that decode, tokenise and pack; 0: in the main process")
+    workers: Workers = option(
+        -1,
+        "processes that decode, tokenise and pack, for each GPU; 0: in the main process; -1: on a "
+        "GPU as many as the cores allow (its share of them less 2, at most 16), on a CPU 1",
+    )
     max_bad_samples: int = option(100, "stop with an error after this many unreadable samples")
     lr_projector: float = option(2e-3, "peak learning rate of the projector; 0 freezes it")
     lr_vision: float = option(1e-4, "peak learning rate of the vision tower; 0 freezes it")

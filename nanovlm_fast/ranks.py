@@ -37,11 +37,15 @@ JOIN_TIMEOUT = datetime.timedelta(minutes=10)
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """This process among those that train: `rank` of `size`, and `local_rank` on its machine."""
+    """This process among those that train: `rank` of `size`, `local_rank` of those on its machine.
+
+    `local_size` is how many there are on its machine.
+    """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
     host: dist.ProcessGroup | None = None  # gloo, between the hosts
 
     @classmethod
@@ -55,6 +59,8 @@ class World:
             return cls()
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         rank, size, local = (Range(int).read(f"${n}", os.environ.get(n, "")) for n in names)
+        here = os.environ.get("LOCAL_WORLD_SIZE", size)
+        local_size = Range(int, least=1).read("$LOCAL_WORLD_SIZE", here)
         if size > 1 and device not in ("auto", "cpu", "cuda"):
             raise ValueError(
                 f"--device {device}: each of {size} processes has a GPU of its own: --device cuda"
@@ -73,7 +79,8 @@ class World:
             dist.init_process_group(
                 backend, store=store, rank=rank, world_size=size, timeout=HOST_TIMEOUT
             )
-        return cls(rank, size, local, dist.new_group(backend="gloo", timeout=HOST_TIMEOUT))
+        host = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
+        return cls(rank, size, local, local_size, host)
 
     def __str__(self) -> str:
         return f" · {self.size} processes" if self.size > 1 else ""

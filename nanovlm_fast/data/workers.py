@@ -20,7 +20,27 @@ from torch.utils.data import DataLoader
 
 from nanovlm_fast.data.stream import PackedStream, StreamBatch, advance
 
+MOST_WORKERS = 16  # that are started unasked: each may keep 1 GiB of decoded examples
 PARENT_SECONDS = 0.5  # between a worker's checks that its parent is alive
+
+
+def workers_for(on_gpu: bool, processes: int = 1) -> int:
+    """How many workers a training process takes when it is not told (--workers -1).
+
+    A GPU takes batches faster than one worker makes them: it gets the cores that its process may
+    use, divided by the `processes` on this machine, less two for training itself and for pinning
+    and copying. On a CPU the model needs the cores, and one worker is enough.
+    """
+    if not on_gpu:
+        return 1
+    return max(1, min(MOST_WORKERS, usable_cores() // processes - 2))
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, which in a container or under Slurm are not all."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def batches_of(

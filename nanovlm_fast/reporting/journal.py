@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import math
+import shlex
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from nanovlm_fast.weights.folder import newest_checkpoint
 
 UPLOAD = 600.0  # seconds that Weights & Biases may take at the end for what it has not sent yet
 NAMED = 100  # samples over the budget that are named before they are only counted
+SLOW_DATA = 0.05  # share of the time that the device may wait for data without a remark
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -62,6 +64,8 @@ class Journal:
         # Waits until checkpoints that were begun are written; the trainer sets it.
         self.settle: Callable[[], object] = lambda: None
         self.pending: PendingLine | None = None
+        self.intervals = 0  # logging intervals that this process has begun a line for
+        self.said_slow_data = False
         # Sample names of the last steps. Losses arrive up to two intervals after their step.
         self.recent: deque[tuple[int, list[str]]] = deque(maxlen=2 * config.log_every + 1)
         # Examples left out since the ranks last agreed: (index, or None if too long; reason).
@@ -117,6 +121,8 @@ class Journal:
                 values[f"lr_{group['name']}"] = group["lr"]
         values |= {"seconds": round(state.seconds, 3), "examples": state.examples, **speed}
         self.pending = PendingLine(values, stats.take())
+        self.intervals += 1
+        self.note_data_wait(speed["data_wait"])
 
     def finish_line(self, bar: tqdm | None = None) -> None:
         """Write the line that was begun; raise Stopped after too many skipped steps in a row."""
@@ -140,6 +146,21 @@ class Journal:
             steps = f"{row} steps in a row up to step {values['step']} were skipped"
             advice = self.advice(values["step"], values["lr"])
             raise Stopped(f"{steps}: their gradients are not finite{advice}")
+
+    def note_data_wait(self, share: float) -> None:
+        """Say once what to do if the device waited for data in the interval that ends now."""
+        # The first interval holds the start of the workers and the first fill of their buffers.
+        if self.said_slow_data or self.intervals < 2 or share <= SLOW_DATA:
+            return
+        self.said_slow_data = True
+        config = self.config
+        advice = f"a new run can take more --workers than {config.workers}"
+        if not config.data.startswith("prepared:"):
+            names = f"--preset {config.preset} --data {shlex.quote(config.data)}"
+            command = f"python -m nanovlm_fast.data.prepare {names} --out DIR"
+            advice = f"decode it once ({command}; then --data prepared:DIR), or {advice}"
+        step = self.state.step
+        self.say(f"step {step}: {share:.0%} of the last interval was waiting for data: {advice}")
 
     def note_spikes(self, first: int, losses: list[float]) -> None:
         """Name the samples of steps whose loss is a spike; `first` is the step of the first one."""

@@ -23,6 +23,7 @@ from nanovlm_fast.data.sources.registry import load_source, make_tokenizer
 from nanovlm_fast.data.split import Split, begin_again, split_run
 from nanovlm_fast.data.stream import PackedStream, deal, initial_states
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
+from nanovlm_fast.data.workers import usable_cores, workers_for
 from nanovlm_fast.device import autocast_to, be_deterministic, describe, pick_device, pick_dtype
 from nanovlm_fast.model.flops import peak_flops
 from nanovlm_fast.packing.batch import PackedBatch
@@ -73,6 +74,12 @@ class Run:
         self.autocast = autocast_to(self.dtype, self.device)
         if config.deterministic:
             be_deterministic()
+
+        # Before the data is dealt: a worker reads a shard of its own, and all ranks must have as
+        # many of them. The number is the run's from here on.
+        if config.workers < 0:
+            here = workers_for(self.device.type == "cuda", self.world.local_size)
+            config = dataclasses.replace(config, workers=min(self.world.gather(here)))
 
         # Sizes that are measured on the data now are the run's from here on, and are written to
         # its config.json: a resume that measured again could pack other batches.
@@ -133,6 +140,9 @@ class Run:
         dtype = str(self.dtype).removeprefix("torch.")
         how = f"{dtype} · compile: {self.config.compile} · {self.model.ops}{self.world}"
         self.journal.say(f"device: {describe(self.device)}, {how}")
+        workers = len(self.stream.states) if self.config.workers else 0
+        each = " per process" if self.world.size > 1 else ""
+        self.journal.say(f"loader workers: {workers}{each} · cores: {usable_cores()}")
         if resumed:
             self.journal.say(f"resuming {self.run} after step {self.state.step}")
         self.journal.say("\n".join(split.lines))
