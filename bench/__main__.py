@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from bench import suites
 from bench.harness.results import ROOT, place, read
 from bench.suites import Suite
@@ -30,19 +32,16 @@ from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import pick_device
 
 TOTAL = 600.0  # seconds for all suites together
-# A suite may take this many seconds, or this many times what is expected, whichever is more.
-SHORTEST_LIMIT = 120.0
-PATIENCE = 4.0
 HERE = ROOT.parent.parent
 QUICK_OUT = HERE / "runs" / "bench"  # the result of a quick run is not worth keeping
 
 
 @dataclass
 class Outcome:
-    """A line of the summary. `seconds` is None if the suite did not run."""
+    """A line of the summary: how a suite ended. `seconds` is None if it did not run."""
 
     suite: Suite
-    verdict: str
+    ending: str
     seconds: float | None = None
     failed: bool = False
     files: tuple[Path, ...] = ()
@@ -111,24 +110,21 @@ def run(
         raise
     seconds = time.monotonic() - start
     files = tuple(file for file, stamp in stamps(out).items() if before.get(file) != stamp)
-    verdict, seconds, failed = judge(process.returncode, printed, errors, seconds, limit, files)
-    return Outcome(suite, verdict, seconds, failed, files)
-
-
-def judge(
-    code: int, printed: str, errors: str, seconds: float, limit: float, files: tuple[Path, ...]
-) -> tuple[str, float, bool]:
-    """(verdict, seconds, whether it failed); prints the suite's table."""
-    from tqdm import tqdm
-
     tqdm.write(printed.rstrip())
     if seconds > limit:
-        return f"stopped after {seconds:.0f} s, its limit", seconds, True
+        late = f"stopped after {seconds:.0f} s, its limit"
+        return Outcome(suite, late, seconds, True, files)
+    ending = ending_of(process.returncode, errors, files)
+    return Outcome(suite, ending, seconds, process.returncode != 0, files)
+
+
+def ending_of(code: int, errors: str, files: tuple[Path, ...]) -> str:
+    """How a suite ended that was not stopped: its error, or what its results say."""
     if code:
         # The last line of a traceback or of an error message says what went wrong.
         last = [line for line in errors.splitlines() if line.strip()] or [f"exit code {code}"]
-        return f"failed: {last[-1].strip()[:200]}", seconds, True
-    return "; ".join(["ran", *(note for file in files for note in notes(file))]), seconds, False
+        return f"failed: {last[-1].strip()[:200]}"
+    return "; ".join(["ran", *(note for file in files for note in notes(file))])
 
 
 def notes(file: Path) -> Iterator[str]:
@@ -160,9 +156,7 @@ def run_all(
     suites: list[Suite], quick: bool, device: str, out: Path, outcomes: list[Outcome]
 ) -> None:
     """Run every suite that fits, one after the other; `outcomes` grows as they finish."""
-    from tqdm import tqdm
-
-    expected = {s.name: s.quick_seconds if quick else s.seconds for s in suites}
+    expected = {s.name: s.expected(quick) for s in suites}
     why = {s.name: misfit(s, quick, device.startswith("cuda")) for s in suites}
     total = sum(expected[s.name] for s in suites if not why[s.name])
     started = time.monotonic()
@@ -185,17 +179,17 @@ def run_all(
                 continue
             bar.set_description(suite.name)
             tqdm.write(f"\n== {suite.name}: {suite.about}")
-            limit = min(max(SHORTEST_LIMIT, PATIENCE * expected[suite.name]), left)
+            limit = min(suite.limit(quick), left)
             outcomes.append(run(suite, command(suite, quick, device, out), limit, out, tick))
-            tqdm.write(outcomes[-1].verdict)
+            tqdm.write(outcomes[-1].ending)
             done += expected[suite.name]
 
 
 def summary_table(outcomes: list[Outcome], out: Path) -> str:
-    lines = [f"\n{'suite':12} {'seconds':>7}  {'verdict'}"]
+    lines = [f"\n{'suite':12} {'seconds':>7}  how it ended"]
     for outcome in outcomes:
         seconds = "-" if outcome.seconds is None else f"{outcome.seconds:.0f}"
-        lines.append(f"{outcome.suite.name:12} {seconds:>7}  {outcome.verdict}")
+        lines.append(f"{outcome.suite.name:12} {seconds:>7}  {outcome.ending}")
         lines += [f"{'':22}{file.relative_to(out)}" for file in outcome.files]
     return "\n".join(lines)
 
@@ -203,10 +197,10 @@ def summary_table(outcomes: list[Outcome], out: Path) -> str:
 def chosen(only: str) -> list[Suite]:
     """The suites of an --only option; raises ValueError for an unknown name."""
     names = [name.strip() for name in only.split(",") if name.strip()]
-    if unknown := [name for name in names if name not in {suite.name for suite in suites.SUITES}]:
-        known = ", ".join(suite.name for suite in suites.SUITES)
-        raise ValueError(f"--only {','.join(unknown)}: there are {known}")
-    return [suite for suite in suites.SUITES if suite.name in names or not (names or suite.alone)]
+    known = {suite.name: suite for suite in suites.SUITES if not suite.by_hand}
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"--only {','.join(unknown)}: there are {', '.join(known)}")
+    return [suite for suite in known.values() if suite.name in names or not (names or suite.alone)]
 
 
 def make_parser() -> Parser:

@@ -2,6 +2,7 @@
 
     python -m bench.checks                       pytest -m "gpu and not slow"
     python -m bench.checks -- tests/kernels      options and files after -- go to pytest
+    python -m bench.checks --quick               one file: a rehearsal
 
 A kernel is red if one of its tests failed. bench.kernels does not time a red kernel on the same
 device and commit; everything else is still measured. Exit code 1 if a test failed, or if pytest was
@@ -29,24 +30,33 @@ from nanovlm_fast.device import pick_device
 from nanovlm_fast.ranges import Range
 
 HERE = ROOT.parent.parent
-PATIENCE = 10.0  # seconds that pytest has to end after it was interrupted
+QUICK = "tests/model/test_attention.py"
+GRACE = 10.0  # seconds that pytest has to end after it was interrupted
 INTERRUPTED = 2  # the exit code of pytest after Ctrl-C
 
 
-def run(options: list[str], limit: float) -> tuple[int, dict]:
-    """Run pytest for at most `limit` seconds; return its exit code and the outcome of the tests."""
+def run(options: list[str], limit: float, processes: int = 1) -> tuple[int, dict]:
+    """Run pytest for at most `limit` seconds; return its exit code and the outcome of the tests.
+
+    Several `processes` need pytest-xdist; where it is not installed, one runs all tests.
+    """
     call = [sys.executable, "-m", "pytest", "-v", "-p", "bench.harness.pytest_log"]
     # Not the defaults of pyproject.toml: pytest-xdist may not be installed beside a GPU.
     call += ["-o", "addopts="]
     call += ["-m", "gpu and not slow", "--continue-on-collection-errors"]
     if importlib.util.find_spec("pytest_timeout"):
         call += ["--timeout", "120"]
+    if processes > 1 and importlib.util.find_spec("xdist"):
+        call += ["-n", str(processes)]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.jsonl"
         paths = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
         env = {**os.environ, "PYTEST_LOG": str(log), "PYTHONPATH": paths}
         # Set if this runs inside a worker of pytest-xdist; the log would then stay empty.
         env.pop("PYTEST_XDIST_WORKER", None)
+        # Each process compiles hundreds of kernel variants; more threads for each would only
+        # compete for the cores.
+        env.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
         process = subprocess.Popen([*call, *options], cwd=HERE, env=env)
         try:
             code = process.wait(limit)
@@ -54,7 +64,7 @@ def run(options: list[str], limit: float) -> tuple[int, dict]:
             process.send_signal(signal.SIGINT)
             # SIGINT lets pytest end the test and report; a kernel that hangs needs SIGKILL.
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(PATIENCE)
+                process.wait(GRACE)
             process.kill()
             if isinstance(stop, KeyboardInterrupt):  # a part of the tests is no result
                 raise
@@ -115,6 +125,13 @@ def make_parser() -> Parser:
         help="seconds until pytest is stopped",
     )
     parser.add_argument(
+        "--processes",
+        type=Range(int, least=1),
+        default=1,
+        help="that share the tests, where pytest-xdist is installed",
+    )
+    parser.add_argument("--quick", action="store_true", help=f"only {QUICK}: a rehearsal")
+    parser.add_argument(
         "--device", default="auto", help="where the result file belongs; pytest finds its own"
     )
     parser.add_argument("--out", type=Path, help="folder of results (default: bench/results)")
@@ -127,7 +144,8 @@ def main(argv: list[str] | None = None) -> int:
     split = argv.index("--") if "--" in argv else len(argv)
     args = make_parser().parse_args(argv[:split])
     device = pick_device(args.device)
-    code, found = run(argv[split + 1 :], args.limit)
+    options = [*argv[split + 1 :], *[QUICK] * args.quick]
+    code, found = run(options, args.limit, args.processes)
     file = write("tests", device, {"exit_code": code, **found}, args.out)
     print(f"written: {file}")
     print("{passed} passed, {failed} failed, {skipped} skipped".format(**found), end="")

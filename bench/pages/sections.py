@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,93 +29,67 @@ from bench.pages.rows import (
 )
 from bench.profile_step import profile_rows
 from bench.race import race_rows
+from bench.suites import SUITES, Suite
 
-
-@dataclass(frozen=True)
-class Section:
-    """Result files by the beginning of their name; a `promised` section appears without any."""
-
-    stem: str
-    about: str
-    rows: Callable[[dict[str, Any]], Rows] = timed_rows
-    promised: bool = False
-
-
-SCALING = """What communication costs. The first rows are a model of an H100's step on 1 to 1,024
-GPUs, not a measurement on more than one. The last rows count the bytes that two gloo processes
-send, which checks the model's formulas. `bench/scaling.py` says what is modelled and what is left
-out; its command prints all numbers of GPUs, and strong scaling. "No overlap" is what a backward
-compiled into one graph gets. FSDP2 may exceed 100%, because it divides the optimizer's update as
-well. gloo's reduce-scatter sends as much as an all-reduce, twice as much as a ring's."""
-STEP = """One optimizer step on the same samples: padded nanoVLM, ours, ours minus one technique.
-
-Rows are timed in pairs, interleaved with the base. "Of the base's time" is the ratio of the
-medians within the pair, with its interval where the file has the times of both. "Speed" is
-relative to the reference. It goes through the base, and has an interval only where base and
-reference are that pair."""
-RACE = """From random weights to 95% of easy-VQA's test split: padded nanoVLM against ours, in time.
-
-Both start from the same weights and train on the same batches; only the cost of a step differs."""
-PEER = """huggingface/nanoVLM's own code and ours, on the same weights and samples.
-
-Its own collator makes its rows. With texts of one length and one question per image, there is no
-padding for ours to skip and no image to share."""
-SECTIONS = (
-    Section("race", RACE, race_rows, promised=True),
-    Section("train_step", STEP, train_step_rows),
-    Section("train_tiny", "Whole runs of `train.py`, with and without images.", training_rows),
-    Section("loss_curves", "The same training four ways, relative to seeds.", curves_rows),
-    Section("kernels", "Each kernel beside its rivals, at nanoVLM's sizes.", kernels_rows),
-    Section("attention", "Attention backends on documents of several lengths.", attention_rows),
-    Section("memory", "Peak memory of a step by samples per step.", memory_rows),
-    Section("dataloader", "From images and text to packed batches.", dataloader_rows),
-    Section("generate", "Greedy generation on the same weights.", generate_rows),
-    Section("peer", PEER, peer_rows),
-    Section("roofline", "The least time of a step at the machine's rates.", roofline_rows),
-    Section("scaling", SCALING, scaling_rows),
-    Section("profile", "One of our steps, kernel by kernel.", profile_rows),
-    Section("facts", "Rates, clocks and power of the device.", facts_rows),
-    Section("tests", "`pytest -m gpu` on the device.", check_rows),
-    Section("optimizers", "Steps to the same loss with Muon and AdamW.", optimizers_rows),
-)
+# The tables of suites that have one of their own; all others list what they timed.
+ROWS: dict[str, Callable[[dict[str, Any]], Rows]] = {
+    "attention": attention_rows,
+    "dataloader": dataloader_rows,
+    "facts": facts_rows,
+    "generate": generate_rows,
+    "kernels": kernels_rows,
+    "loss_curves": curves_rows,
+    "memory": memory_rows,
+    "optimizers": optimizers_rows,
+    "peer": peer_rows,
+    "profile": profile_rows,
+    "race": race_rows,
+    "roofline": roofline_rows,
+    "scaling": scaling_rows,
+    "tests": check_rows,
+    "train_step": train_step_rows,
+    "train_tiny": training_rows,
+}
 
 
 def suites_page(results: Path = ROOT) -> str:
     """The results of bench/README.md: a section per suite, a table per file, and pictures."""
     parts = []
     drawn = [figure for folder in devices(results) for figure in figures(folder)]
-    for section in SECTIONS:
-        files = sorted(results.glob(f"*/{section.stem}*.json"))
-        if not files:
-            if section.promised:
-                parts.append(f"### {section.stem}\n\n{section.about}\n\nNot measured yet.")
+    for suite in SUITES:
+        files = sorted(results.glob(f"*/{suite.name}*.json"))
+        if not suite.section or not (files or suite.promised):
             continue
-        parts.append(f"### {section.stem}\n\n{section.about}")
+        parts += [f"### {suite.name}", *filter(None, (suite.about, suite.details))]
+        if not files:
+            parts.append("Not measured yet.")
         for file in files:
-            parts += file_parts(section, file)
+            parts += file_parts(suite, file)
         parts += [picture(figure) for figure in drawn if figure.sources[0] in files]
-        if section.stem == "loss_curves":
+        if suite.name == "loss_curves":
             parts += [own_picture(file) for file in files if own(file).exists()]
     return "\n\n".join(parts)
 
 
-def file_parts(section: Section, file: Path) -> list[str]:
+def file_parts(suite: Suite, file: Path) -> list[str]:
     """The line that says where a file comes from, and its table."""
     result = load(file)
     origin = result["device"]
-    if kind(result):
-        origin = f"{kind(result)} timings: {origin}"
+    if kind := device_kind(result):
+        origin = f"{kind} timings: {origin}"
     place = os.path.relpath(file, ROOT.parent)
     source = f"[{result['commit'][:7]}, {result['date'][:10]}]({place})"
     line = f"**{origin}** · {source} · `{shown_command(result)}`"
     if notes := "; ".join(result.get("machine", {}).get("warnings", ())):
         line += f" · {notes}"
     # A rehearsal at toy sizes has times, but they mean nothing.
-    rows: Rows = [("no time", "")] if result.get("small") else section.rows(result)
+    rows: Rows = [("no time", "")]
+    if not result.get("small"):
+        rows = ROWS.get(suite.name, timed_rows)(result)
     return [line, markdown(rows) if len(rows) > 1 else "A rehearsal, or nothing that was timed."]
 
 
-def kind(result: dict) -> str:
+def device_kind(result: dict) -> str:
     """'CPU' or 'GPU'; '' for results that were timed on neither."""
     if result["device"].startswith("none") or not result.get("timed", True):
         return ""

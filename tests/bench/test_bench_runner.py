@@ -21,6 +21,7 @@ from bench import __main__ as runner
 from bench import roofline
 from bench import suites as suites_module
 from bench.harness import results
+from bench.pages import sections
 from bench.suites import SUITES, Suite
 from tests.support.processes import ROOT, run_python
 
@@ -81,8 +82,8 @@ def test_a_suite_past_its_limit_is_stopped_with_all_it_started(
 ):
     child = f"import pathlib, time\ntime.sleep(6)\npathlib.Path({str(tmp_path / 'late')!r}).touch()"
     hangs = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {child!r}])"
-    monkeypatch.setattr(runner, "SHORTEST_LIMIT", 3.0)
-    monkeypatch.setattr(runner, "PATIENCE", 1.0)
+    monkeypatch.setattr(suites_module, "SHORTEST_LIMIT", 3.0)
+    monkeypatch.setattr(suites_module, "LIMIT_FACTOR", 1.0)
     assert suites(hangs=hangs, last=WRITES % "last") == 1
     printed = capsys.readouterr().out
     assert "stopped after 3 s, its limit" in printed and "ran; 2.0x" in printed
@@ -191,6 +192,16 @@ def test_an_interrupt_stops_the_suite_and_keeps_the_results(tmp_path):
 
 def test_the_table_of_suites_is_true():
     assert len({suite.name for suite in SUITES}) == len(SUITES)
+    pages = {suite.name for suite in SUITES if suite.section}
+    assert pages >= sections.ROWS.keys(), "a table for a section that does not exist"
+    for suite in SUITES:
+        assert suite.about.endswith(".") and suite.about.count(". ") == 0, "one sentence"
+        script = suite.stage.script[:1] if suite.stage else ()
+        files = script or (f"{suite.module.replace('.', '/')}.py",)
+        assert (ROOT / files[0]).is_file()
+    by_hand = [suite.name for suite in SUITES if suite.by_hand]
+    with pytest.raises(ValueError, match=f"--only {by_hand[0]}: there are facts, "):
+        runner.chosen(by_hand[0])
     for on_gpu in (False, True):
         together = [suite for suite in runner.chosen("") if not runner.misfit(suite, False, on_gpu)]
         assert sum(suite.seconds for suite in together) <= runner.TOTAL

@@ -6,17 +6,24 @@ The stages run in order, their results are kept, and nothing is done twice.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
+from bench import suites
+from bench.harness import stages
+from bench.harness.stages import allowance, command
 from tests.support.processes import ROOT
 
 SCRIPT = ROOT / "bench" / "gpu_all.sh"
-STAGES = re.search(r"^all=(\S+)", SCRIPT.read_text(), re.MULTILINE).group(1).split(",")
+STAGES = list(suites.STAGES)
+CALL = 570.0  # seconds of one call
 
 
 def gpu_all(*options: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -32,8 +39,107 @@ def gpu_all(*options: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_stages_come_in_the_order_of_their_worth():
-    wanted = "facts tests kernels attention train_step memory generate profile".split()
+    wanted = "facts train_step profile tests kernels attention memory generate".split()
     assert STAGES[: len(wanted)] == wanted and STAGES[-1] == "race"
+
+
+# ---- the time of each
+
+
+def test_no_stage_takes_what_the_next_ones_need(monkeypatch):
+    """The first gets all that is left but for the least times of the others."""
+    monkeypatch.setattr(stages, "GRACE", 5.0)
+    assert allowance(400, [20, 100, 50], 570) == 400, "never more than its limit"
+    assert allowance(400, [20, 100, 50], 300) == 300 - 105 - 55
+    assert allowance(400, [20, 100, 50], 70) == 70, "neither 105 nor 55 more fit"
+    assert allowance(400, [20, 100, 50], 80) == 25, "the third fits where the second does not"
+    assert allowance(400, [20, 100, 50], 19) == 0
+    assert allowance(math.inf, [20], 123) == 123
+    assert allowance(400, [60], 60) == 60, "its own least time is enough to start"
+
+
+def test_what_fits_into_a_call_gets_its_least_time_however_long_the_others_take():
+    """All stages take all that they are given; what they leave starts nothing too late."""
+    left = CALL
+    waiting = [(name, suites.STAGES[name].stage.least) for name in STAGES]
+    ran = {}
+    while waiting:
+        name, least = waiting[0]
+        limit = suites.STAGES[name].stage_limit()
+        seconds = allowance(limit, [least for _, least in waiting], left)
+        if seconds:
+            assert seconds >= least
+            ran[name] = seconds
+            left -= seconds + stages.GRACE  # all of it, and as long to end as it may
+        waiting = waiting[1:]
+    assert left >= -stages.GRACE and list(ran)[:4] == ["facts", "train_step", "profile", "tests"]
+    assert ran["train_step"] > 200
+
+
+def test_a_stage_that_compiles_is_not_started_at_the_last_moment():
+    compiling = "train_step profile tests kernels attention memory generate sanitize race".split()
+    assert all(suites.STAGES[name].stage.least >= 60 for name in compiling)
+    for suite in suites.STAGES.values():
+        assert suite.stage.least <= min(suite.stage_limit(), CALL)
+    step = suites.STAGES["train_step"]
+    budget = float(step.gpu[step.gpu.index("--budget-s") + 1])
+    assert step.stage.least >= budget + 60, "it compiles for a minute when its budget is spent"
+
+
+def test_stages_that_stop_themselves_are_told_when():
+    tests = command(suites.STAGES["tests"], False, "cuda", "out", 200.0)
+    assert tests[1:] == (
+        "-m bench.checks --processes 6 --limit 170 --device cuda --out out".split()
+    )
+    race = command(suites.STAGES["race"], False, "cuda", "out", 300.0)
+    assert "--wall-s 270 " in " ".join(race)
+    runner = command(suites.STAGES["kernels"], True, "cpu", "out", 300.0)
+    assert runner[1:] == "-m bench --only kernels --quick --device cpu --out out".split()
+
+
+SLOW = r"""#!/usr/bin/env bash
+case "$*" in
+    *bench.harness.stages*) exec {python} "$@" ;;
+    *--only\ facts*) sleep 60 & echo begun; wait ;;
+    *) echo "fine" ;;
+esac
+"""
+
+
+def test_a_stage_that_takes_too_long_leaves_the_others_their_time(tmp_path, monkeypatch, capsys):
+    python = tmp_path / "python"
+    python.write_text(SLOW)
+    python.chmod(0o755)
+    monkeypatch.setenv("PYTHON", str(python))
+    monkeypatch.setattr(stages, "QUICK_LEAST", 2.0)
+    monkeypatch.setattr(stages, "GRACE", 1.0)
+    wanted = ["--quick", "--seconds", "5.4", "--stages", "facts,roofline"]
+    wanted += ["--out", str(tmp_path)]
+    assert stages.main(wanted) == 1
+    printed, errors = capsys.readouterr()
+    assert errors == "not finished, the next call continues: facts\n"
+    assert "stopped to leave time for others, 2 s: begun" in printed
+    assert (tmp_path / "logs" / "roofline.done").exists()
+    assert not (tmp_path / "logs" / "facts.done").exists()
+
+
+def test_an_interrupt_ends_the_stage_with_what_it_started(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(SLOW.replace("{python}", sys.executable).replace("sleep 60", "exec sleep 61"))
+    python.chmod(0o755)
+    env = {**os.environ, "PYTHON": str(python)}
+    call = ["bash", str(SCRIPT), "--quick", "--stages", "facts", "--out", str(tmp_path)]
+    process = subprocess.Popen(call, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "logs" / "facts.log"
+    while not (log.exists() and log.read_text()):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=stages.GRACE + 10)[1]
+    assert process.returncode == 130 and errors == "error: interrupted\n"
+    assert not subprocess.run(["pgrep", "-f", "^sleep 61$"], capture_output=True).stdout
+
+
+# ---- whole calls
 
 
 @pytest.mark.slow
@@ -61,9 +167,9 @@ def test_every_stage_leaves_its_result_and_is_not_done_twice(tmp_path):
 
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
+    *bench.harness.stages*) exec {python} "$@" ;;
     *--only\\ kernels*) echo "the device is gone"; exit 1 ;;
     *bench.race*) echo "half-way"; exit 75 ;;
-    *xdist*) exit 1 ;;
     *) echo "fine" ;;
 esac
 """
@@ -72,7 +178,7 @@ esac
 def test_a_stage_that_fails_is_named_and_the_others_run(tmp_path):
     """With a python that knows what to answer: whether a stage fails is not what this is about."""
     python = tmp_path / "python"
-    python.write_text(PYTHON)
+    python.write_text(PYTHON.replace("{python}", sys.executable))
     python.chmod(0o755)
     result = gpu_all("--out", str(tmp_path), PYTHON=str(python))
     assert result.returncode == 1 and "failed: kernels\n" in result.stderr
