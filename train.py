@@ -20,7 +20,6 @@ from nanovlm_fast.command import begin, reports_errors
 # Importing PyTorch takes seconds: from here on Ctrl-C ends the command in one line.
 begin(__name__ == "__main__")
 
-import torch
 from tqdm import tqdm
 
 from nanovlm_fast.cli import parse_config
@@ -35,10 +34,16 @@ from nanovlm_fast.reporting.summary import score, summarise
 from nanovlm_fast.runs import hold
 from nanovlm_fast.training.feed import Feed
 from nanovlm_fast.training.optim import apply_gradients, lr_factor, set_lr
-from nanovlm_fast.training.parallel import reducing, unsharded
+from nanovlm_fast.training.parallel import unsharded
 from nanovlm_fast.training.setup import Run
 from nanovlm_fast.training.signals import EXIT_SAVED
-from nanovlm_fast.training.steps import StepData, agree, fill_with_padding, next_batches
+from nanovlm_fast.training.steps import (
+    StepData,
+    accumulate_gradients,
+    agree,
+    fill_with_padding,
+    next_batches,
+)
 
 
 class Trainer(Run):
@@ -160,17 +165,10 @@ class Trainer(Run):
         The loss is the mean over the `n_labels` labelled tokens of all micro-batches on all ranks.
         """
         set_lr(self.optimizers, lr)
-        total = torch.zeros((), device=self.device)
-        # Ranks average their gradients, so each divides its sum by the mean count per rank: the
-        # result is the mean over tokens. A mean of the batches' means would weigh tokens unequally.
         labels_per_rank = n_labels / self.world.size
-        for number, batch in enumerate(batches, 1):
-            # Gradients travel once per step, with the last micro-batch.
-            with reducing(self.step_model, now=number == len(batches)):
-                with self.autocast():
-                    loss_sum = self.forward(batch)
-                (loss_sum / labels_per_rank).backward()
-            total += loss_sum.detach()
+        total = accumulate_gradients(
+            self.forward, self.step_model, batches, labels_per_rank, self.autocast
+        )
         # An update whose gradients are not finite is skipped on the device; the host learns of it
         # a logging interval later, from the statistics.
         update = apply_gradients(self.model, self.optimizers, self.config.clip, self.keep_gradients)

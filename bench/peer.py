@@ -269,7 +269,7 @@ def measure(args: argparse.Namespace, case: Case, progress: Callable[[str], obje
                 "ours": ours,
             }
             seconds = interleave(calls, args.repeats, warmup=2)
-            losses = {"nanovlm": peer.ask("step"), "ours": ours.loss().item()}
+            losses = {"nanovlm": peer.ask("step"), "ours": ours.gradients()[0]}
         finally:
             peer.close()
     variants = {}

@@ -83,14 +83,14 @@ def run(call: list[str], log: Path, seconds: float) -> Ended:
     """Run a command for at most `seconds`; its output goes to `log`."""
     start = time.monotonic()
     with log.open("wb") as file:
-        # A group of its own, so that all that the stage has started is stopped with it.
+        # The leader of a process group, so that all that the stage has started is stopped with it.
         process = subprocess.Popen(
             call,
             cwd=HERE,
             stdin=subprocess.DEVNULL,  # or a stage that reads would be stopped by the terminal
             stdout=file,
             stderr=subprocess.STDOUT,
-            process_group=0,
+            start_new_session=True,
         )
         code: int | None = None
         try:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.harness.timing import synchronize
-from bench.subjects.variants import SeedModel
+from bench.subjects.variants import NanoVLMModel
 from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.model import reference
 from nanovlm_fast.model.ops import choose_ops
@@ -22,6 +22,7 @@ from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.packing.batch import PackedBatch
 from nanovlm_fast.packing.documents import IGNORE
 from nanovlm_fast.packing.packer import Budget
+from nanovlm_fast.training.steps import accumulate_gradients
 from nanovlm_fast.training.warmup import warm_up
 
 
@@ -54,9 +55,11 @@ class Fast:
         self.model.load_reference_state_dict(start)
         self.setting = setting
         self.graphs = train.compile == "reduce-overhead"
-        self.step: Callable = self.model
+        self.run_model: Callable = self.model
         if train.compile != "none":
-            self.step = torch.compile(self.model, fullgraph=True, dynamic=False, mode=train.compile)
+            self.run_model = torch.compile(
+                self.model, fullgraph=True, dynamic=False, mode=train.compile
+            )
         # Compiled code needs static shapes; without it, padding is only a waste of time.
         self.trim = train.compile == "none"
         self.about = {"compile": train.compile, "operations": str(ops)}
@@ -64,7 +67,7 @@ class Fast:
     def forward(self, batch: PackedBatch) -> Tensor:
         if self.graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        return self.step(batch)
+        return self.run_model(batch)
 
     def warm_up(self) -> None:
         # Graphs are recorded in the second round and checked in the third.
@@ -74,16 +77,17 @@ class Fast:
 
     def backward(self, batch: PackedBatch) -> Tensor:
         """Return the mean loss over the labelled tokens; add its gradients to the model's."""
-        with self.setting.autocast():
-            loss = self.forward(batch) / batch.n_labels
-        loss.backward()
-        return loss.detach()
+        labels = batch.n_labels
+        total = accumulate_gradients(
+            self.forward, self.run_model, [batch], labels, self.setting.autocast
+        )
+        return total / labels
 
     def to_evaluate(self) -> VisionLanguageModel:
         return self.model
 
 
-class PaddedModel(SeedModel):
+class PaddedModel(NanoVLMModel):
     """nanoVLM v0.1's model, in which no parameter holds several matrices in one.
 
     `make_optimizers` asks for such matrices, because Muon orthogonalises each by itself.
@@ -176,15 +180,15 @@ def padded_rows(
     document = document.repeat_interleave(lengths, output_size=batch.n_tokens)
     (text,) = (batch.image_rows[: batch.n_tokens] < 0).nonzero(as_tuple=True)
     row = document[text]
-    place_ = row, length - lengths[row] + batch.position_ids[text]  # padded on the left
+    where = row, length - lengths[row] + batch.position_ids[text]  # padded on the left
     next_ids = torch.full((batch.n_tokens,), IGNORE, device=device)
     next_ids[batch.label_index[: batch.n_labels]] = batch.labels[: batch.n_labels]
     ids = torch.zeros(count, length, dtype=torch.long, device=device)
     mask = torch.zeros_like(ids)
     targets = torch.full_like(ids, IGNORE)
-    ids[place_] = batch.input_ids[text]
-    mask[place_] = 1
-    targets[place_] = next_ids[text]
+    ids[where] = batch.input_ids[text]
+    mask[where] = 1
+    targets[where] = next_ids[text]
     # An image that several documents share is repeated, once per document, as v0.1 does.
     images = batch.images[batch.image_rows[starts].long() // config.image_tokens]
     pixels = reference.normalise(images, config)

@@ -1,9 +1,11 @@
 """The optimizer steps that bench.train_step compares, and the check that they are the same step.
 
 `Padded` is nanoVLM v0.1's way. `Packed` is ours, by a `Recipe` of techniques that can be switched
-one by one. All packed variants share one set of weights and, except for the unfused one, one
-optimizer. Learning rates are 0: an update costs the same, and every variant is timed on the weights
-with which it was compared.
+one by one; it calls what train.py calls, on a batch of the sizes that training would measure. Both
+take AdamW, whatever optimizer the preset trains with, so that the rows differ in nothing else. All
+packed variants share one set of weights and, except for the unfused one, one optimizer. Learning
+rates are 0: an update costs the same, and every variant is timed on the weights with which it was
+compared.
 
 Shapes: padded rows are (B, text_length) with images (B, 3, H, W); a packed batch holds all tokens
 in one row (T,) and its images in (N, 3, H, W).
@@ -24,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.subjects.workload import Work
-from nanovlm_fast.config import TrainConfig
 from nanovlm_fast.data.stream import StreamBatch
 from nanovlm_fast.device import autocast_to
 from nanovlm_fast.model import reference
@@ -35,11 +36,12 @@ from nanovlm_fast.packing.batch import PackedBatch, pack, pad
 from nanovlm_fast.packing.documents import IGNORE, Document, Sample
 from nanovlm_fast.packing.packer import Budget
 from nanovlm_fast.training.feed import Feed
-from nanovlm_fast.training.optim import make_optimizers, set_lr
+from nanovlm_fast.training.optim import apply_gradients, make_optimizers, set_lr
+from nanovlm_fast.training.steps import accumulate_gradients
 
 # Share of the float32 value by which bfloat16 may be off in any case: the reference in bfloat16
 # happens to hit some values exactly, and twice no error would allow none.
-FLOOR = 1e-3
+SLACK = 1e-3
 SLICE = 16  # rows at a time for the float32 reference, which may not fit the device's memory whole
 
 # A model, and a callable that runs it.
@@ -81,9 +83,10 @@ class Workbench:
             if name.endswith("weight") and not weight.any():
                 nn.init.normal_(weight, std=0.02)
         self.packed.to(device)
-        self.padded: SeedModel | None = SeedModel(work.config).to(device)
+        self.padded: NanoVLMModel | None = NanoVLMModel(work.config).to(device)
         self.padded.load_state_dict(self.packed.reference_state_dict())
-        self.optimizers: list[torch.optim.Optimizer] = make_optimizers(self.packed, TrainConfig())
+        adamw = dataclasses.replace(work.train, optimizer="adamw")
+        self.optimizers: list[torch.optim.Optimizer] = make_optimizers(self.packed, adamw)
         set_lr(self.optimizers, 0.0)  # see the module: every variant meets the same weights
         self.forwards: dict[tuple[str, ...], Forward] = {}
 
@@ -105,12 +108,11 @@ class Workbench:
                 recipe.recompute,
                 recipe.vision_attention,
             )
-            step: Callable[[PackedBatch], Tensor] = model
-            step = model
+            run_model: Callable[[PackedBatch], Tensor] = model
             if recipe.compile != "none":
                 torch._dynamo.config.recompile_limit = 64  # all variants compile the same function
-                step = torch.compile(model, fullgraph=True, dynamic=False, mode=recipe.compile)
-            self.forwards[key] = model, step
+                run_model = torch.compile(model, fullgraph=True, dynamic=False, mode=recipe.compile)
+            self.forwards[key] = model, run_model
         return self.forwards[key]
 
     def optimizer_bytes(self) -> int:
@@ -119,7 +121,7 @@ class Workbench:
         return sum(t.numel() * t.element_size() for state in states for t in state.values())
 
 
-class SeedModel(reference.VisionLanguageModel):
+class NanoVLMModel(reference.VisionLanguageModel):
     """The reference with nanoVLM v0.1's head.
 
     The head runs over every position, image tokens included, and its output is sliced afterwards.
@@ -142,14 +144,13 @@ class Step:
     def __call__(self) -> object:
         raise NotImplementedError
 
-    def loss(self) -> Tensor:
-        """The mean loss over the labelled tokens, of a batch that is copied from the host."""
+    def backward(self) -> Tensor:
+        """The mean loss over the labelled tokens of a batch from the host; adds its gradients."""
         raise NotImplementedError
 
     def gradients(self) -> tuple[float, dict[str, Tensor]]:
         """The loss, and every gradient under the reference's name; `clear` drops the gradients."""
-        loss = self.loss()
-        loss.backward()
+        loss = self.backward()
         return loss.item(), grads_of(self.model)
 
     def clear(self) -> None:
@@ -171,18 +172,19 @@ class Padded(Step):
         batch = pad(bench.work.samples, bench.work.text_length)
         pixels = reference.normalise(batch.images, config)
         self.rows = batch.input_ids, pixels, batch.attention_mask, batch.targets
-        self.step: Callable = torch.compile(self.padded) if compiled else self.padded
+        self.run_model: Callable = torch.compile(self.padded) if compiled else self.padded
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0)
 
-    def loss(self) -> Tensor:
+    def backward(self) -> Tensor:
         # From pageable memory, without a copy ahead: v0.1 has neither.
         rows = [tensor.to(self.bench.device) for tensor in self.rows]
         with self.bench.autocast():
-            return self.step(*rows)
+            loss = self.run_model(*rows)
+        loss.backward()
+        return loss.detach()
 
     def __call__(self) -> float:
-        loss = self.loss()
-        loss.backward()
+        loss = self.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.item()
@@ -209,25 +211,37 @@ class Padded(Step):
         return loss_sum, grads_of(self.model)
 
 
+class UnfusedAdamW(torch.optim.AdamW):
+    """PyTorch's plain AdamW, which cannot skip an update on the device."""
+
+    def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]  # no loss
+        # `apply_gradients` sets it; PyTorch's loop over parameters refuses it.
+        self.found_inf = None
+        super().step(closure)
+
+
 class Packed(Step):
     """Ours, by a recipe. The next batch is requested as soon as this step's work is queued."""
 
     def __init__(self, bench: Workbench, recipe: Recipe):
         self.bench = bench
         self.recipe = recipe
-        self.packed, self.step = bench.forward_of(recipe)
+        self.packed, self.run_model = bench.forward_of(recipe)
         self.model = self.packed
         self.optimizers = bench.optimizers
         if not recipe.fused_optimizer:
-            self.optimizers = [torch.optim.AdamW(self.model.parameters(), lr=0.0)]
+            self.optimizers = [UnfusedAdamW(self.model.parameters(), lr=0.0)]
         batch = packed_batch(bench.work, recipe)
         if recipe.prefetch and bench.device.type == "cuda":
             batch = batch.pin_memory()
+        # As in training: a compiler needs static shapes, everything else is spared the padding.
+        trim = recipe.compile == "none"
         # The same batch at every step; the feed copies it to the device as in training.
         batches = itertools.repeat(StreamBatch(batch, {}, [], 0, 0, False, {}))
-        self.feed = Feed(batches, bench.device)
+        self.feed = Feed(batches, bench.device, trim=trim)
         self.floats: PackedBatch | None = None
         if not recipe.prefetch:
+            batch = batch.trimmed() if trim else batch
             self.floats = dataclasses.replace(batch, images=batch.images.float())
         self.batch: PackedBatch | None = None
 
@@ -241,20 +255,25 @@ class Packed(Step):
             torch.cuda.synchronize()
         return there
 
-    def loss(self) -> Tensor:
-        batch = self.batch or self.next_batch()
-        self.batch = None
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """The summed loss."""
         if self.recipe.compile == "reduce-overhead":
             # Or outputs of the previous step would count as live, and replay could not reuse them.
             torch.compiler.cudagraph_mark_step_begin()
-        with self.bench.autocast():
-            return self.step(batch) / self.bench.work.counts["labels"]
+        return self.run_model(batch)
+
+    def backward(self) -> Tensor:
+        batch = self.batch or self.next_batch()
+        self.batch = None
+        labels = self.bench.work.counts["labels"]
+        total = accumulate_gradients(
+            self.forward, self.run_model, [batch], labels, self.bench.autocast
+        )
+        return total / labels
 
     def __call__(self) -> None:
-        self.loss().backward()
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        self.backward()
+        apply_gradients(self.model, self.optimizers, self.bench.work.train.clip)
         if self.recipe.prefetch:
             self.batch = self.next_batch()  # its copy overlaps with the kernels queued above
 
@@ -264,7 +283,7 @@ class Packed(Step):
 
 
 def packed_batch(work: Work, recipe: Recipe) -> PackedBatch:
-    """The work as one batch on the host: static shapes for a compiler, no padding in eager mode."""
+    """The work as one batch on the host, in a budget with training's slack, padding included."""
     samples = work.samples
     if not recipe.shared_images:
         samples = [
@@ -273,22 +292,26 @@ def packed_batch(work: Work, recipe: Recipe) -> PackedBatch:
     if not recipe.packing:
         length = work.row_length
         samples = [
-            dataclasses.replace(s, documents=[padded(d, length) for d in s.documents])
+            dataclasses.replace(s, documents=[lengthened(d, length) for d in s.documents])
             for s in samples
         ]
-    counts = [sum(sizes) for sizes in zip(*(sample.sizes for sample in samples), strict=True)]
-    tokens, documents, images, labels = counts
-    whole = -(-tokens // 128) * 128  # a multiple of the kernels' tiles
-    # The padding at the end becomes documents of its own, each at most `row_length` long.
-    spare = -(-(whole - tokens) // work.row_length)
-    documents = max(documents + spare, -(-whole // work.row_length))
-    budget = Budget(whole, documents, images, labels, work.row_length)
-    batch = pack(samples, budget, work.config.image_tokens, work.config.vit_img_size)
-    batch = batch.trimmed() if recipe.compile == "none" else batch
+    batch = pack(samples, budget_of(samples), work.config.image_tokens, work.config.vit_img_size)
     return batch if recipe.labelled_head else labelled_everywhere(batch)
 
 
-def padded(document: Document, length: int) -> Document:
+def budget_of(samples: list[Sample]) -> Budget:
+    """The sizes that training would measure for batches of as many tokens as the samples hold."""
+    tokens = sum(sample.tokens for sample in samples)
+    whole = -(-tokens // 128) * 128  # a multiple of the kernels' tiles, as --tokens-per-batch is
+    budget = Budget.measure(samples, whole)
+    # In training, a batch whose padding takes more documents than there is room for would be
+    # packed otherwise. Here all samples are in one batch.
+    documents = sum(len(sample.documents) for sample in samples)
+    needed = documents + budget.pad_documents(whole - tokens)
+    return dataclasses.replace(budget, documents=max(budget.documents, needed))
+
+
+def lengthened(document: Document, length: int) -> Document:
     """The document with placeholders after it: causal attention keeps them from its tokens."""
     room = (0, length - len(document))
     values = {"input_ids": 0, "image_rows": -1, "labels": IGNORE}
@@ -304,28 +327,30 @@ def labelled_everywhere(batch: PackedBatch) -> PackedBatch:
     labels = torch.full_like(batch.input_ids, IGNORE)
     real = batch.labels != IGNORE
     labels[batch.label_index[real]] = batch.labels[real]
-    return dataclasses.replace(batch, label_index=torch.arange(len(labels)), labels=labels)
+    # Every position counts as labelled, so that `trimmed` keeps all but the padding.
+    index = torch.arange(len(labels))
+    return dataclasses.replace(batch, label_index=index, labels=labels, n_labels=batch.n_tokens)
 
 
 class Judge:
     """Checks whether the loss and the gradients of a step are the reference's.
 
     In float32 they may differ by `tolerance`, relative. In bfloat16 they may be twice as far from
-    the float32 reference as the same reference in bfloat16 is, plus FLOOR. The distance between two
+    the float32 reference as the same reference in bfloat16 is, plus SLACK. The distance between two
     gradients is the norm of their difference.
     """
 
-    def __init__(self, reference: Padded, dtype: torch.dtype, tolerance: float):
-        self.loss, self.grads = reference.sliced_gradients(torch.float32)
-        reference.clear()
+    def __init__(self, judged_by: Padded, dtype: torch.dtype, tolerance: float):
+        self.loss, self.grads = judged_by.sliced_gradients(torch.float32)
+        judged_by.clear()
         self.sizes = {"loss": abs(self.loss), **norms(self.grads.items())}
         if dtype == torch.float32:
             self.allowed = {name: tolerance * size for name, size in self.sizes.items()}
         else:
-            rounded = self.distances(*reference.sliced_gradients(dtype))
-            reference.clear()
+            rounded = self.distances(*judged_by.sliced_gradients(dtype))
+            judged_by.clear()
             self.allowed = {
-                name: 2 * rounded[name] + FLOOR * size for name, size in self.sizes.items()
+                name: 2 * rounded[name] + SLACK * size for name, size in self.sizes.items()
             }
 
     def distances(self, loss: float, grads: dict[str, Tensor]) -> dict[str, float]:
@@ -334,7 +359,7 @@ class Judge:
         return {"loss": abs(loss - self.loss), **norms(differences)}
 
     def __call__(self, step: Step) -> dict[str, float | bool]:
-        """Relative differences of the loss and of the worst gradient, and the verdict.
+        """Relative differences of the loss and of the worst gradient, and whether they `passed`.
 
         `of_allowed` is the largest difference as a multiple of what is allowed.
         """

@@ -11,12 +11,12 @@ questions, or every text has the median lengths, so that no row needs padding.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
-from nanovlm_fast.config import VLMConfig
+from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.data.samples import SampleLoader
 from nanovlm_fast.data.sources.registry import load_source, texts
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
@@ -35,11 +35,13 @@ SHORTEST_ANSWER = 2  # a word and the end of the sequence
 class Work:
     """The samples of one optimizer step, and their real sizes.
 
-    The counts are the same for every variant, however it pads or packs the samples.
+    The counts are the same for every variant, however it pads or packs the samples. `train` is how
+    the model would be trained.
     """
 
     config: VLMConfig
     samples: list[Sample]
+    train: TrainConfig = field(default_factory=TrainConfig)
 
     @cached_property
     def documents(self) -> list[Document]:
@@ -112,14 +114,16 @@ def load_work(
     if layers:
         config = dataclasses.replace(config, vit_n_blocks=layers, lm_n_blocks=layers)
     if data == "cauldron_like":
-        return Work(config, cauldron_like(config, samples or (256 if on_gpu else 16), seed))
+        samples = samples or (256 if on_gpu else 16)
+        return Work(config, cauldron_like(config, samples, seed), train)
     source = load_source(data, "train")
     tokenizer = Tokenizer.train(texts(source, config.prompt), config.lm_vocab_size)
     text = TextProcessor(tokenizer, config.prompt, config.image_tokens, "independent")
     # All questions of an image and no augmentation: every variant gets the same work.
     train = dataclasses.replace(train, data=data, questions_per_image=0, augment="none", seed=seed)
     load = SampleLoader(source, config, train, text)
-    return Work(config, [load(position) for position in range(min(samples or 32, len(source)))])
+    count = min(samples or 32, len(source))
+    return Work(config, [load(position) for position in range(count)], train)
 
 
 def draw_lengths(

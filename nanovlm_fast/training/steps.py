@@ -1,4 +1,4 @@
-"""The data of one optimizer step: this rank's micro-batches, and what all ranks agree on.
+"""One optimizer step: this rank's micro-batches, what all ranks agree on, and the gradients.
 
 Each rank reads its own shards of the data. Before a step computes, the ranks sum a handful of
 integers over gloo, from host to host, while the devices still compute the previous step: no rank
@@ -7,9 +7,12 @@ waits for its device, and all ranks end the data, or stop for a signal, at the s
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.data.stream import StreamBatch, advance
@@ -20,6 +23,7 @@ from nanovlm_fast.reporting.journal import Journal
 from nanovlm_fast.reporting.metrics import Meter
 from nanovlm_fast.runs import RunState
 from nanovlm_fast.training.feed import Feed
+from nanovlm_fast.training.parallel import reducing
 
 
 @dataclass
@@ -97,3 +101,30 @@ def fill_with_padding(
     while len(step.batches) < wanted:
         padding = pack([], budget, config.image_tokens, config.vit_img_size)
         step.batches.append(padding.to(device))
+
+
+def accumulate_gradients(
+    forward: Callable[[PackedBatch], Tensor],
+    step_model: Callable[[PackedBatch], Tensor],
+    batches: list[PackedBatch],
+    labels_per_rank: float,
+    autocast: Callable[[], AbstractContextManager],
+) -> Tensor:
+    """Forward and backward of every micro-batch; return the summed loss, a scalar on the device.
+
+    `forward` gives the summed loss of a batch and runs `step_model`, the model in whatever form.
+    Gradients are those of the mean over the labels of all micro-batches on all ranks. Training and
+    the benchmarks share this function, so that what is measured is what trains.
+    """
+    total = torch.zeros((), device=batches[0].input_ids.device)
+    for number, batch in enumerate(batches, 1):
+        # Gradients travel once per step, with the last micro-batch.
+        with reducing(step_model, now=number == len(batches)):
+            with autocast():
+                loss_sum = forward(batch)
+            # Ranks average their gradients, so each divides its sum by the mean count per rank:
+            # the result is the mean over tokens. A mean of the batches' means would weigh tokens
+            # unequally.
+            (loss_sum / labels_per_rank).backward()
+        total += loss_sum.detach()
+    return total

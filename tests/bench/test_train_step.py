@@ -6,9 +6,11 @@ A variant that computes something else gets no time.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import functools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,10 +21,14 @@ from bench.pages import figures, readme
 from bench.pages import rows as rows_module
 from bench.subjects.variants import Judge, Packed, Padded, Recipe, Workbench, ablation, packed_batch
 from bench.subjects.workload import Work, cauldron_like, draw_lengths, load_work
-from nanovlm_fast.config import VLMConfig
+from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.model.flops import step_flops
+from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.packing.batch import pad
+from nanovlm_fast.packing.packer import Budget
+from nanovlm_fast.training.optim import make_optimizers, set_lr
 from tests.support.samples import SMALL, random_sample
+from train import Trainer
 
 GPU = torch.cuda.is_available()
 CPU = torch.device("cpu")
@@ -70,7 +76,7 @@ def test_work_is_the_same_every_time_and_says_what_it_wastes():
     assert work.waste == pytest.approx(1 - positions / (40 * work.row_length))
 
 
-def test_a_batch_of_the_seeds_recipe_wastes_about_two_fifths():
+def test_a_batch_of_nanovlms_recipe_wastes_about_two_fifths():
     work = load_work("nanovlm-222m", samples=256, layers=1)
     assert (
         work.config.vit_n_blocks == work.config.lm_n_blocks == 1
@@ -176,15 +182,16 @@ def test_each_kernel_is_switched_off_alone():
 
 def test_recipes_change_what_they_say():
     work = shared_work()
-    ours, tokens = packed_batch(work, Recipe()), work.counts["tokens"]
+    ours, tokens = packed_batch(work, Recipe()).trimmed(), work.counts["tokens"]
     assert (
         len(ours.input_ids) == tokens
         and len(ours.labels) == work.counts["labels"]
         and len(ours.images) == 3
     )
-    assert len(packed_batch(work, Recipe(packing=False)).input_ids) == 6 * work.row_length
-    assert len(packed_batch(work, Recipe(shared_images=False)).images) == 6
-    everywhere = packed_batch(work, Recipe(labelled_head=False))
+    in_rows = packed_batch(work, Recipe(packing=False)).trimmed()
+    assert len(in_rows.input_ids) == 6 * work.row_length
+    assert len(packed_batch(work, Recipe(shared_images=False)).trimmed().images) == 6
+    everywhere = packed_batch(work, Recipe(labelled_head=False)).trimmed()
     assert (
         len(everywhere.labels) == tokens and (everywhere.labels >= 0).sum() == work.counts["labels"]
     )
@@ -198,13 +205,59 @@ def test_recipes_change_what_they_say():
     assert bench.forward_of(Recipe(recompute="blocks"))[0].ops.recompute == "blocks"
 
 
-def test_the_seeds_model_puts_every_position_through_the_head(monkeypatch):
+def trainer_of(bench: Workbench, model: VisionLanguageModel) -> SimpleNamespace:
+    """What `Trainer.optimizer_step` needs, with a model and optimizers of its own."""
+    optimizers = make_optimizers(model, bench.work.train)
+    return SimpleNamespace(
+        **{"model": model, "step_model": model, "forward": model, "optimizers": optimizers},
+        **{"autocast": bench.autocast, "config": bench.work.train, "keep_gradients": False},
+        world=SimpleNamespace(size=1),
+        stats=SimpleNamespace(add=lambda *_: None),
+        state=SimpleNamespace(step=0),
+        journal=SimpleNamespace(remember_samples=lambda *_: None),
+    )
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+def test_three_steps_are_training_s_to_the_bit(clip):
+    """`train.Trainer.optimizer_step` itself, on the batch that the feed gives."""
+    train = TrainConfig(clip=clip, lr_projector=1e-2, lr_vision=1e-2, lr_language=1e-2)
+    bench = bench_of(dataclasses.replace(shared_work(), train=train))
+    trainer = trainer_of(bench, copy.deepcopy(bench.packed))
+    batch = packed_batch(bench.work, Recipe()).trimmed()
+    step = Packed(bench, Recipe())
+    set_lr(bench.optimizers, 0.5)
+    for _ in range(3):
+        step()
+        Trainer.optimizer_step(trainer, [batch], bench.work.counts["labels"], 0.5)
+    ours, theirs = bench.packed.state_dict(), trainer.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    fresh = bench_of(bench.work).packed.state_dict()
+    assert not torch.equal(ours["MP.proj.weight"], fresh["MP.proj.weight"]), "nothing was trained"
+
+
+def test_compiled_code_gets_the_sizes_that_training_measures():
+    """With the slack of a budget: padding images, labels and documents are computed too."""
+    work = Work(CONFIG, cauldron_like(CONFIG, 100))
+    tokens = -(-work.counts["tokens"] // 128) * 128
+    budget = Budget.measure(work.samples, tokens)
+    assert budget.images > 100 and budget.labels > work.counts["labels"]
+    step = Packed(bench_of(work), Recipe(compile="default"))
+    batch = step.next_batch()
+    found = (batch.input_ids, batch.cu_seqlens[1:], batch.images, batch.labels)
+    sizes = (budget.tokens, budget.documents, budget.images, budget.labels)
+    assert tuple(map(len, found)) == sizes and batch.max_seqlen == budget.max_seqlen
+    trimmed = Packed(bench_of(work), Recipe()).next_batch()
+    assert len(trimmed.images) == 100 and len(trimmed.input_ids) == work.counts["tokens"]
+
+
+def test_nanovlms_model_puts_every_position_through_the_head(monkeypatch):
     work, heads = shared_work(), []
     bench = bench_of(work)
     bench.padded.decoder.head.register_forward_hook(
         lambda module, given, out: heads.append(out.shape[:2])
     )
-    Padded(bench).loss()
+    Padded(bench).backward()
     assert heads == [(6, work.row_length)]
 
 
@@ -273,9 +326,11 @@ def no_memory(monkeypatch):
 
 
 def test_a_broken_variant_gets_no_time_and_the_others_do(tmp_path, monkeypatch, no_memory):
-    loss = Packed.loss
+    forward = Packed.forward
     monkeypatch.setattr(
-        Packed, "loss", lambda self: loss(self) * (1 if self.recipe.packing else 1.01)
+        Packed,
+        "forward",
+        lambda self, batch: forward(self, batch) * (1 if self.recipe.packing else 1.01),
     )
     assert (
         train_step.main([*QUICK, "--variants", "packing,labelled_head", "--out", str(tmp_path)])
@@ -288,8 +343,8 @@ def test_a_broken_variant_gets_no_time_and_the_others_do(tmp_path, monkeypatch, 
 
 
 def test_when_ours_is_broken_nothing_is_written(tmp_path, monkeypatch, no_memory, capsys):
-    loss = Packed.loss
-    monkeypatch.setattr(Packed, "loss", lambda self: loss(self) * 1.01)
+    forward = Packed.forward
+    monkeypatch.setattr(Packed, "forward", lambda self, batch: forward(self, batch) * 1.01)
     assert train_step.main([*QUICK, "--out", str(tmp_path)]) == 1
     assert not list(tmp_path.rglob("*.json")) and "ours gets no time" in capsys.readouterr().err
 
