@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from bench.harness.results import write
-from bench.harness.timing import interleave, summary
+from bench.harness.timing import interleave, random_bytes, summary
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.device import pick_device, pick_dtype
@@ -212,7 +212,7 @@ def measured_rates(device: torch.device, repeats: int = 10) -> Rates:
     dtype = torch.bfloat16 if on_gpu else torch.float32
     size = 8192 if on_gpu else 2048
     copied = (1024 if on_gpu else 256) * 2**20  # far more than any cache holds
-    source = torch.empty(copied, dtype=torch.uint8, device=device)
+    source = random_bytes(copied, device)
     target = torch.empty_like(source)
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)

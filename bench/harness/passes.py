@@ -9,7 +9,7 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
-from bench.harness.timing import interleave, noise_of, summary
+from bench.harness.timing import interleave, noise_of, random_bytes, summary
 from bench.subjects.operators import Kernel
 
 torch._functorch.config.donated_buffer = (
@@ -160,7 +160,7 @@ def copy_bandwidth(device: torch.device) -> float:
     This is the roof of an operation that only moves memory.
     """
     size = 2**30 if device.type == "cuda" else 2**26
-    source = torch.empty(size, dtype=torch.uint8, device=device)
+    source = random_bytes(size, device)
     target = torch.empty_like(source)
     times = interleave({"copy": lambda: target.copy_(source)}, repeats=20, warmup=3)["copy"]
     return 2 * source.numel() / summary(times)["median"]

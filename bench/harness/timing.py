@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from bench.harness.machine import WATCH
 
@@ -60,6 +61,15 @@ def interleave(
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def random_bytes(count: int, device: torch.device) -> Tensor:
+    """(count,) uint8, uniform: what is timed must not move memory that is all zeros.
+
+    Bits that do not change take less power, and a GPU that is not held back by its power clocks
+    higher: copies and products of constants are faster than those of data.
+    """
+    return torch.randint(0, 256, (count,), dtype=torch.uint8, device=device)
 
 
 def noise_of(seconds: dict[str, list[float]]) -> float:

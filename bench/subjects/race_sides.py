@@ -128,8 +128,9 @@ class Reference:
                 some = -(-rows // parts)
                 size = self.setting.config.vit_img_size
                 shape = (some, self.text_length)
-                ids = torch.zeros(shape, dtype=torch.long, device=self.setting.device)
-                pixels = torch.zeros(some, 3, size, size, device=self.setting.device)
+                device = self.setting.device
+                ids = torch.randint(self.setting.config.lm_vocab_size, shape, device=device)
+                pixels = torch.randn(some, 3, size, size, device=device)
                 with self.setting.autocast():
                     loss = self.model(ids, pixels, torch.ones_like(ids), ids)
                 loss.backward()

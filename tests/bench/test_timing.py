@@ -10,12 +10,15 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
 
+from bench.device_facts import product_rates
 from bench.harness import machine, timing
 from bench.harness.machine import Watch
+from bench.harness.passes import copy_bandwidth
 from bench.harness.timing import (
     AGAIN,
     Difference,
@@ -25,6 +28,7 @@ from bench.harness.timing import (
     noise_of,
     summary,
 )
+from bench.roofline import measured_rates
 
 
 def skewed(rng: random.Random, n: int, scale: float = 1.0) -> list[float]:
@@ -168,3 +172,27 @@ def test_a_gpu_that_slows_down_is_said(monkeypatch):
     assert found["warnings"] == ["the GPU slowed down: power cap, thermal"]
     lines.clear()
     assert machine.gpu_reading() == {}
+
+
+def tensors_of(call: Callable) -> list[torch.Tensor]:
+    """The tensors that a timed call holds, as a closure or as arguments."""
+    held = [cell.cell_contents for cell in getattr(call, "__closure__", None) or ()]
+    held += getattr(call, "args", ())
+    return [value for value in held if isinstance(value, torch.Tensor)]
+
+
+@pytest.mark.parametrize("rates", [copy_bandwidth, measured_rates, product_rates])
+def test_copies_and_products_are_timed_on_random_data(rates, monkeypatch):
+    """Constants take less power, and a GPU then clocks higher than it does on data."""
+    found = []
+
+    def kept(calls: dict[str, Callable], *options: int, **named: int) -> dict[str, list[float]]:
+        found.extend(tensors_of(call) for call in calls.values())
+        return interleave(calls, repeats=1, warmup=0)
+
+    monkeypatch.setitem(rates.__globals__, "interleave", kept)
+    rates(torch.device("cpu"))
+    assert found and all(len(tensors) >= 2 for tensors in found)
+    for tensor in (tensor for tensors in found for tensor in tensors):
+        values = tensor.flatten()[:4096].float()
+        assert len(values.unique()) > 200 and len(tensor.flatten()[-4096:].unique()) > 200
