@@ -19,6 +19,7 @@ import pytest
 from bench import suites
 from bench.harness import stages
 from bench.harness.stages import allowance, command
+from bench.subjects.operators import KERNELS
 from tests.support.processes import ROOT
 
 SCRIPT = ROOT / "bench" / "gpu_all.sh"
@@ -203,3 +204,27 @@ def test_wrong_arguments_start_nothing(tmp_path, options):
         gpu_all(*options) if options == ["--out"] else gpu_all("--out", str(tmp_path), *options)
     )
     assert result.returncode == 2 and result.stderr.startswith("error: ") and not result.stdout
+
+
+SANITIZER = """#!/usr/bin/env bash
+echo "sanitizer $*" | sed "s|{python}|python|"
+shift 4
+exec "${@/%cuda/cpu}"
+"""
+
+
+@pytest.mark.slow
+def test_the_sanitizer_runs_every_kernel_under_every_tool(tmp_path):
+    """With a compute-sanitizer that only starts the program, which is the real one, on a CPU."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(SANITIZER.replace("{python}", sys.executable))
+    tool.chmod(0o755)
+    places = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PATH": places, "PYTHON": sys.executable, "TRITON_INTERPRET": "0"}
+    call = ["bash", str(ROOT / "bench" / "sanitize.sh"), "memcheck"]
+    done = subprocess.run(call, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    program = "python -m bench.subjects.launches --device cuda"
+    ran = [f"{kernel.name} ran" for kernel in KERNELS]
+    first = ["== memcheck", f"sanitizer --tool memcheck --error-exitcode 1 {program}"]
+    assert done.stdout.splitlines() == [*first, *ran]

@@ -1,0 +1,45 @@
+"""One small forward and backward of every kernel: what bench/sanitize.sh runs under its tools.
+
+python -m bench.subjects.launches --device cuda
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from bench.harness.passes import results_of
+from bench.harness.timing import synchronize
+from bench.subjects.operators import KERNELS
+from bench.subjects.rivals import ours
+from nanovlm_fast.command import Parser, reports_errors
+from nanovlm_fast.device import pick_device
+
+# Sizes that make more than one iteration of the pipelined loops: races appear between iterations.
+LARGER = {
+    "rms_norm": dict(m=4500, n=576, residual=torch.float32),
+    "layer_norm": dict(m=2500, n=768, residual=torch.float32),
+    "pixel_shuffle_proj": dict(batch=3, height=14, width=14, channels=192, n=576, factor=2),
+    "linear_cross_entropy": dict(rows=40, vocabulary=20000, width=64),
+}
+
+
+@reports_errors()
+def main(argv: list[str] | None = None) -> int:
+    about = __doc__.splitlines()[0]
+    parser = Parser(prog="python -m bench.subjects.launches", description=about)
+    parser.add_argument("--device", default="auto")
+    device = pick_device(parser.parse_args(argv).device)
+    for kernel in KERNELS:
+        sizes = LARGER.get(kernel.name, kernel.small)
+        for dtype in (torch.bfloat16, torch.float32):
+            inputs = kernel.module.make_inputs(**sizes, dtype=dtype, device=device.type)
+            results_of(ours(kernel), inputs)
+            synchronize()
+        print(kernel.name, "ran")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
