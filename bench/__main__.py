@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from bench import suites
 from bench.harness.results import ROOT, place, read
+from bench.harness.tables import Rows, lined_up
 from bench.suites import Suite
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import pick_device
@@ -185,13 +186,14 @@ def run_all(
             done += expected[suite.name]
 
 
-def summary_table(outcomes: list[Outcome], out: Path) -> str:
-    lines = [f"\n{'suite':12} {'seconds':>7}  how it ended"]
+def outcome_table(outcomes: list[Outcome], out: Path) -> str:
+    """Every suite with its seconds, how it ended and the files that it wrote."""
+    rows: Rows = [("suite", "seconds", "how it ended")]
     for outcome in outcomes:
         seconds = "-" if outcome.seconds is None else f"{outcome.seconds:.0f}"
-        lines.append(f"{outcome.suite.name:12} {seconds:>7}  {outcome.ending}")
-        lines += [f"{'':22}{file.relative_to(out)}" for file in outcome.files]
-    return "\n".join(lines)
+        rows.append((outcome.suite.name, seconds, outcome.ending))
+        rows += [("", "", f"  {file.relative_to(out)}") for file in outcome.files]
+    return f"\n{lined_up(rows, left=(0, 2))}"
 
 
 def chosen(only: str) -> list[Suite]:
@@ -229,9 +231,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run_all(suites, args.quick, str(device), out, outcomes)
     except KeyboardInterrupt:
-        print(summary_table(outcomes, out))
+        print(outcome_table(outcomes, out))
         raise KeyboardInterrupt("stopped; the results above stay") from None
-    print(summary_table(outcomes, out))
+    print(outcome_table(outcomes, out))
     if not args.quick and out == ROOT:
         print("python -m bench.report writes these results into the tables")
     none_ran = all(outcome.seconds is None for outcome in outcomes)

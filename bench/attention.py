@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from bench.harness.passes import PASSES, Timer, in_a_line, on_stream, within_rule
 from bench.harness.results import write
+from bench.harness.tables import Rows, lined_up
 from bench.subjects.workload import draw_lengths
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.config import VLMConfig
@@ -323,20 +324,20 @@ def split(tokens: int, lengths: list[int]) -> list[int]:
 
 
 def table(results: dict[str, dict]) -> str:
-    columns = (*(f"{part} us" for part in PASSES), "GFLOP/s", "of padded")
-    head = " ".join(f"{name:>11}" for name in columns)
-    lines = [f"{'case':15} {'waste':>5} {'backend':10} {head}"]
+    times = (f"{part} us" for part in PASSES)
+    rows: Rows = [("case", "waste", "backend", *times, "GFLOP/s", "of padded")]
     for name, result in results.items():
         against = result["providers"]["reference"].get("both")
         for provider, row in result["providers"].items():
-            label = f"{name:15} {result['padded_waste']:>5.0%} {provider:10}"
+            label = (name, f"{result['padded_waste']:.0%}", provider)
             if "error" in row:
-                lines.append(f"{label} {row['error']}")
+                rows.append((*label, row["error"]))
                 continue
-            times = " ".join(f"{row[part]['median'] * 1e6:>11,.1f}" for part in PASSES)
-            share = f"{row['both']['median'] / against['median']:>10.0%}" if against else ""
-            lines.append(f"{label} {times} {row['both']['flops_per_s'] / 1e9:>11,.0f} {share:>11}")
-    return "\n".join(lines)
+            times = (f"{row[part]['median'] * 1e6:,.1f}" for part in PASSES)
+            rate = f"{row['both']['flops_per_s'] / 1e9:,.0f}"
+            share = f"{row['both']['median'] / against['median']:.0%}" if against else "-"
+            rows.append((*label, *times, rate, share))
+    return lined_up(rows, left=(0, 2))
 
 
 def make_parser() -> Parser:

@@ -23,13 +23,16 @@ from pathlib import Path
 
 import torch
 
+from bench.harness.options import split_options
 from bench.harness.results import ROOT, facts, place, read, write
+from bench.harness.tables import Rows
 from bench.subjects.operators import KERNELS
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import pick_device
 from nanovlm_fast.ranges import Range
 
 HERE = ROOT.parent.parent
+OUTCOMES = ("passed", "failed", "skipped")
 QUICK = "tests/model/test_attention.py"
 GRACE = 10.0  # seconds that pytest has to end after it was interrupted
 INTERRUPTED = 2  # the exit code of pytest after Ctrl-C
@@ -69,10 +72,10 @@ def run(options: list[str], limit: float, processes: int = 1) -> tuple[int, dict
             if isinstance(stop, KeyboardInterrupt):  # a part of the tests is no result
                 raise
             code = INTERRUPTED
-        return code, summary(log.read_text().splitlines() if log.exists() else [])
+        return code, counted(log.read_text().splitlines() if log.exists() else [])
 
 
-def summary(lines: list[str]) -> dict:
+def counted(lines: list[str]) -> dict:
     """The content of the result file from the lines of bench/harness/pytest_log.py.
 
     A test that was stopped before its end is in none of the counts.
@@ -82,15 +85,14 @@ def summary(lines: list[str]) -> dict:
         # A failure is kept: the teardown may fail after the test itself has passed, or pass after.
         if cases.get(case["test"], {}).get("outcome") != "failed":
             cases[case["test"]] = case
-    kinds = {
-        kind: [c for c in cases.values() if c["outcome"] == kind]
-        for kind in ("passed", "failed", "skipped")
+    by_outcome = {
+        outcome: [c for c in cases.values() if c["outcome"] == outcome] for outcome in OUTCOMES
     }
-    failures = [{"test": case["test"], "message": case["message"]} for case in kinds["failed"]]
+    failures = [{"test": case["test"], "message": case["message"]} for case in by_outcome["failed"]]
     files = {Path(failure["test"].split("::")[0]).stem for failure in failures}
     red = [kernel.name for kernel in KERNELS if f"test_{kernel.name}" in files]
     slowest = sorted(cases.values(), key=lambda case: -case["seconds"])[:10]
-    counts = {kind: len(some) for kind, some in kinds.items()}
+    counts = {outcome: len(some) for outcome, some in by_outcome.items()}
     rows = [[case["test"], round(case["seconds"], 2)] for case in slowest]
     return {**counts, "failures": failures, "red": red, "slowest": rows}
 
@@ -106,10 +108,10 @@ def red_kernels(device: torch.device, out: Path | None) -> set[str]:
     return set(result.get("red", ()))
 
 
-def check_rows(result: dict) -> list[tuple[str, ...]]:
+def check_rows(result: dict) -> Rows:
     """The table of bench/README.md."""
-    counts = tuple(f"{result[kind]:,}" for kind in ("passed", "failed", "skipped"))
-    rows = [("tests", "passed", "failed", "skipped"), ("all", *counts)]
+    counts = tuple(f"{result[outcome]:,}" for outcome in OUTCOMES)
+    rows: Rows = [("tests", "passed", "failed", "skipped"), ("all", *counts)]
     return rows + [
         (failure["test"], "-", failure["message"] or "failed", "-")
         for failure in result["failures"]
@@ -140,11 +142,10 @@ def make_parser() -> Parser:
 
 @reports_errors()
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    split = argv.index("--") if "--" in argv else len(argv)
-    args = make_parser().parse_args(argv[:split])
+    own, handed_on = split_options(argv)
+    args = make_parser().parse_args(own)
     device = pick_device(args.device)
-    options = [*argv[split + 1 :], *[QUICK] * args.quick]
+    options = [*handed_on, *[QUICK] * args.quick]
     code, found = run(options, args.limit, args.processes)
     file = write("tests", device, {"exit_code": code, **found}, args.out)
     print(f"written: {file}")

@@ -37,8 +37,8 @@ PROJECT = Path(__file__).resolve().parents[1]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Limits of one multiprocessor of sm_90.
 REGISTERS = 65536
-WARPS = 64
-BLOCKS = 32
+WARPS_PER_SM = 64
+BLOCKS_PER_SM = 32
 SHARED = 227 * 1024
 
 
@@ -115,8 +115,8 @@ def occupancy(registers: int, warps: int, shared: int) -> float:
     memory more than it declares.
     """
     by_registers = REGISTERS // (-(-registers // 8) * 8 * 32) // warps
-    by_shared = SHARED // (shared + 1024) if shared else BLOCKS
-    return min(by_registers, by_shared, BLOCKS, WARPS // warps) * warps / WARPS
+    by_shared = SHARED // (shared + 1024) if shared else BLOCKS_PER_SM
+    return min(by_registers, by_shared, BLOCKS_PER_SM, WARPS_PER_SM // warps) * warps / WARPS_PER_SM
 
 
 def training_launches(dtype: str) -> list[dict[str, Any]]:

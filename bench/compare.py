@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness.results import load, measurements
+from bench.harness.tables import Rows, lined_up
 from bench.harness.timing import Difference, difference
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.ranges import Range
@@ -173,24 +174,19 @@ def compare(a: dict, b: dict) -> list[Row]:
 
 
 def table(rows: list[Row], threshold: float) -> str:
-    width = max([11, *(len(row.name) for row in rows)])
-    head = (
-        f"{'measurement':{width}} {'A':>11} {'B':>11} {'':9}  {'gain of B (interval)':24} verdict"
-    )
-    lines = [head]
+    lines: Rows = [("measurement", "A", "B", "unit", "gain of B (interval)", "what it means")]
     for row in rows:
         if row.gain is None:
-            values = f"{row.before:>11,.3f} {'-':>11} {row.unit:9}"
-            lines.append(f"{row.name:{width}} {values}  {'':24} {row.why}")
+            lines.append((row.name, f"{row.before:,.3f}", "-", row.unit, "-", row.why))
             continue
         better, worse = ("less", "more") if row.unit == "MiB" else ("faster", "slower")
-        verdict = "" if row.gain.same else better if row.gain.ratio > 1 else worse
-        verdict += f", more than {threshold:.0%}" if row.worse_by > threshold else ""
-        verdict = ", ".join(filter(None, (verdict, row.why)))
+        meaning = "" if row.gain.same else better if row.gain.ratio > 1 else worse
+        meaning += f", more than {threshold:.0%}" if row.worse_by > threshold else ""
+        meaning = ", ".join(filter(None, (meaning, row.why)))
         gain = f"{row.gain.ratio:.2f}x" if row.gain.low == row.gain.high else str(row.gain)
-        values = f"{row.before:>11,.3f} {row.after:>11,.3f} {row.unit:9}"
-        lines.append(f"{row.name:{width}} {values}  {gain:24} {verdict}".rstrip())
-    return "\n".join(lines)
+        values = (f"{row.before:,.3f}", f"{row.after:,.3f}", row.unit)
+        lines.append((row.name, *values, gain, meaning))
+    return lined_up(lines, left=(0, 3, 4, 5))
 
 
 def make_parser() -> Parser:

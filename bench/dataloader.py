@@ -30,6 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from bench.harness.results import write
+from bench.harness.tables import Rows, lined_up
 from bench.harness.timing import interleave
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.config import TrainConfig, VLMConfig
@@ -151,7 +152,7 @@ def stages(
         for example in examples:
             load_image(example.images[0], size)
 
-    work: dict[str, tuple[int, Callable[[], object]]] = {
+    timed: dict[str, tuple[int, Callable[[], object]]] = {
         "read": (len(examples), lambda: [fly.source[i] for i in indices]),
         "decode and resize": (len(examples), decode),
         "tokenise": (len(examples), tokenise),
@@ -159,9 +160,9 @@ def stages(
         "pack": (len(samples), lambda: pack(samples, budget, model.image_tokens, size)),
     }
     if device.type == "cuda":
-        work["copy to device"] = (len(samples), lambda: packed.to(device))
-    seconds = interleave({name: call for name, (_, call) in work.items()}, args.repeats)
-    return {name: count / statistics.median(seconds[name]) for name, (count, _) in work.items()}
+        timed["copy to device"] = (len(samples), lambda: packed.to(device))
+    seconds = interleave({name: call for name, (_, call) in timed.items()}, args.repeats)
+    return {name: count / statistics.median(seconds[name]) for name, (count, _) in timed.items()}
 
 
 def loader_rate(load: SampleLoader, budget: Budget, device: torch.device, seconds: float) -> float:
@@ -242,12 +243,13 @@ def workers_for(samples_per_s: dict[str, dict[str, float]], rate: float) -> dict
 
 
 def table(result: dict[str, Any]) -> str:
-    lines = [f"{name:18} {rate:>12,.0f} samples/s" for name, rate in result["stages"].items()]
-    lines.append(f"{'workers':18} {'on the fly':>12} {'prepared':>12} {'times':>7}")
+    stages: Rows = [("stage", "samples/s")]
+    stages += [(name, f"{rate:,.0f}") for name, rate in result["stages"].items()]
+    rows: Rows = [("workers", "on the fly", "prepared", "times")]
     for workers, gain in result["speedup"].items():
-        fly = result["samples_per_s"]["on the fly"][workers]
-        prepared = result["samples_per_s"]["prepared"][workers]
-        lines.append(f"{workers:18} {fly:>12,.0f} {prepared:>12,.0f} {gain:>7.1f}")
+        ways = (result["samples_per_s"][way][workers] for way in ("on the fly", "prepared"))
+        rows.append((workers, *(f"{rate:,.0f}" for rate in ways), f"{gain:.1f}"))
+    lines = [lined_up(stages), lined_up(rows)]
     if needed := result["workers_for_rate"]:
         each = ", ".join(f"{count} {way}" for way, count in needed.items())
         lines.append(f"workers for {result['rate']:,.0f} samples/s, at the rate of one: {each}")

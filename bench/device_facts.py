@@ -20,6 +20,7 @@ import torch
 
 from bench.harness.machine import cpu_mhz, gpu_reading
 from bench.harness.results import write
+from bench.harness.tables import Rows, lined_up
 from bench.harness.timing import interleave, summary
 from bench.roofline import measured_rates
 from nanovlm_fast.command import Parser, reports_errors
@@ -116,10 +117,10 @@ def measure(device: torch.device) -> dict:
     }
 
 
-def facts_rows(result: dict) -> list[tuple[str, ...]]:
+def facts_rows(result: dict) -> Rows:
     """The table of bench/README.md."""
     dtype = result["dtype"]
-    rows: list[tuple[str, ...]] = [
+    rows: Rows = [
         ("what", "measured"),
         ("copy", f"{result['copy_bytes_per_s'] / 1e9:,.0f} GB/s, read and written"),
         (f"{dtype} product", f"{result['product_flops_per_s'] / 1e12:.3g} TFLOP/s"),
@@ -146,8 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     device = pick_device(args.device)
     result = measure(device)
     file = write("facts", device, result, args.out)
-    for what, measured in facts_rows(result)[1:]:
-        print(f"{what:28} {measured}")
+    print(lined_up(facts_rows(result), left=(0, 1)))
     missing = [name for name, version in result["packages"].items() if version is None]
     print("not installed:", ", ".join(missing) or "-")
     print(f"written: {file}")

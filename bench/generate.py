@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from bench.harness.passes import in_a_line
 from bench.harness.results import write
+from bench.harness.tables import Rows, lined_up
 from bench.harness.timing import interleave, summary
 from bench.subjects.workload import cauldron_like, load_work
 from nanovlm_fast.command import Parser, reports_errors
@@ -50,7 +51,7 @@ from nanovlm_fast.ranges import Range
 from nanovlm_fast.weights.names import LANGUAGE_FIELDS, language_names
 from nanovlm_fast.weights.pretrained import load_pretrained
 
-FLOOR = 1e-3  # how far below the largest logit float32 may choose, in standard deviations of logits
+SLACK = 1e-3  # how far below the largest logit float32 may choose, in standard deviations of logits
 NEVER = -1  # an end-of-sequence id that no model produces
 
 
@@ -204,7 +205,7 @@ class Gate:
             rounded = self.logits(self.expected)
         exact = self.exact_logits(self.expected)
         # Twice what rounding alone moves the logits; nothing where the dtype is float32.
-        self.allowed = (2 * (rounded - exact).abs().mean() / exact.std()).item() + FLOOR
+        self.allowed = (2 * (rounded - exact).abs().mean() / exact.std()).item() + SLACK
 
     @torch.inference_mode()
     def logits(self, replies: Tensor) -> Tensor:
@@ -222,7 +223,7 @@ class Gate:
             return self.logits(replies)
 
     def __call__(self, replies: Tensor) -> dict[str, float | bool]:
-        """How far the worst reply is below the largest logits, and the verdict.
+        """How far the worst reply is below the largest logits, and whether that passes.
 
         The unit is the standard deviation of the logits.
         """
@@ -280,21 +281,18 @@ def measure(models: Models, batch: int, new: int, repeats: int, progress: Callab
 
 
 def table(batches: dict[str, dict]) -> str:
-    columns = ("first token ms", "all tokens ms", "tokens/s", "decoding", "same tokens")
-    head = " ".join(f"{name:>14}" for name in columns)
-    lines = [f"{'batch':>5} {'variant':12} {head}"]
+    head = ("batch", "variant", "first token ms", "all tokens ms", "tokens/s", "decoding")
+    rows: Rows = [(*head, "same tokens")]
     for batch, result in batches.items():
         for name, row in result["variants"].items():
             if "error" in row:
-                lines.append(f"{batch:>5} {name:12} {row['error']}")
+                rows.append((batch, name, row["error"]))
                 continue
-            parts = ("first_token", "all_tokens")
-            times = " ".join(f"{row[part]['median'] * 1e3:>14,.1f}" for part in parts)
+            times = (f"{row[part]['median'] * 1e3:,.1f}" for part in ("first_token", "all_tokens"))
             decoding = f"{row['decode_tokens_per_s']:,.0f}" if row["decode_tokens_per_s"] else "-"
-            rates = f"{row['tokens_per_s']:>14,.0f} {decoding:>14}"
-            same = f"{row['parity']['same_tokens']:>14.1%}"
-            lines.append(f"{batch:>5} {name:12} {times} {rates} {same}")
-    return "\n".join(lines)
+            rates = (f"{row['tokens_per_s']:,.0f}", decoding)
+            rows.append((batch, name, *times, *rates, f"{row['parity']['same_tokens']:.1%}"))
+    return lined_up(rows, left=(0, 1))
 
 
 def make_parser() -> Parser:

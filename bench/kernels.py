@@ -33,6 +33,7 @@ from bench.harness.passes import (
     peak_memory,
 )
 from bench.harness.results import write
+from bench.harness.tables import Rows, lined_up
 from bench.harness.timing import difference, interleave, summary
 from bench.subjects.operators import NOTHING, Kernel, call_of, named
 from bench.subjects.rivals import PROVIDERS
@@ -118,25 +119,24 @@ def table(results: dict, bandwidth: float) -> str:
     `of copy` compares the rate at which the forward moves its fewest bytes with that of a plain
     copy. The last column is for forward and backward together.
     """
-    names = (*(f"{part} us" for part in PASSES), "of copy, fwd", "peak MB")
-    names = (*names, "speed against torch.compile")
-    lines = [f"{'kernel':32} {'provider':12} {' '.join(f'{name:>11}' for name in names)}"]
+    times = (f"{part} us" for part in PASSES)
+    head = ("kernel", "provider", *times, "of copy, fwd", "peak MB")
+    rows: Rows = [(*head, "speed against torch.compile")]
     for name, result in results.items():
         for provider, row in result["providers"].items():
             if "error" in row:
                 if row["error"] != NOTHING:
-                    lines.append(f"{name:32} {provider:12} {row['error']}")
+                    rows.append((name, provider, row["error"]))
                 continue
-            times = " ".join(f"{row[p]['median'] * 1e6:>11.1f}" for p in PASSES)
+            times = (f"{row[part]['median'] * 1e6:.1f}" for part in PASSES)
             share = result["cost"]["forward"][0] / row["forward"]["median"] / bandwidth
-            memory = f"{row['peak_bytes'] / 1e6:>11,.0f}" if "peak_bytes" in row else f"{'':11}"
+            memory = f"{row['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in row else "-"
             against = against_compile(result["providers"], provider)
-            lines.append(f"{name:32} {provider:12} {times} {share:>12.0%} {memory} {against:>27}")
+            rows.append((name, provider, *times, f"{share:.0%}", memory, against))
         if "plain_product" in result:
-            seconds = result["plain_product"]["median"]
-            time = f"{seconds * 1e6:>11.1f} (the product alone, on shuffled input)"
-            lines.append(f"{name:32} {'library':12} {time}")
-    return "\n".join(lines)
+            time = f"{result['plain_product']['median'] * 1e6:.1f} us forward"
+            rows.append((name, "library", f"{time} (the product alone, on shuffled input)"))
+    return lined_up(rows, left=(0, 1))
 
 
 def against_compile(providers: dict, provider: str) -> str:

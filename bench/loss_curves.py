@@ -27,6 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 from bench.harness.results import write
+from bench.harness.tables import Rows, lined_up
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.data.budget import measure_budget
 from nanovlm_fast.data.samples import SampleLoader
@@ -273,13 +274,12 @@ def draw(file: Path, curves: dict[str, np.ndarray]) -> None:
     plt.close(figure)
 
 
-def table(verdict: dict) -> str:
-    lines = [f"{'':20} {'seed':>4} {'difference':>11} {'spread':>9} {'share':>7} {'at step':>7}"]
-    for row in verdict["rows"]:
-        difference = f"{row['difference']:>11.2e} {row['spread']:>9.2e}"
-        share = f"{row['share']:>7.1%} {row['at_step']:>7}"
-        lines.append(f"{row['variant']:20} {row['seed']:>4} {difference} {share}")
-    return "\n".join(lines)
+def table(judged: dict) -> str:
+    rows: Rows = [("variant", "seed", "difference", "spread", "share", "at step")]
+    for row in judged["rows"]:
+        distances = (f"{row['difference']:.2e}", f"{row['spread']:.2e}", f"{row['share']:.1%}")
+        rows.append((row["variant"], str(row["seed"]), *distances, str(row["at_step"])))
+    return lined_up(rows)
 
 
 def make_parser() -> Parser:
@@ -312,7 +312,7 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     args.device = str(pick_device(args.device))
     curves, data = train_all(args)
-    verdict = judge(curves)
+    judged = judge(curves)
     rounded = {variant: np.round(rows, 5).tolist() for variant, rows in curves.items()}
     result = {
         "preset": args.preset,
@@ -323,17 +323,17 @@ def main(argv: list[str] | None = None) -> int:
         "tokens_per_batch": args.tokens,
         "images_per_batch": data.budget.images,
         "smoothing": SPAN,
-        **verdict,
+        **judged,
         "curves": rounded,
     }
     file = write("loss_curves", torch.device(args.device), result, args.out)
     draw(file.with_suffix(".png"), curves)
-    print(table(verdict))
+    print(table(judged))
     print(f"written: {file}")
-    if not verdict["passed"]:
+    if not judged["passed"]:
         why = "a packed variant is further from the reference than seeds are apart"
         print(f"error: {why}", file=sys.stderr)
-    return int(not verdict["passed"])
+    return int(not judged["passed"])
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from bench.harness.processes import (
     peak_of,
 )
 from bench.harness.results import write
+from bench.harness.tables import Rows, lined_up
 from bench.subjects.variants import Judge, Packed, Padded, Recipe, Step, Workbench
 from bench.subjects.workload import load_work
 from nanovlm_fast.command import Parser, reports_errors
@@ -64,7 +65,7 @@ def check(args: argparse.Namespace) -> dict[str, dict]:
     return {variant: judge(make_step(bench, variant, args.compile)) for variant in VARIANTS}
 
 
-def peaks(args: argparse.Namespace, variant: str) -> Iterator[float]:
+def measured_peaks(args: argparse.Namespace, variant: str) -> Iterator[float]:
     """MiB of one variant at each number of samples, fewest first.
 
     It has the process and the device to itself. Fewest first, because a high-water mark only rises.
@@ -109,7 +110,7 @@ def rows_of(args: argparse.Namespace, variant: str, parity: dict) -> Iterator[tu
     try:
         if not parity["passed"]:
             raise RuntimeError(f"not the reference's step: {parity['gradient']:.1e} in a gradient")
-        for mib in from_a_process(peaks, args, variant):
+        for mib in from_a_process(measured_peaks, args, variant):
             yield left.pop(0), {"peak_mib": mib}
     except RuntimeError as error:
         for i, samples in enumerate(left):
@@ -118,26 +119,22 @@ def rows_of(args: argparse.Namespace, variant: str, parity: dict) -> Iterator[tu
 
 
 def table(result: dict) -> str:
-    """MiB: one line per variant, one column per number of samples; errors are listed below."""
-
-    def line(name: str, cells: list[str]) -> str:
-        return f"{name:38}" + "".join(f"{cell:>10}" for cell in cells)
-
+    """MiB: one row per variant, one column per number of samples; errors are listed below."""
     columns = list(next(iter(result["peaks"].values())))
     names = {v: v if v == "reference" else f"ours, recompute {v}" for v in VARIANTS}
-    lines = [line("peak MiB, samples per step", columns)]
-    for variant, rows in result["peaks"].items():
-        cells = [f"{row['peak_mib']:,.0f}" if "peak_mib" in row else "-" for row in rows.values()]
-        lines.append(line(names[variant], cells))
+    rows: Rows = [("peak MiB, samples per step", *columns)]
+    errors = []
+    for variant, found in result["peaks"].items():
+        cells = (f"{row['peak_mib']:,.0f}" if "peak_mib" in row else "-" for row in found.values())
+        rows.append((names[variant], *cells))
+        for samples, row in found.items():
+            if "error" in row:
+                errors.append(f"{names[variant]} at {samples}: {row['error']}")
     if result["preset"] == "nanovlm-222m" and not result["layers"]:
         known = [PUBLISHED_MIB.get(int(samples), 0) for samples in columns]
-        cells = [NO_ROOM[:6] if mib is None else f"{mib:,}" if mib else "" for mib in known]
-        lines.append(line("nanoVLM, published, on an H100", cells))
-    for variant, rows in result["peaks"].items():
-        for samples, row in rows.items():
-            if "error" in row:
-                lines.append(f"{names[variant]} at {samples}: {row['error']}")
-    return "\n".join(lines)
+        cells = (NO_ROOM if mib is None else f"{mib:,}" if mib else "-" for mib in known)
+        rows.append(("nanoVLM, published, on an H100", *cells))
+    return "\n".join([lined_up(rows), *errors])
 
 
 def make_parser() -> Parser:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from bench.harness.options import split_options
 from bench.harness.results import write
 from bench.train_run import TRAIN
 from nanovlm_fast.command import Parser, reports_errors
@@ -78,7 +79,7 @@ def steps_to(record: dict, loss: float) -> int | None:
     return reached
 
 
-def verdict(runs: list[dict]) -> list[dict]:
+def steps_to_equal(runs: list[dict]) -> list[dict]:
     """Per seed: the final loss of AdamW at its best rate, and the steps Muon needed to reach it."""
     rows = []
     for seed in SEEDS:
@@ -115,7 +116,7 @@ def compare(options: list[str], device: torch.device, out: Path | None) -> dict:
                 best = min((r for r in runs if r["optimizer"] == "adamw"), key=final_loss)["lr"]
                 for seed in SEEDS[1:]:
                     plan += [("muon", seed, None), ("adamw", seed, best)]
-            result = {"options": options, "runs": runs, "verdict": verdict(runs)}
+            result = {"options": options, "runs": runs, "verdict": steps_to_equal(runs)}
             write("optimizers", device, result, out)
     return result
 
@@ -130,11 +131,10 @@ def make_parser() -> Parser:
 
 @reports_errors(RuntimeError)
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    split = argv.index("--") if "--" in argv else len(argv)
-    args = make_parser().parse_args(argv[:split])
+    own, handed_on = split_options(argv)
+    args = make_parser().parse_args(own)
     device = pick_device(args.device)
-    options = ["--epochs", str(args.epochs), "--device", str(device), *argv[split + 1 :]]
+    options = ["--epochs", str(args.epochs), "--device", str(device), *handed_on]
     result = compare(options, device, args.out)
     for row in result["verdict"]:
         adamw = f"AdamW ends at {row['loss']:.4f} in {row['steps']:,} steps"

@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from bench.harness.processes import in_a_process, peak_of
 from bench.harness.results import write
+from bench.harness.tables import Rows, lined_up
 from bench.harness.timing import Difference, difference, interleave, summary
 from bench.subjects.peer_process import NEEDED, serve
 from bench.subjects.variants import Packed, Recipe, Workbench
@@ -285,7 +286,7 @@ def measure(args: argparse.Namespace, case: Case, progress: Callable[[str], obje
     return {
         "nanovlm": {"commit": commit_of(args.nanovlm), "interface": peer.interface},
         "dtype": str(bench.dtype).removeprefix("torch."),
-        "work": work.summary(),
+        "work": work.as_result(),
         "parity": agreement,
         "variants": variants,
         "speedup": gain_of(variants).ratio,
@@ -294,23 +295,24 @@ def measure(args: argparse.Namespace, case: Case, progress: Callable[[str], obje
 
 def table(result: dict) -> str:
     lines = ["nanoVLM {commit}, forward({interface})".format(**result["nanovlm"])]
-    columns = ("step ms", "questions/s", "tokens/s", "peak MiB", "loss, padded")
-    lines.append(f"{'':10}" + "".join(f"{column:>14}" for column in columns))
+    head = ("case", "who", "step ms", "questions/s", "tokens/s", "peak MiB", "loss, padded")
+    rows: Rows = [head]
+    for name, case in result["cases"].items():
+        for who, row in case["variants"].items():
+            rates = (f"{row['questions_per_s']:,.1f}", f"{row['tokens_per_s']:,.0f}")
+            step = f"{row['median'] * 1e3:,.1f}"
+            rows.append((name, who, step, *rates, f"{row['peak_mib']:,.0f}", f"{row['loss']:.4f}"))
+    lines.append(lined_up(rows, left=(0, 1)))
     for name, case in result["cases"].items():
         work = case["work"]
         agreement = case["parity"]
-        waste = f"{work['padded_waste']:.0%} of nanoVLM's rows is padding"
-        lines.append(f"{name}: {work['questions']} questions, {waste}")
-        for who, row in case["variants"].items():
-            rates = f"{row['questions_per_s']:>14,.1f}{row['tokens_per_s']:>14,.0f}"
-            values = f"{row['median'] * 1e3:>14,.1f}{rates}"
-            lines.append(f"{who:10}{values}{row['peak_mib']:>14,.0f}{row['loss']:>14.4f}")
-        errors = f"loss {agreement['loss']:.1e}, worst gradient {agreement['gradient']:.1e}"
-        lines.append(f"{'':10}without padding, in float32: {errors} (relative)")
-    for name, case in result["cases"].items():
         gain = gain_of(case["variants"])
         interval = f"({gain.low:.2f}-{gain.high:.2f})"
         lines.append(f"{name}: ours is {gain.ratio:.2f} times as fast {interval}")
+        waste = f"{work['padded_waste']:.0%} of nanoVLM's rows are padding"
+        errors = f"loss {agreement['loss']:.1e}, worst gradient {agreement['gradient']:.1e}"
+        lines.append(f"  {work['questions']} questions, {waste}; off by {errors} (relative, in")
+        lines[-1] += " float32, without padding)"
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """Where the time of one of our steps goes, kernel by kernel, compiled as train.py compiles it.
 
-    python -m bench.profile_step --preset nanovlm-222m          batch 256 on a GPU python -m
-    bench.profile_step --reference --trace            the padded reference; a Perfetto trace
+    python -m bench.profile_step --preset nanovlm-222m          batch 256 on a GPU
+    python -m bench.profile_step --reference --trace            the padded reference; a trace
 
 `bench.roofline --measure` sums the uncompiled step by kind, to compare it with the floor; this
 suite shows the step as it runs. `idle` is the share of a step, timed without the profiler, in which
@@ -19,6 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.harness.results import place, write
+from bench.harness.tables import Rows, lined_up
 from bench.harness.timing import interleave, summary, synchronize
 from bench.roofline import kind_of
 from bench.subjects.operators import KERNELS
@@ -125,10 +126,10 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
     }
 
 
-def profile_rows(result: dict) -> list[tuple[str, ...]]:
+def profile_rows(result: dict) -> Rows:
     """The table of bench/README.md: the kinds, then the ten most expensive kernels."""
     busy = result["busy_seconds"]
-    rows: list[tuple[str, ...]] = [("kernel", "kind", "calls per step", "ms per step", "share")]
+    rows: Rows = [("kernel", "kind", "calls per step", "ms per step", "share")]
     for kind, seconds in result["by_kind"].items():
         rows.append(("all", kind, "-", f"{seconds * 1e3:,.2f}", f"{seconds / busy:.1%}"))
     for row in result["kernels"][:10]:
@@ -194,8 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         args.compile = "default" if device.type == "cuda" else "none"
     result = measure(args, device)
     file = write(name_of(args), device, result, args.out)
-    for row in profile_rows(result):
-        print(f"{row[0][:62]:62} {row[1]:10} {row[2]:>12} {row[3]:>10} {row[4]:>7}")
+    print(lined_up(profile_rows(result), left=(0, 1)))
     print(f"written: {file}")
     return 0
 

@@ -50,9 +50,12 @@ import torch
 from torch import Tensor, nn
 
 from bench.harness.machine import WATCH
+from bench.harness.options import split_options
 from bench.harness.results import ROOT, facts, place, read, write
+from bench.harness.tables import lined_up
 from bench.harness.timing import synchronize
 from bench.pages.figures import race_to_target
+from bench.pages.race import SIDES, outcome, race_rows, speedups
 from bench.subjects.race_sides import Fast, Reference, Setting
 from nanovlm_fast.cli import parse_config
 from nanovlm_fast.command import Parser, reports_errors
@@ -72,7 +75,6 @@ from nanovlm_fast.ranges import Range
 from nanovlm_fast.training.feed import Feed
 from nanovlm_fast.training.optim import apply_gradients, lr_factor, make_optimizers, set_lr
 
-SIDES = ("fast", "reference")  # the fast one first: its result is there when time runs out
 MAKERS: dict[str, type[Fast] | type[Reference]] = {"fast": Fast, "reference": Reference}
 STATES = ROOT.parent.parent / "runs" / "race"
 UNFINISHED = 75  # exit code: EX_TEMPFAIL
@@ -147,7 +149,7 @@ class Race:
             "budget": dataclasses.asdict(self.budget),
             "sides": {side: self.sides[side] for side in SIDES if side in self.sides},
         }
-        write(self.name, self.device, {**result, **verdict(self.sides)}, self.args.out)
+        write(self.name, self.device, {**result, **speedups(self.sides)}, self.args.out)
 
     def start(self) -> dict[str, Tensor]:
         """The weights that both sides start with, under the reference's names."""
@@ -336,71 +338,8 @@ class Runner:
         race.sides[self.name] = record
         race.save()
         whole = f", the whole split {point['whole']:.1%}" if "whole" in point else ""
-        place_ = f"{self.name:10} step {self.step:>5,} {record['seconds']:>8,.1f} s"
-        print(f"{place_}  loss {loss:.4f}  {right:.1%} of {total:,} questions{whole}", flush=True)
-
-
-def verdict(sides: dict[str, dict]) -> dict[str, float]:
-    """How many times as fast ours is: to the target if both reached it, and per step.
-
-    The steps are compared up to the last one that both recorded; they are on the same batches.
-    `at_least` is a lower bound for when only ours reached the target and the reference has trained
-    for longer.
-    """
-    found: dict[str, float] = {}
-    if not all(side in sides for side in SIDES):
-        return found
-    fast, reference = (sides[side] for side in SIDES)
-    if fast["reached"] and reference["reached"]:
-        found["speedup"] = reference["reached"]["seconds"] / fast["reached"]["seconds"]
-    elif fast["reached"] and reference["seconds"] > fast["reached"]["seconds"]:
-        found["at_least"] = reference["seconds"] / fast["reached"]["seconds"]
-    fast_seconds = {point["step"]: point["seconds"] for point in fast["points"]}
-    reference_seconds = {point["step"]: point["seconds"] for point in reference["points"]}
-    if common := fast_seconds.keys() & reference_seconds.keys():
-        last = max(common)
-        ratio = reference_seconds[last] / fast_seconds[last]
-        found |= {"same_steps": last, "same_steps_times": ratio}
-    return found
-
-
-NAMES = {"fast": "ours", "reference": "padded reference (nanoVLM v0.1)"}
-
-
-def race_rows(result: dict) -> list[tuple[str, ...]]:
-    """The table of bench/README.md."""
-    head = (f"to {result['target']:.0%} of the test split", "seconds of training", "steps")
-    rows: list[tuple[str, ...]] = [
-        (*head, "questions seen", "questions/s", "best of the pictures asked")
-    ]
-    for name, side in result["sides"].items():
-        end = side["reached"] or {"seconds": side["seconds"], "questions": side["questions"]}
-        steps = f"{side['points'][-1]['step']:,}" if side["points"] else "-"
-        best = max((point["accuracy"] for point in side["points"]), default=0.0)
-        seconds = f"not reached in {end['seconds']:,.0f}"
-        if side["reached"]:
-            seconds = f"**{end['seconds']:,.1f}**"
-        rate = f"{end['questions'] / max(end['seconds'], 1e-9):,.0f}"
-        rows.append((NAMES[name], seconds, steps, f"{end['questions']:,}", rate, f"{best:.1%}"))
-    for name in NAMES.keys() - result["sides"].keys():
-        rows.append((NAMES[name], "not measured yet", *["-"] * 4))
-    return rows
-
-
-def outcome(result: dict) -> str:
-    """The result in a few words, for a line of the README."""
-    sides = result["sides"]
-
-    def seconds(side: str) -> str:
-        if side not in sides:
-            return "not measured yet"
-        if reached := sides[side]["reached"]:
-            return f"{reached['seconds']:,.0f} s"
-        return f"not reached in {sides[side]['seconds']:,.0f} s"
-
-    gain = f"**{result['speedup']:.1f}x**: " if "speedup" in result else ""
-    gain = gain or (f"**over {result['at_least']:.1f}x**: " if "at_least" in result else "")
-    return f"{gain}{seconds('fast')} against {seconds('reference')} of training"
+        where = f"{self.name:10} step {self.step:>5,} {record['seconds']:>8,.1f} s"
+        print(f"{where}  loss {loss:.4f}  {right:.1%} of {total:,} questions{whole}", flush=True)
 
 
 def train_options(args: argparse.Namespace) -> tuple[str, ...]:
@@ -448,10 +387,10 @@ def make_parser() -> Parser:
     return parser
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    split = argv.index("--") if "--" in argv else len(argv)
-    args = make_parser().parse_args(argv[:split])
-    args.train = tuple(argv[split + 1 :])
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    own, handed_on = split_options(argv)
+    args = make_parser().parse_args(own)
+    args.train = tuple(handed_on)
     args.data = args.data or ("synthetic" if args.quick else "easy_vqa")
     args.test_images = min(args.test_images, 8) if args.quick else args.test_images
     return args
@@ -459,7 +398,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 @reports_errors(ImportError)
 def main(argv: list[str] | None = None) -> int:
-    args = parse(sys.argv[1:] if argv is None else argv)
+    args = parse(argv)
     failed = False
     try:
         race = Race(args)
@@ -476,8 +415,7 @@ def main(argv: list[str] | None = None) -> int:
     if race.ran:
         race.save()  # again, because the machine's readings are complete only now
     result = read(race.file)
-    for row in race_rows(result):
-        print(f"{row[0]:34} {row[1]:>24} {row[2]:>7} {row[3]:>15} {row[4]:>12} {row[5]:>28}")
+    print(lined_up(race_rows(result)))
     with contextlib.suppress(ImportError):  # no matplotlib: bench.report draws it elsewhere
         race_to_target(race.file).write()
     print(f"written: {race.file}")

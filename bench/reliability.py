@@ -11,7 +11,6 @@ ends with an error. The soak resumes a run many times in one process and records
 from __future__ import annotations
 
 import gc
-import importlib.util
 import json
 import os
 import random
@@ -31,6 +30,7 @@ from nanovlm_fast.cli import parse_config
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import pick_device
 from nanovlm_fast.reporting.metrics import read_metrics
+from train import Trainer
 
 HERE = Path(__file__).resolve().parent.parent
 # A model whose steps take milliseconds, so that kills are not mostly spent waiting for steps.
@@ -40,7 +40,7 @@ SMALL = (
     "--mp-pixel-shuffle-factor 2 --look-ahead 16 --tokens-per-batch 512 --val-samples 0 "
     "--log-every 1 --save-every 3 --data synthetic:32 --no-final-eval --device cpu"
 ).split()
-PATIENCE = 240.0  # seconds that one attempt may take
+ATTEMPT_LIMIT = 240.0  # seconds that one attempt may take
 
 
 def command(run: Path, processes: int, options: list[str]) -> list[str]:
@@ -81,7 +81,7 @@ def kill(
 ) -> bool:
     """Let the run make progress, then SIGKILL it; return False if it had ended before that."""
     before = len(losses(run))
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + ATTEMPT_LIMIT
     # Progress is a new loss: a run that is killed before it would never end.
     while process.poll() is None and len(losses(run)) in (0, before):
         if time.monotonic() >= deadline:
@@ -116,7 +116,7 @@ def kills(folder: Path, processes: int, count: int, steps: int, seed: int = 0) -
     plain = folder / f"plain{processes}"
     broken = folder / f"broken{processes}"
     options = [*SMALL, "--max-steps", str(steps), "--auto-resume"]
-    if start(plain, processes, options).wait(PATIENCE):
+    if start(plain, processes, options).wait(ATTEMPT_LIMIT):
         raise RuntimeError(f"the undisturbed run failed:\n{end_of_log(plain)}")
     # Steps per kill that were done after the last checkpoint, so must be repeated.
     lost: list[int] = []
@@ -130,7 +130,7 @@ def kills(folder: Path, processes: int, count: int, steps: int, seed: int = 0) -
         in_saves += any((broken / "checkpoints").glob(".tmp-*"))
         saved = [int(step.name[5:]) for step in (broken / "checkpoints").glob("step-*")]
         lost.append(len(losses(broken)) - max(saved, default=0))
-    if code := start(broken, processes, options).wait(PATIENCE):
+    if code := start(broken, processes, options).wait(ATTEMPT_LIMIT):
         raise RuntimeError(f"the last attempt: exit code {code}\n{end_of_log(broken)}")
     if losses(broken) != losses(plain) or len(losses(plain)) != steps:
         raise RuntimeError("the losses of the killed run differ from those of the undisturbed run")
@@ -170,40 +170,35 @@ def soak(run: Path, steps: int, every: int, options: list[str]) -> dict[str, Any
     `growth` compares the mean of the last half with that of the quarter before it, as a share of
     the latter. The first quarter does not count, because caches are still filling.
     """
-    # train.py is a script beside the packages, so it is loaded by its path.
-    spec = importlib.util.spec_from_file_location("train_py", HERE / "train.py")
-    assert spec is not None and spec.loader is not None
-    loop = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loop)
-    samples = []
+    readings = []
     began = time.monotonic()
     for end in range(every, steps + 1, every):
         argv = ["--out", str(run), "--max-steps", str(end), "--val-samples", "0", "--auto-resume"]
         argv += options
-        trainer = loop.Trainer(*parse_config(argv))
+        trainer = Trainer(*parse_config(argv))
         trainer.train()
         trainer.watchdog.stop()
         assert trainer.state.step == end
         del trainer
         # Cycles hold much of it until a collection, which the loop does at every save as well.
         gc.collect()
-        samples.append(resources())
-    quarter = max(len(samples) // 4, 1)
+        readings.append(resources())
+    quarter = max(len(readings) // 4, 1)
 
     def mean(name: str, part: list[dict[str, int]]) -> float:
-        return statistics.mean(sample[name] for sample in part)
+        return statistics.mean(reading[name] for reading in part)
 
-    settled = samples[quarter : 2 * quarter]
-    late = samples[-2 * quarter :]
+    settled = readings[quarter : 2 * quarter]
+    late = readings[-2 * quarter :]
     growth: dict[str, float] = {}
-    for name in samples[0]:
+    for name in readings[0]:
         base = mean(name, settled)
         growth[name] = mean(name, late) / base - 1 if base else 0.0
     return {
         "steps": steps,
-        "resumes": len(samples) - 1,
+        "resumes": len(readings) - 1,
         "growth": growth,
-        "samples": samples,
+        "samples": readings,
         "wall_clock": round(time.monotonic() - began, 1),
     }
 

@@ -2,7 +2,8 @@
 
 No number in a page is typed by hand.
 
-python -m bench.report            write
+python -m bench.report            write what is out of date
+python -m bench.report --redraw   and draw every picture again: their code has changed
 python -m bench.report --check    exit with 1 if a table or a picture is out of date
 """
 
@@ -15,14 +16,9 @@ from pathlib import Path
 from bench.harness.results import ROOT
 from bench.pages.figures import THEMES, Figure, figures, source_of
 from bench.pages.rates import rates
-from bench.pages.readme import highlights, reliability, scale, table
-from bench.pages.rows import (
-    kernel_table,
-)
-from bench.pages.sections import (
-    devices,
-    suites_page,
-)
+from bench.pages.readme import highlights, overview, reliability, scale
+from bench.pages.rows import kernel_table
+from bench.pages.sections import devices, suites_page
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.reporting.plan import RATES
 
@@ -40,7 +36,7 @@ MARKS = marks("results")
 TABLES: dict[Path, dict[str, Callable[[], str]]] = {
     README: {"results": highlights},
     README.parent / "kernels" / "README.md": {"results": kernel_table},
-    README.parent / "bench" / "README.md": {"summary": table, "results": suites_page},
+    README.parent / "bench" / "README.md": {"summary": overview, "results": suites_page},
     README.parent / "nanovlm_fast" / "training" / "README.md": {
         "scale": scale,
         "reliability": reliability,
@@ -66,18 +62,22 @@ def page(file: Path) -> str:
     return text
 
 
-def stale_pictures(results: Path = ROOT) -> tuple[list[Figure], list[Path]]:
-    """Pictures to draw, and drawn files (with a digest) that no result calls for any more."""
+def stale_pictures(results: Path = ROOT, redraw: bool = False) -> tuple[list[Figure], list[Path]]:
+    """Pictures to draw (all to `redraw`), and drawn files that no result calls for any more.
+
+    A drawn file has a digest.
+    """
     drawn = [figure for folder in devices(results) for figure in figures(folder)]
     wanted = {figure.file(theme) for figure in drawn for theme in THEMES}
     files = (file for theme in THEMES for file in results.glob(f"*/*_{theme}.png"))
     there = {file for file in files if source_of(file)}
-    return [figure for figure in drawn if figure.stale()], sorted(there - wanted)
+    return [figure for figure in drawn if redraw or figure.stale()], sorted(there - wanted)
 
 
 def make_parser() -> Parser:
     parser = Parser(prog="python -m bench.report", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if outdated")
+    parser.add_argument("--redraw", action="store_true", help="also pictures that are up to date")
     return parser
 
 
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     after = {file: page(file) for file in TABLES}
     after[RATES] = rates()
-    to_draw, left_over = stale_pictures()
+    to_draw, left_over = stale_pictures(redraw=args.redraw)
     # rates.json may not exist yet; a page whose marks are gone has failed in `page` already.
     stale = [f for f, text in after.items() if not f.exists() or text != f.read_text()]
     if args.check:

@@ -14,5 +14,5 @@ for tool in "$@"; do
     # Without PyTorch's cache every tensor is its own allocation, so that a read past its end is
     # noticed instead of landing in a neighbour.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-        "${PYTHON:-python3}" -m bench.subjects.launches --device cuda
+        "${PYTHON:-python3}" -m bench.subjects.small_launches --device cuda
 done

@@ -1,6 +1,6 @@
 """What a step costs on 1 to 1,024 GPUs: a model of its communication, checked by counting bytes.
 
-    python -m bench.scaling                      table, verdict, traffic, result file
+    python -m bench.scaling                      tables, traffic, result file
     python -m bench.scaling --steps 0            without counting traffic
 
 This is a model, not a measurement: no run on more than one GPU stands behind these times. It adds
@@ -436,7 +436,7 @@ def modelled(preset_name: str, samples: int, results: Path = ROOT) -> dict:
 # ---- the command
 
 
-def verdict(below: int | None) -> str:
+def reach(below: int | None) -> str:
     return f"from {below:,} GPUs" if below else f"never up to {GPUS[-1]:,}"
 
 
@@ -459,7 +459,7 @@ def table(result: dict) -> Iterator[str]:
     yield f"\n{'efficiency':40}{f'under {ENOUGH:.0%}':>20}{'MB sent per GPU, 8 GPUs':>26}"
     for name, mode in result["modes"].items():
         sent = mode["weak"][str(NODE)]["sent"] / 1e6
-        yield f"{name:40}{verdict(mode['below']):>20}{sent:>26,.0f}"
+        yield f"{name:40}{reach(mode['below']):>20}{sent:>26,.0f}"
     head = ("GPUs", "samples", "ms", "efficiency", "links free")
     yield f"\n{'strong scaling':40}" + "".join(f"{part:>11}" for part in head)
     for name, rows in result["strong"].items():

@@ -34,6 +34,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from bench.harness.tables import Rows, lined_up
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.model.packed import VisionLanguageModel
@@ -235,13 +236,13 @@ def measure(repeats: int) -> dict:
 
 def table(traffic: dict) -> str:
     where = "a network of their own" if traffic["own"] else "the shared loopback"
-    lines = [f"{traffic['processes']} gloo processes in {where}; MB per process and step"]
-    lines.append(f"{'':32} {'payload':>9} {'ring':>9} {'expected':>9} {'sent':>9} {'ratio':>7}")
+    about = f"{traffic['processes']} gloo processes in {where}; MB per process and step"
+    columns = ("payload", "ring", "expected", "sent")
+    rows: Rows = [("what", *columns, "ratio")]
     for name, row in traffic["rows"].items():
-        columns = ("payload", "ring", "expected", "sent")
-        numbers = " ".join(f"{row[part] / 1e6:>9.3f}" for part in columns)
-        lines.append(f"{name:32} {numbers} {row['ratio']:>7.3f}")
-    return "\n".join(lines)
+        numbers = (f"{row[part] / 1e6:.3f}" for part in columns)
+        rows.append((name, *numbers, f"{row['ratio']:.3f}"))
+    return f"{about}\n{lined_up(rows)}"
 
 
 def make_parser() -> Parser:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from bench.harness.options import split_options
 from bench.harness.results import write
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import pick_device
@@ -74,11 +75,10 @@ def make_parser() -> Parser:
 
 @reports_errors(RuntimeError)
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    split = argv.index("--") if "--" in argv else len(argv)
-    args = make_parser().parse_args(argv[:split])
+    own, handed_on = split_options(argv)
+    args = make_parser().parse_args(own)
     device = pick_device(args.device)
-    options = argv[split + 1 :]
+    options = handed_on
     if args.device != "auto":
         options = [*options, "--device", args.device]
     file = measure(args.name, options, device, args.out)

@@ -4,8 +4,9 @@
     python -m bench.train_step --preset nanovlm-222m             nanoVLM's model; batch 256 on a GPU
     python -m bench.train_step --preset nanovlm-222m --layers 2  two layers per tower, for a CPU
 
-`reference` trains as nanoVLM v0.1 does (bench/variants.py), `reference_compiled` is the same under
-torch.compile. `ours` is the fast path, on a GPU compiled and replayed as CUDA graphs. The other
+`reference` trains as nanoVLM v0.1 does (bench/subjects/variants.py), `reference_compiled` is the
+same under torch.compile. `ours` is the fast path, on a GPU compiled and replayed as CUDA graphs:
+the step of train.py, with the padding of its budgets and the norm of its gradients. The other
 rows are ours with one technique switched off, or with recomputation. Every row is first compared
 with the float32 reference in this process, and timed only if loss and gradients agree. Tokens are
 real ones, image and text; padding never counts. A question is what nanoVLM calls a sample.
@@ -38,6 +39,7 @@ import torch
 
 from bench.harness.processes import peak_of_process
 from bench.harness.results import write
+from bench.harness.tables import line
 from bench.harness.timing import interleave, summary
 from bench.subjects.variants import Judge, Packed, Padded, Recipe, Step, Workbench, ablation
 from bench.subjects.workload import load_work
@@ -110,7 +112,7 @@ class Comparison:
             "preset": args.preset,
             "layers": args.layers,
             "data": args.data,
-            "work": self.work.summary(),
+            "work": self.work.as_result(),
             "dtype": str(self.bench.dtype).removeprefix("torch."),
             "recipe": {**dataclasses.asdict(self.ours), "operations": operations},
             "peak_flops": self.peak_flops,
@@ -140,7 +142,7 @@ class Comparison:
         print(self.result["recipe"]["operations"])
         waste = f"{work['padded_waste']:.0%} of the padded rows wasted"
         print(f"step on {work['tokens']:,} tokens, {waste}")
-        print(HEADER)
+        print(line(tuple(COLUMNS), WIDTHS))
         self.judge = Judge(Padded(self.bench), self.bench.dtype, self.args.tolerance)
         base = self.prepare(self.base_name, self.base)
         if base is None:
@@ -284,23 +286,35 @@ class Comparison:
         elif name.startswith("recompute"):
             label = f"ours, {name}"
         if "median" not in row:
-            print(f"{label:38} {row.get('error', '')}")
+            print(line((label, row.get("error", "")), WIDTHS))
             return
         quartiles = ("median", "lower_quartile", "upper_quartile")
-        times = " ".join(f"{row[part] * 1e3:>8,.1f}" for part in quartiles)
+        times = (f"{row[part] * 1e3:,.1f}" for part in quartiles)
         rates = [row[f"{what}_per_s"] for what in ("questions", "tokens", "labels", "images")]
-        per_s = " ".join(f"{rate:>10,.{1 if rate < 100 else 0}f}" for rate in rates)
-        mfu = f"{row['mfu']:>6.1%}" if "mfu" in row else f"{'-':>6}"
-        memory = f"{row['peak_mib']:>9,.0f}" if "peak_mib" in row else f"{'-':>9}"
-        share = f"{row.get('times_base', 1.0):>6.2f}"
-        parity = f"{row['parity']['gradient']:>8.0e}"
-        print(f"{label:38} {times} {share} {per_s} {mfu} {memory} {parity}")
+        per_s = (f"{rate:,.{1 if rate < 100 else 0}f}" for rate in rates)
+        mfu = f"{row['mfu']:.1%}" if "mfu" in row else "-"
+        memory = f"{row['peak_mib']:,.0f}" if "peak_mib" in row else "-"
+        share = f"{row.get('times_base', 1.0):.2f}"
+        parity = f"{row['parity']['gradient']:.0e}"
+        print(line((label, *times, share, *per_s, mfu, memory, parity), WIDTHS))
 
 
-HEADER = (
-    f"{'':38} {'step ms':>8} {'quarter':>8} {'3/4':>8} {'x base':>6} {'quest./s':>10} "
-    f"{'tokens/s':>10} {'labels/s':>10} {'images/s':>10} {'MFU':>6} {'peak MiB':>9} {'gradient':>8}"
-)
+# Rows are printed as they are measured, so the widths of the columns are fixed.
+COLUMNS = {
+    "": 38,
+    "step ms": 8,
+    "quarter": 8,
+    "3/4": 8,
+    "x base": 6,
+    "quest./s": 10,
+    "tokens/s": 10,
+    "labels/s": 10,
+    "images/s": 10,
+    "MFU": 6,
+    "peak MiB": 9,
+    "gradient": 8,
+}
+WIDTHS = tuple(COLUMNS.values())
 
 
 def reason(error: Exception) -> str:

@@ -28,7 +28,7 @@ LABELS = {
     "prefetch": "uint8 images, prefetched",
     "packing": "packing",
     "labelled_head": "head on labelled rows only",
-    "shared_images": "one encoding an image",
+    "shared_images": "one encoding per image",
     "attention": "varlen attention",
 }
 OURS = ("packed", "ours")
@@ -144,7 +144,7 @@ def figures(folder: Path) -> list[Figure]:
     if (roofline := folder / "roofline.json").exists():
         found.append(roof(roofline, folder / "kernels.json"))
     if (memory := folder / "memory.json").exists():
-        found.append(peaks(memory))
+        found.append(memory_by_samples(memory))
     if runs := sorted(folder.glob("train_tiny*.json")):
         found.append(training(folder, runs))
     if (optimizers := folder / "optimizers.json").exists():
@@ -217,9 +217,9 @@ def waterfall(file: Path) -> Figure | None:
         axis.invert_yaxis()
         axis.grid(visible=False, axis="y")
         axis.set_xlim(0, 1.3 * widest)  # room for the text at the end of the bars
-        layers = f", {step['layers']} layers a tower" if step.get("layers") else ""
+        layers = f", {step['layers']} layers per tower" if step.get("layers") else ""
         work = f"{step['work']['questions']:,} questions, {step['work']['tokens']:,} tokens"
-        axis.set_xlabel(f"ms a step of {work}: {step['preset']}{layers}", fontsize=9)
+        axis.set_xlabel(f"ms per step of {work}: {step['preset']}{layers}", fontsize=9)
 
     rest = ", and without each technique" if len(drawn) > len(whole) else ""
     alt = f"Time of an optimizer step of {step['preset']} on {step['device']}{rest}"
@@ -253,7 +253,7 @@ def roof(file: Path, kernels: Path) -> Figure:
         ends = [min(all_x) / 2, knee, max(all_x) * 2]
         heights = [ends[0] * rates["bandwidth"], rates["flops"], rates["flops"]]
         axis.plot(ends, heights, color=theme.text, lw=1.2)
-        axis.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="FLOP/s")
+        axis.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="FLOP/s")
         only_moves = sum(o["floor"] for o in result["operators"] if not o["flops"])
         moves = only_moves / result["floor_seconds"]
         axis.set_title(
@@ -278,7 +278,7 @@ def kernel_points(measured: dict) -> list[tuple[float, float, str]]:
     return points
 
 
-def peaks(file: Path) -> Figure | None:
+def memory_by_samples(file: Path) -> Figure | None:
     """Peak memory by samples per step."""
     result = load(file)
     lines = {}
@@ -300,7 +300,7 @@ def peaks(file: Path) -> Figure | None:
             known = [(int(n), mib) for n, mib in result["published_mib"].items() if mib]
             label = "nanoVLM, published (H100)"
             axis.plot(*zip(*known, strict=True), "x", color=theme.text, label=label)
-        axis.set(xlabel="samples a step", ylabel="peak MiB")
+        axis.set(xlabel="samples per step", ylabel="peak MiB")
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
@@ -325,7 +325,7 @@ def training(folder: Path, files: list[Path]) -> Figure:
                     style: dict[str, Any] = dict(
                         marker="o" if panel == "curve" else None, color=colour, lw=1.3
                     )
-                    label = " ".join(run["options"]) or "as it is"
+                    label = " ".join(run["options"]) or "no options"
                     axis.plot(*zip(*points, strict=True), label=label, **style)
             ylabel = {"loss": "loss", "curve": "held-out accuracy"}[panel]
             axis.set(xlabel="minutes of training", ylabel=ylabel)
@@ -372,7 +372,7 @@ def efficiencies(file: Path) -> Figure:
         "FSDP2 {}, overlapped",
     )
     step = "the measured" if result["compute"]["measured"] else "an estimated"
-    basis = f"a model over {step} step of one"
+    basis = f"a model based on {step} step of one GPU"
 
     def paint(axes: list, theme: Theme) -> None:
         weak, fixed = axes
@@ -395,7 +395,7 @@ def efficiencies(file: Path) -> Figure:
         fixed.plot(*zip(*points, strict=True), **free)
         samples = result["compute"]["samples"]
         titles = (
-            f"{samples} samples a GPU (dotted: bfloat16 gradients)",
+            f"{samples} samples per GPU (dotted: bfloat16 gradients)",
             f"{samples} samples in all",
         )
         for axis, title in zip(axes, titles, strict=True):
@@ -431,10 +431,10 @@ def race_to_target(file: Path) -> Figure:
             if reached:
                 axis.axvline(reached["seconds"], color=colour, lw=1, ls=":")
         xlabel = f"seconds of training, {result['preset']}"
-        axis.set(xlabel=xlabel, ylabel="right on the test split", ylim=(0, 1.02))
+        axis.set(xlabel=xlabel, ylabel="accuracy on the test split", ylim=(0, 1.02))
         axis.set_xlim(left=0)
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        title = f"to {result['target']:.0%}"
+        title = f"training time to {result['target']:.0%}"
         axis.legend(frameon=False, loc="lower right", title=title, alignment="left")
 
     what = f"Accuracy of {result['preset']} on {result['data']}"

@@ -1,6 +1,6 @@
 """The tables of the READMEs from the committed result files; `bench.report` writes them.
 
-`highlights` goes to README.md, `table` to bench/README.md, and `scale` and `reliability` go to
+`highlights` goes to README.md, `overview` to bench/README.md, and `scale` and `reliability` go to
 nanovlm_fast/training/README.md.
 """
 
@@ -11,19 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.harness.results import ROOT, load
+from bench.harness.tables import Rows, markdown
 from bench.harness.timing import difference
-from bench.race import outcome
-
-Rows = list[tuple[str, ...]]  # of a table; the first row is its head
+from bench.pages.race import outcome
 
 
-def markdown(rows: Rows) -> str:
-    """A table; `|` in a cell would end it, so it becomes a slash."""
-    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
-
-
-def table(results: Path = ROOT) -> str:
+def overview(results: Path = ROOT) -> str:
     """The summary of bench/README.md: for each kind of measurement, the newest on each device."""
     rows: Rows = [("what", "measured", "on", "commit", "command")]
     for run in newest(results, "train_tiny*"):
@@ -44,7 +37,7 @@ def table(results: Path = ROOT) -> str:
 def highlights(results: Path = ROOT) -> str:
     """The three rows of README.md: a whole run, nanoVLM's own code beside ours, the data loader.
 
-    They leave out the commits, which `table` has.
+    They leave out the commits, which `overview` has.
     """
     rows: Rows = [("what", "measured", "on", "commit", "command")]
     rows += [run_row(run) for run in newest(results, "train_tiny")]
@@ -106,7 +99,7 @@ def step_row(step: dict) -> tuple[str, ...]:
     theirs = step["variants"].get("reference", {})
     ours = step["variants"].get("ours") or step["variants"]["packed"]  # its name in older files
     depth = step.get("layers", 0)
-    layers = f" cut to {depth} layer{'s' * (depth > 1)} a tower" if depth else ""
+    layers = f" cut to {depth} layer{'s' * (depth > 1)} per tower" if depth else ""
     questions = step["work"]["questions"]
     what = f"optimizer step of `{step['preset']}`{layers} on the same {questions:,} questions"
     what += ", against padded"
@@ -136,12 +129,12 @@ def peer_row(peer: dict) -> tuple[str, ...]:
     layers = f" cut to {depth} layer{'s' * (depth > 1)} per tower" if depth else ""
     what = f"optimizer step of `{peer['preset']}`{layers}, huggingface/nanoVLM's own code "
     what += f"({peer['nanovlm']['commit']})"
-    what += " beside ours in turn: questions/s of ours over theirs"
+    what += " and ours, interleaved: questions/s of ours over theirs"
     cases = []
     for name, case in peer["cases"].items():
         gain = difference(*(case["variants"][who]["seconds"] for who in ("ours", "nanovlm")))
         waste = case["work"]["padded_waste"]
-        rows = f" ({waste:.0%} of their rows is padding)" if waste >= 0.005 else ""
+        rows = f" ({waste:.0%} of their rows are padding)" if waste >= 0.005 else ""
         cases.append(f"{name}{rows} **{gain.ratio:.2f}x** ({gain.low:.2f}-{gain.high:.2f})")
     return what, "; ".join(cases), peer["device"], peer["commit"][:7], f"`{shown_command(peer)}`"
 
@@ -179,15 +172,15 @@ def scale(results: Path = ROOT) -> str:
             shares = {n: mode["weak"][n]["efficiency"] for n in ("8", "64", "1024")}
             sizes = " · ".join(f"{int(n):,} GPUs {share:.1%}" for n, share in shares.items())
             below = f"from {mode['below']:,} GPUs on" if mode["below"] else "never up to 1,024"
-            figure = f"{sizes}; under {result['enough']:.0%}: {below}"
+            figure = f"{sizes}; below {result['enough']:.0%}: {below}"
             rows.append((f"model: efficiency, {name}", figure, command))
-        step = f"{compute['seconds'] * 1e3:.1f} ms at {compute['samples']:,} samples a GPU"
+        step = f"{compute['seconds'] * 1e3:.1f} ms at {compute['samples']:,} samples per GPU"
         step += f" ({kind})"
         rows.append(("the step that the model rests on", step, command))
         for name in ("DDP", "DDP, 4 micro-steps", "FSDP"):
             if name in traffic:
                 row = traffic[name]
-                what = f"counted: bytes that 2 gloo processes send a step, {name}"
+                what = f"counted: bytes that 2 gloo processes send per step, {name}"
                 sent = f"{row['sent'] / 1e6:.3f} MB, {row['ratio']:.3f}x the formula"
                 rows.append((what, sent, command))
     return markdown(rows) if len(rows) > 1 else "Not measured yet."

@@ -9,10 +9,10 @@ import torch
 
 from bench.dataloader import RATE, workers_for
 from bench.harness.results import ROOT, load, measurements
+from bench.harness.tables import Rows, markdown
 from bench.harness.timing import Difference, difference
 from bench.kernels import against_compile
-from bench.pages.readme import Rows, markdown
-from bench.scaling import GPUS, NODE, verdict
+from bench.scaling import GPUS, NODE, reach
 from bench.subjects.operators import KERNELS, NOTHING
 
 
@@ -162,8 +162,15 @@ def peer_rows(result: dict) -> Rows:
 
 
 def kernels_rows(result: dict) -> Rows:
-    head = ("kernel", "provider", "forward us", "backward us", "both us", "of copy, fwd")
-    rows: Rows = [(*head, "speed against compile")]
+    head = (
+        "kernel",
+        "provider",
+        "forward us",
+        "backward us",
+        "both us",
+        "forward, share of a copy's rate",
+    )
+    rows: Rows = [(*head, "speed relative to torch.compile")]
     for name, kernel in result["kernels"].items():
         for provider, row in kernel["providers"].items():
             if "error" in row:
@@ -178,7 +185,15 @@ def kernels_rows(result: dict) -> Rows:
 
 
 def attention_rows(result: dict) -> Rows:
-    head = ("documents", "backend", "forward us", "backward us", "both us", "GFLOP/s", "of padded")
+    head = (
+        "documents",
+        "backend",
+        "forward us",
+        "backward us",
+        "both us",
+        "GFLOP/s",
+        "share of padded's time",
+    )
     rows: Rows = [head]
     for name, case in result["cases"].items():
         against = case["providers"].get("reference", {}).get("both")
@@ -204,13 +219,13 @@ def memory_rows(result: dict) -> Rows:
 
 
 def dataloader_rows(result: dict) -> Rows:
-    head = ("stage, or the loader with so many workers", "on the fly, samples/s")
-    rows: Rows = [(*head, "prepared, samples/s", "times")]
+    head = ("stage, or workers of the loader", "on the fly, samples/s")
+    rows: Rows = [(*head, "prepared, samples/s", "speed-up")]
     rows += [(stage, f"{rate:,.0f}", "-", "-") for stage, rate in result["stages"].items()]
     for workers, gain in result["speedup"].items():
         ways = (result["samples_per_s"][way] for way in ("on the fly", "prepared"))
         rates = (f"{way[workers]:,.0f}" for way in ways)
-        rows.append((f"{workers} workers", *rates, f"{gain:.2f}x"))
+        rows.append((f"{workers} worker{'s' * (workers != '1')}", *rates, f"{gain:.2f}x"))
     rate = result.get("rate", RATE)
     if needed := workers_for(result["samples_per_s"], rate):
         counts = (f"{needed[way]} workers" for way in ("on the fly", "prepared"))
@@ -233,11 +248,11 @@ def generate_rows(result: dict) -> Rows:
 
 
 def roofline_rows(result: dict) -> Rows:
-    rates, work, floor = (result[part] for part in ("rates", "work", "floor_seconds"))
+    rates, counts, floor = (result[part] for part in ("rates", "work", "floor_seconds"))
     rows: Rows = [("floor of a step", "ms", "share")]
     for kind, seconds in sorted(result["by_kind"].items(), key=lambda item: -item[1]):
         rows.append((kind, f"{seconds * 1e3:,.2f}", f"{seconds / floor:.1%}"))
-    what = f"**{result['preset']}, {work['images']:,} images, {work['tokens']:,} tokens at"
+    what = f"**{result['preset']}, {counts['images']:,} images, {counts['tokens']:,} tokens at"
     what += f" {rates['flops'] / 1e12:.3g} TFLOP/s and {rates['bandwidth'] / 1e9:,.0f} GB/s**"
     rows.append((what, f"**{floor * 1e3:,.1f}**", f"{result['samples_per_s']:,.0f} samples/s"))
     return rows
@@ -245,9 +260,9 @@ def roofline_rows(result: dict) -> Rows:
 
 def scaling_rows(result: dict) -> Rows:
     shown = (str(NODE), "64", str(GPUS[-1]))
-    heads = (f"{int(gpus):,} GPUs: ms, of them exposed, efficiency" for gpus in shown)
+    heads = (f"{int(gpus):,} GPUs: ms per step, ms exposed, efficiency" for gpus in shown)
     sent = f"MB sent per GPU ({NODE} GPUs)"
-    rows: Rows = [("gradients", sent, *heads, f"under {result['enough']:.0%}")]
+    rows: Rows = [("gradients", sent, *heads, f"below {result['enough']:.0%}")]
     for name, mode in result["modes"].items():
         sizes = (mode["weak"][gpus] for gpus in shown)
         cells = (
@@ -255,7 +270,7 @@ def scaling_rows(result: dict) -> Rows:
             for r in sizes
         )
         sent = f"{mode['weak'][str(NODE)]['sent'] / 1e6:,.0f}"
-        rows.append((name, sent, *cells, verdict(mode["below"])))
+        rows.append((name, sent, *cells, reach(mode["below"])))
     compute = result["compute"]
     one = f"{compute['seconds'] * 1e3:.1f} ms on one"
     what = f"**{result['preset']}, {compute['samples']:,} samples per GPU: {one}**"
@@ -276,11 +291,17 @@ def training_rows(run: dict) -> Rows:
     shares = (f"{run['sees']:.1%}", f"{run['blind']:.1%}", f"{run['train_seconds'] / 60:.1f}")
     rates = (f"{run['steps']:,}", f"{run['tokens_per_s']:,.0f}")
     rest = (f"{run['packing']:.1%}", f"{run['data_wait']:.1%}")
-    return [(*head, "waiting for data"), (f"`{run['train_command']}`", *shares, *rates, *rest)]
+    return [(*head, "time waiting for data"), (f"`{run['train_command']}`", *shares, *rates, *rest)]
 
 
 def optimizers_rows(result: dict) -> Rows:
-    head = ("seed", "AdamW's last loss", "its steps", "Muon's steps to it", "Muon's last loss")
+    head = (
+        "seed",
+        "AdamW's last loss",
+        "its steps",
+        "Muon's steps to that loss",
+        "Muon's last loss",
+    )
     rows: Rows = [head]
     for row in result["verdict"]:
         muon = f"{row['muon_steps']:,}" if row["muon_steps"] else "never"
@@ -290,7 +311,13 @@ def optimizers_rows(result: dict) -> Rows:
 
 
 def curves_rows(result: dict) -> Rows:
-    head = ("variant", "seed", "furthest from the reference's loss", "the seeds there", "share")
+    head = (
+        "variant",
+        "seed",
+        "largest distance from the reference's loss",
+        "spread of seeds there",
+        "share",
+    )
     rows: Rows = [head]
     for row in result["rows"]:
         numbers = (f"{row['difference']:.1e}", f"{row['spread']:.1e}", f"{row['share']:.1%}")

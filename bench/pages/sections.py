@@ -10,8 +10,10 @@ from typing import Any
 from bench.checks import check_rows
 from bench.device_facts import facts_rows
 from bench.harness.results import ROOT, load
+from bench.harness.tables import Rows, markdown
 from bench.pages.figures import THEMES, Figure, figures
-from bench.pages.readme import Rows, markdown, shown_command
+from bench.pages.race import race_rows
+from bench.pages.readme import shown_command
 from bench.pages.rows import (
     attention_rows,
     curves_rows,
@@ -28,7 +30,6 @@ from bench.pages.rows import (
     training_rows,
 )
 from bench.profile_step import profile_rows
-from bench.race import race_rows
 from bench.suites import SUITES, Suite
 
 # The tables of suites that have one of their own; all others list what they timed.

@@ -87,7 +87,7 @@ class Work:
         values["tflops_per_s"] = self.flops / seconds / 1e12
         return values | ({"mfu": self.flops / seconds / peak} if peak else {})
 
-    def summary(self) -> dict[str, float]:
+    def as_result(self) -> dict[str, float]:
         sizes = {"row_length": self.row_length, "padded_waste": self.waste, "flops": self.flops}
         return {**self.counts, **sizes}
 

@@ -28,7 +28,7 @@ def test_the_readmes_and_pictures_say_what_the_result_files_say(capsys):
 
 
 def test_the_front_page_has_three_rows_of_the_summary_without_their_commits():
-    summary = [line.split(" | ") for line in report.table().splitlines()]
+    summary = [line.split(" | ") for line in report.overview().splitlines()]
     shown = report.highlights().splitlines()[2:]
     assert len(shown) == 3
     assert not [row for row in shown if row.split(" | ") not in [[*r[:3], *r[4:]] for r in summary]]
@@ -130,7 +130,7 @@ def test_the_page_of_all_suites(tmp_path):
         "5.00x" in page
         and "it cannot / run" in page
         and "same (0." in page
-        and "| 1 workers | 10 | 20 | 2.00x |" in page
+        and "| 1 worker | 10 | 20 | 2.00x |" in page
     )
     assert all(
         f"### {name}\n" in page
@@ -141,15 +141,15 @@ def test_the_page_of_all_suites(tmp_path):
         and "| plain | ours |" in page
         and "### peer" in page
     )
-    assert "plain **1.00x** (0.9" in report.table(tmp_path)
-    assert "ten (40% of their rows is padding) **2.00x** (1.8" in report.table(tmp_path)
+    assert "plain **1.00x** (0.9" in report.overview(tmp_path)
+    assert "ten (40% of their rows are padding) **2.00x** (1.8" in report.overview(tmp_path)
     assert rows_module.timed_rows({"a": {"b": timed(0.1)}})[1] == ("a · b", "104 (102-106)")
     assert (
         "GPU timings: NVIDIA X" in page and page.count("<picture>") == 3 and "not drawn" not in page
     )
     (tmp_path / "y").mkdir()
     assert (
-        report.table(tmp_path).count("\n") == 4
+        report.overview(tmp_path).count("\n") == 4
         and sections.suites_page(tmp_path / "y").count("###") == 1
     )  # the race
 
@@ -168,6 +168,7 @@ def test_a_picture_is_drawn_twice_and_known_when_stale(tmp_path):
         sizes = [Image.open(figure.file(theme)).size for theme in ("light", "dark")]
         assert sizes[0] == sizes[1] and 900 <= sizes[0][0] <= 1300
     assert report.stale_pictures(tmp_path) == ([], [])
+    assert len(report.stale_pictures(tmp_path, redraw=True)[0]) == 3
     memory = tmp_path / "x" / "memory.json"
     memory.write_text(memory.read_text().replace("4000.0", "5000.0"))
     assert [figure.stem.name for figure in report.stale_pictures(tmp_path)[0]] == ["memory"]
@@ -215,17 +216,17 @@ def test_a_stale_table_or_a_file_without_origin_is_found(tmp_path):
     file = tmp_path / "x" / "train_step.json"
     file.write_text(json.dumps(result))
     text = "\n".join(("before", *report.MARKS, "after"))
-    once = report.updated(text, report.table(tmp_path))
+    once = report.updated(text, report.overview(tmp_path))
     assert (
         "**5.0x**" in once
         and once.endswith("after")
-        and report.updated(once, report.table(tmp_path)) == once
+        and report.updated(once, report.overview(tmp_path)) == once
     )
     file.write_text(json.dumps({**result, "speedup": 6.0}))
-    assert report.updated(once, report.table(tmp_path)) != once
+    assert report.updated(once, report.overview(tmp_path)) != once
     file.write_text(json.dumps({**result, "commit": "unknown"}))
     with pytest.raises(ValueError, match="no commit"):
-        report.table(tmp_path)
+        report.overview(tmp_path)
     with pytest.raises(ValueError, match="marks"):
         report.updated("no marks", "")
 
@@ -333,7 +334,7 @@ def test_the_data_loader_is_measured_both_ways(tmp_path, capsys, monkeypatch):
         "on the fly": ["0", "1"], "prepared": ["0", "1"],
     }  # fmt: skip
     assert result["speedup"]["0"] > 1
-    assert "data loader, photographs" in report.table(tmp_path)
+    assert "data loader, photographs" in report.overview(tmp_path)
     ways = result["samples_per_s"].items()
     assert result["workers_for_rate"] == {way: math.ceil(1e5 / rates["1"]) for way, rates in ways}
     assert "workers for 100,000 samples/s" in capsys.readouterr().out

@@ -224,7 +224,7 @@ def test_the_sanitizer_runs_every_kernel_under_every_tool(tmp_path):
     call = ["bash", str(ROOT / "bench" / "sanitize.sh"), "memcheck"]
     done = subprocess.run(call, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    program = "python -m bench.subjects.launches --device cuda"
+    program = "python -m bench.subjects.small_launches --device cuda"
     ran = [f"{kernel.name} ran" for kernel in KERNELS]
     first = ["== memcheck", f"sanitizer --tool memcheck --error-exitcode 1 {program}"]
     assert done.stdout.splitlines() == [*first, *ran]

@@ -17,7 +17,7 @@ from PIL import Image
 
 from bench import race, report
 from bench.pages import sections
-from bench.race import outcome, race_rows, verdict
+from bench.pages.race import outcome, race_rows, speedups
 from bench.subjects.race_sides import padded_rows
 from nanovlm_fast.packing.batch import pack, pad
 from nanovlm_fast.packing.packer import Budget
@@ -87,7 +87,7 @@ def test_a_side_alone_leaves_the_other_and_a_race_of_other_settings_does_not(tmp
     assert run(tmp_path, "--only", "fast") == 0
     assert (
         "not measured yet" in str(race_rows(result_in(tmp_path)))
-        and verdict(result_in(tmp_path)["sides"]) == {}
+        and speedups(result_in(tmp_path)["sides"]) == {}
     )
     before = result_in(tmp_path)["sides"]["fast"]
     assert run(tmp_path, "--only", "reference") == 0
@@ -177,11 +177,11 @@ def made_up(fast: float | None, reference: float | None) -> dict:
         python="3",
     )
     facts |= dict(driver="1", triton="3", preset="nanovlm-222m", data="easy_vqa", target=0.95)
-    return {**facts, "sides": sides, **verdict(sides)}
+    return {**facts, "sides": sides, **speedups(sides)}
 
 
 def test_a_speedup_needs_both_at_the_target():
-    assert verdict(made_up(20.0, 90.0)["sides"]) == {
+    assert speedups(made_up(20.0, 90.0)["sides"]) == {
         "speedup": 4.5,
         "same_steps": 20,
         "same_steps_times": 5.0,
@@ -200,7 +200,7 @@ def test_a_speedup_needs_both_at_the_target():
     ]
     alone = copy.deepcopy(both)
     del alone["sides"]["reference"]
-    assert verdict(alone["sides"]) == {} and race_rows(alone)[-1][1] == "not measured yet"
+    assert speedups(alone["sides"]) == {} and race_rows(alone)[-1][1] == "not measured yet"
 
 
 def test_the_report_has_the_race_or_says_that_there_is_none(tmp_path):
@@ -209,7 +209,7 @@ def test_the_report_has_the_race_or_says_that_there_is_none(tmp_path):
         tmp_path
     ) and "Not measured yet." in sections.suites_page(tmp_path)
     (tmp_path / "x" / "race_nanovlm-222m.json").write_text(json.dumps(made_up(20.0, 90.0)))
-    page, table = sections.suites_page(tmp_path), report.table(tmp_path)
+    page, table = sections.suites_page(tmp_path), report.overview(tmp_path)
     assert (
         "Not measured yet." not in page
         and "| ours | **20.0** | 20 |" in page

@@ -316,7 +316,7 @@ def test_it_compares_and_writes(tmp_path, capsys):
     assert {"graphs", "prefetch", "attention", "kernels"} <= result["not_applicable"].keys()
     assert [figure.stem.name for figure in figures.figures(file.parent)] == [file.stem]
     assert "times as many questions" in capsys.readouterr().out
-    assert "cut to 1 layer a tower" in readme.step_row(result)[0]
+    assert "cut to 1 layer per tower" in readme.step_row(result)[0]
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """One small forward and backward of every kernel: what bench/sanitize.sh runs under its tools.
 
-python -m bench.subjects.launches --device cuda
+python -m bench.subjects.small_launches --device cuda
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LARGER = {
 @reports_errors()
 def main(argv: list[str] | None = None) -> int:
     about = __doc__.splitlines()[0]
-    parser = Parser(prog="python -m bench.subjects.launches", description=about)
+    parser = Parser(prog="python -m bench.subjects.small_launches", description=about)
     parser.add_argument("--device", default="auto")
     device = pick_device(parser.parse_args(argv).device)
     for kernel in KERNELS:
