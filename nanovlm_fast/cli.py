@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanovlm_fast.command import one_line
 from nanovlm_fast.config import TrainConfig, VLMConfig
-from nanovlm_fast.paths import absolute_paths, inside
+from nanovlm_fast.data.places import absolute_paths, inside
 from nanovlm_fast.presets import defaults_of
 from nanovlm_fast.runs import RUNS, latest_run, load_run_config, standing
 

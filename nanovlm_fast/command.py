@@ -46,6 +46,19 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
+def add_model_options(parser: argparse.ArgumentParser, device: bool = True) -> None:
+    """Add the options that say which model a command loads and, with `device`, where it runs."""
+    parser.add_argument(
+        "--checkpoint",
+        help="run (its newest checkpoint), RUN/best, folder, or hub name; default: the latest run",
+    )
+    parser.add_argument(
+        "--lm-tokenizer", default="", help="hub name or folder; default: the checkpoint's own"
+    )
+    if device:
+        parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+
+
 def reports_errors(*more: type[Exception], code: int = 1) -> Callable[[Main], Main]:
     """Decorate a command's `main(argv)` so that errors are printed as one line.
 

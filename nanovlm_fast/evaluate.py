@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanovlm_fast.command import Parser, reports_errors
+from nanovlm_fast.command import Parser, add_model_options, reports_errors
 from nanovlm_fast.data.images import load_image
 from nanovlm_fast.data.sources.example import Example, Scoring, Source
 from nanovlm_fast.data.sources.registry import load_source
@@ -305,10 +305,7 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="python -m nanovlm_fast.evaluate", description="Score a model on a data set."
     )
-    parser.add_argument(
-        "--checkpoint",
-        help="run (its newest checkpoint), RUN/best, folder, or hub name; default: the latest run",
-    )
+    add_model_options(parser)
     parser.add_argument("--data", default="easy_vqa", help="data set, named as for train.py")
     parser.add_argument("--split", default="test", help="train or test")
     parser.add_argument(
@@ -330,10 +327,6 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--seed", type=SEED, default=0, help="random seed of --style v0.1")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument(
-        "--lm-tokenizer", default="", help="hub name or folder; default: the checkpoint's own"
-    )
     return parser
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from nanovlm_fast.command import Parser, reports_errors
+from nanovlm_fast.command import Parser, add_model_options, reports_errors
 from nanovlm_fast.data.text import is_hub_name
 from nanovlm_fast.files import read_json
 from nanovlm_fast.paths import at_home
@@ -93,10 +93,7 @@ def make_parser() -> Parser:
         prog="python -m nanovlm_fast.export",
         description="Write a checkpoint for transformers or for nanoVLM v0.1.",
     )
-    parser.add_argument(
-        "--checkpoint",
-        help="run (its newest checkpoint), RUN/best, folder, or hub name; default: the latest run",
-    )
+    add_model_options(parser, device=False)
     parser.add_argument("--to", required=True, choices=TARGETS, help="what is to load it")
     parser.add_argument("--out", required=True, type=at_home, help="folder to write, new or empty")
     parser.add_argument(
@@ -104,9 +101,6 @@ def make_parser() -> Parser:
     )
     parser.add_argument(
         "--private", action="store_true", help="make the repository of --push private"
-    )
-    parser.add_argument(
-        "--lm-tokenizer", default="", help="hub name or folder; default: the checkpoint's own"
     )
     return parser
 

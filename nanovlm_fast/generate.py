@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovlm_fast.command import Parser, reports_errors, utf8
+from nanovlm_fast.command import Parser, add_model_options, reports_errors, utf8
 from nanovlm_fast.data.images import load_image
 from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.device import pick_device
@@ -240,10 +240,7 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="python -m nanovlm_fast.generate", description="Ask a model about an image."
     )
-    parser.add_argument(
-        "--checkpoint",
-        help="run (its newest checkpoint), RUN/best, folder, or hub name; default: the latest run",
-    )
+    add_model_options(parser)
     parser.add_argument(
         "--image",
         action="append",
@@ -271,10 +268,6 @@ def make_parser() -> Parser:
         help="sample from the fewest tokens that hold this share of the probability",
     )
     parser.add_argument("--seed", type=SEED, default=0, help="random seed of sampling")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument(
-        "--lm-tokenizer", default="", help="hub name or folder; default: the checkpoint's own"
-    )
     return parser
 
 

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from nanovlm_fast.cli import parse_config
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.config import TrainConfig, VLMConfig
+from nanovlm_fast.data.places import absolute_paths
 from nanovlm_fast.data.samples import make_sample
 from nanovlm_fast.data.sources import shards
 from nanovlm_fast.data.sources.cauldron import read_streaming
@@ -38,7 +39,7 @@ from nanovlm_fast.data.sources.registry import load_source, make_tokenizer
 from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.data.workers import as_is, begin_worker
 from nanovlm_fast.files import read_json
-from nanovlm_fast.paths import absolute_paths, at_home
+from nanovlm_fast.paths import at_home
 from nanovlm_fast.ranges import Range
 from nanovlm_fast.runs import is_empty, locked
 

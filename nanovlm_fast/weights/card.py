@@ -13,10 +13,10 @@ from typing import Any
 
 from nanovlm_fast.config import TrainConfig, VLMConfig, fields_of
 from nanovlm_fast.data.images import to_rgb
+from nanovlm_fast.data.places import without_path
 from nanovlm_fast.data.text import is_hub_name
 from nanovlm_fast.files import read_json
 from nanovlm_fast.model.packed import VisionLanguageModel
-from nanovlm_fast.paths import without_path
 
 
 def measured(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:

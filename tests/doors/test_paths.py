@@ -14,7 +14,9 @@ from nanovlm_fast import export, generate
 from nanovlm_fast.cli import parse_config
 from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.data import prepare
-from nanovlm_fast.paths import without_path
+from nanovlm_fast.data.places import absolute_paths, without_path
+from nanovlm_fast.data.sources.llava import JsonLines
+from nanovlm_fast.data.sources.registry import SOURCES
 from nanovlm_fast.runs import save_run_config
 
 
@@ -62,6 +64,17 @@ def test_a_run_keeps_where_its_data_is(places, monkeypatch, given, kept):
     shutil.rmtree(places / "home" / "data")
     again = parse_config(["--resume", "--out", "~/run", "--data", kept])[1]
     assert (again.data, again.out) == (kept, str(run))
+
+
+def test_a_new_data_sets_folder_is_kept_too(places, monkeypatch):
+    """One class and one line in SOURCES are all that a data set needs."""
+
+    class Birds(JsonLines):
+        FORMS = ("birds", "birds:FOLDER")
+
+    monkeypatch.setitem(SOURCES, "birds", Birds)
+    for given, kept in (("birds:data", f"birds:{places}/here/data"), ("birds", "birds")):
+        assert absolute_paths({"data": given}) == {"data": kept}
 
 
 def test_a_run_that_has_its_data_relative_resumes_where_it_did(places):
