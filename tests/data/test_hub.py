@@ -17,6 +17,7 @@ from nanovlm_fast.data.images import BadImage, load_image
 from nanovlm_fast.data.sources.cauldron import ALL45, CAULDRON, configurations, read_streaming
 from nanovlm_fast.data.sources.mmstar import MMStar
 from nanovlm_fast.data.sources.registry import load_source
+from tests.support import forks
 from tests.support.pictures import (
     cauldron,
     easy_vqa_rows,
@@ -26,7 +27,6 @@ from tests.support.pictures import (
     pictures,
     texts,
 )
-from tests.support.processes import run_python
 from tests.support.runs import lines, train
 
 TURNS = (("What is it?", "A portrait."), ("Of whom?", "Grace Hopper."))
@@ -176,9 +176,7 @@ def test_offline_is_said_in_one_line_with_a_way_out(tmp_path):
     begun = time.monotonic()
     for data in (f"{CAULDRON}:all45", "mmstar"):
         options = ["--data", data, "--out", str(tmp_path / "run"), "--lm-tokenizer", "train"]
-        result = run_python(
-            "train.py", *options, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home")
-        )
+        result = forks.run("train.py", *options, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home"))
         assert result.returncode == 1
         (line,) = result.stderr.strip().splitlines()
         wanted = "HuggingFaceM4/the_cauldron:ai2d" if data != "mmstar" else "Lin-Chen/MMStar"

@@ -6,7 +6,8 @@ The result is a process like any other: it has a pid, takes signals, starts chil
 exit code, and shares nothing with the tests. It does not prove that a program starts from nothing,
 nor that everything is freed at its end. `processes.run_python` and torchrun start Python anew. So
 does everything here on a machine with a GPU, whose driver does not survive a fork, and wherever an
-environment variable differs that a library may read while it is imported.
+environment variable differs that a library may read while it is imported, except for those of the
+hub: its libraries are imported anew.
 """
 
 from __future__ import annotations
@@ -59,6 +60,10 @@ MAY_DIFFER = {
     "WANDB_CACHE_DIR",
     *RANK.split(),
 }
+# Read while these libraries are imported. Where one differs, a fork imports them anew, which takes
+# it a second: the programs import them in functions and so hold nothing of the first import.
+HUB = {"HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_HUB_ETAG_TIMEOUT"}
+HUBS_LIBRARIES = {"huggingface_hub", "transformers"}
 PATIENCE = 280.0  # seconds
 STATUS_BYTES = 4
 
@@ -139,7 +144,7 @@ class Nursery:
         self.process.wait()
 
     def differs(self, env: dict[str, str]) -> bool:
-        names = (env.keys() | self.env.keys()) - MAY_DIFFER
+        names = (env.keys() | self.env.keys()) - MAY_DIFFER - HUB
         return any(env.get(name) != self.env.get(name) for name in names)
 
     def fork(self, request: dict, out: IO, err: IO) -> Fork:
@@ -232,6 +237,9 @@ def become(request: dict, fds: list[int]) -> None:
     for fd, place in zip(fds, (1, 2), strict=True):
         os.dup2(fd, place)
         os.close(fd)
+    if any(os.environ.get(name) != request["env"].get(name) for name in HUB):
+        for name in [name for name in sys.modules if name.partition(".")[0] in HUBS_LIBRARIES]:
+            del sys.modules[name]
     os.environ.clear()
     os.environ.update(request["env"])
     sys.orig_argv = [sys.executable, *request["arguments"]]

@@ -14,6 +14,7 @@ from transformers import (
 
 from nanovlm_fast.cli import parse_config
 from nanovlm_fast.data.text import EOS, Tokenizer
+from tests.support import forks
 from tests.support.backbones import RUN, both, start
 from tests.support.processes import run_python
 
@@ -23,7 +24,7 @@ def set_json(file: Path, **changes) -> None:
 
 
 def error_of(options: str, **env: str) -> str:
-    result = run_python("train.py", *RUN.split(), *options.split(), **env)
+    result = forks.run("train.py", *RUN.split(), *options.split(), **env)
     assert result.returncode != 0 and "Traceback" not in result.stderr, result.stderr
     errors = [line for line in result.stderr.splitlines() if "error: " in line]
     assert len(errors) == 1 and result.stderr.strip().endswith(errors[0]), result.stderr

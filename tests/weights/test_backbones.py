@@ -1,4 +1,4 @@
-"""Pretrained backbones give transformers' own numbers here; what does not fit is refused."""
+"""Pretrained backbones give transformers' own numbers here, and runs start from them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,6 @@ from nanovlm_fast.weights.folder import save_pretrained
 from nanovlm_fast.weights.pretrained import load_pretrained
 from tests.support import forks
 from tests.support.backbones import RUN, VISION, both, llama, siglip, start
-from tests.support.processes import run_python
 from tests.support.samples import random_document
 
 
@@ -258,7 +257,7 @@ def test_a_run_starts_from_backbones_and_resumes_without_them(tmp_path, backbone
     for name, tensor in expected.reference_state_dict().items():
         assert torch.equal(tensor, state[name]) == (name != "MP.proj.weight"), name
     assert len(tokenizer) == len(Tokenizer.load(backbones / "language"))
-    result = run_python(
+    result = forks.run(
         "train.py", "--out", str(out), "--resume", "--max-steps", "3", HF_HUB_OFFLINE="1"
     )
     assert result.returncode == 0, result.stderr

@@ -18,6 +18,7 @@ from nanovlm_fast.model import reference
 from nanovlm_fast.weights.folder import save_pretrained
 from nanovlm_fast.weights.pretrained import load_pretrained
 from nanovlm_fast.weights.to_nanovlm import to_nanovlm
+from tests.support import forks
 from tests.support.exports import (
     CONFIGS,
     SHAPE,
@@ -25,7 +26,6 @@ from tests.support.exports import (
     random_model,
     reference_logits,
 )
-from tests.support.processes import run_python
 from tests.support.samples import SMALL
 
 # The fields of VLMConfig in nanoVLM v0.1 (models/config.py); its constructor takes no others.
@@ -157,13 +157,13 @@ def test_a_nanovlm_checkpoint_generates_and_trains_on_by_its_hub_name(tmp_path, 
     env = dict(HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="1")
     command = "-m nanovlm_fast.generate --checkpoint lusxvr/nanoVLM-222M --prompt what?"
     command += " --max-new-tokens 3"
-    result = run_python(*command.split(), **env)
+    result = forks.run(*command.split(), **env)
     assert result.returncode == 0 and result.stdout.strip(), result.stderr
     options = "--data synthetic:32 --device cpu --max-steps 2 --tokens-per-batch 512"
     options += " --look-ahead 16 --no-final-eval"
     out = tmp_path / "run"
     command = f"train.py --start-from lusxvr/nanoVLM-222M {options} --out {out}"
-    result = run_python(*command.split(), **env)
+    result = forks.run(*command.split(), **env)
     assert result.returncode == 0, result.stderr
     assert (
         "UserWarning" not in result.stderr and load_pretrained(out)[0].config.vit_hidden_dim == 48
