@@ -21,6 +21,7 @@ from tests.support.kernel_checks import (
     check_reference_gradients,
     on_the_gpu_too,
     opcheck,
+    transposed,
 )
 
 # batch, height, width, channels, n, factor, and with a bias or not
@@ -81,10 +82,6 @@ def test_not_contiguous_and_more_dimensions():
 @on_the_gpu_too
 def test_upstream_gradient_that_is_not_contiguous():
     inputs = make_inputs(2, 4, 4, 16, 24, 2, DTYPES[0], DEVICE)
-
-    def transposed(op):
-        return lambda **arguments: op(**arguments).mT
-
     check_parity(transposed(pixel_shuffle_proj), transposed(pixel_shuffle_proj_reference), inputs)
 
 

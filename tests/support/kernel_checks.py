@@ -64,6 +64,11 @@ def run(
     return results | gradients
 
 
+def transposed(op: Callable) -> Callable:
+    """`op` with its output transposed, so that the upstream gradient is not contiguous."""
+    return lambda **inputs: op(**inputs).mT
+
+
 def check_parity(
     op: Callable, reference: Callable, inputs: dict, fixed: tuple[str, ...] = ()
 ) -> None:
