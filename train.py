@@ -245,16 +245,16 @@ class Trainer(Run):
         model = unsharded(self.model)
         accuracies = {}
         if self.world.first:
-            accuracies = summarise(
-                self.run,
-                model,
-                self.tokenizer,
-                held_out=self.val_source,
-                config=self.config,
-                state=self.state,
-                autocast=self.autocast,
-                alive=self.watchdog.evaluating,
-            )
+            with self.autocast():
+                accuracies = summarise(
+                    self.run,
+                    model,
+                    self.tokenizer,
+                    held_out=self.val_source,
+                    config=self.config,
+                    state=self.state,
+                    alive=self.watchdog.evaluating,
+                )
         self.watchdog.evaluated()
         self.watchdog.stop()
         # Last: it may wait for a network, which the watchdog must not take for a hang.

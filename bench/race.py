@@ -317,7 +317,7 @@ class Runner:
 
         def accuracy(source: Source) -> tuple[float, int]:
             with race.autocast():
-                found = evaluate(model, race.tokenizer, source, race.train.turns)
+                found = evaluate(model, race.tokenizer, source, mode=race.train.turns)
             return found.accuracy or 0.0, found.total  # None: no question could be asked
 
         right, total = accuracy(race.asked)

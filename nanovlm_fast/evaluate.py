@@ -133,10 +133,106 @@ def make_prompt(
     return prompt, limit
 
 
-def evaluate(
+@dataclass
+class Examiner:
+    """Asks a model the questions of a source, and counts the right replies in `result`.
+
+    The fields are those of `evaluate`. With a `seed` replies are sampled, each with random numbers
+    of its own, and not cut at the end of sequence.
+    """
+
+    model: VisionLanguageModel
+    tokenizer: Tokenizer
+    source: Source
+    mode: str
+    blank_images: bool
+    seed: int | None
+    result: Evaluation = field(default_factory=Evaluation)
+
+    def __post_init__(self) -> None:
+        self.scoring = scoring_of(self.source, self.model)
+        config = self.model.config
+        self.text = TextProcessor(self.tokenizer, self.scoring.prompt, config.image_tokens)
+
+    def ask(self, indices: Iterable[int]) -> None:
+        """Ask what the examples at `indices` ask, as one batch; their images are encoded once."""
+        size = self.model.config.vit_img_size
+        device = next(self.model.parameters()).device
+        images, questions = self.read_questions(indices)
+        stacked = np.stack(images) if images else np.zeros((0, 3, size, size), np.uint8)
+        pixels = torch.from_numpy(stacked)
+        if self.blank_images:
+            pixels = torch.full_like(pixels, BLANK)
+        eos_id = self.tokenizer.eos_id
+        sampling: dict[str, Any] = {}
+        if self.seed is not None:
+            eos_id = -1  # no token has this id, so no reply ends early
+            own = [generator_of(device, self.seed, *question.number) for question in questions]
+            sampling = {"temperature": 1.0, "generator": own}
+        prompts = [question.prompt for question in questions]
+        limits = [question.limit for question in questions]
+        replies = generate(self.model, pixels.to(device), prompts, eos_id, limits, **sampling)
+        for question, reply in zip(questions, replies, strict=True):
+            if sampling:
+                # v0.1 drops special tokens here and keeps what follows the end of sequence.
+                said = self.tokenizer.base.decode(reply, skip_special_tokens=True)
+            else:
+                said = self.tokenizer.decode(reply)
+            correct = bool(self.scoring.right(said.strip(), question.answer))
+            self.result.by_kind[question.kind][0] += correct
+            self.result.by_kind[question.kind][1] += 1
+            self.result.correct += correct
+            self.result.total += 1
+
+    def read_questions(self, indices: Iterable[int]) -> tuple[list[np.ndarray], list[Question]]:
+        """Return the examples' images, and their questions, whose `image_rows` index all images.
+
+        Examples and questions that cannot be asked are added to `result`.
+        """
+        images: list[np.ndarray] = []
+        questions: list[Question] = []
+        for index in indices:
+            try:
+                example = self.source[index]
+                if self.mode == "first":
+                    example = example.first()
+                size = self.model.config.vit_img_size
+                decoded = [load_image(image, size) for image in example.images]
+            except ValueError as error:
+                self.result.unreadable.append(str(error))
+                continue
+            for turn in range(len(example.turns)):
+                question = self.read_question(example, turn, index)
+                if question is not None:
+                    # A document counts the image tokens of its own example; the batch has those
+                    # of all.
+                    rows = question.prompt.image_rows
+                    rows[rows >= 0] += len(images) * self.text.image_tokens
+                    questions.append(question)
+            images += decoded
+        return images, questions
+
+    def read_question(self, example: Example, turn: int, index: int) -> Question | None:
+        """Return one question, or None if it cannot be asked, which is added to `result`."""
+        answer = example.turns[turn][1]
+        tokens = self.scoring.reply_tokens
+        try:
+            prompt, limit = make_prompt(self.model, self.text, example, turn, self.mode, tokens)
+        except TooLong as error:
+            self.result.too_long.append(str(error))
+            return None
+        except ValueError as error:  # text that the tokenizer cannot encode
+            self.result.unreadable.append(f"{example.name}: {error}")
+            return None
+        kind = example.kind or ("yes/no" if answer.lower() in ("yes", "no") else "open")
+        return Question(prompt, limit, answer.strip(), kind, (index, turn))
+
+
+def evaluate(  # noqa: PLR0913  # the options of the command, by keyword
     model: VisionLanguageModel,
     tokenizer: Tokenizer,
     source: Source,
+    *,
     mode: str = "independent",
     blank_images: bool = False,
     examples_per_batch: int = 64,
@@ -162,106 +258,18 @@ def evaluate(
     """
     from tqdm import tqdm
 
-    result = Evaluation()
-    prompt = scoring_of(source, model).prompt
-    text = TextProcessor(tokenizer, prompt, model.config.image_tokens)
     sampled_from = seed if style == "v0.1" else None
+    examiner = Examiner(model, tokenizer, source, mode, blank_images, sampled_from)
     was_training = model.training  # restored below, also after an error: a run trains on
     model.eval()
     starts = range(0, len(source), examples_per_batch)
     try:
         for start in tqdm(starts, desc="evaluate", disable=not progress, leave=False):
             alive()
-            indices = range(start, min(start + examples_per_batch, len(source)))
-            evaluate_batch(model, text, source, indices, mode, blank_images, sampled_from, result)
+            examiner.ask(range(start, min(start + examples_per_batch, len(source))))
     finally:
         model.train(was_training)
-    return result
-
-
-def read_questions(
-    model: VisionLanguageModel,
-    text: TextProcessor,
-    source: Source,
-    indices: Iterable[int],
-    mode: str,
-    result: Evaluation,
-) -> tuple[list[np.ndarray], list[Question]]:
-    """Return the examples' images, and their questions, whose `image_rows` index all images.
-
-    Examples and questions that cannot be asked are added to `result`.
-    """
-    images: list[np.ndarray] = []
-    questions: list[Question] = []
-    reply_tokens = scoring_of(source, model).reply_tokens
-    for index in indices:
-        try:
-            example = source[index].first() if mode == "first" else source[index]
-            decoded = [load_image(image, model.config.vit_img_size) for image in example.images]
-        except ValueError as error:
-            result.unreadable.append(str(error))
-            continue
-        for turn, (_, answer) in enumerate(example.turns):
-            try:
-                prompt, limit = make_prompt(model, text, example, turn, mode, reply_tokens)
-            except TooLong as error:
-                result.too_long.append(str(error))
-                continue
-            except ValueError as error:  # text that the tokenizer cannot encode
-                result.unreadable.append(f"{example.name}: {error}")
-                continue
-            # A document counts the image tokens of its own example; the batch has those of all.
-            prompt.image_rows[prompt.image_rows >= 0] += len(images) * text.image_tokens
-            kind = example.kind or ("yes/no" if answer.lower() in ("yes", "no") else "open")
-            questions.append(Question(prompt, limit, answer.strip(), kind, (index, turn)))
-        images += decoded
-    return images, questions
-
-
-def evaluate_batch(
-    model: VisionLanguageModel,
-    text: TextProcessor,
-    source: Source,
-    indices: Iterable[int],
-    mode: str,
-    blank_images: bool,
-    seed: int | None,
-    result: Evaluation,
-) -> None:
-    """Add the score of the examples at `indices` to `result`.
-
-    Images are encoded once, and all questions are one batch. With a `seed` replies are sampled,
-    each with random numbers of its own, and not cut at the end of sequence.
-    """
-    size = model.config.vit_img_size
-    tokenizer = text.tokenizer
-    device = next(model.parameters()).device
-    images, questions = read_questions(model, text, source, indices, mode, result)
-    stacked = np.stack(images) if images else np.zeros((0, 3, size, size), np.uint8)
-    pixels = torch.from_numpy(stacked)
-    if blank_images:
-        pixels = torch.full_like(pixels, BLANK)
-    eos_id = tokenizer.eos_id
-    sampling: dict[str, Any] = {}
-    if seed is not None:
-        eos_id = -1  # no token has this id, so no reply ends early
-        own = [generator_of(device, seed, *question.number) for question in questions]
-        sampling = {"temperature": 1.0, "generator": own}
-    prompts = [question.prompt for question in questions]
-    limits = [question.limit for question in questions]
-    replies = generate(model, pixels.to(device), prompts, eos_id, limits, **sampling)
-    right = scoring_of(source, model).right
-    for question, reply in zip(questions, replies, strict=True):
-        if sampling:
-            # v0.1 drops special tokens here and keeps what follows the end of sequence.
-            said = tokenizer.base.decode(reply, skip_special_tokens=True)
-        else:
-            said = tokenizer.decode(reply)
-        correct = bool(right(said.strip(), question.answer))
-        result.by_kind[question.kind][0] += correct
-        result.by_kind[question.kind][1] += 1
-        result.correct += correct
-        result.total += 1
+    return examiner.result
 
 
 def answer_samples(
@@ -342,8 +350,8 @@ def main(argv: list[str] | None = None) -> int:
             model,
             tokenizer,
             source,
-            args.turns,
-            args.blank_images,
+            mode=args.turns,
+            blank_images=args.blank_images,
             progress=not args.json,
             style=args.style,
             seed=args.seed,

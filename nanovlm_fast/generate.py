@@ -116,12 +116,13 @@ def decode(model: VisionLanguageModel, cache: KVCache, tokens: Tensor, counts: T
 
 
 @torch.inference_mode()
-def generate(
+def generate(  # noqa: PLR0913  # the options of sampling, as people know them; by keyword
     model: VisionLanguageModel,
     images: Tensor,
     prompts: Sequence[Document],
     eos_id: int,
     max_new_tokens: int | Sequence[int] = 20,
+    *,
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -288,10 +289,10 @@ def main(argv: list[str] | None = None) -> int:
         prompts,
         tokenizer.eos_id,
         args.max_new_tokens,
-        args.temperature,
-        args.top_k,
-        args.top_p,
-        [generator_of(device, args.seed, i) for i in range(len(prompts))],
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        generator=[generator_of(device, args.seed, i) for i in range(len(prompts))],
     )
     for prompt, reply in zip(args.prompt, replies, strict=True):
         answer = tokenizer.decode(reply).strip()

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import json
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ def score(
     scores: dict[str, Any] = {}
     with convenience(f"step {step}: the held-out images are not scored"):
         if len(held_out):
-            result = evaluate(model, tokenizer, held_out, config.turns, alive=alive)
+            result = evaluate(model, tokenizer, held_out, mode=config.turns, alive=alive)
             if result.accuracy is not None:
                 scores["accuracy"] = result.accuracy
                 if result.accuracy > state.best_accuracy:
@@ -93,14 +92,13 @@ def summarise(
     held_out: Source,
     config: TrainConfig,
     state: RunState,
-    autocast: Callable[[], AbstractContextManager],
     alive: Callable[[], object],
 ) -> dict[str, float]:
     """Write the files and print the table; return the accuracies 'sees' and 'blind', if measured.
 
     Training is done, so a failure is reported in a line, and the rest continues. At the end, raises
     OSError for a file that could not be written, unless --on-save-error is continue. `alive` is
-    called before every batch.
+    called before every batch. The model computes under the autocast of the caller.
     """
     unwritten: list[OSError] = []
     with convenience("no curves.png", unwritten):
@@ -108,7 +106,7 @@ def summarise(
     rows = outline(run, model, config, state)
     final: FinalScores | None = None
     if config.final_eval:
-        with convenience("the run is not scored at its end"), autocast():
+        with convenience("the run is not scored at its end"):
             final = final_scores(model, tokenizer, held_out, config, alive)
     result: dict[str, Any] = {"eval": state.eval}  # --eval's last
     result |= {name: getattr(state, name) for name in REPORTED}
@@ -130,7 +128,7 @@ def summarise(
         with convenience("no result.json", unwritten):
             write_whole(run / "result.json", json.dumps(result, indent=2) + "\n")
     if final:
-        with convenience("no samples.png", unwritten), autocast():
+        with convenience("no samples.png", unwritten):
             if samples := answer_samples(model, tokenizer, final.source, mode=config.turns):
                 plot_samples(run / "samples.png", samples)
     print(summary_table(rows))
@@ -175,7 +173,7 @@ def final_scores(
     if not len(source):
         return None
     ask = functools.partial(
-        evaluate, model, tokenizer, source, config.turns, progress=True, alive=alive
+        evaluate, model, tokenizer, source, mode=config.turns, progress=True, alive=alive
     )
     return FinalScores(split, source, seeing=ask(), blind=ask(blank_images=True))
 

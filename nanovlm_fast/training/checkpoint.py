@@ -17,6 +17,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,14 @@ def newest_state(run: Path, world: World) -> tuple[Path | None, dict[str, Any] |
     return (Path(found), read_state(Path(found))) if found else (None, None)
 
 
+@dataclass
+class Tensors:
+    """The tensors of a checkpoint."""
+
+    weights: dict[str, Tensor]  # as in nanoVLM's layout
+    others: dict[str, Tensor]  # optimizer state by parameter name, and the random state
+
+
 class Checkpointer:
     """Writes the checkpoints of a run in the background.
 
@@ -76,9 +85,7 @@ class Checkpointer:
         self.first = first
         self.saved = saved
         self.host: dict[str, Tensor] = {}  # page-locked memory, by name
-        # Copies of the step that was saved last: weights, and optimizer and random state.
-        self.weights: dict[str, Tensor] = {}
-        self.others: dict[str, Tensor] = {}
+        self.copied = Tensors({}, {})  # of the step that was saved last
         self.writer: threading.Thread | None = None
         self.error: Exception | None = None
 
@@ -100,9 +107,8 @@ class Checkpointer:
         text = json.dumps(state)
         # A step that is saved again (after an evaluation) has the same tensors.
         if self.saved != state["step"]:
-            weights, others = tensors_of(model, optimizers)
-            self.weights = self._copies(weights)
-            self.others = self._copies(others)
+            tensors = tensors_of(model, optimizers)
+            self.copied = Tensors(self._copies(tensors.weights), self._copies(tensors.others))
         self.saved = state["step"]
         if not self.first:
             return
@@ -118,8 +124,7 @@ class Checkpointer:
                     self.run,
                     model,
                     self.tokenizer,
-                    weights=self.weights,
-                    others=self.others,
+                    tensors=self.copied,
                     state={**json.loads(text), **late()},
                     keep=self.keep,
                     advice=advice,
@@ -168,20 +173,16 @@ def save_checkpoint(
     checkpoints, `keep` - 1 and the best are kept. Returns the new folder. Raises OSError naming the
     newest checkpoint if this one cannot be written, and ValueError for weights that are not finite.
     """
-    weights, others = tensors_of(model, optimizers)
-    return write_checkpoint(
-        run, model, tokenizer, weights=weights, others=others, state=state, keep=keep
-    )
+    tensors = tensors_of(model, optimizers)
+    return write_checkpoint(run, model, tokenizer, tensors=tensors, state=state, keep=keep)
 
 
 def step_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:06d}"
 
 
-def tensors_of(
-    model: VisionLanguageModel, optimizers: list[torch.optim.Optimizer]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights, and the other tensors of a run: optimizer state by parameter name, random state."""
+def tensors_of(model: VisionLanguageModel, optimizers: list[torch.optim.Optimizer]) -> Tensors:
+    """The tensors of a run, where they are: neither copied nor gathered from shards."""
     weights = dict(model.state_dict())
     # A tied head is the token embedding, and safetensors refuses shared memory.
     if model.config.lm_tie_weights:
@@ -195,7 +196,7 @@ def tensors_of(
     tensors["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    return weights, tensors
+    return Tensors(weights, tensors)
 
 
 def write_checkpoint(
@@ -203,21 +204,20 @@ def write_checkpoint(
     model: VisionLanguageModel,
     tokenizer: Tokenizer,
     *,
-    weights: dict[str, Tensor],
-    others: dict[str, Tensor],
+    tensors: Tensors,
     state: dict[str, Any],
     keep: int = 1,
     advice: str = "",
 ) -> Path:
     """`save_checkpoint` of tensors on the host, which need not be the model's own.
 
-    If the step's folder exists, only its state is written again, and `weights` may be empty.
+    If the step's folder exists, only its state is written again, and `tensors` may be empty.
     """
     root = run / "checkpoints"
     target = step_folder(run, state["step"])
     temporary = root / f".tmp-{target.name}"
     try:
-        _write_folder(temporary, target, model, tokenizer, weights, others, state, advice)
+        _write_folder(temporary, target, model, tokenizer, tensors, state, advice)
         best = _best(run, state)
         _link(run / "last", target)
         # Whenever it differs and not only if this step is the best: a crash may have come between
@@ -248,8 +248,7 @@ def _write_folder(
     target: Path,
     model: VisionLanguageModel,
     tokenizer: Tokenizer,
-    weights: dict[str, Tensor],
-    others: dict[str, Tensor],
+    tensors: Tensors,
     state: dict[str, Any],
     advice: str,
 ) -> None:
@@ -259,14 +258,14 @@ def _write_folder(
     # What an interrupted save or removal left behind takes disk space that this one may need.
     for leftover in root.glob(".tmp-*"):
         shutil.rmtree(leftover)
-    if not all(tensor.isfinite().all() for tensor in weights.values()):
+    if not all(tensor.isfinite().all() for tensor in tensors.weights.values()):
         raise ValueError(f"weights are not finite after step {state['step']}{advice}")
-    if not (weights or target.exists()):
+    if not (tensors.weights or target.exists()):
         raise FileNotFoundError(f"{target} was not written before")
     if not target.exists():
-        write_pretrained(temporary, model, weights, tokenizer)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in others.items()}
-        save_file(tensors, temporary / OPTIMIZER)
+        write_pretrained(temporary, model, tensors.weights, tokenizer)
+        others = {name: one.detach().cpu().contiguous() for name, one in tensors.others.items()}
+        save_file(others, temporary / OPTIMIZER)
     temporary.mkdir(exist_ok=True)
     (temporary / "state.json").write_text(json.dumps(state) + "\n")
     # Before the rename: after a power cut, a renamed folder could otherwise hold empty files.

@@ -89,7 +89,7 @@ def test_modes_ask_as_they_were_trained(setup, mode, questions):
     model, tokenizer, replies, asked = setup
     replies |= {"who?": "no", "what?": "no", "where?": "no"}
     turns = [("who?", "yes"), ("what?", "blue"), ("where?", "no")]
-    assert evaluate(model, tokenizer, source(turns), mode).total == questions == len(asked)
+    assert evaluate(model, tokenizer, source(turns), mode=mode).total == questions == len(asked)
     history = [text.count("Question:") for text in asked]
     assert history == {"independent": [1, 1, 1], "chat": [1, 2, 3], "first": [1]}[mode]
     if mode == "chat":

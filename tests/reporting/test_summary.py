@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import warnings
 from pathlib import Path
@@ -86,7 +85,7 @@ def finish(tmp_path):
         model = VisionLanguageModel(model_config)
         try:
             parts = run, model, tokenizer, held_out, config, state
-            found = summarise(*parts, contextlib.nullcontext, lambda: None)
+            found = summarise(*parts, lambda: None)
         finally:
             file = run / "result.json"
             result = json.loads(file.read_text()) if file.exists() else {}

@@ -292,8 +292,9 @@ def test_once_there_is_a_checkpoint_what_was_replaced_never_comes_back(tmp_path)
 )
 @pytest.mark.parametrize("options", ["--overwrite", "--resume --epochs 9", ""])
 def test_weights_and_biases_may_refuse_and_nothing_is_lost(
-    loop, copy, tmp_path, capsys, monkeypatch, project, said, options
+    loop, copy, capsys, monkeypatch, project, said, options
 ):
+    tmp_path = copy.parent
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("WANDB_MODE", "online")
     for name in ("WANDB_API_KEY", "WANDB_PROJECT"):
