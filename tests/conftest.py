@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -29,6 +30,7 @@ if (
 from nanovlm_fast.config import VLMConfig
 from tests.support.processes import ROOT, run_python
 from tests.support.samples import SMALL
+from tests.support.shared import shared_folder
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -61,10 +63,16 @@ def finished(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """One run from start to end, started as users do. Tests that change it take a copy."""
     from tests.support.runs import arguments
 
-    out = tmp_path_factory.mktemp("finished") / "run"
-    result = run_python(*arguments(out, "--epochs 3 --eval-every 5"))
-    assert result.returncode == 0, result.stderr
-    return out, result
+    def make(folder: Path) -> None:
+        result = run_python(*arguments(folder / "run", "--epochs 3 --eval-every 5"))
+        assert result.returncode == 0, result.stderr
+        (folder / "printed.json").write_text(
+            json.dumps([result.args, result.stdout, result.stderr])
+        )
+
+    folder = shared_folder(tmp_path_factory, "finished", make)
+    command, *printed = json.loads((folder / "printed.json").read_text())
+    return folder / "run", subprocess.CompletedProcess(command, 0, *printed)
 
 
 @pytest.fixture

@@ -35,6 +35,7 @@ from nanovlm_fast.training.optim import make_optimizers
 from nanovlm_fast.weights.folder import newest_checkpoint
 from tests.support import forks
 from tests.support.processes import ROOT, run_python
+from tests.support.shared import shared_folder
 
 SAVED, HUNG = 75, 70
 torchrun = reliability.start  # a test replaces it
@@ -69,12 +70,15 @@ def log_of(run: Path) -> str:
     return run.with_suffix(".log").read_text()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def plain(tmp_path_factory) -> Path:
     """A run that nobody disturbed."""
-    out = tmp_path_factory.mktemp("plain") / "run"
-    assert end(start(out, 1, [*SMALL, "--max-steps", STEPS])) == 0
-    return out
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        assert end(start(folder / "run", 1, [*SMALL, "--max-steps", STEPS])) == 0
+
+    return shared_folder(tmp_path_factory, "plain", make) / "run"
 
 
 # ---- signals and dead processes

@@ -6,8 +6,6 @@ import dataclasses
 import json
 import re
 import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -41,36 +39,18 @@ REFUSED = {  # options -> what the line must say
 }
 
 
-@pytest.fixture(scope="module")
-def refusals(
-    finished, tmp_path_factory
-) -> dict[str, tuple[subprocess.CompletedProcess[str], bool]]:
-    """The outcome of each of REFUSED, when told to overwrite a copy of a run.
-
-    An outcome is (result, whether the copy is unchanged).
-    """
-    folder = tmp_path_factory.mktemp("refused")
-    (folder / "empty").mkdir()
-    (folder / "empty" / "train.jsonl").write_text("\n")
-    before = contents(finished[0])
-
-    def attempt(numbered: tuple[int, str]) -> tuple[subprocess.CompletedProcess[str], bool]:
-        out = shutil.copytree(finished[0], folder / str(numbered[0]), symlinks=True)
-        return train(out, f"--overwrite {numbered[1].replace('FOLDER', str(folder))}"), contents(
-            out
-        ) == before
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(REFUSED, pool.map(attempt, enumerate(REFUSED)), strict=True))
-
-
 @pytest.mark.parametrize("options", REFUSED)
-def test_wrong_input_gets_one_clear_line_and_loses_nothing(refusals, options):
-    result, untouched = refusals[options]
+def test_wrong_input_gets_one_clear_line_and_loses_nothing(finished, copy, options):
+    empty = copy.parent / "empty"
+    empty.mkdir()
+    (empty / "train.jsonl").write_text("\n")
+    result = train(copy, f"--overwrite {options.replace('FOLDER', str(copy.parent))}")
     error = error_of(result)
     assert re.search(REFUSED[options], error), error
     assert result.stderr.strip() == error, "one line"
-    assert untouched, "the run that --out holds must outlive a command that could not start"
+    assert contents(copy) == contents(finished[0]), (
+        "the run that --out holds must outlive a command that could not start"
+    )
 
 
 def test_a_start_that_failed_leaves_nothing_for_the_next(tmp_path):

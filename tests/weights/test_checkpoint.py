@@ -6,8 +6,9 @@ import json
 import os
 import re
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -410,7 +411,8 @@ COMMANDS = {  # name -> (arguments, exit code, what the last line says)
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, tokenizer) -> dict[str, subprocess.CompletedProcess[str]]:
+def results(tmp_path_factory, tokenizer) -> Callable[[str], subprocess.CompletedProcess[str]]:
+    """results(name) -> the outcome of one of COMMANDS, which runs once."""
     folder = tmp_path_factory.mktemp("commands")
     torch.manual_seed(0)
     model = VisionLanguageModel(CONFIG)
@@ -428,18 +430,19 @@ def results(tmp_path_factory, tokenizer) -> dict[str, subprocess.CompletedProces
     ]
     (folder / "test.jsonl").write_text("\n".join(records))
 
-    def run(case: tuple[str, int, str]) -> subprocess.CompletedProcess[str]:
-        arguments = re.sub("|".join(places), lambda match: str(places[match[0]]), case[0]).split()
-        return forks.run("-m", f"nanovlm_fast.{arguments[0]}", *arguments[1:])
+    @cache
+    def run(name: str) -> subprocess.CompletedProcess[str]:
+        command = re.sub("|".join(places), lambda word: str(places[word[0]]), COMMANDS[name][0])
+        door, *options = command.split()
+        return forks.run("-m", f"nanovlm_fast.{door}", *options)
 
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(COMMANDS, pool.map(run, COMMANDS.values()), strict=True))
+    return run
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_commands_end_well_or_with_one_clear_line(results, name):
     _, code, said = COMMANDS[name]
-    result = results[name]
+    result = results(name)
     assert result.returncode == code, result.stderr
     if code:
         assert re.fullmatch(r"error: .+\n", result.stderr), result.stderr
@@ -449,16 +452,16 @@ def test_commands_end_well_or_with_one_clear_line(results, name):
 
 
 def test_generate_prints_the_models_answer(results):
-    assert results["greedy"].stdout == results["greedy again"].stdout
-    answer = results["greedy"].stdout.strip()
-    assert answer and results["sampling"].stdout.strip()
-    assert results["batch"].stdout.startswith(f"what? {answer}\nwhere? "), (
+    assert results("greedy").stdout == results("greedy again").stdout
+    answer = results("greedy").stdout.strip()
+    assert answer and results("sampling").stdout.strip()
+    assert results("batch").stdout.startswith(f"what? {answer}\nwhere? "), (
         "a batch answers as each prompt alone"
     )
 
 
 def test_evaluate_counts_every_question(results):
-    score = json.loads(results["score"].stdout)
+    score = json.loads(results("score").stdout)
     turns = [
         turn
         for example in map(load_source("synthetic", "test").__getitem__, range(64))
@@ -471,6 +474,6 @@ def test_evaluate_counts_every_question(results):
         yes_no,
         len(turns) - yes_no,
     )
-    corrupt = json.loads(results["score corrupt"].stdout)
+    corrupt = json.loads(results("score corrupt").stdout)
     assert corrupt["questions"] == 1 and len(corrupt["skipped"]) == 1
-    assert results["score blind"].stdout.startswith("blind: ")
+    assert results("score blind").stdout.startswith("blind: ")
