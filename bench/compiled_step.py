@@ -1,0 +1,313 @@
+"""What torch.compile makes of a training step on an H100: bytes, launches, floors; without a GPU.
+
+    python -m bench.compiled_step                        the whole nanovlm-222m, plain PyTorch
+    python -m bench.compiled_step --layers 2 --kernels all
+    python -m bench.compiled_step --variants             also kernels all, each alone, and streams
+    python -m bench.compiled_step --inductor combo_kernels=True
+
+PyTorch compiles for a device that is not there (`subjects/fake_h100.py`). The generated code is
+then run on tensors without memory, and every launch is entered with its bytes and FLOPs. The step
+is `train.py`'s, with padding, gradient norm and optimizer. Nothing is timed: floor and expected
+time are predictions, and `subjects/step_time.py` says what they assume.
+
+The whole model takes three minutes on one core, and a variant is kept in the result file as soon as
+it is done: a run that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.harness.results import ROOT, facts, read, write_file
+from bench.subjects.fake_h100 import VISION_ATTENTION, built_library
+from bench.subjects.machine_code import spilled
+from bench.subjects.step_process import STREAMS, Options
+from bench.subjects.step_time import H100, POINTWISE, PRODUCT, REDUCTION
+from nanovlm_fast.command import Parser, reports_errors
+from nanovlm_fast.model.ops import KERNELS
+from nanovlm_fast.model.recompute import POLICIES
+from nanovlm_fast.presets import preset
+from nanovlm_fast.ranges import Range
+
+FOLDER = "sm-90-ahead-of-time"
+DEVICE = "none: compiled ahead of time for sm_90"
+HERE = ROOT.parent.parent
+
+
+def result_file(options: Options, out: Path | None = None) -> Path:
+    """Where a step of this preset and these layers belongs."""
+    name = "compiled_step"
+    if options.preset != Options.preset:
+        name += f"_{options.preset}"
+    if options.layers:
+        name += f"_{options.layers}layers"
+    return (out or ROOT) / FOLDER / f"{name}.json"
+
+
+def label_of(options: Options) -> str:
+    """A variant's name: its kernels, and whatever is not as in training."""
+    parts = [f"kernels {options.kernels}"]
+    for name in ("stream", "recompute", "attention", "vision_attention"):
+        value = getattr(options, name)
+        if value != getattr(Options, name):
+            parts.append(f"{name.replace('_', ' ')} {value}")
+    parts += [f"{name}={value!r}" for name, value in options.inductor.items()]
+    return ", ".join(parts)
+
+
+def variants_of(base: Options) -> Iterator[Options]:
+    """The side by side table: kernels none, all, each alone; and both with bfloat16 streams."""
+    for kernels in ("none", "all", *KERNELS):
+        yield dataclasses.replace(base, kernels=kernels, machine_code=False)
+    for kernels in ("none", "all"):
+        yield dataclasses.replace(base, kernels=kernels, stream="bfloat16", machine_code=False)
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Measure one variant in a process of its own. Raises ValueError with the line it fails with.
+
+    What Inductor and Triton write goes to a temporary folder: caches of real runs stay clean.
+    """
+    with tempfile.TemporaryDirectory(prefix="compiled_step-") as folder:
+        place = Path(folder)
+        asked = place / "options.json"
+        answer = place / "result.json"
+        asked.write_text(json.dumps(dataclasses.asdict(options)))
+        env = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH")))),
+            "TORCHINDUCTOR_CACHE_DIR": str(place / "inductor"),
+            "TRITON_CACHE_DIR": str(place / "triton"),
+            "OMP_NUM_THREADS": "1",
+        }
+        env.pop("TRITON_INTERPRET", None)  # the tests set it, and no kernel compiles under it
+        command = [sys.executable, "-m", "bench.subjects.step_process", str(asked), str(answer)]
+        done = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or ["killed: no memory was left"]
+            raise ValueError(f"{label_of(options)}: {lines[-1].removeprefix('error: ')}")
+        return json.loads(answer.read_text())
+
+
+def parse_inductor(settings: list[str]) -> dict[str, Any]:
+    """{'name': value} of 'name=value' settings; values are Python literals."""
+    found = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--inductor {setting}: expected NAME=VALUE")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError) as error:
+            example = "True, 3 or 'text'"
+            raise ValueError(
+                f"--inductor {setting}: the value is no literal ({example})"
+            ) from error
+    return found
+
+
+# ---- the result file
+
+
+def summary_of(measured: dict[str, Any]) -> dict[str, Any]:
+    """What the file keeps of a variant; the dearest kernels are kept where they were compiled."""
+    kept = {k: v for k, v in measured.items() if k not in ("budget", "work", "layers")}
+    if "machine_code" not in measured:
+        kept.pop("dearest", None)
+    return rounded(kept)
+
+
+def rounded(value: Any) -> Any:
+    """Six digits of every number: more would be noise in a file that people compare."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {name: rounded(entry) for name, entry in value.items()}
+    return [rounded(entry) for entry in value] if isinstance(value, list) else value
+
+
+def kept_variants(file: Path, commit: str) -> dict[str, Any]:
+    """Variants that an earlier run of this commit and this PyTorch has measured."""
+    if not file.exists():
+        return {}
+    before = read(file)
+    same = before.get("commit") == commit and before.get("torch") == torch.__version__
+    return before.get("variants", {}) if same else {}
+
+
+def written(file: Path, measured: dict[str, Any], label: str, small: bool) -> dict[str, Any]:
+    """Add a variant to the result file; return the file's content."""
+    import triton
+
+    about = facts(torch.device("cpu"))
+    options = measured["options"]
+    variants = kept_variants(file, about["commit"]) | {label: summary_of(measured)}
+    result = {
+        "suite": "compiled_step",
+        **about,
+        "device": DEVICE,
+        "triton": triton.__version__,
+        "preset": options["preset"],
+        "layers": measured["layers"],
+        "small": small,
+        "budget": measured["budget"],
+        "work": measured["work"],
+        "rates": {
+            "floor": {"bytes_per_s": H100.bandwidth, "flops_per_s": H100.flops},
+            "predicted": {"pointwise": POINTWISE, "reduction": REDUCTION, "product": PRODUCT},
+        },
+        "variants": variants,
+    }
+    write_file(file, result)
+    return result
+
+
+# ---- tables
+
+
+def kinds_table(variant: dict[str, Any]) -> str:
+    head = f"{'direction':9} {'kind':10} {'launches':>8} {'distinct':>8} {'GB read':>8}"
+    lines = [f"{head} {'written':>8} {'TFLOP':>7} {'floor ms':>9} {'predicted':>9}"]
+    for direction, kinds in variant["by_kind"].items():
+        for kind, row in kinds.items():
+            counts = f"{row['launches']:>8,} {row['distinct']:>8,}"
+            moved = f"{row['read_gb']:>8.2f} {row['written_gb']:>8.2f} {row['tflop']:>7.2f}"
+            times = f"{row['floor_ms']:>9.2f} {row['expected_ms']:>9.2f}"
+            lines.append(f"{direction:9} {kind:10} {counts} {moved} {times}")
+    return "\n".join(lines)
+
+
+def dearest_table(variant: dict[str, Any]) -> str:
+    lines = [f"{'predicted':>9} {'floor':>7} {'calls':>5} {'MB read':>8} {'written':>8}  kernel"]
+    for row in variant["dearest"]:
+        moved = f"{row['read_mb']:>8.1f} {row['written_mb']:>8.1f}"
+        flags = " ".join(name for name in ("atomic", "moves_only") if row[name])
+        times = f"{row['expected_ms']:>9.3f} {row['floor_ms']:>7.3f} {row['calls']:>5}"
+        lines.append(f"{times} {moved}  {row['direction']} {row['name'][:70]} {flags}".rstrip())
+        if row["where"]:
+            lines.append(f"{'':42}at {row['where']}")
+    return "\n".join(lines)
+
+
+def variants_table(variants: dict[str, Any]) -> str:
+    width = max(map(len, variants))
+    head = f"{'variant':{width}} {'launches':>8} {'GB':>7} {'floor ms':>9} {'predicted':>9}"
+    lines = [f"{head} {'tokens/s':>9} {'MFU':>6} {'peak GB':>8}"]
+    for label, row in variants.items():
+        moved = f"{row['launches']:>8,} {row['read_gb'] + row['written_gb']:>7.1f}"
+        times = f"{row['floor_ms']:>9.2f} {row['expected_ms']:>9.2f}"
+        rates = f"{row['predicted']['tokens_per_s']:>9,.0f} {row['predicted']['mfu']:>6.1%}"
+        lines.append(f"{label:{width}} {moved} {times} {rates} {row['peak_gb']:>8.1f}")
+    return "\n".join(lines)
+
+
+def machine_code_line(kernels: dict[str, dict[str, int]]) -> str:
+    """Generated kernels in one line: how many compile, spill, and what they take at most."""
+    rows = kernels.values()
+    tried = sum(row["configurations"] for row in rows)
+    failed = sum(row["failed"] for row in rows)
+    spills = [name for name, row in kernels.items() if spilled(row)]
+    most = max((row["registers"] for row in rows), default=0)
+    shared = max((row["shared"] for row in rows), default=0)
+    counts = f"{len(kernels)} generated kernels in {tried} configurations"
+    found = f"{failed} do not compile, {len(spills)} kernels spill {' '.join(spills)}".rstrip()
+    return f"{counts}: {found}; at most {most} registers and {shared:,} bytes of shared memory"
+
+
+def report(result: dict[str, Any], label: str) -> str:
+    """What the command prints about one variant."""
+    row = result["variants"][label]
+    work = result["work"]
+    vision, language = result["layers"]
+    predicted = row["predicted"]
+    lines = [
+        f"{result['preset']}, {vision} + {language} layers, {label}: {row['graphs']} graphs, "
+        f"{row['graph_breaks']} graph breaks; {work['images']} images, {work['tokens']:,} tokens, "
+        f"{work['labels']:,} labels in a budget of {result['budget']['images']} images",
+        kinds_table(row),
+        f"moves only: {row['moves_only']} launches, {row['moves_only_gb']:.1f} GB, "
+        f"{row['moves_only_ms']:.2f} ms; atomics in {row['atomics']} launches; memory: "
+        f"{row['resident_gb']:.2f} GB held, {row['peak_gb']:.2f} GB at the peak",
+    ]
+    if "machine_code" in row:
+        lines += [machine_code_line(row["machine_code"]), dearest_table(row)]
+    lines.append(
+        f"floor {row['floor_ms']:.2f} ms; predicted, not measured: {predicted['step_ms']:.1f} ms, "
+        f"{predicted['tokens_per_s']:,.0f} tokens/s, {predicted['mfu']:.1%} MFU"
+    )
+    return "\n".join(lines)
+
+
+# ---- the command
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m bench.compiled_step", description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default=Options.preset)
+    parser.add_argument(
+        "--layers", type=Range(int), default=0, help="of each tower, at full width; 0: the preset's"
+    )
+    parser.add_argument("--kernels", default="none", help="as of train.py: none, all, or names")
+    parser.add_argument(
+        "--stream", choices=STREAMS, default="float32", help="residual streams; a what-if"
+    )
+    parser.add_argument("--recompute", choices=POLICIES, default="none")
+    parser.add_argument("--attention", default=Options.attention)
+    parser.add_argument("--vision-attention", choices=VISION_ATTENTION, default="flash")
+    parser.add_argument(
+        "--inductor", action="append", default=[], metavar="NAME=VALUE", help="may be repeated"
+    )
+    parser.add_argument("--variants", action="store_true", help="the table of variants")
+    parser.add_argument("--quick", action="store_true", help="a rehearsal: one layer in each tower")
+    parser.add_argument("--out", type=Path, help="folder of results (default: bench/results)")
+    return parser
+
+
+@reports_errors()
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    preset(args.preset)  # an unknown one fails now, not in a process of its own
+    base = Options(
+        preset=args.preset,
+        layers=1 if args.quick else args.layers,
+        kernels=args.kernels,
+        stream=args.stream,
+        recompute=args.recompute,
+        attention=args.attention,
+        vision_attention=args.vision_attention,
+        inductor=parse_inductor(args.inductor),
+        machine_code=True,
+    )
+    built_library()  # without g++ all of them would fail
+    file = result_file(base, args.out)
+    wanted = {label_of(base): base}
+    if args.variants:
+        wanted |= {label: v for v in variants_of(base) if (label := label_of(v)) not in wanted}
+    result: dict[str, Any] = {}
+    for label, options in wanted.items():
+        done = kept_variants(file, facts(torch.device("cpu"))["commit"])
+        if args.variants and label in done:
+            print(f"{label}: measured before")
+            result = read(file)
+            continue
+        result = written(file, run(options), label, args.quick)
+        print(report(result, label), flush=True)
+    if len(result["variants"]) > 1:
+        print(variants_table(result["variants"]))
+    print(f"written: {file}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,282 @@
+"""What Inductor generates for a step: every kernel with its bytes, its source lines and its text.
+
+`collect` hooks into Inductor's code generation. When a graph is lowered, its kernels' launches are
+described from the scheduler's nodes; the generated wrapper is then run on fake tensors, where each
+kernel only enters its launch in the recorder. Only the recorder's order of launches is real; no
+kernel runs.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from bench.subjects.launches import Launch, Recorder
+from bench.subjects.masked_loads import arguments_of, loads_of
+
+# Operators that compute nothing: a kernel of these alone converts, copies or rearranges.
+MOVES = frozenset(
+    "convert_element_type _to_copy copy_ copy clone contiguous view reshape _unsafe_view expand "
+    "permute transpose t unsqueeze squeeze select slice split split_with_sizes getitem cat full "
+    "select_scatter slice_scatter index_select embedding iota arange empty".split()
+)
+SCATTERS = frozenset(("select_scatter", "slice_scatter"))
+
+
+@dataclass
+class Graph:
+    """One compiled graph: its wrapper's text, its kernels' texts, and their launches in order."""
+
+    direction: str
+    source: str
+    launches: list[Launch] = field(default_factory=list)
+    kernels: dict[str, str] = field(default_factory=dict)  # name -> source
+
+
+def collect(recorder: Recorder) -> list[Graph]:
+    """Hook into Inductor; return the list that graphs are added to as they are lowered."""
+    from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+
+    graphs: list[Graph] = []
+    calls: dict[int, list[tuple[str, Any, list[str]]]] = defaultdict(list)  # of each lowering
+    generate = PythonWrapperCodegen.generate_kernel_call
+
+    def generate_kernel_call(self: Any, kernel_name: str, call_args: Any, **options: Any) -> Any:
+        node = V.graph.scheduler.current_node
+        calls[id(V.graph)].append((kernel_name, node, [str(argument) for argument in call_args]))
+        return generate(self, kernel_name, call_args, **options)
+
+    def compile_to_module_lines(self: Any, code: Any) -> Any:
+        graph = Graph("backward" if self.is_backward else "forward", code.value)
+        graph.launches = list(_described(self, graph, calls.pop(id(self), [])))
+        graphs.append(graph)
+        return _replayed(graph, self.constants, recorder)
+
+    setattr(PythonWrapperCodegen, "generate_kernel_call", generate_kernel_call)  # noqa: B010
+    setattr(GraphLowering, "_compile_to_module_lines", compile_to_module_lines)  # noqa: B010
+    return graphs
+
+
+def _described(
+    lowering: Any, graph: Graph, calls: list[tuple[str, Any, list[str]]]
+) -> Iterator[Launch]:
+    """Describe each kernel call of a graph, in order."""
+    pattern = r"^(\w+) = async_compile\.triton\('\w+', '''(.*?)'''"
+    sources = dict(re.findall(pattern, graph.source, re.M | re.S))
+    followed = {
+        name: loads_of(source, name)
+        for name, source in sources.items()
+        if name.startswith("triton_poi")
+    }
+    counted = set()
+    for name, node, arguments in calls:
+        if node in counted:
+            # A combo kernel's node may become several kernels: the first has all its bytes.
+            yield Launch(name, "generated", graph.direction, detail="counted with the one before")
+            continue
+        counted.add(node)
+        loads = followed.get(name)
+        loaded = {}
+        if loads:
+            pointers = [a for a in arguments_of(_text_of(sources[name], name)) if "ptr" in a]
+            loaded = {b: loads.get(p, 0.0) for p, b in zip(pointers, arguments, strict=False)}
+        yield _launch(lowering, graph.direction, name, node, loaded)
+
+
+def _text_of(source: str, name: str) -> str:
+    return source[source.index("def " + name) :]
+
+
+def _launch(
+    lowering: Any, direction: str, name: str, node: Any, loaded: dict[str, float]
+) -> Launch:
+    read, written, atomic = traffic(lowering, node, loaded)
+    origins = [fx for n in node.get_nodes() if n.node is not None for fx in n.node.origins]
+    operators = Counter(_operator(fx) for fx in origins)
+    lines = Counter(filter(None, (source_line(fx) for fx in origins)))
+    return Launch(
+        name,
+        "generated",
+        direction,
+        read=read,
+        written=written,
+        flops=int(node.estimate_flops() or 0),  # of a product that became a Triton template
+        detail=" ".join(f"{k} x{n}" if n > 1 else k for k, n in operators.most_common(14)),
+        where=", ".join(line for line, _ in lines.most_common(4)),
+        atomic=atomic,
+        moves_only=moves_only(set(operators)),
+        reduces=name.startswith(("triton_per", "triton_red", "triton_mix")),
+    )
+
+
+def _operator(fx: Any) -> str:
+    """'add' of an FX node of aten.add.Tensor."""
+    name = str(getattr(fx, "target", ""))
+    return name.removeprefix("aten.").removeprefix("prims.").split(".")[0]
+
+
+def moves_only(operators: set[str]) -> bool:
+    """Whether a kernel of these operators computes nothing.
+
+    Adding tensors that were scattered into zeros is how a gradient is put together from parts, so
+    that with a scatter an addition moves too.
+    """
+    rest = operators - MOVES
+    return bool(operators) and (not rest or (rest == {"add"} and bool(operators & SCATTERS)))
+
+
+def source_line(fx: Any) -> str:
+    """'ops.py:41 rotary': the innermost frame of the project that an FX node comes from."""
+    trace = fx.meta.get("stack_trace") or ""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', trace)
+    ours = [frame for frame in frames if "nanovlm_fast" in frame[0] or "/kernels/" in frame[0]]
+    if not ours:
+        return ""
+    file, line, function = ours[-1]
+    return f"{file.rpartition('/')[2]}:{line} {function}"
+
+
+@dataclass(frozen=True)
+class Access:
+    """Elements of a buffer that one index expression touches, of `whole` elements in all."""
+
+    count: int
+    whole: int
+    element: int  # bytes
+    index: str = "*"
+    atomic: bool = False
+
+
+def traffic(lowering: Any, node: Any, loaded: dict[str, float]) -> tuple[int, int, bool]:
+    """(bytes read, bytes written, whether with atomics) of one generated kernel.
+
+    Every element counts once, however often it is indexed. `loaded` gives the elements that are
+    loaded under masks, by buffer.
+    """
+    inside = set(node.get_buffer_names())
+    # Buffers that exist only in registers.
+    gone = set(lowering.removed_buffers) | set(lowering.inplaced_to_remove)
+    reads: dict[str, dict[str, Access]] = defaultdict(dict)
+    writes: dict[str, dict[str, Access]] = defaultdict(dict)
+    atomic = False
+    for sides, dependencies, own in (
+        (reads, node.read_writes.reads, inside),
+        (writes, node.read_writes.writes, set()),
+    ):
+        for dependency in dependencies:
+            found = _access(lowering, dependency)
+            if found is None or dependency.name in gone or dependency.name in own:
+                continue
+            sides[dependency.name][found.index] = found
+            atomic |= found.atomic
+    return _bytes(reads, loaded), _bytes(writes, {}), atomic
+
+
+def _access(lowering: Any, dependency: Any) -> Access | None:
+    """What a dependency touches; None if it only orders two kernels, or is no buffer."""
+    from torch._inductor.dependencies import MemoryDep, WeakDep
+    from torch._inductor.utils import get_dtype_size
+
+    buffer = None if isinstance(dependency, WeakDep) else lowering.try_get_buffer(dependency.name)
+    if buffer is None:
+        return None
+
+    def hint(expression: Any) -> int:
+        return int(lowering.sizevars.optimization_hint(expression, fallback=1))
+
+    whole = hint(buffer.get_numel())
+    element = get_dtype_size(buffer.get_dtype())
+    if not isinstance(dependency, MemoryDep):
+        return Access(whole, whole, element)
+    if dependency.is_indirect():
+        count = math.prod(hint(length) for length in dependency.size)  # one element per index
+    else:
+        count = hint(dependency.get_numel())
+    atomic = "atomic" in (dependency.mode or "")
+    return Access(min(count, whole), whole, element, str(dependency.index), atomic)
+
+
+def _bytes(side: dict[str, dict[str, Access]], loaded: dict[str, float]) -> int:
+    total = 0
+    for name, accesses in side.items():
+        first = next(iter(accesses.values()))
+        count = min(sum(access.count for access in accesses.values()), first.whole)
+        if name in loaded:
+            count = min(count, round(loaded[name]))
+        total += count * first.element
+    return total
+
+
+# ---- the generated wrapper on fake tensors
+
+
+class _Replay:
+    """Enters a graph's launches in the order in which its wrapper makes them."""
+
+    def __init__(self, graph: Graph, recorder: Recorder):
+        self.graph = graph
+        self.recorder = recorder
+        self.left = iter(graph.launches)
+
+    def launch(self, name: str) -> None:
+        launch = next(self.left)
+        if launch.name != name:
+            raise RuntimeError(f"{name} is launched where {launch.name} was generated")
+        self.recorder.launches.append(launch)
+
+    # What a wrapper calls while it is loaded: async_compile.triton(...) and .wait(...).
+
+    def triton(self, name: str, source: str, device_str: str = "cuda") -> SimpleNamespace:
+        self.graph.kernels[name] = source
+        return SimpleNamespace(run=lambda *_, **__: self.launch(name))
+
+    def wait(self, scope: Any) -> None:
+        pass
+
+
+def _replayed(graph: Graph, constants: dict[str, Any], recorder: Recorder) -> Any:
+    """The generated module with a `call` that records and computes nothing."""
+    replay = _Replay(graph, recorder)
+    text = graph.source.replace("async_compile = AsyncCompile()", "async_compile = REPLAY")
+    text = text.replace("async_compile.wait(globals())", "")
+    name = f"compiled_step_{graph.direction}"
+    space: dict[str, Any] = {"__name__": name, "REPLAY": replay, **constants}
+    exec(compile(text, f"{name}.py", "exec"), space)
+    # After the module has run, since it imports the real ones.
+    space |= {
+        "empty_strided_cuda": _allocate,
+        "reinterpret_tensor": _reinterpret,
+        "assert_size_stride": _ignore,
+        "assert_alignment": _ignore,
+        "copy_if_misaligned": lambda tensor: tensor,
+        "get_raw_stream": lambda device: 0,
+    }
+    call = space["call"]
+
+    def run(args: Any) -> Any:
+        recorder.direction = graph.direction
+        with recorder:
+            return call(args)
+
+    return SimpleNamespace(__file__=f"{name}.py", call=run)
+
+
+def _allocate(size: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(size, stride, dtype=dtype, device="cuda")
+
+
+def _reinterpret(tensor: torch.Tensor, size: Any, stride: Any, offset: int = 0) -> torch.Tensor:
+    return torch.as_strided(tensor, size, stride, tensor.storage_offset() + offset)
+
+
+def _ignore(*_: Any, **__: Any) -> None:
+    pass

@@ -1,0 +1,282 @@
+"""One training step, compiled for an H100 that is not there: the process of one variant.
+
+    python -m bench.subjects.step_process OPTIONS.json RESULT.json
+
+`bench.compiled_step` starts it. It is a process of its own because `fake_h100` must come before
+torch, and changes it. The step is `train.py`'s: the batch has the budgets that a run measures, with
+their slack; forward under autocast, backward, gradient norm, clipping and the optimizer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.subjects import fake_h100
+from nanovlm_fast.command import reports_errors
+
+if TYPE_CHECKING:  # for names in annotations only: torch must not be imported before `pretend`
+    from torch import Tensor
+
+    from bench.subjects.launches import Launch, Recorder
+    from bench.subjects.lowered import Graph
+    from nanovlm_fast.config import TrainConfig, VLMConfig
+    from nanovlm_fast.packing.batch import PackedBatch
+    from nanovlm_fast.packing.packer import Budget
+
+DRAWN = 1000  # samples that the budgets are measured on, as in a run
+STREAMS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is compiled. `stream` is the residual streams' type; training has float32 only."""
+
+    preset: str = "nanovlm-222m"
+    layers: int = 0  # of each tower; 0: the preset's
+    vision_layers: int = 0  # of the vision tower alone
+    kernels: str = "none"
+    stream: str = "float32"
+    recompute: str = "none"
+    attention: str = "torch"
+    vision_attention: str = "flash"
+    inductor: dict[str, Any] = field(default_factory=dict)
+    machine_code: bool = False  # registers and spills of every generated kernel
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that was compiled and replayed."""
+
+    launches: list[Launch]
+    graphs: list[Graph]
+    graph_breaks: int
+    resident: int  # bytes of weights, buffers and the optimizer's state
+    peak: int  # bytes
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """Compile and replay the step; return what the result file has on one variant."""
+    fake_h100.pretend(options.vision_attention)
+    began = time.perf_counter()
+    from bench.subjects import machine_code, step_time
+
+    _configure_inductor(options.inductor)
+    config, train = _configs(options)
+    budget, batch = _budget_and_batch(options.preset, config, train)
+    step = compile_step(options, config, train, batch)
+    seconds = time.perf_counter() - began
+    result: dict[str, Any] = {
+        "options": dataclasses.asdict(options),
+        "layers": [config.vit_n_blocks, config.lm_n_blocks],
+        "graphs": len(step.graphs),
+        "graph_breaks": step.graph_breaks,
+        "resident_gb": step.resident / 1e9,
+        "peak_gb": step.peak / 1e9,
+        "budget": dataclasses.asdict(budget),
+        "work": _useful(config, batch),
+        **step_time.totals(step.launches),
+        "by_kind": step_time.by_kind(step.launches),
+        "dearest": step_time.dearest(step.launches),
+        "seconds_to_compile": round(seconds, 1),
+    }
+    result["predicted"] = _predicted(result)
+    if options.machine_code:
+        sources = {name: text for graph in step.graphs for name, text in graph.kernels.items()}
+        result["machine_code"] = machine_code.by_kernel(machine_code.rows(sources))
+    return result
+
+
+def _configure_inductor(settings: dict[str, Any]) -> None:
+    """Set Inductor's options. Raises ValueError for a name that it does not have."""
+    import torch._inductor.config as inductor
+
+    inductor.compile_threads = 1
+    inductor.force_disable_caches = True
+    # It would time products with and without padding, on a device that is not there.
+    inductor.shape_padding = False
+    for name, value in settings.items():
+        *folders, last = name.split(".")
+        holder: Any = inductor
+        for folder in folders:
+            holder = getattr(holder, folder, None)
+        if not hasattr(holder, last):
+            raise ValueError(f"--inductor {name}: torch._inductor.config has no such option")
+        setattr(holder, last, value)
+
+
+def _configs(options: Options) -> tuple[VLMConfig, TrainConfig]:
+    from nanovlm_fast.presets import preset
+
+    config, train = preset(options.preset)
+    vision = options.vision_layers or options.layers or config.vit_n_blocks
+    language = options.layers or config.lm_n_blocks
+    return dataclasses.replace(config, vit_n_blocks=vision, lm_n_blocks=language), train
+
+
+def _budget_and_batch(
+    preset_name: str, config: VLMConfig, train: TrainConfig
+) -> tuple[Budget, PackedBatch]:
+    """The budgets that a run measures on its data, and one real batch that was packed for them."""
+    from bench.subjects.workload import load_work
+    from nanovlm_fast.packing.batch import pack
+    from nanovlm_fast.packing.packer import Budget, Packer
+
+    samples = load_work(preset_name, samples=DRAWN).samples
+    longest = train.max_seqlen or config.lm_max_position_embeddings
+    fitting = [s for s in samples if max(map(len, s.documents)) <= longest]
+    budget = Budget.measure(fitting, train.tokens_per_batch, longest=longest)
+    packer = Packer(budget)
+    for sample in fitting:
+        packer.add(sample)
+    return budget, pack(packer.next(), budget, config.image_tokens, config.vit_img_size)
+
+
+def compile_step(
+    options: Options, config: VLMConfig, train: TrainConfig, batch: PackedBatch
+) -> Step:
+    """Trace, differentiate, lower and replay one training step on fake tensors."""
+    import torch
+    from torch._dynamo.utils import counters
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from bench.subjects.launches import Recorder, enter_kernels
+    from bench.subjects.lowered import collect
+    from nanovlm_fast.model.ops import choose_ops
+    from nanovlm_fast.model.packed import VisionLanguageModel
+    from nanovlm_fast.training.optim import make_optimizers
+
+    torch.set_num_threads(1)
+    ops = choose_ops(options.kernels, "cuda", options.attention, torch.bfloat16, options.recompute)
+    # After the kernels were imported: the recorder looks their operators up.
+    recorder = Recorder(batch.cu_seqlens.diff().tolist())
+    graphs = collect(recorder)
+    enter_kernels(recorder)
+    if options.stream == "bfloat16":
+        _narrow_streams()
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            model = VisionLanguageModel(config, ops)
+        optimizers = make_optimizers(model, train)
+        on_device = batch._map(_on_device)
+        _allocate_state(model, optimizers)
+        state = [s for o in optimizers for s in _tensors_of(o.state)]
+        recorder.hold([*model.parameters(), *model.buffers(), *state])
+        resident = recorder.in_use
+        step_model = torch.compile(model, fullgraph=True, dynamic=False)
+        _train_step(step_model, model, optimizers, train, on_device, recorder)
+    breaks = sum(counters["graph_break"].values())
+    return Step(recorder.launches, graphs, breaks, resident, recorder.peak)
+
+
+def _on_device(tensor: Tensor) -> Tensor:
+    import torch
+
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+
+
+def _tensors_of(state: Any) -> list[Tensor]:
+    import torch.utils._pytree as pytree
+    from torch import Tensor
+
+    return [leaf for leaf in pytree.tree_leaves(dict(state)) if isinstance(leaf, Tensor)]
+
+
+def _allocate_state(model: Any, optimizers: list[Any]) -> None:
+    """Make the optimizers' state, which the first update of a run does, outside of the record."""
+    import torch
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _train_step(
+    step_model: Any,
+    model: Any,
+    optimizers: list[Any],
+    train: TrainConfig,
+    batch: PackedBatch,
+    recorder: Recorder,
+) -> None:
+    """`Trainer.optimizer_step` of train.py for one micro-batch; compiled code records itself."""
+    import torch
+
+    from nanovlm_fast.device import autocast_to
+    from nanovlm_fast.training.optim import apply_gradients
+
+    device = torch.device("cuda")
+    with autocast_to(torch.bfloat16, device)():
+        loss_sum = step_model(batch)
+    with recorder:
+        loss = loss_sum / max(batch.n_labels, 1)
+    loss.backward()
+    recorder.direction = "update"
+    with recorder:
+        apply_gradients(model, optimizers, train.clip)
+
+
+def _narrow_streams() -> None:
+    """Make both residual streams bfloat16. Training has no such option; this is a what-if."""
+    import torch
+
+    from nanovlm_fast.model.packed import PatchEmbedding, VisionLanguageModel
+
+    patches = PatchEmbedding.forward
+    embed = VisionLanguageModel.embed
+
+    def narrow_patches(self: Any, images: Tensor) -> Tensor:
+        return patches(self, images).to(torch.bfloat16)
+
+    def narrow_embed(self: Any, *args: Tensor) -> Tensor:
+        return embed(self, *args).to(torch.bfloat16)
+
+    PatchEmbedding.forward = narrow_patches  # type: ignore[method-assign]  # the what-if itself
+    VisionLanguageModel.embed = narrow_embed  # type: ignore[method-assign]  # the what-if itself
+
+
+def _useful(config: VLMConfig, batch: PackedBatch) -> dict[str, int]:
+    """Sizes of the step without padding, and its model FLOPs."""
+    from nanovlm_fast.model.flops import step_flops
+
+    counts = {
+        "images": batch.n_images,
+        "tokens": batch.n_tokens,
+        "labels": batch.n_labels,
+        "pairs": batch.n_pairs,
+    }
+    return {**counts, "flops": step_flops(config, *counts.values())}
+
+
+def _predicted(result: dict[str, Any]) -> dict[str, float]:
+    """Rates of a step that takes the expected time."""
+    from nanovlm_fast.model.flops import PEAK_FLOPS
+
+    seconds = result["expected_ms"] / 1e3
+    work = result["work"]
+    return {
+        "step_ms": result["expected_ms"],
+        "tokens_per_s": work["tokens"] / seconds,
+        "images_per_s": work["images"] / seconds,
+        "mfu": work["flops"] / seconds / PEAK_FLOPS[fake_h100.PROPERTIES.name],
+    }
+
+
+@reports_errors()
+def main(argv: list[str] | None = None) -> int:
+    options, result = map(Path, sys.argv[1:] if argv is None else argv)
+    found = measure(Options(**json.loads(options.read_text())))
+    result.write_text(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
