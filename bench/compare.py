@@ -38,6 +38,8 @@ SETTINGS = (
     "image_size",
 )
 NOT_THERE = "not in B"
+COUNTED = ("MiB", "GB", "launches")  # the others are times and rates
+LESS_IS_BETTER = (*COUNTED, "ms")
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,17 @@ def _quartiles(row: dict) -> tuple[float, float]:
 
 
 def readings(result: dict) -> Iterator[tuple[tuple[str, ...], str, list[float]]]:
-    """(path, unit, values) of what is no time: peaks of bench.memory, rates of bench.dataloader."""
+    """(path, unit, values) of what was not timed.
+
+    They are the peaks of bench.memory, the rates of bench.dataloader, and what bench.compiled_step
+    counted and predicted.
+    """
+    if result.get("suite") == "compiled_step":
+        for label, row in result["variants"].items():
+            yield ("variants", label, "launches"), "launches", [row["launches"]]
+            yield ("variants", label, "moved"), "GB", [row["read_gb"] + row["written_gb"]]
+            yield ("variants", label, "floor"), "ms", [row["floor_ms"]]
+            yield ("variants", label, "predicted"), "ms", [row["expected_ms"]]
     for name, row in result.get("peaks", {}).items():
         for samples, found in row.items():
             if "peak_mib" in found:
@@ -139,14 +151,14 @@ def compare_readings(a: dict, b: dict) -> Iterator[Row]:
     there = {path: values for path, _, values in readings(b)}
     for path, unit, before in readings(a):
         after = there.get(path)
-        name = ".".join(path)
+        name = ".".join(part for part in path if part != "variants")
         if after is None:
             error = at(b, path).get("error")
             why = f"failed in B: {error}" if error else NOT_THERE
             yield Row(name, unit, statistics.median(before), None, None, why)
             continue
         # `difference` compares times, of which less is better; rates go in the other way round.
-        less, more = (after, before) if unit == "MiB" else (before, after)
+        less, more = (after, before) if unit in LESS_IS_BETTER else (before, after)
         gain = difference(less, more)
         why = ""
         if len(before) == len(after) == 1:
@@ -179,7 +191,7 @@ def table(rows: list[Row], threshold: float) -> str:
         if row.gain is None:
             lines.append((row.name, f"{row.before:,.3f}", "-", row.unit, "-", row.why))
             continue
-        better, worse = ("less", "more") if row.unit == "MiB" else ("faster", "slower")
+        better, worse = ("less", "more") if row.unit in COUNTED else ("faster", "slower")
         meaning = "" if row.gain.same else better if row.gain.ratio > 1 else worse
         meaning += f", more than {threshold:.0%}" if row.worse_by > threshold else ""
         meaning = ", ".join(filter(None, (meaning, row.why)))

@@ -16,6 +16,7 @@ it is done: a run that was interrupted goes on where it stopped.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import dataclasses
 import json
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,9 @@ from nanovlm_fast.ranges import Range
 FOLDER = "sm-90-ahead-of-time"
 DEVICE = "none: compiled ahead of time for sm_90"
 HERE = ROOT.parent.parent
+# What one block may cost, held by a test. It may be lowered by any change.
+BUDGET = ROOT.parent / "compiled_step_budget.json"
+TOLERANCE = 1e-3
 
 
 def result_file(options: Options, out: Path | None = None) -> Path:
@@ -50,8 +55,8 @@ def result_file(options: Options, out: Path | None = None) -> Path:
     name = "compiled_step"
     if options.preset != Options.preset:
         name += f"_{options.preset}"
-    if options.layers:
-        name += f"_{options.layers}layers"
+    if options.language_layers:
+        name += f"_{options.language_layers}layers"
     return (out or ROOT) / FOLDER / f"{name}.json"
 
 
@@ -74,16 +79,17 @@ def variants_of(base: Options) -> Iterator[Options]:
         yield dataclasses.replace(base, kernels=kernels, stream="bfloat16", machine_code=False)
 
 
-def run(options: Options) -> dict[str, Any]:
-    """Measure one variant in a process of its own. Raises ValueError with the line it fails with.
+def run(*steps: Options) -> list[dict[str, Any]]:
+    """Measure steps in a process of their own, which they share; all but the layers should agree.
 
     What Inductor and Triton write goes to a temporary folder: caches of real runs stay clean.
+    Raises ValueError with the line that the process fails with.
     """
     with tempfile.TemporaryDirectory(prefix="compiled_step-") as folder:
         place = Path(folder)
         asked = place / "options.json"
         answer = place / "result.json"
-        asked.write_text(json.dumps(dataclasses.asdict(options)))
+        asked.write_text(json.dumps([dataclasses.asdict(options) for options in steps]))
         env = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH")))),
@@ -96,17 +102,27 @@ def run(options: Options) -> dict[str, Any]:
         done = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or ["killed: no memory was left"]
-            raise ValueError(f"{label_of(options)}: {lines[-1].removeprefix('error: ')}")
+            raise ValueError(f"{label_of(steps[0])}: {lines[-1].removeprefix('error: ')}")
         return json.loads(answer.read_text())
 
 
 def parse_inductor(settings: list[str]) -> dict[str, Any]:
-    """{'name': value} of 'name=value' settings; values are Python literals."""
+    """{'name': value} of 'name=value' settings; values are Python literals.
+
+    Raises ValueError for what is none, and for a name that Inductor does not have.
+    """
+    import torch._inductor.config as inductor
+
     found = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals or not name:
             raise ValueError(f"--inductor {setting}: expected NAME=VALUE")
+        holder: Any = inductor
+        for part in name.split("."):
+            if not hasattr(holder, part):
+                raise ValueError(f"--inductor {name}: torch._inductor.config has no such option")
+            holder = getattr(holder, part)
         try:
             found[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError) as error:
@@ -171,6 +187,108 @@ def written(file: Path, measured: dict[str, Any], label: str, small: bool) -> di
     }
     write_file(file, result)
     return result
+
+
+# ---- what other suites take from it
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """The predicted step of a whole preset, as training takes it without kernels."""
+
+    images: int
+    tokens: int
+    floor_ms: float
+    forward_ms: float
+    backward_ms: float
+    update_ms: float
+    tokens_per_s: float
+    source: str
+
+    @property
+    def step_ms(self) -> float:
+        return self.forward_ms + self.backward_ms + self.update_ms
+
+
+def predicted_step(preset_name: str, results: Path = ROOT) -> Predicted | None:
+    """The committed prediction for a preset; None if there is none for the whole of it."""
+    file = result_file(Options(preset=preset_name), results)
+    if not file.exists():
+        return None
+    result = read(file)
+    row = result["variants"].get(label_of(Options()))
+    if row is None or result["small"]:
+        return None
+    sums = {
+        direction: sum(kind["expected_ms"] for kind in kinds.values())
+        for direction, kinds in row["by_kind"].items()
+    }
+    return Predicted(
+        images=result["work"]["images"],
+        tokens=result["work"]["tokens"],
+        floor_ms=row["floor_ms"],
+        forward_ms=sums["forward"],
+        backward_ms=sums["backward"],
+        update_ms=sums["update"],
+        tokens_per_s=row["predicted"]["tokens_per_s"],
+        source=f"bench.compiled_step, {result['commit'][:7]}",
+    )
+
+
+# ---- the budget of a block
+
+
+def slices(base: Options) -> tuple[Options, Options, Options]:
+    """One layer in each tower; one more in the vision tower; one more in the language model."""
+    one = dataclasses.replace(base, vision_layers=1, language_layers=1)
+    vision = dataclasses.replace(one, vision_layers=2, machine_code=False)
+    language = dataclasses.replace(one, language_layers=2, machine_code=False)
+    return one, vision, language
+
+
+def block_costs(measured: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Launches and MB of one block in each tower, and of the rest, from the three `slices`."""
+    one, vision, language = (
+        {"launches": step["launches"], "mb": 1e3 * (step["read_gb"] + step["written_gb"])}
+        for step in measured
+    )
+    costs: dict[str, dict[str, float]] = {"vision block": {}, "language block": {}, "rest": {}}
+    for name in one:
+        costs["vision block"][name] = round(vision[name] - one[name], 1)
+        costs["language block"][name] = round(language[name] - one[name], 1)
+        rest = 3 * one[name] - vision[name] - language[name]
+        costs["rest"][name] = round(rest, 1)
+    return costs
+
+
+def changes(costs: dict[str, dict[str, float]], budget: dict[str, Any]) -> tuple[list[str], bool]:
+    """What rose over the budget, a line each, and whether something fell below it."""
+    risen = []
+    fell = False
+    for block, values in costs.items():
+        for name, value in values.items():
+            limit = budget[block][name]
+            if value > limit * (1 + TOLERANCE):
+                risen.append(f"{block}: {value:,.1f} {name}, the budget is {limit:,.1f}")
+            fell |= value < limit * (1 - TOLERANCE)
+    return risen, fell
+
+
+def hold_budget(may_rise: bool) -> None:
+    """Measure the blocks, print them, and lower the budget file to them.
+
+    Raises ValueError if something rose and `may_rise` is not set.
+    """
+    costs = block_costs(run(*slices(Options())))
+    print(json.dumps(costs, indent=2))
+    if BUDGET.exists() and not may_rise:
+        risen, _ = changes(costs, json.loads(BUDGET.read_text()))
+        if risen:
+            raise ValueError(f"{'; '.join(risen)} (--raise-budget allows it)")
+    # What Inductor generates differs between versions of PyTorch.
+    version = ".".join(torch.__version__.split(".")[:2])
+    BUDGET.write_text(json.dumps({"torch": version, **costs}, indent=2) + "\n")
+    print(f"written: {BUDGET}")
 
 
 # ---- tables
@@ -269,6 +387,10 @@ def make_parser() -> Parser:
         "--inductor", action="append", default=[], metavar="NAME=VALUE", help="may be repeated"
     )
     parser.add_argument("--variants", action="store_true", help="the table of variants")
+    parser.add_argument(
+        "--budget", action="store_true", help="measure one block in each tower; lower its budget"
+    )
+    parser.add_argument("--raise-budget", action="store_true", help="with --budget: let it rise")
     parser.add_argument("--quick", action="store_true", help="a rehearsal: one layer in each tower")
     parser.add_argument("--out", type=Path, help="folder of results (default: bench/results)")
     return parser
@@ -277,19 +399,11 @@ def make_parser() -> Parser:
 @reports_errors()
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    preset(args.preset)  # an unknown one fails now, not in a process of its own
-    base = Options(
-        preset=args.preset,
-        layers=1 if args.quick else args.layers,
-        kernels=args.kernels,
-        stream=args.stream,
-        recompute=args.recompute,
-        attention=args.attention,
-        vision_attention=args.vision_attention,
-        inductor=parse_inductor(args.inductor),
-        machine_code=True,
-    )
-    built_library()  # without g++ all of them would fail
+    built_library()  # without g++ everything below would fail
+    if args.budget or args.raise_budget:
+        hold_budget(args.raise_budget)
+        return 0
+    base = base_of(args)
     file = result_file(base, args.out)
     wanted = {label_of(base): base}
     if args.variants:
@@ -301,12 +415,35 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{label}: measured before")
             result = read(file)
             continue
-        result = written(file, run(options), label, args.quick)
+        (measured,) = run(options)
+        result = written(file, measured, label, args.quick)
         print(report(result, label), flush=True)
     if len(result["variants"]) > 1:
         print(variants_table(result["variants"]))
     print(f"written: {file}")
     return 0
+
+
+def base_of(args: argparse.Namespace) -> Options:
+    """The options of the command line. Raises ValueError for an unknown preset or kernel."""
+    preset(args.preset)  # fails now, not in a process of its own
+    names = {name.strip() for name in args.kernels.split(",")}
+    if unknown := sorted(names - {"none", "all", *KERNELS}):
+        there = ", ".join(KERNELS)
+        raise ValueError(f"--kernels {','.join(unknown)}: there are none, all, {there}")
+    layers = 1 if args.quick else args.layers
+    return Options(
+        preset=args.preset,
+        vision_layers=layers,
+        language_layers=layers,
+        kernels=args.kernels,
+        stream=args.stream,
+        recompute=args.recompute,
+        attention=args.attention,
+        vision_attention=args.vision_attention,
+        inductor=parse_inductor(args.inductor),
+        machine_code=True,
+    )
 
 
 if __name__ == "__main__":

@@ -24,8 +24,10 @@ from pathlib import Path
 
 import torch
 
+from bench.compiled_step import predicted_step
 from bench.harness.results import write
 from bench.harness.timing import interleave, random_bytes, summary
+from bench.subjects.step_time import H100, Rates
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.device import pick_device, pick_dtype
@@ -34,21 +36,6 @@ from nanovlm_fast.ranges import Range
 
 # Bytes per element of the residual stream, its gradient and the weights' gradients: float32.
 STREAM = 4
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What a device can do: FLOP/s of dense products, bytes/s read and written together."""
-
-    name: str
-    flops: float
-    bandwidth: float
-    element: int = 2  # bytes of an activation
-
-
-# Products: what a large bfloat16 product reaches in practice (the data sheet says 989e12).
-# Memory: 90% of the data sheet's 3.35e12.
-H100 = Rates("NVIDIA H100 SXM (table)", 798e12, 3.0e12)
 
 
 @dataclass(frozen=True)
@@ -347,6 +334,20 @@ def summarised(config: VLMConfig, work: Counts, rates: Rates) -> dict:
     }
 
 
+def compiled_line(preset_name: str) -> str:
+    """What torch.compile makes of the step on an H100, beside this floor of its operators."""
+    step = predicted_step(preset_name)
+    if step is None:
+        return (
+            f"compiled for an H100: unknown (python -m bench.compiled_step --preset {preset_name})"
+        )
+    predicted = f"{step.step_ms:,.1f} ms predicted, not measured"
+    work = f"{step.images} images, {step.tokens:,} tokens"
+    return (
+        f"compiled for an H100: floor {step.floor_ms:,.1f} ms, {predicted} ({work}; {step.source})"
+    )
+
+
 def make_parser() -> Parser:
     parser = Parser(prog="python -m bench.roofline", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="nanovlm-222m")
@@ -398,6 +399,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\n{rates.name}: {rates.flops / 1e12:,.2f} TFLOP/s, {rates.bandwidth / 1e9:,.0f} GB/s")
     rate = f"{result['samples_per_s']:,.0f} samples/s"
     print(f"floor {result['floor_seconds'] * 1e3:,.1f} ms, {rate}")
+    print(compiled_line(args.preset))
     print("fused into the products next to them, these would cost nothing:")
     for name, saved in result["worth_fusing"]:
         print(f"  {saved * 1e3:8.2f} ms  {name}")

@@ -6,10 +6,10 @@
 This is a model, not a measurement: no run on more than one GPU stands behind these times. It adds
 up the following parts.
 
-- The step of one GPU: from a committed GPU result of bench.train_step if there is one, else the
-  floor that bench.roofline computes for an H100. No step reaches that floor, and a slower step
-  hides more communication, so the floor is the hard case. The roofline also says how the step
-  divides into forward, backward and update.
+- The step of one GPU: from a committed GPU result of bench.train_step if there is one, else what
+  bench.compiled_step predicts for an H100, else the floor that bench.roofline computes. No step
+  reaches that floor, and a slower step hides more communication, so the floor is the hard case. The
+  roofline also says how a step divides over the parts of the model.
 - DDP's buckets: the model's own gradients, in the order in which a backward on the meta device
   produces them, in buckets that close at 25 MiB, the first at 1 MiB. The tied table's gradient
   arrives when the language model is done, with the backward of the vision tower still to come.
@@ -47,6 +47,7 @@ from pathlib import Path
 
 import torch
 
+from bench.compiled_step import predicted_step
 from bench.harness.results import ROOT, load, write
 from bench.roofline import H100, Counts, operators
 from bench.traffic import measure
@@ -207,13 +208,37 @@ def measured_step(preset_name: str, results: Path = ROOT) -> tuple[float, int, s
 
 
 def compute_of(config: VLMConfig, preset_name: str, samples: int, results: Path = ROOT) -> Compute:
-    """The measured step, divided as the roofline divides it; without one, the roofline's step."""
+    """The measured step, divided as the roofline divides it; without one, the predicted step.
+
+    Without that too, the roofline's step.
+    """
     step = measured_step(preset_name, results)
     if step is None:
-        return floor_of(config, samples)
+        return predicted_compute(config, preset_name, samples, results)
     seconds, images, source = step
     floor = floor_of(config, images)
     return dataclasses.replace(floor.scaled(seconds / floor.seconds), source=source, measured=True)
+
+
+def predicted_compute(
+    config: VLMConfig, preset_name: str, samples: int, results: Path = ROOT
+) -> Compute:
+    """The compiled step's predicted time, divided over the model as the roofline divides it."""
+    floor = floor_of(config, samples)
+    step = predicted_step(preset_name, results)
+    if step is None:
+        return floor
+    # The prediction is of its own number of samples: how far it lies above the floor carries over.
+    base = floor_of(config, step.images)
+    forward = step.forward_ms / 1e3 / sum(base.forward.values())
+    backward = step.backward_ms / 1e3 / sum(base.backward.values())
+    return dataclasses.replace(
+        floor,
+        forward={part: forward * seconds for part, seconds in floor.forward.items()},
+        backward={part: backward * seconds for part, seconds in floor.backward.items()},
+        update=step.update_ms / 1e3,
+        source=f"predicted, not measured: {step.source}, {H100.name}",
+    )
 
 
 # ---- gradients

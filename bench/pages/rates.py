@@ -11,14 +11,18 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from bench.compiled_step import predicted_step, result_file
 from bench.harness.results import ROOT
+from bench.subjects.fake_h100 import PROPERTIES
+from bench.subjects.step_process import Options
 from nanovlm_fast.config import TrainConfig
 from nanovlm_fast.presets import PRESETS
 
 
 def rates(results: Path = ROOT) -> str:
-    """The text of rates.json: whole training runs, and bare optimizer steps of whole presets."""
-    return json.dumps({"runs": runs(results), "steps": steps(results)}, indent=2) + "\n"
+    """The text of rates.json: whole training runs, bare optimizer steps, and predicted steps."""
+    found = {"runs": runs(results), "steps": steps(results), "predicted": predicted(results)}
+    return json.dumps(found, indent=2) + "\n"
 
 
 def runs(results: Path) -> list[dict[str, Any]]:
@@ -48,6 +52,16 @@ def steps(results: Path) -> list[dict[str, Any]]:
             rate = step["variants"].get("ours", {}).get("tokens_per_s")
             if rate:
                 found.append(entry(step["device"], preset, rate, name(file)))
+    return found
+
+
+def predicted(results: Path) -> list[dict[str, Any]]:
+    """One entry per preset that bench.compiled_step has compiled for an H100."""
+    found = []
+    for preset in sorted(PRESETS):
+        if step := predicted_step(preset, results):
+            source = name(result_file(Options(preset=preset), results))
+            found.append(entry(PROPERTIES.name, preset, step.tokens_per_s, source))
     return found
 
 

@@ -177,9 +177,13 @@ class _NoGuard:
 
 
 def _allow_fake_tensors() -> None:
-    """Keep FakeTensorMode from asking the device for memory, although torch.cuda says it exists."""
+    """Let fake tensors be on a device that is not there, and be taken for tensors."""
     from torch._subclasses import fake_tensor
+    from torch.utils import _foreach_utils
 
+    # Or the gradient norm would go tensor by tensor, which it does not on a GPU.
+    _foreach_utils._foreach_supported_types.append(fake_tensor.FakeTensor)
+    # FakeTensorMode must not ask the device for memory, although torch.cuda says that it exists.
     _replace(fake_tensor.FakeTensorMode, avoid_device_init=property(lambda self: True))
     _replace(fake_tensor, init_gpu_context=_always(None))
 

@@ -10,10 +10,12 @@ Bytes are those that must move: every input once, every output once. They are a 
 from __future__ import annotations
 
 import ast
+import contextlib
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.utils._pytree as pytree
@@ -30,8 +32,8 @@ BLOCK = 128
 FREE = frozenset(
     "empty empty_strided empty_like new_empty new_empty_strided as_strided view _unsafe_view "
     "reshape _reshape_alias t transpose permute select slice detach alias expand unsqueeze squeeze "
-    "split split_with_sizes unbind lift_fresh set_ resize_ _local_scalar_dense is_pinned "
-    "device".split()
+    "split split_with_sizes unbind lift_fresh set_ resize_ _local_scalar_dense is_pinned device "
+    "_record_function_enter_new _record_function_exit".split()
 )
 COPIES = frozenset("copy_ clone _to_copy cat stack contiguous".split())
 PRODUCTS = frozenset(("mm", "addmm", "bmm"))
@@ -143,8 +145,8 @@ class Recorder(TorchDispatchMode):
         elif name in MUTATING:
             self.enter(name, "other", detail=_shapes(inputs), **MUTATING[name](args))
         else:
-            moves = name in COPIES
-            self.enter(name, "other", detail=_shapes(inputs), moves_only=moves, **facts)
+            facts |= dict(moves_only=name in COPIES, reduces="norm" in name or "sum" in name)
+            self.enter(name, "other", detail=_shapes(inputs), **facts)
         return out
 
     def _taken_apart(self, name: str, args: tuple, kwargs: dict) -> Any:
@@ -261,6 +263,7 @@ MUTATING: dict[str, Callable[[tuple], dict[str, int]]] = {
     "_fused_adamw_": _adamw,
     "_foreach_mul_": _scale,
     "_foreach_add_": _scale,
+    "_foreach_sub_": _scale,
     "_foreach_lerp_": _scale,
 }
 
@@ -280,8 +283,9 @@ def _custom_operators() -> dict[str, Callable]:
     return found
 
 
-def enter_kernels(recorder: Recorder) -> None:
-    """Make every launch of a hand-written Triton kernel enter itself, and do nothing else."""
+@contextlib.contextmanager
+def entered_kernels(recorder: Recorder) -> Iterator[None]:
+    """Inside the context every launch of a hand-written Triton kernel only enters itself."""
     from triton.runtime.jit import JITFunction
 
     def run(self: Any, *args: Any, grid: Any = None, warmup: Any = None, **kwargs: Any) -> None:
@@ -297,7 +301,8 @@ def enter_kernels(recorder: Recorder) -> None:
             reduces="tl.sum(" in self.src or "tl.max(" in self.src,
         )
 
-    JITFunction.run = run
+    with mock.patch.object(JITFunction, "run", run):
+        yield
 
 
 def traffic_of(name: str, source: str, values: dict[str, Any]) -> tuple[int, int]:

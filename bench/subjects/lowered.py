@@ -1,13 +1,13 @@
 """What Inductor generates for a step: every kernel with its bytes, its source lines and its text.
 
-`collect` hooks into Inductor's code generation. When a graph is lowered, its kernels' launches are
-described from the scheduler's nodes; the generated wrapper is then run on fake tensors, where each
-kernel only enters its launch in the recorder. Only the recorder's order of launches is real; no
-kernel runs.
+`collected` hooks into Inductor's code generation. When a graph is lowered, the launches of its
+kernels are described from the scheduler's nodes. The generated wrapper is then run on fake tensors,
+where a kernel does nothing but enter its launch in the recorder.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections import Counter, defaultdict
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -40,8 +41,9 @@ class Graph:
     kernels: dict[str, str] = field(default_factory=dict)  # name -> source
 
 
-def collect(recorder: Recorder) -> list[Graph]:
-    """Hook into Inductor; return the list that graphs are added to as they are lowered."""
+@contextlib.contextmanager
+def collected(recorder: Recorder) -> Iterator[list[Graph]]:
+    """Hook into Inductor; the list gets every graph that is lowered inside the context."""
     from torch._inductor.codegen.wrapper import PythonWrapperCodegen
     from torch._inductor.graph import GraphLowering
     from torch._inductor.virtualized import V
@@ -61,9 +63,11 @@ def collect(recorder: Recorder) -> list[Graph]:
         graphs.append(graph)
         return _replayed(graph, self.constants, recorder)
 
-    setattr(PythonWrapperCodegen, "generate_kernel_call", generate_kernel_call)  # noqa: B010
-    setattr(GraphLowering, "_compile_to_module_lines", compile_to_module_lines)  # noqa: B010
-    return graphs
+    with (
+        mock.patch.object(PythonWrapperCodegen, "generate_kernel_call", generate_kernel_call),
+        mock.patch.object(GraphLowering, "_compile_to_module_lines", compile_to_module_lines),
+    ):
+        yield graphs
 
 
 def _described(

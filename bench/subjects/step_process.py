@@ -1,14 +1,16 @@
-"""One training step, compiled for an H100 that is not there: the process of one variant.
+"""Training steps, compiled for an H100 that is not there: a process of `bench.compiled_step`.
 
     python -m bench.subjects.step_process OPTIONS.json RESULT.json
 
-`bench.compiled_step` starts it. It is a process of its own because `fake_h100` must come before
-torch, and changes it. The step is `train.py`'s: the batch has the budgets that a run measures, with
-their slack; forward under autocast, backward, gradient norm, clipping and the optimizer.
+It reads a list of `Options` and writes a list of results. It is a process of its own because
+`fake_h100` must come before torch, and changes it. The step is `train.py`'s: the batch has the
+budgets that a run measures, with their slack; forward under autocast, backward, gradient norm,
+clipping and the optimizer.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -38,8 +40,8 @@ class Options:
     """What is compiled. `stream` is the residual streams' type; training has float32 only."""
 
     preset: str = "nanovlm-222m"
-    layers: int = 0  # of each tower; 0: the preset's
-    vision_layers: int = 0  # of the vision tower alone
+    vision_layers: int = 0  # 0: the preset's
+    language_layers: int = 0
     kernels: str = "none"
     stream: str = "float32"
     recompute: str = "none"
@@ -61,8 +63,10 @@ class Step:
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Compile and replay the step; return what the result file has on one variant."""
-    fake_h100.pretend(options.vision_attention)
+    """Compile and replay the step; return what the result file has on one variant.
+
+    `fake_h100.pretend` must have been called.
+    """
     began = time.perf_counter()
     from bench.subjects import machine_code, step_time
 
@@ -79,7 +83,8 @@ def measure(options: Options) -> dict[str, Any]:
         "resident_gb": step.resident / 1e9,
         "peak_gb": step.peak / 1e9,
         "budget": dataclasses.asdict(budget),
-        "work": _useful(config, batch),
+        "work": _sizes(config, batch, padded=False),
+        "computed": _sizes(config, batch, padded=True),
         **step_time.totals(step.launches),
         "by_kind": step_time.by_kind(step.launches),
         "dearest": step_time.dearest(step.launches),
@@ -93,7 +98,7 @@ def measure(options: Options) -> dict[str, Any]:
 
 
 def _configure_inductor(settings: dict[str, Any]) -> None:
-    """Set Inductor's options. Raises ValueError for a name that it does not have."""
+    """Set Inductor's options, `name.of.it: value`."""
     import torch._inductor.config as inductor
 
     inductor.compile_threads = 1
@@ -104,9 +109,7 @@ def _configure_inductor(settings: dict[str, Any]) -> None:
         *folders, last = name.split(".")
         holder: Any = inductor
         for folder in folders:
-            holder = getattr(holder, folder, None)
-        if not hasattr(holder, last):
-            raise ValueError(f"--inductor {name}: torch._inductor.config has no such option")
+            holder = getattr(holder, folder)
         setattr(holder, last, value)
 
 
@@ -114,8 +117,8 @@ def _configs(options: Options) -> tuple[VLMConfig, TrainConfig]:
     from nanovlm_fast.presets import preset
 
     config, train = preset(options.preset)
-    vision = options.vision_layers or options.layers or config.vit_n_blocks
-    language = options.layers or config.lm_n_blocks
+    vision = options.vision_layers or config.vit_n_blocks
+    language = options.language_layers or config.lm_n_blocks
     return dataclasses.replace(config, vit_n_blocks=vision, lm_n_blocks=language), train
 
 
@@ -145,27 +148,33 @@ def compile_step(
     from torch._dynamo.utils import counters
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from bench.subjects.launches import Recorder, enter_kernels
-    from bench.subjects.lowered import collect
+    from bench.subjects.launches import Recorder, entered_kernels
+    from bench.subjects.lowered import collected
     from nanovlm_fast.model.ops import choose_ops
     from nanovlm_fast.model.packed import VisionLanguageModel
     from nanovlm_fast.training.optim import make_optimizers
 
     torch.set_num_threads(1)
-    ops = choose_ops(options.kernels, "cuda", options.attention, torch.bfloat16, options.recompute)
-    # After the kernels were imported: the recorder looks their operators up.
-    recorder = Recorder(batch.cu_seqlens.diff().tolist())
-    graphs = collect(recorder)
-    enter_kernels(recorder)
+    torch._dynamo.reset()
+    counters.clear()
+    lengths = batch.cu_seqlens.diff().tolist()
     if options.stream == "bfloat16":
         _narrow_streams()
-    with FakeTensorMode():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(FakeTensorMode())
+        ops = choose_ops(
+            options.kernels, "cuda", options.attention, torch.bfloat16, options.recompute
+        )
         with torch.device("cuda"):
             model = VisionLanguageModel(config, ops)
         optimizers = make_optimizers(model, train)
         on_device = batch._map(_on_device)
         _allocate_state(model, optimizers)
-        state = [s for o in optimizers for s in _tensors_of(o.state)]
+        # After `choose_ops`, which imports the kernels: the recorder looks their operators up.
+        recorder = Recorder(lengths)
+        graphs = stack.enter_context(collected(recorder))
+        stack.enter_context(entered_kernels(recorder))
+        state = [tensor for o in optimizers for tensor in _tensors_of(o.state)]
         recorder.hold([*model.parameters(), *model.buffers(), *state])
         resident = recorder.in_use
         step_model = torch.compile(model, fullgraph=True, dynamic=False)
@@ -243,8 +252,8 @@ def _narrow_streams() -> None:
     VisionLanguageModel.embed = narrow_embed  # type: ignore[method-assign]  # the what-if itself
 
 
-def _useful(config: VLMConfig, batch: PackedBatch) -> dict[str, int]:
-    """Sizes of the step without padding, and its model FLOPs."""
+def _sizes(config: VLMConfig, batch: PackedBatch, padded: bool) -> dict[str, int]:
+    """Sizes of the step and its model FLOPs, without padding or with it."""
     from nanovlm_fast.model.flops import step_flops
 
     counts = {
@@ -253,6 +262,14 @@ def _useful(config: VLMConfig, batch: PackedBatch) -> dict[str, int]:
         "labels": batch.n_labels,
         "pairs": batch.n_pairs,
     }
+    if padded:
+        lengths = batch.cu_seqlens.diff().tolist()
+        counts = {
+            "images": len(batch.images),
+            "tokens": len(batch.input_ids),
+            "labels": len(batch.labels),
+            "pairs": sum(length * (length + 1) // 2 for length in lengths),
+        }
     return {**counts, "flops": step_flops(config, *counts.values())}
 
 
@@ -272,9 +289,11 @@ def _predicted(result: dict[str, Any]) -> dict[str, float]:
 
 @reports_errors()
 def main(argv: list[str] | None = None) -> int:
-    options, result = map(Path, sys.argv[1:] if argv is None else argv)
-    found = measure(Options(**json.loads(options.read_text())))
-    result.write_text(json.dumps(found))
+    asked, answer = map(Path, sys.argv[1:] if argv is None else argv)
+    steps = [Options(**options) for options in json.loads(asked.read_text())]
+    (vision_attention,) = {options.vision_attention for options in steps}
+    fake_h100.pretend(vision_attention)
+    answer.write_text(json.dumps([measure(options) for options in steps]))
     return 0
 
 

@@ -25,7 +25,7 @@ from nanovlm_fast.model.flops import peak_flops, step_flops
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.presets import COUNTS
 
-# Measured tokens/s by preset and device, which `python -m bench.report` writes from its results. It
+# Measured and predicted tokens/s by preset and device, which `python -m bench.report` writes. It
 # ships with the package: an installed package has no bench/ beside it.
 RATES = Path(__file__).with_name("rates.json")
 
@@ -76,7 +76,9 @@ def plan(model: VLMConfig, config: TrainConfig) -> dict[str, str]:
     rows["steps"] = f"about {steps:,} of {size}; {epochs:.1f} epochs"
     examples = epochs * found.examples
     rows |= compute(model, config, example, in_step, examples)
-    rows["predicted"] = prediction(config, pick_device(config.device), examples * example.tokens)
+    tokens = examples * example.tokens
+    rows["predicted"] = prediction(config, pick_device(config.device), tokens)
+    rows["on an H100"] = compiled_for_h100(config, in_step * example.tokens, tokens)
     return rows
 
 
@@ -177,3 +179,17 @@ def prediction(config: TrainConfig, device: torch.device, tokens: float) -> str:
                 speed = at.format(f"{rate:,.0f} tokens/s")
                 return f"{tokens / rate / 3600:.2f} h {speed} ({measured['source']})"
     return f"unknown: no run of {config.preset} was measured on {device_name(device)}"
+
+
+def compiled_for_h100(config: TrainConfig, in_step: float, tokens: float) -> str:
+    """What compiling the preset for an H100 predicts, without having run on one.
+
+    `in_step` and `tokens` are the tokens of a step and of the run.
+    """
+    for predicted in json.loads(RATES.read_text())["predicted"]:
+        if predicted["preset"] == config.preset:
+            rate = predicted["tokens_per_s"]
+            step = f"{1e3 * in_step / rate:,.0f} ms a step"
+            hours = f"{tokens / rate / 3600:.2f} h at {rate:,.0f} tokens/s"
+            return f"{step}, {hours}: a prediction, not measured ({predicted['source']})"
+    return f"unknown: {config.preset} was not compiled for one"

@@ -1,0 +1,347 @@
+"""The step, compiled for an H100 that is not there: what it launches and moves, held by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from bench import compare, compiled_step
+from bench.compiled_step import Options, block_costs, changes, label_of, run, slices
+from bench.scaling import compute_of, floor_of
+from bench.subjects import step_time
+from bench.subjects.launches import Launch, attention_of, pointers_used, traffic_of
+from bench.subjects.lowered import moves_only
+from bench.subjects.machine_code import spilled
+from bench.subjects.masked_loads import loads_of
+from bench.subjects.operators import KERNELS
+from nanovlm_fast.config import TrainConfig
+from nanovlm_fast.presets import preset
+from nanovlm_fast.reporting import plan
+from tests.support.processes import run_python
+
+CONFIG, TRAIN = preset(Options.preset)
+
+
+# ---- a slice of the model, through the whole compiler
+
+
+@pytest.fixture(scope="module")
+def measured() -> list[dict[str, Any]]:
+    """1 + 1 layers, 2 + 1, 1 + 2; and 1 + 1 with all kernels."""
+    one, vision, language = slices(Options(machine_code=True))
+    all_kernels = dataclasses.replace(vision, vision_layers=1, kernels="all")
+    return run(one, vision, language, all_kernels)
+
+
+@pytest.mark.slow
+def test_one_graph_each_way_and_no_kernel_spills(measured):
+    for step in measured:
+        assert (step["graphs"], step["graph_breaks"]) == (2, 0)
+    kernels = measured[0]["machine_code"]
+    assert len(kernels) > 40
+    assert not [name for name, row in kernels.items() if spilled(row) or row["failed"]]
+    assert max(row["registers"] for row in kernels.values()) > 32, "ptxas was not read"
+    assert "kernel" not in measured[0]["by_kind"]["all"]
+    assert measured[3]["by_kind"]["all"]["kernel"]["launches"] > 20
+
+
+@pytest.mark.slow
+def test_the_flops_are_the_models(measured):
+    """With padding; without what is computed twice, and with what the last block leaves out."""
+    for step in measured:
+        work = step["computed"]
+        forward = step["by_kind"]["forward"]
+        backward = step["by_kind"]["backward"]
+        products = sum(
+            kinds[kind]["tflop"]
+            for kinds in (forward, backward)
+            for kind in ("product", "kernel")
+            if kind in kinds
+        )
+        # The backward of attention computes the scores again: 5 products. The model counts 4.
+        attention = forward["attention"]["tflop"]
+        assert backward["attention"]["tflop"] == pytest.approx(2.5 * attention, rel=1e-9)
+        # Rows without a label pass neither the last output projection nor the last MLP.
+        width = CONFIG.lm_hidden_dim
+        left_out = (work["tokens"] - work["labels"]) * width * (width + 3 * CONFIG.lm_inter_dim)
+        # The loss's kernel takes the gradients in the forward; their sum is the same.
+        wanted = (work["flops"] - 6 * left_out) / 1e12
+        assert products + 3 * attention == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.slow
+def test_one_vision_block_by_hand(measured):
+    """Bytes of one more block of nanovlm-222m's vision tower, in multiples of its stream's rows."""
+    one, two = measured[0]["by_kind"], measured[1]["by_kind"]
+    budget = measured[0]["budget"]
+    rows = budget["images"] * CONFIG.grid**2
+    c = CONFIG.vit_hidden_dim
+    x = rows * c  # elements of the stream
+    weights = 12 * c * c
+    # Each product reads two matrices and writes one; each is bfloat16, gradients of weights too.
+    # Rows of 1, 3 and 4 c: qkv 1 -> 3, out 1 -> 1, fc1 1 -> 4, fc2 4 -> 1.
+    wide = (1 + 3) + (1 + 1) + (1 + 4) + (4 + 1)
+    products = {
+        "forward": 2 * (wide * x + weights),
+        "backward": 2 * (2 * wide * x + 2 * weights),
+    }
+    norms = 2 * 15 * x  # stream and branches in; stream, normed in both types out
+    gelu = 2 * 2 * 4 * x
+    casts = 2 * (4 + 2) * x  # the stream's gradient, before each branch
+    bias_sums = 2 * 2 * x
+    norm_gradients = 2 * (2 + 4 + 4 + 4) * x  # dy, normed, the stream's gradient; that again
+    gelu_gradient = 3 * 2 * 4 * x + 2 * 4 * x  # and its bias sum, which computes it again
+    gathered = 2 * (3 + 3) * x + 2 * 3 * x  # dq, dk, dv into one, and again for the bias sum
+    generated = {
+        "forward": norms + gelu,
+        "backward": casts + bias_sums + norm_gradients + gelu_gradient + gathered,
+    }
+    # Weights are cast from float32, their gradients back to it.
+    for direction in ("forward", "backward"):
+        for kind, by_hand in (("product", products), ("generated", generated)):
+            counted = added(one, two, direction, kind)
+            extra = (4 + 2) * weights if kind == "generated" else 0
+            assert counted == pytest.approx(by_hand[direction] + extra, rel=2e-3), (direction, kind)
+    # q, k, v in and the output out; backward also the output and its gradient in, three out.
+    softmax = 4 * rows * CONFIG.vit_n_heads
+    assert added(one, two, "forward", "attention") == pytest.approx(8 * x + softmax, rel=1e-3)
+    assert added(one, two, "backward", "attention") == pytest.approx(16 * x + softmax, rel=1e-3)
+
+
+def added(one: dict, two: dict, direction: str, kind: str) -> float:
+    """Bytes that `two` moves more than `one`."""
+    before, after = (sums[direction][kind] for sums in (one, two))
+    return 1e9 * sum(after[side] - before[side] for side in ("read_gb", "written_gb"))
+
+
+@pytest.mark.slow
+def test_the_update_by_hand(measured):
+    """AdamW reads 16 bytes and writes 12 for a parameter; the norm reads its gradient, 4."""
+    one, two = (step["by_kind"]["update"]["other"] for step in measured[:2])
+    more = 1e9 * sum(two[side] - one[side] for side in ("read_gb", "written_gb"))
+    c = CONFIG.vit_hidden_dim
+    block = 12 * c * c + (3 + 1 + 4 + 1) * c + 4 * c  # weights, biases, two norms
+    assert more == pytest.approx(32 * block, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_block_keeps_to_its_budget(measured):
+    """A change may lower it. What raises it says so: --raise-budget."""
+    budget = json.loads(compiled_step.BUDGET.read_text())
+    if not torch.__version__.startswith(budget["torch"] + "."):
+        pytest.skip(f"the budget is of PyTorch {budget['torch']}; another version fuses otherwise")
+    risen, fell = changes(block_costs(measured[:3]), budget)
+    assert not risen, "over the budget (python -m bench.compiled_step --budget --raise-budget)"
+    assert not fell, "lower the budget: run python -m bench.compiled_step --budget"
+
+
+def test_a_budget_notices_both_ways():
+    budget = {"rest": {"launches": 100, "mb": 5000.0}}
+    assert changes({"rest": {"launches": 100, "mb": 5001.0}}, budget) == ([], False)
+    risen, fell = changes({"rest": {"launches": 101, "mb": 4000.0}}, budget)
+    assert risen == ["rest: 101.0 launches, the budget is 100.0"] and fell
+
+
+# ---- bytes
+
+
+def test_every_pointer_of_our_kernels_is_read_or_written():
+    for kernel in KERNELS:
+        for spec in kernel.module.aot():
+            source, pointers = source_of(spec["kernel"])
+            uses = pointers_used(source)
+            assert pointers and pointers <= uses["load"] | uses["store"], kernel.name
+
+
+def source_of(jitted: Any) -> tuple[str, set[str]]:
+    """The text of a Triton kernel from its `def` on, and the names of its pointers."""
+    import inspect
+
+    text = inspect.getsource(jitted.fn)
+    names = inspect.signature(jitted.fn).parameters
+    return text[text.index("def ") :], {name for name in names if name.endswith("_ptr")}
+
+
+def test_our_kernels_move_what_their_cost_says():
+    """RMSNorm with a float32 stream at the model's width, forward."""
+    from nanovlm_fast.kernels import rms_norm
+
+    m, n = 4096, 576
+
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    x, y = (empty(m, n, dtype=torch.bfloat16) for _ in range(2))
+    stream, h = (empty(m, n, dtype=torch.float32) for _ in range(2))
+    values = dict(x_ptr=x, residual_ptr=stream, y_ptr=y, h_ptr=h, M=m)
+    values |= dict(weight_ptr=empty(n, dtype=torch.float32), rstd_ptr=empty(m, dtype=torch.float32))
+    source, _ = source_of(rms_norm._rms_norm_fwd_kernel)
+    read, written = traffic_of("_rms_norm_fwd_kernel", source, values)
+    moved, _ = rms_norm.cost(m, n, torch.bfloat16, torch.float32)["forward"]
+    assert read + written == moved + 4 * n  # cost leaves out the weight
+
+
+CONCATENATION = """
+@triton.jit
+def triton_poi_fused_cat_0(in_ptr0, in_ptr1, out_ptr0, xnumel, XBLOCK : tl.constexpr):
+    xnumel = 40960
+    xoffset = tl.program_id(0) * XBLOCK
+    xindex = xoffset + tl.arange(0, XBLOCK)[:]
+    x0 = (xindex % 4)
+    tmp0 = tl.load(in_ptr0 + (xindex), x0 < 3, eviction_policy='evict_last', other=0.0)
+    tmp1 = tl.load(in_ptr1 + (xindex), x0 >= 3, other=0.0).to(tl.float32)
+    tl.store(out_ptr0 + (xindex), tl.where(x0 < 3, tmp0, tmp1), None)
+"""
+
+
+def test_a_masked_load_counts_by_how_often_its_mask_holds():
+    loads = loads_of(CONCATENATION.replace("@triton.jit\n", ""), "triton_poi_fused_cat_0")
+    assert loads == {"in_ptr0": pytest.approx(30720, 0.01), "in_ptr1": pytest.approx(10240, 0.01)}
+    reduction = CONCATENATION.replace("xnumel = 40960", "xnumel = 40960\n    r0_numel = 64")
+    assert loads_of(reduction, "triton_poi_fused_cat_0") == {}
+
+
+def test_what_only_moves():
+    assert moves_only({"convert_element_type", "view"})
+    assert moves_only({"select_scatter", "add", "full"})
+    assert not moves_only({"add", "view"}) and not moves_only(set())
+
+
+# ---- times
+
+
+def test_a_product_in_waves_by_hand():
+    """132 tiles of 128 x 256 are one wave at the full rate; one row more starts another."""
+    m, n, k = 132 * 128, 256, 576
+    assert step_time.product(m, k, n) == pytest.approx(2 * m * n * k / 700e12)
+    assert step_time.product(m + 1, k, n) > 1.2 * step_time.product(m, k, n)
+
+
+def test_attentions_blocks_and_passes():
+    """196 patches are two blocks of 128; a document of 81 tokens is one."""
+    work = attention_of([196] * 2, heads=12, kv_heads=12, width=64, causal=False)
+    assert (work["rows"], work["padded_rows"], work["padded_pairs"]) == (392, 512, 2 * 256**2)
+    work = attention_of([81, 128, 129], heads=9, kv_heads=3, width=64, causal=True)
+    assert work["padded_pairs"] == (1 + 1 + 3) * 128**2
+    q = 338 * 9 * 64
+    launch = Launch("backward", "attention", "backward", read=8 * q, attention=work)
+    grouped = dataclasses.replace(launch, attention=work | {"kv_heads": 9})
+    assert step_time.attention(launch) > step_time.floor(launch)
+    assert step_time.attention(launch) > step_time.attention(grouped) * 0.99
+
+
+def test_a_reduction_is_slower_and_nothing_is_faster_than_a_launch():
+    launch = Launch("copy", "generated", "forward", read=10**9, written=10**9)
+    norm = dataclasses.replace(launch, reduces=True)
+    assert step_time.floor(launch) < step_time.expected(launch) < step_time.expected(norm)
+    assert step_time.expected(Launch("tiny", "generated", "forward", read=4)) == 2e-6
+
+
+# ---- the command
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--kernels", "rms"], "--kernels rms: there are none, all, rms_norm"),
+        (["--preset", "big"], "unknown preset 'big'"),
+        (["--inductor", "combo_kernels"], "expected NAME=VALUE"),
+        (["--inductor", "combo_kernels=yes"], "the value is no literal"),
+        (["--layers", "-1"], "--layers"),
+        (["--inductor", "triton.none=1"], "torch._inductor.config has no such option"),
+    ],
+)
+def test_bad_input_is_one_line(options, line, tmp_path, capsys):
+    assert compiled_step.main([*options, "--out", str(tmp_path)]) in (1, 2)
+    error = capsys.readouterr().err
+    assert line in error and len(error.splitlines()) == 1
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_without_a_compiler_the_line_says_what_to_install(tmp_path):
+    result = run_python(
+        "-m", "bench.compiled_step", "--quick", PATH=str(tmp_path), XDG_CACHE_HOME=str(tmp_path)
+    )
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert "apt-get install g++" in result.stderr
+
+
+def test_labels_say_what_differs_from_training():
+    assert label_of(Options()) == "kernels none"
+    other = Options(kernels="all", stream="bfloat16", inductor={"combo_kernels": True})
+    assert label_of(other) == "kernels all, stream bfloat16, combo_kernels=True"
+    labels = [label_of(options) for options in compiled_step.variants_of(Options())]
+    assert len(labels) == len(set(labels)) == 11
+
+
+# ---- who takes the step from it
+
+
+def made_up(tmp_path, name: str = "a", slower: float = 1.0) -> Any:
+    """A result file of the whole preset, with the content that others read."""
+    kinds = {
+        direction: {"product": {"expected_ms": slower * ms}}
+        for direction, ms in (("forward", 40.0), ("backward", 80.0), ("update", 3.0))
+    }
+    variant = {
+        "launches": 1000,
+        "read_gb": 100.0,
+        "written_gb": 100.0,
+        "floor_ms": 90.0,
+        "expected_ms": slower * 123.0,
+        "by_kind": kinds,
+        "predicted": {"tokens_per_s": 150000.0 / slower, "mfu": 0.3, "step_ms": 123.0},
+    }
+    result = {
+        "suite": "compiled_step",
+        "device": compiled_step.DEVICE,
+        "date": "2026-01-01",
+        "commit": "0123456789",
+        "command": "python -m bench.compiled_step",
+        "python": "3",
+        "torch": "2",
+        "preset": Options.preset,
+        "small": False,
+        "work": {"images": 256, "tokens": 20736},
+        "variants": {"kernels none": variant},
+    }
+    file = compiled_step.result_file(Options(), tmp_path / name)
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(result))
+    return file
+
+
+def test_compare_finds_a_slower_step(tmp_path, capsys):
+    files = [str(made_up(tmp_path, name, slower)) for name, slower in (("a", 1.0), ("b", 1.2))]
+    assert compare.main([files[0], files[0]]) == 0
+    assert compare.main(files) == 1
+    assert "kernels none.predicted" in capsys.readouterr().err
+
+
+def test_scaling_takes_the_predicted_step(tmp_path):
+    made_up(tmp_path)
+    step = compute_of(CONFIG, Options.preset, 256, tmp_path / "a")
+    assert step.seconds == pytest.approx(0.123)
+    assert sum(step.forward.values()) == pytest.approx(0.040)
+    assert step.source.startswith("predicted, not measured: bench.compiled_step, 0123456")
+    assert not step.measured
+    # Half the samples: half the work, but the same update.
+    half = compute_of(CONFIG, Options.preset, 128, tmp_path / "a")
+    assert half.seconds == pytest.approx(0.003 + 0.5 * 0.12, rel=0.02)
+    empty = compute_of(CONFIG, Options.preset, 256, tmp_path / "none")
+    assert empty == floor_of(CONFIG, 256) and empty.source.startswith("estimate, not measured")
+
+
+def test_the_plan_calls_it_a_prediction(tmp_path, monkeypatch):
+    rates = tmp_path / "rates.json"
+    entry = dict(preset="nanovlm-222m", tokens_per_s=150000.0, source="x.json", device="H100")
+    rates.write_text(json.dumps({"runs": [], "steps": [], "predicted": [entry]}))
+    monkeypatch.setattr(plan, "RATES", rates)
+    row = plan.plan(CONFIG, TRAIN)["on an H100"]
+    assert row.startswith("138 ms a step, 1.25") and "a prediction, not measured" in row
+    unknown = plan.compiled_for_h100(TrainConfig(preset="tiny"), 5120, 1e6)
+    assert unknown == "unknown: tiny was not compiled for one"
