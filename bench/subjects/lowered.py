@@ -105,7 +105,7 @@ def _launch(
 ) -> Launch:
     read, written, atomic = traffic(lowering, node, loaded)
     origins = [fx for n in node.get_nodes() if n.node is not None for fx in n.node.origins]
-    operators = Counter(_operator(fx) for fx in origins)
+    operators = Counter(filter(None, (_operator(fx) for fx in origins)))
     lines = Counter(filter(None, (source_line(fx) for fx in origins)))
     return Launch(
         name,
@@ -123,9 +123,13 @@ def _launch(
 
 
 def _operator(fx: Any) -> str:
-    """'add' of an FX node of aten.add.Tensor."""
-    name = str(getattr(fx, "target", ""))
-    return name.removeprefix("aten.").removeprefix("prims.").split(".")[0]
+    """'add' of an FX node of aten.add.Tensor; '' of our operators, which launch by themselves."""
+    target = getattr(fx, "target", "")
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return getattr(target, "__name__", str(target))
+    namespace, _, name = schema.name.partition("::")
+    return "" if namespace == "nanovlm_fast" else name
 
 
 def moves_only(operators: set[str]) -> bool:
