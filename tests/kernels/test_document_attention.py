@@ -1,0 +1,131 @@
+"""document_attention: see kernel_checks.py for what is proved."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nanovlm_fast.kernels.document_attention import (
+    document_attention,
+    document_attention_bwd,
+    document_attention_fwd,
+    document_attention_reference,
+    make_inputs,
+)
+from nanovlm_fast.kernels.rotary import rotary_reference
+from nanovlm_fast.model.attention import sdpa
+from tests.support.kernel_checks import (
+    DEVICE,
+    DTYPES,
+    check_compile,
+    check_parity,
+    check_reference_gradients,
+    on_the_gpu_too,
+    opcheck,
+    run,
+)
+
+TABLES = ("cos", "sin")
+# tokens, longest document, query heads, key heads, size of a head
+SHAPES = [
+    (97, 40, 9, 3, 64),
+    (150, 128, 3, 1, 64),
+    (70, 70, 2, 2, 32),
+    (1, 1, 3, 1, 64),
+    (21, 17, 4, 2, 128),
+    (0, 8, 9, 3, 64),
+]
+
+
+@on_the_gpu_too
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_parity(shape, dtype):
+    inputs = make_inputs(*shape, dtype, DEVICE, positions=64)
+    check_parity(document_attention, document_attention_reference, inputs, TABLES)
+
+
+@on_the_gpu_too
+def test_parity_at_the_models_size():
+    tokens = 300 if DEVICE == "cpu" else 20736
+    inputs = make_inputs(tokens, 128, 9, 3, 64, DTYPES[0], DEVICE)
+    check_parity(document_attention, document_attention_reference, inputs, TABLES)
+
+
+@on_the_gpu_too
+def test_documents_do_not_see_each_other():
+    inputs = make_inputs(60, 20, 3, 1, 32, torch.float32, DEVICE)
+    before = document_attention(**inputs)
+    begin, end = inputs["cu_seqlens"][1:3].tolist()
+    inputs["qkv"][begin:end] += 1
+    after = document_attention(**inputs)
+    changed = (before != after).any(dim=1)
+    assert changed[begin:end].all() and not changed[:begin].any() and not changed[end:].any()
+
+
+@on_the_gpu_too
+def test_it_is_rotary_and_then_attention():
+    inputs = make_inputs(90, 33, 6, 2, 32, torch.float32, DEVICE)
+
+    def in_two_steps(qkv, cos, sin, position_ids, cu_seqlens, max_seqlen, n_q, n_kv):
+        heads = rotary_reference(qkv, cos, sin, position_ids, n_q, n_kv)
+        q, k, v = heads.unflatten(1, (n_q + 2 * n_kv, -1)).split([n_q, n_kv, n_kv], dim=1)
+        return sdpa(q, k, v, cu_seqlens, max_seqlen).flatten(1)
+
+    ours = run(document_attention, inputs, TABLES)
+    for name, value in run(in_two_steps, inputs, TABLES).items():
+        torch.testing.assert_close(ours[name], value, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@on_the_gpu_too
+def test_not_contiguous():
+    inputs = make_inputs(12, 8, 2, 1, 32, DTYPES[0], DEVICE)
+    inputs["qkv"] = torch.randn(12, 256, device=DEVICE).to(DTYPES[0])[:, ::2]
+    inputs["sin"] = inputs["sin"].t().contiguous().t()
+    check_parity(document_attention, document_attention_reference, inputs, TABLES)
+    check_parity(
+        lambda **i: document_attention(**i).t(),
+        lambda **i: document_attention_reference(**i).t(),
+        inputs,
+        TABLES,
+    )  # the gradient arrives transposed
+
+
+@on_the_gpu_too
+def test_compile_and_opcheck():
+    inputs = make_inputs(14, 9, 2, 1, 32, DTYPES[0], DEVICE)
+    check_compile(document_attention, inputs, TABLES)
+    values = tuple(inputs.values())
+    dout = torch.randn(14, 64, device=DEVICE).to(DTYPES[0])
+    opcheck(document_attention_bwd, dout, *values)
+    inputs["qkv"].requires_grad_()
+    opcheck(document_attention_fwd, *inputs.values())
+
+
+def test_reference_gradients():
+    inputs = make_inputs(5, 3, 2, 1, 4, torch.float32, "cpu")
+    check_reference_gradients(document_attention_reference, inputs, TABLES)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"qkv": torch.ones(4, 128, dtype=torch.int32)}, TypeError, "qkv is torch.int32"),
+        ({"qkv": torch.ones(4, 2, 64)}, ValueError, "qkv has shape"),
+        ({"qkv": torch.ones(4, 132)}, ValueError, "heads have 33 columns"),
+        ({"n_kv": 0}, ValueError, "n_kv is 0"),
+        ({"n_q": 3, "n_kv": 2}, ValueError, "a multiple of n_kv"),
+        ({"max_seqlen": 129}, ValueError, "max_seqlen is 129, expected 1 to 128"),
+        ({"max_seqlen": 0}, ValueError, "max_seqlen is 0"),
+        ({"cos": torch.ones(8192, 16, dtype=torch.bfloat16)}, TypeError, "cos is torch.bfloat16"),
+        ({"cos": torch.ones(8192, 8)}, ValueError, "cos has shape"),
+        ({"sin": torch.ones(8191, 16)}, ValueError, "sin has shape"),
+        ({"position_ids": torch.zeros(5, dtype=torch.int32)}, ValueError, "position_ids has shape"),
+        ({"cu_seqlens": torch.zeros(5, dtype=torch.int64)}, TypeError, "cu_seqlens is torch.int64"),
+        ({"cu_seqlens": torch.zeros(1, 5, dtype=torch.int32)}, ValueError, "cu_seqlens has shape"),
+    ],
+)
+def test_wrong_arguments_are_named(change, error, message):
+    inputs = {**make_inputs(4, 4, 2, 1, 32, torch.float32, "cpu"), **change}
+    with pytest.raises(error, match=message):
+        document_attention_fwd(**inputs)
