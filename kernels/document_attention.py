@@ -44,6 +44,11 @@ LONGEST = 128  # tokens of a document: its keys, values and scores stay on chip
 HEAD_DIMS = (32, 64, 128)  # matrix products take halves of a head, of at least 16 columns
 
 
+def fits(max_seqlen: int, head_dim: int) -> bool:
+    """Whether the kernel takes documents of up to max_seqlen tokens and heads of head_dim."""
+    return 1 <= max_seqlen <= LONGEST and head_dim in HEAD_DIMS
+
+
 def document_attention_reference(
     qkv: Tensor,
     cos: Tensor,

@@ -21,7 +21,7 @@ from nanovlm_fast.data.images import load_image
 from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.device import pick_device
 from nanovlm_fast.model.attention import Attention, padded_slots
-from nanovlm_fast.model.packed import VisionLanguageModel
+from nanovlm_fast.model.packed import Rotate, VisionLanguageModel
 from nanovlm_fast.packing.batch import PackedBatch, pack
 from nanovlm_fast.packing.documents import Document, Sample
 from nanovlm_fast.packing.packer import Budget
@@ -50,11 +50,12 @@ class KVCache:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
-    def prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def prefill(self, layer: int, qkv: Tensor, rotate: Rotate) -> Tensor:
         """Attend inside each prompt, and store its keys and values with room for its reply.
 
-        q (T, n_heads, D), k and v (T, n_kv_heads, D) -> (T, n_heads, D).
+        qkv (T, (n_heads + 2 n_kv_heads) D), not rotated yet -> (T, n_heads D).
         """
+        q, k, v = rotate(qkv)
         cu_seqlens = self.prompts.cu_seqlens
         max_seqlen = self.prompts.max_seqlen
         slots = padded_slots(cu_seqlens, max_seqlen, len(k))
@@ -63,13 +64,14 @@ class KVCache:
             rows = empty.index_copy(0, slots, new)
             rows = rows.view(self.n_prompts, max_seqlen, *new.shape[1:]).transpose(1, 2)
             cache.append(F.pad(rows, (0, 0, 0, self.room - max_seqlen)))
-        return self.attend(q, k, v, cu_seqlens, max_seqlen, True)
+        return self.attend(q, k, v, cu_seqlens, max_seqlen, True).flatten(1)
 
-    def decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def decode(self, layer: int, qkv: Tensor, rotate: Rotate) -> Tensor:
         """Attend from one new token per prompt to all tokens before it and to itself.
 
-        q (B, n_heads, D), k and v (B, n_kv_heads, D) -> (B, n_heads, D).
+        qkv (B, (n_heads + 2 n_kv_heads) D), not rotated yet -> (B, n_heads D).
         """
+        q, k, v = rotate(qkv)
         row = torch.arange(len(q), device=q.device)
         self.keys[layer][row, :, self.lengths] = k
         self.values[layer][row, :, self.lengths] = v
@@ -83,7 +85,7 @@ class KVCache:
             attn_mask=seen[:, None, None],
             enable_gqa=True,
         )
-        return out[:, :, 0]
+        return out[:, :, 0].flatten(1)
 
 
 def prefill(

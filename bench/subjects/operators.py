@@ -36,6 +36,12 @@ KERNELS = (
     Kernel(
         "rotary", dict(t=32768, n_q=9, n_kv=3, head_dim=64), dict(t=8, n_q=2, n_kv=1, head_dim=16)
     ),
+    Kernel(
+        "document_attention",
+        dict(t=20736, max_seqlen=128, n_q=9, n_kv=3, head_dim=64),
+        dict(t=20, max_seqlen=9, n_q=2, n_kv=1, head_dim=32),
+        matrix=True,
+    ),
     Kernel("swiglu", dict(m=32768, n=1536), dict(m=8, n=32)),
     Kernel("embed_splice", dict(t=32768, v=49152, c=576, r=256 * 49), dict(t=40, v=50, c=32, r=8)),
     Kernel(

@@ -19,11 +19,31 @@ from torch import Tensor
 
 from bench.subjects.operators import Kernel, rotate_heads
 from nanovlm_fast.model import ops
+from nanovlm_fast.model.attention import choose_attention
 
 
 def eager(kernel: Kernel) -> Callable:
     """Plain PyTorch, as the model runs without the kernel."""
+    if kernel.name == "document_attention":
+        return rotary_then_attention
     return getattr(ops, kernel.name)
+
+
+def rotary_then_attention(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    n_q: int,
+    n_kv: int,
+) -> Tensor:
+    """The two operations that `document_attention` replaces; attention as `auto` picks it."""
+    _, attend = choose_attention("auto", qkv.device, qkv.dtype)
+    heads = ops.rotary(qkv, cos, sin, position_ids, n_q, n_kv).view(len(qkv), n_q + 2 * n_kv, -1)
+    q, k, v = heads.split([n_q, n_kv, n_kv], dim=1)
+    return attend(q, k, v, cu_seqlens, max_seqlen, True).flatten(1)
 
 
 def compiled(kernel: Kernel) -> Callable:

@@ -12,6 +12,7 @@ width, V vocabulary.
 | --- | --- | --- |
 | `rms_norm`, `layer_norm` | x (..., C), residual (..., C) or none | the same shape |
 | `rotary` | qkv (T, (n_q + 2 n_kv) D) | q (T, n_q, D), k and v (T, n_kv, D) |
+| `document_attention` | qkv (T, (n_q + 2 n_kv) D), rotary's tables, cu_seqlens | (T, n_q D) |
 | `swiglu` | gate_up (T, 2 I) | (T, I) |
 | `pixel_shuffle_proj` | x (B, P, C), weight (N, factor^2 C) | (B, P / factor^2, N) |
 | `embed_splice` | input_ids (T,), table (V, C), image_rows (T,), image_tokens (R, C) | (T, C) |
@@ -42,6 +43,7 @@ KERNELS = (
     "rms_norm",
     "layer_norm",
     "rotary",
+    "document_attention",
     "swiglu",
     "pixel_shuffle_proj",
     "embed_splice",
@@ -170,6 +172,10 @@ class Ops:
     pixel_shuffle_proj: Callable = pixel_shuffle_proj
     embed_splice: Callable = embed_splice
     linear_cross_entropy: Callable = linear_cross_entropy
+    # Rotary and attention in one kernel; plain PyTorch has them as two operations. `in_documents`
+    # says whether it takes documents of at most `max_seqlen` tokens and heads of a size.
+    document_attention: Callable | None = None
+    in_documents: Callable[[int, int], bool] = lambda max_seqlen, head_dim: False
     kernels: tuple[str, ...] = ()
     attention: Attention = sdpa
     backend: str = "sdpa"
@@ -211,6 +217,10 @@ def choose_ops(
     backend, attend = choose_attention(attention, device, dtype)
     vision_backend, attend_to_image = choose_vision_attention(vision_attention, device, dtype)
     chosen: dict[str, Any] = {name: _kernel(name) for name in names}
+    if "document_attention" in names:
+        from nanovlm_fast.kernels.document_attention import fits
+
+        chosen["in_documents"] = fits
     # Triton's interpreter runs kernels on a CPU; the tests use it.
     asleep = bool(names) and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1"
     return Ops(
@@ -288,6 +298,10 @@ def _import_kernel(name: str) -> Callable:
             from nanovlm_fast.kernels.rotary import rotary
 
             return _unpacked(rotary)
+        case "document_attention":
+            from nanovlm_fast.kernels.document_attention import document_attention
+
+            return document_attention
         case "swiglu":
             from nanovlm_fast.kernels.swiglu import swiglu
 

@@ -33,7 +33,8 @@ from nanovlm_fast.model.recompute import run_block
 from nanovlm_fast.packing.batch import PackedBatch
 
 # attend(layer, q, k, v) -> out. Training, prefill and decoding each pass their own.
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Rotate = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # packed projection -> q, k, v
+Attend = Callable[[int, Tensor, Rotate], Tensor]  # (layer, packed projection, rotate) -> (T, n D)
 
 
 class PatchEmbedding(nn.Module):
@@ -160,13 +161,11 @@ class LanguageAttention(nn.Module):
         self.qkv_proj = nn.Linear(config.lm_hidden_dim, heads * self.head_dim, bias=False)
         self.out_proj = nn.Linear(self.n_heads * self.head_dim, config.lm_hidden_dim, bias=False)
 
-    def qkv(
-        self, ops: Ops, x: Tensor, rope: RotaryEmbedding, position_ids: Tensor
+    def rotate(
+        self, ops: Ops, rope: RotaryEmbedding, position_ids: Tensor, qkv: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(T, C) -> rotated q (T, n_heads, D), rotated k and plain v (T, n_kv_heads, D)."""
-        return ops.rotary(
-            self.qkv_proj(x), rope.cos, rope.sin, position_ids, self.n_heads, self.n_kv_heads
-        )
+        """The projection's output as rotated q (T, n_heads, D), rotated k, v (T, n_kv_heads, D)."""
+        return ops.rotary(qkv, rope.cos, rope.sin, position_ids, self.n_heads, self.n_kv_heads)
 
 
 class LanguageMLP(nn.Module):
@@ -209,7 +208,8 @@ class LanguageBlock(nn.Module):
             y = ops.rms_norm(x, self.norm1.weight, self.norm1.eps)
         else:
             y, x = ops.rms_norm(delta, self.norm1.weight, self.norm1.eps, x)
-        out = attend(*self.attn.qkv(ops, y, rope, position_ids)).flatten(1)
+        rotate = functools.partial(self.attn.rotate, ops, rope, position_ids)
+        out = attend(self.attn.qkv_proj(y), rotate)
         if rows is not None:
             # Not earlier: attention needs the keys and values of every row. What follows works on
             # each row by itself, and after the last block nobody reads the others.
@@ -286,8 +286,18 @@ class VisionLanguageModel(nn.Module):
             raise ValueError(f"a document of {longest} tokens: {room}")
         x = self.embed(batch.input_ids, batch.image_rows, batch.images)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return self.ops.attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, True)
+        documents = batch.cu_seqlens, batch.max_seqlen
+        config = self.config
+        rope = self.decoder.rotary_embd
+        kernel = self.ops.document_attention
+        if kernel and not self.ops.in_documents(batch.max_seqlen, config.head_dim):
+            kernel = None
+
+        def attend(layer: int, qkv: Tensor, rotate: Rotate) -> Tensor:
+            if kernel:
+                heads = config.lm_n_heads, config.lm_n_kv_heads
+                return kernel(qkv, rope.cos, rope.sin, batch.position_ids, *documents, *heads)
+            return self.ops.attention(*rotate(qkv), *documents, True).flatten(1)
 
         return self.decoder(self.ops, x, batch.position_ids, attend, batch.label_index)
 

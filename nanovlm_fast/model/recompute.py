@@ -37,6 +37,7 @@ KEPT_OPERATORS = frozenset(
         "aten::_scaled_dot_product_efficient_attention",
         "flash_attn::_flash_attn_varlen_forward",
         "torch_attn::_varlen_attn",
+        "nanovlm_fast::document_attention_fwd",
     }
 )
 
