@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+
 import pytest
 import torch
 
 from nanovlm_fast.kernels.document_attention import (
+    LONGEST,
     document_attention,
     document_attention_bwd,
     document_attention_fwd,
@@ -14,6 +18,9 @@ from nanovlm_fast.kernels.document_attention import (
 )
 from nanovlm_fast.kernels.rotary import rotary_reference
 from nanovlm_fast.model.attention import sdpa
+from nanovlm_fast.model.ops import choose_ops
+from nanovlm_fast.model.packed import VisionLanguageModel
+from nanovlm_fast.packing.batch import PackedBatch
 from tests.support.kernel_checks import (
     DEVICE,
     DTYPES,
@@ -129,3 +136,35 @@ def test_wrong_arguments_are_named(change, error, message):
     inputs = {**make_inputs(4, 4, 2, 1, 32, torch.float32, "cpu"), **change}
     with pytest.raises(error, match=message):
         document_attention_fwd(**inputs)
+
+
+def test_longer_documents_take_rotary_and_the_backend(small_config):
+    config = dataclasses.replace(small_config, lm_hidden_dim=96, lm_n_heads=3, lm_n_kv_heads=1)
+    losses = {}
+    for longest in (LONGEST, LONGEST + 1):
+        torch.manual_seed(0)
+        model = VisionLanguageModel(config, choose_ops("document_attention"))
+        ids = torch.randint(config.lm_vocab_size, (longest + 5,))
+        batch = text_batch(ids, [0, longest, longest + 5], longest)
+        assert model.ops.in_documents(longest, config.head_dim) == (longest == LONGEST)
+        plain = VisionLanguageModel(config, choose_ops("none"))
+        plain.load_state_dict(model.state_dict())
+        losses[longest] = model(batch), plain(batch)
+    for ours, expected in losses.values():
+        torch.testing.assert_close(ours, expected)
+
+
+def text_batch(ids: torch.Tensor, cu_seqlens: list[int], longest: int) -> PackedBatch:
+    """Text alone, every position of which predicts token 1."""
+    t = len(ids)
+    positions = [torch.arange(end - start) for start, end in itertools.pairwise(cu_seqlens)]
+    return PackedBatch(
+        input_ids=ids,
+        position_ids=torch.cat(positions).int(),
+        cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32),
+        images=torch.zeros(0, 3, 32, 32, dtype=torch.uint8),
+        image_rows=torch.full((t,), -1, dtype=torch.int32),
+        label_index=torch.arange(t),
+        labels=torch.ones(t, dtype=torch.int64),
+        max_seqlen=longest,
+    )
