@@ -246,7 +246,7 @@ def _register_operators(vision_attention: str) -> None:
     library = torch.library.Library("aten", "IMPL")
     _kept.append(library)
 
-    def attention(
+    def attention(  # noqa: PLR0913  # the operator's own signature
         q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
     ):
         if attn_mask is not None or enable_gqa:

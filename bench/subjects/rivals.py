@@ -29,7 +29,7 @@ def eager(kernel: Kernel) -> Callable:
     return getattr(ops, kernel.name)
 
 
-def rotary_then_attention(
+def rotary_then_attention(  # noqa: PLR0913  # the kernel's own signature
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -41,8 +41,7 @@ def rotary_then_attention(
 ) -> Tensor:
     """The two operations that `document_attention` replaces; attention as `auto` picks it."""
     _, attend = choose_attention("auto", qkv.device, qkv.dtype)
-    heads = ops.rotary(qkv, cos, sin, position_ids, n_q, n_kv).view(len(qkv), n_q + 2 * n_kv, -1)
-    q, k, v = heads.split([n_q, n_kv, n_kv], dim=1)
+    q, k, v = ops.rotary(qkv, cos, sin, position_ids, n_q, n_kv)
     return attend(q, k, v, cu_seqlens, max_seqlen, True).flatten(1)
 
 

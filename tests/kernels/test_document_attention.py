@@ -74,8 +74,8 @@ def test_documents_do_not_see_each_other():
 def test_it_is_rotary_and_then_attention():
     inputs = make_inputs(90, 33, 6, 2, 32, torch.float32, DEVICE)
 
-    def in_two_steps(qkv, cos, sin, position_ids, cu_seqlens, max_seqlen, n_q, n_kv):
-        heads = rotary_reference(qkv, cos, sin, position_ids, n_q, n_kv)
+    def in_two_steps(cu_seqlens, max_seqlen, n_q, n_kv, **of_rotary):
+        heads = rotary_reference(**of_rotary, n_q=n_q, n_kv=n_kv)
         q, k, v = heads.unflatten(1, (n_q + 2 * n_kv, -1)).split([n_q, n_kv, n_kv], dim=1)
         return sdpa(q, k, v, cu_seqlens, max_seqlen).flatten(1)
 
