@@ -69,7 +69,8 @@ def setting(
 ) -> tuple[VisionLanguageModel, PackedBatch]:
     """A model whose blocks all do something, and a batch in which documents share images."""
     torch.manual_seed(seed)
-    model = VisionLanguageModel(config, choose_ops(kernels)).to(DEVICE)
+    ops = choose_ops(kernels, DEVICE, "auto", BF16)  # the attention that a run takes here
+    model = VisionLanguageModel(config, ops).to(DEVICE)
     return model, batch_of(mixed_samples(config, 9, np.random.default_rng(seed)), config).to(DEVICE)
 
 
