@@ -205,9 +205,9 @@ def _embed_splice_bwd_parts_kernel(
             tl.store(dimage_ptr + (row - V) * C + columns, dimage, mask=inside)
 
 
-# Blocks of 64 columns are one whole 128-byte line of bf16 and leave no lane idle at widths such as
-# 576 = 9 * 64. At T = 32768 all 1,152 programs of CHUNKS are resident at once on an H100: nine per
-# multiprocessor, with 36 KB of dh in flight on each.
+# Blocks of 64 columns are whole 128-byte lines and leave no lane idle at widths such as 576, which
+# is 9 * 64. In training dh is float32 and T is about 20,000: all 729 programs of CHUNKS are then
+# resident at once on an H100, where seven fit on a multiprocessor, with 28 KB of dh in flight.
 FORWARD = {"BLOCK_T": 32, "BLOCK_C": 64, "num_warps": 4}
 CHUNKS = {"CHUNK": CHUNK, "ROWS": 16, "BLOCK_C": 64, "num_warps": 4}
 # One warp: most of these programs find no run that crosses their chunk and return at once.
