@@ -454,19 +454,3 @@ def cost(t: int, max_seqlen: int, n_q: int, n_kv: int, head_dim: int, dtype: tor
         # scores again, and the gradients of values, probabilities, queries and keys
         "backward": (t * (2 * row + out) * dtype.itemsize + shared, flops * 5 // 2),
     }
-
-
-def aot() -> list[dict]:
-    """Kernels to compile ahead of time for sm_90: SmolLM2-135M's heads, up to 128 tokens, bf16."""
-    shared = dict(cos_ptr="*fp32", sin_ptr="*fp32", position_ptr="*i32", cu_seqlens_ptr="*i32")
-    forward = dict(qkv_ptr="*bf16", **shared, out_ptr="*bf16", scale="fp32")
-    backward = dict(qkv_ptr="*bf16", dout_ptr="*bf16", **shared, dqkv_ptr="*bf16", scale="fp32")
-    sizes = {"N_KV": 3, "GROUP": 3, "HALF": 32}
-    return [
-        {"kernel": kernel, "signature": signature, "constexprs": sizes,
-         "launch": _launch(128, 64, backward=of_backward)}
-        for kernel, signature, of_backward in (
-            (_document_attention_fwd_kernel, forward, False),
-            (_document_attention_bwd_kernel, backward, True),
-        )
-    ]  # fmt: skip

@@ -48,6 +48,7 @@ class Step:
     frozen: tuple[str, ...] = ()
     training: bool = True
     image_mean: float = 0.0
+    max_seqlen: int = 128  # as in the preset
 
 
 STEPS = (
@@ -59,6 +60,9 @@ STEPS = (
     Step(frozen=("decoder",)),
     Step(frozen=("vision_encoder", "decoder")),
     Step(training=False),
+    # One kernel rotates and attends in documents of up to 128 tokens; in longer ones they are two.
+    Step(max_seqlen=64),
+    Step(max_seqlen=1024),
 )
 
 
@@ -95,7 +99,7 @@ def run(step: Step, config: VLMConfig, dtype: torch.dtype) -> None:
         ops = choose_ops("all", "cuda", "auto", dtype, step.recompute)
         with torch.device("cuda"):
             model = VisionLanguageModel(config, ops)
-            batch = empty_batch(config)
+            batch = empty_batch(config, step.max_seqlen)
         for part in step.frozen:
             getattr(model, part).requires_grad_(False)
         with kernels_entered(), torch.autocast("cuda", dtype):
@@ -105,7 +109,7 @@ def run(step: Step, config: VLMConfig, dtype: torch.dtype) -> None:
                 (loss / batch.n_labels).backward()
 
 
-def empty_batch(config: VLMConfig) -> PackedBatch:
+def empty_batch(config: VLMConfig, max_seqlen: int) -> PackedBatch:
     """A batch of the shapes and types that training has, on the default device."""
     import torch
 
@@ -120,7 +124,7 @@ def empty_batch(config: VLMConfig) -> PackedBatch:
         image_rows=torch.empty(TOKENS, dtype=torch.int32),
         label_index=torch.empty(LABELS, dtype=torch.int64),
         labels=torch.empty(LABELS, dtype=torch.int64),
-        max_seqlen=128,
+        max_seqlen=max_seqlen,
         n_labels=LABELS,
     )
 
