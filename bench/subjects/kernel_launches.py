@@ -154,7 +154,7 @@ class Pointer:
     def __init__(self, tensor: torch.Tensor):
         self.dtype = tensor.dtype
         # PyTorch's allocator aligns every storage to 512 bytes.
-        self.address = tensor.storage_offset() * tensor.element_size()
+        self.address = int(tensor.storage_offset()) * tensor.element_size()
 
     def data_ptr(self) -> int:
         return self.address

@@ -95,6 +95,13 @@ def test_a_triton_that_is_not_there_is_named(tmp_path, monkeypatch):
         tritons.python_path("0.0.1")
 
 
+def test_without_a_network_the_installer_says_so_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv(tritons.VARIABLE, str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(SystemExit, match=r"^pip could not install triton==0\.0\.1 into .*: .*$"):
+        tritons.install("0.0.1")
+
+
 def test_a_kernel_file_has_its_tests_its_line_and_its_parts():
     assert [kernel.name for kernel in KERNELS] == list(
         dict.fromkeys(kernel.name for kernel in KERNELS)
