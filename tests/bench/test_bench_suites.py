@@ -155,7 +155,7 @@ def test_what_does_not_fit_is_a_row_and_ends_the_column(
         yield 7.0
         raise RuntimeError(processes.NO_ROOM)
 
-    monkeypatch.setattr(memory, "peaks", peaks)
+    monkeypatch.setattr(memory, "measured_peaks", peaks)
     assert memory.main([*MEMORY, "--samples", "8,2,4", "--out", str(tmp_path)]) == 0
     rows = result_of(tmp_path, "memory")["peaks"]["reference"]
     assert rows == {
