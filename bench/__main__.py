@@ -162,7 +162,8 @@ def run_all(
     total = sum(expected[s.name] for s in suites if not why[s.name])
     started = time.monotonic()
     count = sum(not reason for reason in why.values())
-    print(f"{count} suites on {device}, about {total / 60:.1f} min; results go to {out}")
+    suites_fit = "1 suite" if count == 1 else f"{count} suites"
+    print(f"{suites_fit} on {device}, about {total / 60:.1f} min; results go to {out}")
     form = "{desc} |{bar}| {elapsed}<{remaining}"
     with tqdm(total=total, disable=None, leave=False, bar_format=form) as bar:
         done = 0.0

@@ -116,7 +116,7 @@ def stop(process: subprocess.Popen) -> None:
 
 def last_line(log: Path) -> str:
     lines = log.read_text(errors="replace").splitlines()
-    return lines[-1] if lines else ""
+    return lines[-1].strip() if lines else ""
 
 
 class Session:
