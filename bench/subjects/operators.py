@@ -28,6 +28,20 @@ class Kernel:
     def module(self) -> ModuleType:
         return importlib.import_module(f"nanovlm_fast.kernels.{self.name}")
 
+    @property
+    def call(self) -> Callable:
+        """The operation, with results as the model takes them."""
+        return self._unpacked(self.name)
+
+    @property
+    def reference(self) -> Callable:
+        """Its plain reference, with results as the model takes them."""
+        return self._unpacked(f"{self.name}_reference")
+
+    def _unpacked(self, name: str) -> Callable:
+        call = getattr(self.module, name)
+        return with_heads(call) if self.name == "rotary" else call
+
 
 F32 = torch.float32
 KERNELS = (
@@ -68,8 +82,24 @@ def named(only: str) -> list[Kernel]:
     return [kernel for kernel in KERNELS if kernel.name in names or not names]
 
 
-def rotate_heads(turn: Callable, qkv, cos, sin, position_ids, n_q: int, n_kv: int) -> Tensor:
-    """`rotary` by means of a `turn` that rotates as Llama does.
+def with_heads(rotary: Callable) -> Callable:
+    """`rotary` with q (T, n_q, D), k and v (T, n_kv, D) as results, views of its packed result.
+
+    Plain PyTorch gives them like that. Packing them would be a copy that no model makes, and would
+    make every rival slower than it is.
+    """
+
+    def call(qkv, cos, sin, position_ids, n_q: int, n_kv: int, **options) -> tuple[Tensor, ...]:
+        turned = rotary(qkv, cos, sin, position_ids, n_q, n_kv, **options)
+        return turned.unflatten(1, (n_q + 2 * n_kv, -1)).split([n_q, n_kv, n_kv], dim=1)
+
+    return call
+
+
+def rotate_heads(
+    turn: Callable, qkv, cos, sin, position_ids, n_q: int, n_kv: int
+) -> tuple[Tensor, ...]:
+    """`rotary`, see `with_heads`, by means of a `turn` that rotates as Llama does.
 
     `turn` takes q and k (1, heads, T, D) and the tables (1, T, D), whose halves are equal.
     """
@@ -77,8 +107,7 @@ def rotate_heads(turn: Callable, qkv, cos, sin, position_ids, n_q: int, n_kv: in
     q, k, v = heads.split([n_q, n_kv, n_kv], dim=1)
     cos, sin = (table[position_ids].repeat(1, 2)[None] for table in (cos, sin))
     q, k = turn(q, k, cos, sin)
-    rotated = torch.cat([q.to(qkv.dtype), k.to(qkv.dtype), v], dim=1)
-    return rotated.transpose(1, 2).reshape(len(qkv), -1)
+    return tuple(part[0].transpose(0, 1).to(qkv.dtype) for part in (q, k, v))
 
 
 NOTHING = "has no such operation"

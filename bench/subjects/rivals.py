@@ -188,7 +188,7 @@ TRANSFORMERS = {
 
 
 def ours(kernel: Kernel) -> Callable:
-    return getattr(kernel.module, kernel.name)
+    return kernel.call
 
 
 def ours_in_place(kernel: Kernel) -> Callable | None:
