@@ -17,7 +17,7 @@ from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import pick_device
 
 # Sizes that make more than one iteration of the pipelined loops: races appear between iterations.
-LARGER = {
+LARGER: dict[str, dict] = {
     "rms_norm": dict(m=4500, n=576, residual=torch.float32),
     "layer_norm": dict(m=2500, n=768, residual=torch.float32),
     "pixel_shuffle_proj": dict(batch=3, height=14, width=14, channels=192, n=576, factor=2),
