@@ -147,6 +147,8 @@ class Trainer(Run):
         state.examples += agreed.taken.examples
         state.tokens += agreed.taken.tokens
         state.capacity += agreed.taken.capacity
+        before = state.filled or {}  # none in a checkpoint of an older version
+        state.filled = {n: before.get(n, 0) + more for n, more in agreed.taken.filled.items()}
         self.stopping = agreed.signals > 0
         # Naming them is a collective too: every rank comes here if any has one.
         if agreed.pending_skips:

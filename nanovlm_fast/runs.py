@@ -62,6 +62,7 @@ class RunState:
     seconds: float = 0.0  # training time, without evaluations
     tokens: int = 0  # real tokens in the batches since the curriculum ended
     capacity: int = 0  # tokens that these batches had room for
+    filled: dict[str, int] | None = None  # the same for images and labels, see `steps.FILLED`
     evaluated: int = 0  # the step that was evaluated last
     best_step: int | None = None
     best_accuracy: float = -1.0  # below any accuracy, so that the first evaluation is the best
@@ -92,8 +93,9 @@ class RunState:
         return {**{k: v for k, v in values.items() if k not in absent}, **unknown}
 
 
-# Checkpoints of the first versions have no `data`; `eval` is there once --eval was scored.
-OPTIONAL = {"data", "eval"}
+# Checkpoints of the first versions have no `data` and no `filled`; `eval` is there once --eval was
+# scored.
+OPTIONAL = {"data", "eval", "filled"}
 
 
 # ---- one command at a time

@@ -8,8 +8,13 @@ import numpy as np
 
 from nanovlm_fast.config import TrainConfig
 from nanovlm_fast.data.samples import SampleLoader, TooLong
+from nanovlm_fast.device import pick_device
 from nanovlm_fast.packing.documents import Sample
 from nanovlm_fast.packing.packer import Budget
+
+# The head's products have a row per label. On a GPU they run in tiles of 128 rows, and a number of
+# rows that is no multiple of 8 makes torch.compile copy the head's inputs to pad them.
+LABEL_MULTIPLE = {"cuda": 128, "cpu": 1}
 
 
 def even_draw(load: SampleLoader, count: int = 1000) -> list[Sample]:
@@ -69,7 +74,8 @@ def measure_budget(load: SampleLoader, train: TrainConfig, probe: int = 1000) ->
         option = f"--{'max-seqlen' if train.max_seqlen else 'lm-max-position-embeddings'} is {room}"
         document = f"{longest} tokens in one document"
         raise ValueError(f"{nothing} {samples[0].name}: {document}, {option}")
-    measured = Budget.measure(fitting, train.tokens_per_batch, longest=room)
+    multiple = LABEL_MULTIPLE[pick_device(train.device).type]
+    measured = Budget.measure(fitting, train.tokens_per_batch, room, label_multiple=multiple)
     budget = Budget(
         tokens=train.tokens_per_batch,
         documents=train.documents_per_batch or measured.documents,

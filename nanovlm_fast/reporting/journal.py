@@ -141,7 +141,11 @@ class Journal:
         self.write(values)
         if bar and values["loss"] is not None:
             speed = f"{values['tokens_per_s']:,.0f} tok/s wait {values['data_wait']:.0%}"
-            bar.set_postfix_str(f"loss {values['loss']:.4f} lr x{values['lr']:.2f} {speed}")
+            fill = (
+                f"filled {values['packing']:.0%} of tokens, {values['image_fill']:.0%} of images, "
+                f"{values['label_fill']:.0%} of labels"
+            )
+            bar.set_postfix_str(f"loss {values['loss']:.4f} lr x{values['lr']:.2f} {speed} {fill}")
         if row >= self.config.max_skipped_steps:
             steps = f"{row} steps in a row up to step {values['step']} were skipped"
             advice = self.advice(values["step"], values["lr"])

@@ -42,7 +42,10 @@ class Meter:
         """Start an interval."""
         self.counts = {"tokens": 0, "labels": 0, "images": 0, "questions": 0}
         self.flops = 0
+        # Places for tokens, images and labels that the batches had.
         self.capacity = 0
+        self.image_room = 0
+        self.label_room = 0
         self.since = time.perf_counter()
 
     def add(self, packed: PackedBatch) -> None:
@@ -61,6 +64,8 @@ class Meter:
                 self.frozen,
             )
         self.capacity += packed.input_ids.numel()
+        self.image_room += len(packed.images)
+        self.label_room += len(packed.labels)
 
     def read(self, waited: float, world: World = ALONE) -> dict[str, float]:
         """Rates since the last reading; start a new interval.
@@ -69,8 +74,9 @@ class Meter:
         ranks, which must all call it; waiting is the mean over ranks, `mfu` is of all devices.
         """
         elapsed = max(time.perf_counter() - self.since, 1e-9)
-        mine = [*self.counts.values(), self.flops, self.capacity, waited]
-        *counts, flops, capacity, waited = world.sum(mine)
+        rooms = [self.capacity, self.image_room, self.label_room]
+        mine = [*self.counts.values(), *rooms, self.flops, waited]
+        *counts, capacity, image_room, label_room, flops, waited = world.sum(mine)
         values = {}
         for name, count in zip(self.counts, counts, strict=True):
             values[f"{name}_per_s"] = count / elapsed
@@ -78,7 +84,11 @@ class Meter:
         if self.peak:
             values["mfu"] = flops / elapsed / (self.peak * world.size)
         values["data_wait"] = waited / elapsed / world.size
-        values["packing"] = counts[0] / max(capacity, 1)
+        taken = dict(zip(self.counts, counts, strict=True))
+        values["packing"] = taken["tokens"] / max(capacity, 1)
+        # Data without images has no places for them, and none is empty.
+        values["image_fill"] = taken["images"] / image_room if image_room else 1.0
+        values["label_fill"] = taken["labels"] / label_room if label_room else 1.0
         self.reset()
         return values
 

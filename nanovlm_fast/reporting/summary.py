@@ -29,7 +29,7 @@ from nanovlm_fast.reporting.pictures import plot_curves, plot_samples
 from nanovlm_fast.runs import RunState
 
 # What result.json takes from the state.
-REPORTED = ("step", "seconds", "examples", "tokens", "capacity", "too_long", "bad")
+REPORTED = ("step", "seconds", "examples", "tokens", "capacity", "filled", "too_long", "bad")
 
 
 def score(
@@ -144,6 +144,10 @@ def outline(
     filled = "-"
     if state.capacity:
         filled = f"{state.tokens / state.capacity:.1%} of the token budget"
+        counts = state.filled or {}
+        for name in ("image", "label"):
+            if room := counts.get(f"{name}_room", 0):
+                filled += f", {counts[f'{name}s'] / room:.1%} of {name}s"
     device = next(model.parameters()).device
     return {
         "run": run,

@@ -28,6 +28,7 @@ from nanovlm_fast.device import autocast_to, be_deterministic, describe, pick_de
 from nanovlm_fast.model.flops import peak_flops
 from nanovlm_fast.packing.batch import PackedBatch
 from nanovlm_fast.packing.packer import Budget
+from nanovlm_fast.packing.waves import wave_fill
 from nanovlm_fast.ranks import World
 from nanovlm_fast.reporting.journal import Journal
 from nanovlm_fast.reporting.metrics import Meter, StepStats
@@ -143,9 +144,23 @@ class Run:
         workers = len(self.stream.states) if self.config.workers else 0
         each = " per process" if self.world.size > 1 else ""
         self.journal.say(f"loader workers: {workers}{each} · cores: {usable_cores()}")
+        self.journal.say(f"a batch: {self._batch_sizes()}")
         if resumed:
             self.journal.say(f"resuming {self.run} after step {self.state.step}")
         self.journal.say("\n".join(split.lines))
+
+    def _batch_sizes(self) -> str:
+        """The budgets, and on a GPU how well they suit it."""
+        budget = self.stream.budget
+        sizes = (
+            f"{budget.tokens:,} tokens · {budget.images:,} images · {budget.labels:,} labels · "
+            f"{budget.documents:,} documents of at most {budget.max_seqlen:,} tokens"
+        )
+        if self.device.type != "cuda":
+            return sizes
+        sms = torch.cuda.get_device_properties(self.device).multi_processor_count
+        fill = wave_fill(budget.tokens, self.model.config, sms)
+        return f"{sizes} · tiles fill {fill:.0%} of their waves on {sms} SMs"
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """The summed loss of a packed batch."""

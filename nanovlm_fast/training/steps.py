@@ -25,6 +25,9 @@ from nanovlm_fast.runs import RunState
 from nanovlm_fast.training.feed import Feed
 from nanovlm_fast.training.parallel import reducing
 
+# What `Taken` and the run's state count of images and labels: those there were, and room for them.
+FILLED = ("images", "image_room", "labels", "label_room")
+
 
 @dataclass
 class Taken:
@@ -33,6 +36,7 @@ class Taken:
     examples: int = 0
     tokens: int = 0  # real ones
     capacity: int = 0  # tokens that the batches had room for
+    filled: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FILLED, 0))
 
     def add(self, batch: StreamBatch) -> None:
         self.examples += batch.consumed
@@ -40,6 +44,11 @@ class Taken:
         if not batch.curriculum:
             self.tokens += batch.packed.n_tokens
             self.capacity += batch.packed.input_ids.numel()
+            packed = batch.packed
+            self.filled["images"] += packed.n_images
+            self.filled["image_room"] += len(packed.images)
+            self.filled["labels"] += packed.n_labels
+            self.filled["label_room"] += len(packed.labels)
 
 
 @dataclass
@@ -85,9 +94,12 @@ def agree(world: World, step: StepData, pending_skips: int, signalled: bool) -> 
     """Sum over ranks what they must know before the step. All ranks must call it."""
     labels = sum(batch.n_labels for batch in step.batches)
     taken = step.taken
-    mine = [labels, pending_skips, signalled, taken.examples, taken.tokens, taken.capacity]
-    labels, skips, signals, *sums = (int(value) for value in world.sum(mine))
-    return Agreement(labels, skips, signals, Taken(*sums))
+    sizes = [taken.examples, taken.tokens, taken.capacity]
+    mine = [labels, pending_skips, signalled, *sizes, *taken.filled.values()]
+    sums = [int(value) for value in world.sum(mine)]
+    labels, skips, signals, examples, tokens, capacity, *filled = sums
+    in_all = Taken(examples, tokens, capacity, dict(zip(FILLED, filled, strict=True)))
+    return Agreement(labels, skips, signals, in_all)
 
 
 def fill_with_padding(

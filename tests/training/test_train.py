@@ -71,6 +71,23 @@ def test_a_run_writes_what_it_promises(finished):
     assert re.search(r"loss \d+\.\d+ .*tok/s wait \d+%", result.stderr), "the progress bar"
 
 
+def test_a_run_says_how_full_its_batches_were(finished):
+    run, result = finished
+    budget = json.loads((run / "config.json").read_text())
+    assert f"a batch: 512 tokens · {budget['images_per_batch']} images" in result.stdout
+    told = [line for line in read_metrics(run) if "packing" in line]
+    for name in ("packing", "image_fill", "label_fill"):
+        assert all(0 < line[name] <= 1 for line in told) and len(told) > 2
+    counts = json.loads((run / "result.json").read_text())["filled"]
+    assert counts["image_room"] == budget["images_per_batch"] * len(told)  # a line per step
+    images = counts["images"] / counts["image_room"]
+    assert images == pytest.approx(sum(line["image_fill"] for line in told) / len(told))
+    labels = counts["labels"] / counts["label_room"]
+    said = rf"packing +\d+\.\d% of the token budget, {images:.1%} of images, {labels:.1%} of labels"
+    assert re.search(said, result.stdout)
+    assert re.search(r"filled \d+% of tokens, \d+% of images, \d+% of labels", result.stderr)
+
+
 def test_resuming_a_finished_run_harms_nothing(finished, copy):
     leftover = copy / "checkpoints" / ".tmp-step-999999"
     leftover.mkdir()
