@@ -244,7 +244,10 @@ def beginning(run: Path, resume: bool, world: World) -> Iterator[None]:
         yield
     except BaseException:  # Ctrl-C too
         if before is None:
+            aside = (run / REPLACED).exists()
             _put_back(run)
+            if aside:  # or what was printed above would be the last that is heard of it
+                print(f"{run}: the run that was to be replaced is back: the new one did not begin")
         else:
             config.write_bytes(before)
         raise

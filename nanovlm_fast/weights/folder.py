@@ -200,6 +200,7 @@ def resolve(checkpoint: Path | str | None) -> Path:
         ValueError: for weights that are a pickle, since reading one can run any code.
     """
     folder = at_home(str(checkpoint)) if checkpoint is not None else latest_run()
+    folder = _where_it_stands(folder)
     # A hub name looks like a relative path. If its parent is a folder here, it is a mistyped path
     # and the hub is not asked.
     if isinstance(checkpoint, str) and not folder.exists() and not folder.parent.is_dir():
@@ -217,6 +218,20 @@ def resolve(checkpoint: Path | str | None) -> Path:
     raise FileNotFoundError(
         f"{folder}: neither a checkpoint (model.safetensors) nor a run that holds one"
     )
+
+
+def _where_it_stands(folder: Path) -> Path:
+    """RUN/last, or RUN/checkpoints/step-NNNNNN, while --overwrite keeps the run aside.
+
+    Any other folder is returned as it is, and so is one that is there.
+    """
+    if folder.exists():
+        return folder
+    for run in (folder.parent, folder.parent.parent):
+        aside = standing(run) / folder.relative_to(run)
+        if aside.exists():
+            return aside
+    return folder
 
 
 def newest_checkpoint(run: Path) -> Path | None:

@@ -39,6 +39,7 @@ from nanovlm_fast.runs import (
     save_run_config,
     standing,
 )
+from nanovlm_fast.weights.folder import resolve
 from tests.support.processes import ROOT
 from tests.support.runs import TINY, contents
 
@@ -225,6 +226,32 @@ def test_a_start_that_fails_anywhere_leaves_the_old_run_in_place(tmp_path):
         at += 1
     assert at > 8 and (run / "config.json").read_text() == "new config.json"
     assert contents(run / ".replaced") == before
+
+
+def test_a_start_that_is_refused_says_that_the_old_run_is_back(tmp_path, capsys):
+    """As when Weights & Biases refuses: its error alone would leave the old run in doubt."""
+    run = tmp_path / "run"
+    before = old_run(run)
+    with pytest.raises(OSError, match="no key"), beginning(run, False, World()):
+        new_run(run)
+        raise OSError("--wandb: no key")
+    assert contents(run) == before
+    kept, back = capsys.readouterr().out.splitlines()
+    assert "is kept in" in kept and back == (
+        f"{run}: the run that was to be replaced is back: the new one did not begin"
+    )
+
+
+def test_the_checkpoints_of_a_run_that_is_kept_aside_are_found_by_its_name(tmp_path):
+    run = tmp_path / "run"
+    old_run(run)
+    weights = run / ".replaced" / "checkpoints" / "step-000003"
+    with beginning(run, False, World()):
+        new_run(run)
+        for name in ("last", "checkpoints/step-000003", "."):
+            assert resolve(run / name).resolve() == weights, name
+        with pytest.raises(FileNotFoundError, match=r"run/nonsense: neither"):
+            resolve(str(run / "nonsense"))
 
 
 def killed_after(calls: int, action) -> bool:
