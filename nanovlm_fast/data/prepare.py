@@ -94,7 +94,7 @@ class ShardMaker(Dataset):
 
 
 def finished(folder: Path, plan: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Entries of the finished shards, by number; makes the folder ready for the others.
+    """Entries of the finished shards, by number; removes what a killed process was writing.
 
     Raises ValueError if the folder holds other files, or what another command prepared.
     """
@@ -105,9 +105,6 @@ def finished(folder: Path, plan: dict[str, Any]) -> dict[int, dict[str, Any]]:
     if noted is None:
         if not is_empty(folder):
             raise ValueError(f"{folder} holds other files: --out names another folder")
-        shards.replace_file(
-            folder / "plan.json", lambda file: file.write_text(json.dumps(plan, indent=2))
-        )
         return {}
     before = read_json(noted)
     check_plan(folder, before, plan)
@@ -186,8 +183,6 @@ def prepare(model: VLMConfig, train: TrainConfig, args: argparse.Namespace) -> d
         "processing": shards.processing(model.vit_img_size, text),
     }
     done = finished(folder, plan)
-    # After `finished`, which refuses a folder that holds other files
-    tokenizer.save(folder)
     ready = sum(entry["examples"] for entry in done.values())
     if source is None:
         # What is skipped fills whole shards: each takes --shard-samples examples, bad ones included
@@ -196,6 +191,12 @@ def prepare(model: VLMConfig, train: TrainConfig, args: argparse.Namespace) -> d
     else:
         examples = range(len(source))
         check_disk(folder, len(source) - ready, model.vit_img_size)
+    # After all that refuses: with a plan in it, the folder would refuse a command that asks for
+    # something else, such as smaller images for a small disk
+    if not (folder / "manifest.json").exists():
+        note = json.dumps(plan, indent=2)
+        shards.replace_file(folder / "plan.json", lambda file: file.write_text(note))
+    tokenizer.save(folder)
     maker = ShardMaker(source, model.vit_img_size, text, folder)
     made = DataLoader(
         maker,

@@ -323,7 +323,9 @@ def test_the_disk_is_asked_first(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     assert prepared("synthetic:32", tmp_path / "out") == 1
     assert "GB" in capsys.readouterr().err
-    assert not list((tmp_path / "out").glob("shard-*"))
+    assert not (tmp_path / "out").exists(), "nothing is left that would refuse another command"
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert prepared("synthetic:32", tmp_path / "out", "--vit-img-size 16") == 0
 
 
 def test_options_of_the_command_are_checked(tmp_path, capsys):
