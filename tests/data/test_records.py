@@ -72,6 +72,16 @@ def test_a_damaged_array_is_one_line_with_its_file(tmp_path, content):
     assert str(caught.value).isprintable()
 
 
+@pytest.mark.parametrize("name", ["train.json", "train.jsonl"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_records_inside_an_object_are_one_line_that_says_where(tmp_path, name, indent):
+    content = json.dumps({"version": 1, "data": RECORDS}, indent=indent).encode()
+    with pytest.raises(ValueError, match=rf"{name} is one object, with a list under 'data': save"):
+        written(tmp_path, b"\xef\xbb\xbf" + content, name)
+    alone = {"image": "a.png", "conversations": talk("What?", "A cat.")}
+    assert len(written(tmp_path, json.dumps(alone).encode(), name)) == 1, "one record is no list"
+
+
 def test_utf16_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"train\.jsonl is UTF-16"):
         written(tmp_path, LINES.decode().encode("utf-16"))

@@ -131,16 +131,45 @@ def elements_of(text: str) -> list[str]:
     return elements
 
 
+def _json_of(text: bytes) -> Any:
+    """What the JSON in `text` says; None if it is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def key_of_records(content: bytes) -> str | None:
+    """The key of the list in a file that is one object, as in {"data": [...]}; else None."""
+    content = content.strip()
+    first, _, others = content.partition(b"\n")
+    if not first.startswith(b"{"):
+        return None
+    # JSON lines may be gigabytes: their first line is an object by itself, and no more is read
+    whole = _json_of(first)
+    if whole is not None and others:
+        return None
+    whole = _json_of(content) if whole is None else whole
+    if not isinstance(whole, dict) or {"conversations", "messages"} & whole.keys():
+        return None
+    lists = (name for name, value in whole.items() if isinstance(value, list) and value)
+    return next((name for name in lists if isinstance(whole[name][0], dict)), None)
+
+
 def records_of(file: Path, content: bytes) -> list[tuple[str, bytes]]:
     """(place, text) of each record of a file: a line, or an element of its JSON array.
 
     The records are not parsed: one that is bad, or not UTF-8, is refused by name when it is read,
     and costs no other record. Raises ValueError, with the name of the file, for a .json file whose
-    array is damaged, and for UTF-16.
+    array is damaged, for an array inside an object, and for UTF-16.
     """
     # Every second byte of UTF-16 is 0, so all of its lines would be refused, one by one
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(f"{file} is UTF-16: save it as UTF-8")
+    # Its lines would be refused one by one, and the run would stop at --max-bad-samples
+    if key := key_of_records(content.removeprefix(b"\xef\xbb\xbf")):
+        where = f"{file} is one object, with a list under {printable(key)!r}"
+        raise ValueError(f"{where}: save that list alone, as [...], or one record per line")
     if content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         try:
             # surrogateescape keeps bytes that are not UTF-8, for the record that has them to fail
