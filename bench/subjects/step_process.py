@@ -127,13 +127,15 @@ def _budget_and_batch(
 ) -> tuple[Budget, PackedBatch]:
     """The budgets that a run measures on its data, and one real batch that was packed for them."""
     from bench.subjects.workload import load_work
+    from nanovlm_fast.data.budget import LABEL_MULTIPLE
     from nanovlm_fast.packing.batch import pack
     from nanovlm_fast.packing.packer import Budget, Packer
 
     samples = load_work(preset_name, samples=DRAWN).samples
     longest = train.max_seqlen or config.lm_max_position_embeddings
     fitting = [s for s in samples if max(map(len, s.documents)) <= longest]
-    budget = Budget.measure(fitting, train.tokens_per_batch, longest=longest)
+    multiple = LABEL_MULTIPLE["cuda"]
+    budget = Budget.measure(fitting, train.tokens_per_batch, longest, label_multiple=multiple)
     packer = Packer(budget)
     for sample in fitting:
         packer.add(sample)

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.subjects.workload import Work
+from nanovlm_fast.data.budget import LABEL_MULTIPLE
 from nanovlm_fast.data.stream import StreamBatch
 from nanovlm_fast.device import autocast_to
 from nanovlm_fast.model import reference
@@ -231,7 +232,7 @@ class Packed(Step):
         self.optimizers = bench.optimizers
         if not recipe.fused_optimizer:
             self.optimizers = [UnfusedAdamW(self.model.parameters(), lr=0.0)]
-        batch = packed_batch(bench.work, recipe)
+        batch = packed_batch(bench.work, recipe, LABEL_MULTIPLE[bench.device.type])
         if recipe.prefetch and bench.device.type == "cuda":
             batch = batch.pin_memory()
         # As in training: a compiler needs static shapes, everything else is spared the padding.
@@ -282,7 +283,7 @@ class Packed(Step):
         return loss, self.packed.by_reference_name(grads)
 
 
-def packed_batch(work: Work, recipe: Recipe) -> PackedBatch:
+def packed_batch(work: Work, recipe: Recipe, label_multiple: int = 1) -> PackedBatch:
     """The work as one batch on the host, in a budget with training's slack, padding included."""
     samples = work.samples
     if not recipe.shared_images:
@@ -295,15 +296,16 @@ def packed_batch(work: Work, recipe: Recipe) -> PackedBatch:
             dataclasses.replace(s, documents=[lengthened(d, length) for d in s.documents])
             for s in samples
         ]
-    batch = pack(samples, budget_of(samples), work.config.image_tokens, work.config.vit_img_size)
+    budget = budget_of(samples, label_multiple)
+    batch = pack(samples, budget, work.config.image_tokens, work.config.vit_img_size)
     return batch if recipe.labelled_head else labelled_everywhere(batch)
 
 
-def budget_of(samples: list[Sample]) -> Budget:
+def budget_of(samples: list[Sample], label_multiple: int = 1) -> Budget:
     """The sizes that training would measure for batches of as many tokens as the samples hold."""
     tokens = sum(sample.tokens for sample in samples)
     whole = -(-tokens // 128) * 128  # a multiple of the kernels' tiles, as --tokens-per-batch is
-    budget = Budget.measure(samples, whole)
+    budget = Budget.measure(samples, whole, label_multiple=label_multiple)
     # In training, a batch whose padding takes more documents than there is room for would be
     # packed otherwise. Here all samples are in one batch.
     documents = sum(len(sample.documents) for sample in samples)
