@@ -52,7 +52,13 @@ def small_config() -> VLMConfig:
 @pytest.fixture(autouse=True)
 def _fresh(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.manual_seed(0)
+    environment = dict(os.environ)
     yield
+    # What the code under test has set would reach the processes that later tests start. Those are
+    # no forks then: `forks.run` starts Python anew for another environment.
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
     if request.node.get_closest_marker("gpu"):
         # one function compiled for many sizes would reach the limit of recompilations
         torch._dynamo.reset()

@@ -48,7 +48,8 @@ PROGRAMS = (
     "train",
     *(f"nanovlm_fast.{name}" for name in ("evaluate", "generate", "export", "data.prepare")),
 )
-# read only once a program runs: `datasets` and `wandb` are not imported before
+# Read only once a program runs: `datasets` and `wandb` are not imported before. What a loader and
+# --deterministic set in the tests' own process is read where it is used.
 RANK = (
     "RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID "
     "TORCHELASTIC_USE_AGENT_STORE"
@@ -58,6 +59,8 @@ MAY_DIFFER = {
     "HF_DATASETS_CACHE",
     "WANDB_MODE",
     "WANDB_CACHE_DIR",
+    "TOKENIZERS_PARALLELISM",
+    "CUBLAS_WORKSPACE_CONFIG",
     *RANK.split(),
 }
 # Read while these libraries are imported. Where one differs, a fork imports them anew, which takes
