@@ -354,7 +354,7 @@ def test_no_loader_time_when_the_batches_differ(tmp_path, capsys, monkeypatch):
 
     def other(image, size):
         made.append(1)
-        return plain(image, size) ^ (len(made) > 40)  # not what was prepared
+        return plain(image, size) ^ (len(made) > 40)  # other than what was prepared
 
     monkeypatch.setattr(samples, "load_image", other)
     assert dataloader.main([*LOADER.split(), str(tmp_path)]) == 1

@@ -87,7 +87,7 @@ def test_a_suite_past_its_limit_is_stopped_with_all_it_started(
     assert suites(hangs=hangs, last=WRITES % "last") == 1
     printed = capsys.readouterr().out
     assert "stopped after 3 s, its limit" in printed and "ran; 2.0x" in printed
-    time.sleep(4)  # the child would be through by now
+    time.sleep(4)  # the child would have finished by now
     assert not (tmp_path / "late").exists()
 
 
@@ -133,7 +133,7 @@ sys.exit(
 
 
 def test_a_full_disk_leaves_the_earlier_result(tmp_path, monkeypatch):
-    """A real limit on the size of files: the write fails half-way."""
+    """A real limit on the size of files makes the write fail half-way."""
     monkeypatch.setattr(roofline, "measured_rates", lambda device: roofline.H100)
     assert (
         roofline.main(
@@ -153,7 +153,7 @@ def test_a_full_disk_leaves_the_earlier_result(tmp_path, monkeypatch):
         and str(file) in last
         and "Traceback" not in done.stderr
     )
-    assert list(tmp_path.rglob("*")) == [file.parent, file]  # and nothing half-written
+    assert list(tmp_path.rglob("*")) == [file.parent, file]  # and nothing is half-written
 
 
 def test_an_interrupt_stops_the_suite_and_keeps_the_results(tmp_path):
@@ -171,7 +171,7 @@ def test_an_interrupt_stops_the_suite_and_keeps_the_results(tmp_path):
     process = subprocess.Popen(
         [*command, "--out", str(tmp_path)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},  # or its lines come when all is over
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},  # otherwise its lines come when all is over
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -148,7 +148,7 @@ def test_an_interrupt_ends_the_stage_with_what_it_started(tmp_path):
 def test_every_stage_leaves_its_result_and_is_not_done_twice(tmp_path):
     first = gpu_all(
         "--out", str(tmp_path), "--seconds", "880"
-    )  # some two minutes, on a machine that has them
+    )  # about two minutes on a machine with idle cores
     assert first.returncode == 0, first.stdout + first.stderr
     assert re.findall(r"^== (\w+): ", first.stdout, re.MULTILINE) == STAGES
     files = {file.stem: json.loads(file.read_text()) for file in tmp_path.glob("*/*.json")}
@@ -177,7 +177,10 @@ esac
 
 
 def test_a_stage_that_fails_is_named_and_the_others_run(tmp_path):
-    """With a python that knows what to answer: whether a stage fails is not what this is about."""
+    """A stand-in for python answers what it is told to.
+
+    Whether a stage fails for the right reason is not tested here.
+    """
     python = tmp_path / "python"
     python.write_text(PYTHON.replace("{python}", sys.executable))
     python.chmod(0o755)

@@ -25,7 +25,7 @@ def test_a_short_run_agrees_and_writes_file_and_picture(tmp_path, capsys):
     curves = {variant: np.array(rows) for variant, rows in result["curves"].items()}
     assert tuple(curves) == VARIANTS and all(rows.shape == (2, 4) for rows in curves.values())
     np.testing.assert_allclose(curves["packed float32"], curves[TRUTH], atol=5e-5)
-    for variant in ("reference bfloat16", "packed bfloat16"):  # near, and not the same computation
+    for variant in ("reference bfloat16", "packed bfloat16"):  # close, but not the same computation
         assert 1e-5 < np.abs(curves[variant] - curves[TRUTH]).max() < 0.05
     assert np.abs(curves[TRUTH][0] - curves[TRUTH][1]).min() > 1e-3, (
         "seeds draw other weights and data"
@@ -37,7 +37,7 @@ def test_a_short_run_agrees_and_writes_file_and_picture(tmp_path, capsys):
 
 def test_a_packed_model_that_learns_something_else_fails(tmp_path, capsys, monkeypatch):
     loss = loss_curves.Training.loss
-    wrong = {"packed bfloat16": 1.5}  # a loss off by half, as a wrong mean would be
+    wrong = {"packed bfloat16": 1.5}  # a loss that is wrong by half, as with a wrong mean
     monkeypatch.setattr(
         loss_curves.Training, "loss", lambda self, s: loss(self, s) * wrong.get(self.name, 1)
     )
@@ -76,14 +76,14 @@ def test_the_yardstick_is_the_spread_of_the_seeds_around_a_step(monkeypatch):
     assert (row["share"], row["at_step"], row["spread"]) == (pytest.approx(0.9), 1, 3)
     assert row["share_of_same_step"] > 1e6, "at the crossing"
     curves["packed float32"][1, 5] += (
-        1.1  # less than the first spread, more than those around the sixth step
+        1.1  # less than the first spread, but more than those around the sixth step
     )
     verdict = judge(curves)
     assert not verdict["passed"] and [
         row["seed"] for row in verdict["rows"] if not row["passed"]
     ] == [1]
     curves["packed float32"] = truth.copy()
-    curves["reference bfloat16"] += 100.0  # reported, but it is not ours to pass
+    curves["reference bfloat16"] += 100.0  # reported, but not part of our verdict
     assert judge(curves)["passed"]
 
 

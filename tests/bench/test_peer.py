@@ -105,7 +105,7 @@ def _longer_texts(monkeypatch) -> None:
 
 @pytest.fixture
 def own_modules(monkeypatch):
-    """Imports of a checkout in this process are undone."""
+    """Undo the imports of a checkout in this process."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = set(sys.modules)
     yield
@@ -137,7 +137,7 @@ def checkout_of(folder: Path, model: str) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "questions"), [(V01, 3), (MAIN, 1)], ids=["v0.1", "main"])
 def test_both_interfaces_are_compared_with_ours(tmp_path, capsys, monkeypatch, model, questions):
-    if model == MAIN:  # once is enough: starting another takes seconds
+    if model == MAIN:  # once is enough, since starting a process takes seconds
         monkeypatch.setattr(peer, "in_a_process", lambda call, *args: call(*args))
     checkout = checkout_of(tmp_path / "nanoVLM", model)
     options = [
@@ -217,7 +217,7 @@ def test_numbers_of_questions_that_are_none_are_named(tmp_path, capsys, question
 def test_no_time_without_parity(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         peer, "in_a_process", lambda call, *args: call(*args)
-    )  # starting another takes seconds
+    )  # starting a process takes seconds
     wrong = V01.replace(
         "input_ids, image, attention_mask, targets)\n", "input_ids, image * 1.1, None, targets)\n"
     )

@@ -123,7 +123,7 @@ def test_a_side_that_was_cut_off_goes_on_to_the_same_end(tmp_path, monkeypatch):
     monkeypatch.setattr(race, "SHORTEST", 0.0)
     assert (
         run(cut, "--again", "--wall-s", "1e-6", "--only", "fast", "--", "--eval-every", "1") == 0
-    )  # no time for it
+    )  # it gets no time
     assert result_in(cut)["sides"]["fast"]["ended"] == "schedule"
 
 

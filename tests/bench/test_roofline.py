@@ -41,7 +41,7 @@ def test_one_layer_by_hand():
     norm = found["language", "norm + residual", "forward"]
     assert norm.calls == 61 and norm.bytes / 61 == 20736 * 576 * (
         2 + 4 + 4 + 2
-    )  # branch, stream in; stream, norm out
+    )  # in: branch and stream; out: stream and norm
     down = found["language", "down", "backward"]
     assert down.flops / 30 == 4 * 20736 * 1536 * 576
     vision = (

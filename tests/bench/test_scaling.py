@@ -28,19 +28,19 @@ from nanovlm_fast.packing.packer import Budget
 from nanovlm_fast.presets import preset
 from nanovlm_fast.training.warmup import full_batch
 
-SEED = preset("nanovlm-222m")[0]
+NANOVLM = preset("nanovlm-222m")[0]
 MIB = 2**20
 MODES = {mode.name: mode for mode in scaling.modes()}
 
 
 @pytest.fixture(scope="module")
 def order() -> list[tuple[str, int]]:
-    return scaling.gradients(SEED)
+    return scaling.gradients(NANOVLM)
 
 
 @pytest.fixture(scope="module")
 def floor() -> Compute:
-    return scaling.floor_of(SEED, 256)
+    return scaling.floor_of(NANOVLM, 256)
 
 
 # ---- gradients and buckets
@@ -105,7 +105,7 @@ def test_collectives_by_hand():
     )
     assert collective_seconds(1e9, 32, 2, tree=True) == collective_seconds(
         1e9, 32, 2
-    )  # the ring moves less
+    )  # a ring moves less
     assert collective_seconds(payload, 1, 2) == collective_seconds(0, 8, 2) == 0
 
 
@@ -136,7 +136,7 @@ def test_what_is_exposed_by_hand():
     assert scaling.ddp_seconds(compute, order, 8, mode) == pytest.approx(2.75 + parts[2])
     late = dataclasses.replace(mode, overlap=False)
     assert scaling.ddp_seconds(compute, order, 8, late) == pytest.approx(2.75 + sum(parts))
-    fast = compute.scaled(1e-9)  # nothing to hide behind
+    fast = compute.scaled(1e-9)  # there is nothing to hide it behind
     assert scaling.ddp_seconds(fast, order, 8, mode) == pytest.approx(sum(parts), rel=1e-3)
     halves = [collective_seconds(size * MIB / 2, 8, 2) for size in (1, 25, 10)]
     assert scaling.ddp_seconds(
@@ -198,7 +198,7 @@ def test_where_efficiency_falls(order, floor):
 
 def test_a_fixed_number_of_samples(order, floor):
     rows = scaling.strong(
-        scaling.shares(SEED, floor), order, MODES["DDP float32, overlapped, ring or tree"]
+        scaling.shares(NANOVLM, floor), order, MODES["DDP float32, overlapped, ring or tree"]
     )
     assert [row["samples"] for row in rows.values()] == [256, 128, 64, 32, 16, 8, 4, 2, 1]
     assert all(row["efficiency"] <= row["links_free"] <= 1.0 + 1e-9 for row in rows.values())
@@ -220,18 +220,18 @@ def test_a_measured_step_is_taken_and_nothing_else(tmp_path):
     put("cpu", device="x")
     put("cut", **gpu | {"layers": 2})
     put("other", **gpu | {"preset": "tiny"})
-    estimate = scaling.compute_of(SEED, "nanovlm-222m", 256, tmp_path)
+    estimate = scaling.compute_of(NANOVLM, "nanovlm-222m", 256, tmp_path)
     assert (
         not estimate.measured
         and "not measured" in estimate.source
-        and estimate == scaling.floor_of(SEED, 256)
+        and estimate == scaling.floor_of(NANOVLM, 256)
     )
     put("gpu", **gpu)
     put("newer", **gpu | {"date": "2", "variants": {"ours": {"median": 0.125}}})
-    compute = scaling.compute_of(SEED, "nanovlm-222m", 256, tmp_path)
+    compute = scaling.compute_of(NANOVLM, "nanovlm-222m", 256, tmp_path)
     assert compute.measured and compute.samples == 128 and compute.seconds == pytest.approx(0.125)
     assert compute.source == "bench.train_step on NVIDIA H100, abcdef1"
-    floor = scaling.floor_of(SEED, 128)
+    floor = scaling.floor_of(NANOVLM, 128)
     assert compute.update / compute.seconds == pytest.approx(floor.update / floor.seconds)
 
 

@@ -51,7 +51,7 @@ def test_the_interval_by_hand():
     assert interval([float(i) for i in range(1, 31)]) == (
         10.0,
         21.0,
-    )  # the textbook's ranks for n = 30
+    )  # the ranks that a textbook gives for n = 30
     assert interval([3.0, 1.0, 2.0]) == (1.0, 3.0) and interval([1.0, 2.0]) == (0.0, math.inf)
 
 
@@ -70,7 +70,9 @@ def test_a_difference_reads_as_times_as_fast():
     assert (found.ratio, found.low, found.high) == (2.0, 2.0, 2.0) and str(
         found
     ) == "2.00x (2.00-2.00)"
-    assert difference([1.0] * 9, [2.0] * 9, self_check=1.5).same  # equal things differed by 150%
+    assert difference(
+        [1.0] * 9, [2.0] * 9, self_check=1.5
+    ).same  # where equal things differed by 150%
     assert (
         str(difference([1.0], [2.0])) == "2.00x (too few times to tell)"
         and difference([1.0], [2.0]).same

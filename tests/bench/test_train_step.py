@@ -37,7 +37,7 @@ QUICK = "--data synthetic --samples 3 --layers 1 --repeats 2 --device cpu --thre
 
 
 def shared_work() -> Work:
-    """Images with several questions each, of different lengths."""
+    """Samples of images with several questions each, of different lengths."""
     rng = np.random.default_rng(0)
     return Work(CONFIG, [random_sample(rng, CONFIG, 1, n) for n in (3, 1, 2)])
 
@@ -135,7 +135,7 @@ def every_recipe(bench: Workbench, recipe: Recipe) -> dict[str, Recipe]:
 
 @pytest.mark.parametrize("compile", ["none", "default"])
 def test_every_variant_takes_the_same_step(compile, monkeypatch):
-    """With a compiler's static shapes, too; the compiler itself is left out."""
+    """Also with the static shapes that a compiler needs; the compiler itself is left out."""
     monkeypatch.setattr(
         torch, "compile", lambda model, mode=None, **options: aot_compile(model, **options)
     )
@@ -272,7 +272,7 @@ def test_in_bfloat16_the_reference_sets_the_tolerance():
 
 
 def test_bright_pictures_are_as_exact_in_bfloat16_as_the_references():
-    """The mean folded into the patches' bias cost four times the reference's error."""
+    """Folding the mean into the patches' bias had four times the error of the reference."""
     work = shared_work()
     for sample in work.samples:
         sample.images[sample.images > 40] = 255
@@ -321,7 +321,7 @@ def test_it_compares_and_writes(tmp_path, capsys):
 
 @pytest.fixture
 def no_memory(monkeypatch):
-    """Without a process of its own for every row."""
+    """Rows run in this process, not each in one of its own."""
     monkeypatch.setattr(train_step, "peak_of_process", lambda *arguments: None)
 
 

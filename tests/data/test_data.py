@@ -300,7 +300,7 @@ def fingerprints(batches) -> list[tuple]:
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_every_example_once_an_epoch(tokenizer, workers):
+def test_every_example_once_per_epoch(tokenizer, workers):
     batches = list(loader(stream_of(tokenizer, workers=workers)))
     names = [name for batch in batches for name in batch.packed.names]
     assert len(names) == 512 and len(set(names)) == 256

@@ -34,11 +34,11 @@ SIZES = "--vit-img-size 32 --mp-pixel-shuffle-factor 2"
 def own_cache(tmp_path_factory, monkeypatch):
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(cache))  # of the processes
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(cache))  # of the worker processes
 
 
 def order(count: int, epoch: int = 0, seed: int = TrainConfig.seed) -> np.ndarray:
-    """The examples in the order in which a run of that seed meets them."""
+    """The indices of the examples in the order in which a run with that random seed meets them."""
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
@@ -66,7 +66,10 @@ def malformed(record: str) -> list[bytes]:
 
 
 def write_records(folder: Path, bad: list[int]) -> list[str]:
-    """COUNT records in LLaVA's format, of which those in `bad` are bad, and what names each."""
+    """Write COUNT records in LLaVA's format, with faults in those of `bad`.
+
+    Returns what names each fault.
+    """
     folder.mkdir()
     source, records, named = Synthetic("train", 32), [], []
     for i in range(COUNT):
@@ -89,7 +92,7 @@ def write_records(folder: Path, bad: list[int]) -> list[str]:
 
 @pytest.fixture
 def faulty(tmp_path) -> tuple[Path, list[int], list[str]]:
-    """(folder, the bad records, what names them), all within the first 400 of the first epoch."""
+    """(folder, the bad records, what names them). All come in the first 400 of the first epoch."""
     bad = [int(i) for i in order(COUNT)[np.random.default_rng(0).permutation(400)[:10]]]
     return tmp_path / "data", bad, write_records(tmp_path / "data", bad)
 
@@ -147,7 +150,7 @@ def test_the_losses_of_the_rest_are_those_of_a_run_without_the_faults(faulty, tm
 
 
 class WithoutSome(SampleLoader):
-    """The examples of `indices` alone, in the order in which a run over all `count` meets them."""
+    """The examples of `indices` only, in the order in which a run over all `count` meets them."""
 
     def __init__(self, loader: SampleLoader, indices: np.ndarray):
         super().__init__(Subset(loader.source, indices), loader.model, loader.train, loader.text)

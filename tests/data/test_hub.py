@@ -34,7 +34,7 @@ TURNS = (("What is it?", "A portrait."), ("Of whom?", "Grace Hopper."))
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
-    """What `datasets` converts to Arrow goes to a folder of the test."""
+    """`datasets` puts what it converts to Arrow into a folder of the test."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
@@ -202,7 +202,7 @@ def test_training_reads_a_folder_of_the_cauldrons_schema(tmp_path):
 
 
 def test_sixteen_million_colours_of_a_photograph_survive_the_way(tmp_path):
-    """No second compression, no conversion: the bytes of the data set are the bytes of the file."""
+    """Nothing is compressed again or converted: the data set holds the bytes of the file."""
     file = encoded(photograph(640, 480), "JPEG", quality=90)
     source = load_source(save(cauldron([([file], texts(TURNS[0]))]), tmp_path, "disk"), "train")
     expected = np.asarray(

@@ -39,7 +39,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(bits: int, colour: int, row: bytes, key: bytes = b"", palette: bytes = b"") -> bytes:
-    """A PNG of four equal rows of four pixels. Pillow does not write all that it reads."""
+    """A PNG of four equal rows of four pixels, since Pillow cannot write all that it reads."""
     header = struct.pack(">IIBBBBB", 4, 4, bits, colour, 0, 0, 0)
     parts = [chunk(b"IHDR", header)]
     parts += [chunk(b"PLTE", palette)] if palette else []
@@ -78,7 +78,10 @@ def palette_and_alpha() -> Image.Image:
 
 
 def turned() -> bytes:
-    """Lying on its side, its first row to come to the right, transparent else."""
+    """An image that lies on its side: its first row belongs on the right.
+
+    The rest of it is transparent.
+    """
     image, exif = Image.new("RGBA", (4, 4), (0, 0, 0, 0)), Image.Exif()
     image.paste((0, 0, 0, 255), (0, 0, 4, 1))
     exif[0x0112] = 6
@@ -216,7 +219,7 @@ def test_every_mode_has_its_rule(case, tmp_path):
     source, expected = CASES[case]
     pixels = load_image(source, 4)
     assert pixels.transpose(1, 2, 0).tolist() == [[list(colour) for colour in expected]] * 4
-    if isinstance(source, bytes):  # as a file, and as an image that somebody opened and has decoded
+    if isinstance(source, bytes):  # as a file, and as an image that somebody has opened and decoded
         (tmp_path / "picture").write_bytes(source)
         assert (load_image(tmp_path / "picture", 4) == pixels).all()
         opened = Image.open(io.BytesIO(source))
@@ -225,7 +228,7 @@ def test_every_mode_has_its_rule(case, tmp_path):
 
 
 def test_a_transparent_picture_is_composited_before_it_is_made_smaller():
-    """Colours under alpha must not come in by way of the resizing."""
+    """Colours of transparent pixels must not enter through the resizing."""
     image = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
     image.paste((0, 0, 0, 255), (0, 0, 32, 64))
     pixels = load_image(image, 8)
@@ -250,7 +253,7 @@ def code_of(card: Path, with_function: str) -> str:
 
 
 def test_the_card_for_transformers_gives_our_pixels_of_every_mode(folder, monkeypatch, capsys):
-    """The code that stands in the written card is run, from a folder with nothing but a picture."""
+    """The code in the written card is run, in a folder that holds only a picture."""
     out = export(folder / "model", "transformers", folder / "transformers")
     monkeypatch.chdir(folder)
     (folder / "picture.png").write_bytes(CASES["RGBA"][0])
@@ -281,7 +284,7 @@ def test_the_card_for_nanovlm_gives_our_pixels_of_every_mode(folder):
 
 
 def test_shards_of_another_rule_are_refused(tmp_path, capsys):
-    """As those are that were prepared before the rule had a name."""
+    """Such shards were prepared before the rule had a name."""
     sizes = "--vit-img-size 32 --mp-pixel-shuffle-factor 2 --lm-vocab-size 300"
     command = f"--data synthetic:8 --out {tmp_path / 'out'} --workers 0 {sizes}".split()
     assert prepare.main(command) == 0

@@ -1,4 +1,4 @@
-"""Records as people have them: what is read, what is kept as text, and what is refused by name."""
+"""Records in the forms that people use: what is read, what stays text, and what is refused."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ OTHER_NAMES = (
 
 @pytest.mark.parametrize("key", OTHER_NAMES)
 def test_a_picture_under_another_name_is_refused_by_it(tmp_path, key):
-    """Such a record would train blind."""
+    """The model would be trained on such a record without its picture."""
     source = written(tmp_path, [{key: "a.png", "conversations": talk("What?", "A cat.")}])
     with pytest.raises(ValueError, match=rf"train\.jsonl:1: .*{key}.*'image' or 'images'"):
         source[0]

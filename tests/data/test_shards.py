@@ -36,7 +36,10 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Thirty rows of the Cauldron's schema: every kind of picture, none, two; conversations."""
+    """Thirty rows of the Cauldron's schema.
+
+    They have every kind of picture, no picture or two, and conversations.
+    """
     rows = easy_vqa_rows(20)
     rows += [
         ([file], texts(("What?", f"A {name}."), ("Sure?", "yes")))
@@ -50,7 +53,7 @@ def folder(tmp_path) -> Path:
 
 
 def prepared(data: str | Path, out: Path, options: str = "") -> int:
-    """The command, in this process; its exit code."""
+    """Run the command in this process and return its exit code."""
     arguments = f"--data {data} --out {out} --workers 0 --shard-samples 8 {SIZES} {options}"
     return prepare.main(arguments.split())
 
@@ -201,7 +204,9 @@ def test_a_changed_option_is_refused_by_name(tmp_path, change, name, capsys, mon
     out = tmp_path / "out"
     assert prepared("synthetic:32", out) == 0
     before = {file.name: file.read_bytes() for file in out.iterdir()}
-    if "vocab" in change:  # prepared data brings its tokenizer; another must be put in its place
+    if (
+        "vocab" in change
+    ):  # prepared data brings its tokenizer, so another one must be put in its place
         assert prepared("synthetic:32", tmp_path / "other", change) == 0
         (out / "tokenizer.json").write_bytes((tmp_path / "other" / "tokenizer.json").read_bytes())
     with pytest.raises(ValueError, match=rf"out was prepared with {name}"):
@@ -299,7 +304,7 @@ def test_shards_from_a_streaming_source_are_the_same(folder, tmp_path, capsys):
 
 
 def test_training_on_prepared_data_is_training_on_the_data(tmp_path):
-    """Loss for loss; a test split is prepared beside it."""
+    """Every loss is equal; a test split is prepared with it."""
     out, options = (
         tmp_path / "out",
         "--val-samples 0 --max-steps 8 --augment dihedral --no-final-eval",

@@ -31,7 +31,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 
 def picture(number: int) -> bytes:
-    """PNG files of one length, or nearly: it is not the length that tells them apart."""
+    """PNG files of nearly the same length, so that the length does not tell them apart."""
     pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), np.uint8)
     return encoded(Image.fromarray(pixels))
 
@@ -67,7 +67,7 @@ def write(folder: Path, records: list[str]) -> str:
 
 
 def shown(source: Source) -> set[str]:
-    """Digests of all pictures of a source."""
+    """The digests of all pictures of a source."""
     files = [image for i in range(len(source)) for image in source[i].images]
     contents = [file.read_bytes() if isinstance(file, Path) else bytes(file) for file in files]
     return {hashlib.sha256(content).hexdigest() for content in contents}
@@ -78,7 +78,7 @@ def shown(source: Source) -> set[str]:
 
 @pytest.mark.parametrize(("source", "seed"), [(EasyVQA, 0), (EasyVQA, 1), (Synthetic, 3)])
 def test_where_every_example_has_its_own_picture_the_split_is_as_it_was(source, seed):
-    """The committed results rest on it."""
+    """The committed results depend on it."""
     source = source("train")
     for wanted in (0, 1, 100, 10**6):
         rest, held_out = split_off(source, wanted, seed)

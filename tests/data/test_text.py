@@ -124,7 +124,7 @@ def test_special_tokens_are_meant_in_the_prompt_and_text_in_the_question():
 
 
 def test_a_reply_that_spells_the_end_of_sequence_is_right():
-    """A model that has learnt to say so says it: the text, and then the token."""
+    """A model that has learnt to give such a reply gives it: the text, then the token."""
     tokenizer = Tokenizer.train(WORDS, 300)
     model = VisionLanguageModel(VLMConfig(**{**SMALL, "lm_vocab_size": len(tokenizer)}))
     text = TextProcessor(tokenizer, model.config.prompt, model.config.image_tokens)
@@ -145,7 +145,7 @@ def test_a_reply_that_spells_the_end_of_sequence_is_right():
 
 
 def test_transformers_takes_special_tokens_for_text_only_when_told_to():
-    """The exported tokenizer agrees on every other text; on these with `split_special_tokens`."""
+    """The exported tokenizer agrees on other texts, and on these with `split_special_tokens`."""
     tokenizer = Tokenizer(byte_level(EOS, START, END, added=(TOOL,)))
     theirs = transformers_tokenizer(tokenizer)
     for text in (*TEXTS, *WORDS[:3]):
@@ -194,7 +194,7 @@ def test_the_end_of_sequence_is_what_transformers_says(tmp_path, case):
     theirs = AutoTokenizer.from_pretrained(folder)
     ours = Tokenizer.load(folder)
     assert (ours.eos, ours.eos_id) == (theirs.eos_token, theirs.eos_token_id) == (END, 2)
-    ours.save(folder)  # over what lies there
+    ours.save(folder)  # replaces what is there
     again = AutoTokenizer.from_pretrained(folder)
     assert Tokenizer.load(folder).eos == again.eos_token == END
 

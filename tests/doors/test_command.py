@@ -162,7 +162,7 @@ def test_a_prompt_that_is_no_utf8_is_refused(capsys):
 
 
 def test_an_export_onto_a_full_disk_leaves_nothing(finished, tmp_path, capsys):
-    """A real limit on the size of files: the write of the weights fails half-way."""
+    """A real limit on the size of files makes the write of the weights fail half-way."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     for target in ("nanovlm", "transformers"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))

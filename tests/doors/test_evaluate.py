@@ -1,4 +1,4 @@
-"""Evaluation: what counts as right, and what is asked in each mode."""
+"""Evaluation: what counts as right, and what each mode asks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ def source(*talks: list[tuple[str, str]]) -> Talks:
 
 @pytest.fixture
 def setup(monkeypatch):
-    """A model that looks replies up by the last question; `asked` collects the prompts as text."""
+    """A model that looks up its replies by the last question.
+
+    `asked` collects the prompts as text.
+    """
     tokenizer = Tokenizer.train(["who? what? where? yes no blue " + LONG], 300)
     model = VisionLanguageModel(
         VLMConfig(**{**SMALL, "lm_vocab_size": 300, "lm_max_position_embeddings": 256})
@@ -104,7 +107,7 @@ def test_too_long_a_prompt_is_left_out_and_named(setup):
 
 
 def test_one_long_question_costs_the_others_nothing(monkeypatch):
-    """The real `generate`: a question with room for its answer alone, in any batch."""
+    """With the real `generate`: a question that has room for its answer only, in any batch."""
     tokenizer = Tokenizer.train(["who? what? where? yes no blue " + LONG], 300)
     torch.manual_seed(0)
     sizes = {**SMALL, "lm_vocab_size": 300, "lm_max_position_embeddings": 128}
@@ -222,7 +225,7 @@ def test_a_reply_that_names_the_letter_is_right(reply, right):
 
 
 def scripted(tokenizer, replies: list[str], seen: list):
-    """A stand-in for `generate` that gives the replies in turn; <eos> is the end of sequence."""
+    """A stand-in for `generate` that returns the given replies in turn; <eos> ends a sequence."""
 
     def answer(model, images, prompts, eos_id, max_new_tokens, **options):
         seen.append((images, prompts, eos_id, max_new_tokens, options))
@@ -252,7 +255,7 @@ def test_mmstar_is_asked_and_judged_as_v01_does(mmstar_source, monkeypatch):
 
 
 def test_style_v01_samples_and_does_not_stop_at_the_end_of_sequence(mmstar_source, monkeypatch):
-    """'A<eos>The' becomes 'AThe' and is wrong, as it was where the published number comes from."""
+    """'A<eos>The' becomes 'AThe' and is wrong, as it was when the published number was measured."""
     tokenizer = Tokenizer.train(["A B The Question Answer only with the letter"], 300)
     model = VisionLanguageModel(VLMConfig(**{**SMALL, "lm_vocab_size": 300}))
     replies, seen = [" B<eos>The", " A<eos>", " B<eos> The"], []
@@ -266,7 +269,10 @@ def test_style_v01_samples_and_does_not_stop_at_the_end_of_sequence(mmstar_sourc
 
 
 def test_sampling_is_repeatable_and_leaves_the_training_alone(mmstar_source):
-    """The real `generate`: all tokens up to the limit, equal for equal random seeds only."""
+    """The real `generate` samples all tokens up to the limit.
+
+    Replies are equal for equal random seeds only.
+    """
     tokenizer = Tokenizer.train(["A B The Question Answer only with the letter"], 300)
     model = VisionLanguageModel(VLMConfig(**{**SMALL, "lm_vocab_size": 300}))
     judged: list[str] = []
@@ -282,7 +288,7 @@ def test_sampling_is_repeatable_and_leaves_the_training_alone(mmstar_source):
 
 @pytest.mark.slow
 def test_a_run_scores_mmstar_and_so_does_the_command(mmstar_source, tmp_path):
-    """A whole run whose answers are known: trained on nothing but 'B', it says B."""
+    """A whole run whose answers are known: it is trained on nothing but 'B', so it says B."""
     folder = tmp_path / "data"
     folder.mkdir()
     text = texts((f"{MMSTAR_ROWS[0][0]}", "B"))

@@ -29,7 +29,7 @@ def model(small_config) -> VisionLanguageModel:
 
 
 def prompts_and_images(config, lengths=(3, 9, 1, 20, 5)) -> tuple[list[Document], torch.Tensor]:
-    """One text-only prompt, the others on one image each or, the fourth, on two."""
+    """One prompt of text alone; the others have one image each, and the fourth has two."""
     rng = np.random.default_rng(1)
     prompts, shown = [], 0
     for i, length in enumerate(lengths):
@@ -44,7 +44,7 @@ def prompts_and_images(config, lengths=(3, 9, 1, 20, 5)) -> tuple[list[Document]
 def without_cache(
     model: VisionLanguageModel, prompt: Document, images: torch.Tensor, steps: int
 ) -> list[int]:
-    """Greedy, the whole sequence through the padded reference for every token."""
+    """Greedy decoding that runs the whole sequence through the padded reference for every token."""
     config = model.config
     plain = reference.VisionLanguageModel(config)
     plain.load_state_dict(model.reference_state_dict())
@@ -89,7 +89,7 @@ def test_a_prompt_is_answered_alike_alone_and_in_a_batch(model):
 
 
 def replies_in_groups(model, images, prompts, limits, groups, **options) -> list[list[int]]:
-    """Every prompt's reply, of which those of a group were asked in one batch."""
+    """The reply to every prompt, where the prompts of a group are asked in one batch."""
     replies: list[list[int]] = [[] for _ in prompts]
     generators = options.pop("generators", None)
     for group in groups:
@@ -103,7 +103,7 @@ def replies_in_groups(model, images, prompts, limits, groups, **options) -> list
 
 
 def closest_call(model, prompt: Document, images, reply: list[int]) -> float:
-    """By how much the reply's tokens lead in the logits of one whole forward, at least."""
+    """The smallest lead of a reply's token in the logits of one forward pass over all of it."""
     config = model.config
     whole = reference.VisionLanguageModel(config)
     whole.load_state_dict(model.reference_state_dict())
@@ -119,7 +119,7 @@ def closest_call(model, prompt: Document, images, reply: list[int]) -> float:
 
 
 def test_a_reply_does_not_depend_on_what_shares_its_batch(model):
-    """Any grouping gives the same replies, also beside a prompt with room for a few tokens only."""
+    """Any grouping gives the same replies, also beside a prompt with room for few tokens."""
     positions = model.config.lm_max_position_embeddings
     lengths = (3, 9, 1, 20, 5, positions - 4 - 8, 2, 12)
     prompts, images = prompts_and_images(model.config, lengths)
@@ -144,7 +144,7 @@ def test_a_reply_does_not_depend_on_what_shares_its_batch(model):
 
 
 def test_the_cache_gives_the_logits_of_one_whole_forward():
-    """16 rows over 1,000 positions: prompts of mixed lengths, and the rest token by token."""
+    """16 rows over 1,000 positions: prompts of mixed lengths, then one token at a time."""
     rows, positions = 16, 1000
     config = VLMConfig(**{**SMALL, "lm_max_position_embeddings": positions, "lm_n_blocks": 2})
     model = VisionLanguageModel(config).eval()
@@ -167,7 +167,7 @@ def test_the_cache_gives_the_logits_of_one_whole_forward():
         cache, hidden = prefill(model, no_images, prompts, positions)
         logits[every, cache.lengths - 1] = model.decoder.head(hidden)
         for _ in range(positions - 1):
-            at = cache.lengths  # a row that has arrived stays at its last position
+            at = cache.lengths  # a row that is done stays at its last position
             hidden = decode(model, cache, ids[every, at], (at < positions - 1).long())
             logits[every, at] = model.decoder.head(hidden)
     chosen_by = torch.arange(positions) >= lengths[:, None] - 1
@@ -176,7 +176,7 @@ def test_the_cache_gives_the_logits_of_one_whole_forward():
 
 
 def test_it_runs_under_autocast(model):
-    """As the training loop evaluates on a GPU: bfloat16 products, float32 weights."""
+    """The training loop evaluates like this on a GPU: bfloat16 products, float32 weights."""
     prompts, images = prompts_and_images(model.config)
     with torch.autocast("cpu", torch.bfloat16):
         replies = generate(model, images, prompts, -1, max_new_tokens=3)

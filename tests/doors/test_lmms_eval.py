@@ -113,7 +113,10 @@ def test_more_tokens_than_the_model_has_positions_are_cut(adapter, checkpoint):
 
 
 def test_too_long_a_prompt_is_named_and_costs_the_others_nothing(adapter, checkpoint, capsys):
-    """One without room gets no reply, one with room for two tokens gets two, the rest as alone."""
+    """A prompt without room gets no reply, and one with room for two tokens gets two.
+
+    The rest get what they get alone.
+    """
     sampled = dict(max_new_tokens=12, do_sample=True, temperature=1.5)
     model = adapter.NanoVLMFast(checkpoint=str(checkpoint), device="cpu")
     model.task_dict = {"task": {"test": DOCS}}

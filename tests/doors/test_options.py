@@ -31,7 +31,7 @@ from tests.support.processes import ROOT
 from tests.support.runs import CONVERSATION, TINY
 
 VALUES = ("nan", "inf", "-1", "0", str(10**20), "", "FOLDER", "MISSING")
-SECONDS = 120  # until a call counts as a hang, on a machine that does much else
+SECONDS = 120  # after which a call counts as hung, on a busy machine
 ONE_STEP = (
     "--workers 0 --hang-timeout 0 --epochs 1 --max-steps 1 --no-final-eval --val-samples 0 "
     "--overwrite --out run"
@@ -43,8 +43,13 @@ COMMANDS = sorted(
     if 'if __name__ == "__main__":' in file.read_text()
 )
 BENCHES = [name for name in COMMANDS if name.startswith("bench.")]
-FREE = ("--out", "--name", "--state", "--folder")  # of a bench: any text is a name, and starts it
-SMALL_BENCH = {  # so that a name that is refused late is refused soon
+FREE = (
+    "--out",
+    "--name",
+    "--state",
+    "--folder",
+)  # options of a bench that take any text as a name, and start it
+SMALL_BENCH = {  # so that a name that is refused late is refused soon enough
     "bench.compare": ["A.json", "B.json"],
     "bench.generate": ["--preset", "tiny"],
     "bench.kernels": ["--small"],
@@ -58,7 +63,7 @@ SMALL_BENCH = {  # so that a name that is refused late is refused soon
 
 
 def call(main: Callable[[list[str]], int], argv: list[str]) -> tuple[int, str]:
-    """Exit code and stderr of a command called in this process."""
+    """The exit code and the stderr of a command that is called in this process."""
 
     def hangs(*_: object) -> None:
         raise AssertionError(f"{argv[-1]} hangs")
@@ -75,14 +80,17 @@ def call(main: Callable[[list[str]], int], argv: list[str]) -> tuple[int, str]:
         code = left.code
     finally:
         signal.alarm(0)
-        gc.enable()  # the training loop leaves it off
+        gc.enable()  # the training loop turns it off and leaves it so
         for number, handler in before.items():
             signal.signal(number, handler)
     return code, errors.getvalue()
 
 
 def problem_of(main: Callable[[list[str]], int], argv: list[str]) -> str:
-    """What a command does that it must not; empty if it is done, or says in one line why not."""
+    """Return what a command did wrong.
+
+    Empty if it succeeded, or if it said in one line why it could not.
+    """
     try:
         code, errors = call(main, argv)
     except Exception as error:
@@ -103,7 +111,7 @@ def options_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
 
 
 def walk(main: Callable[[list[str]], int], options: list[str], base: list[str]) -> list[str]:
-    """Call `main` with every value for every option; returns what went wrong."""
+    """Call `main` with every value for every option; return what went wrong."""
     assert options
     folder = Path("a folder")
     folder.mkdir(exist_ok=True)
@@ -128,7 +136,7 @@ def here(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(scope="session")
 def few(tmp_path_factory) -> str:
-    """A data set of six examples, as --data names it."""
+    """A data set of six examples, in the form that --data takes."""
     folder = tmp_path_factory.mktemp("few")
     rng = np.random.default_rng(0)
     records = []
@@ -151,7 +159,10 @@ def trained(few, loop, tmp_path_factory) -> str:
 
 @pytest.fixture
 def cheap_collections() -> Iterator[None]:
-    """Keep what is loaded here out of the loop's garbage collections: they outlast its step."""
+    """Exclude what is loaded here from the loop's garbage collections.
+
+    They would take longer than the step.
+    """
     gc.freeze()
     yield
     gc.unfreeze()
@@ -169,7 +180,7 @@ def cheap_collections() -> Iterator[None]:
     ],
 )
 def test_walk_train(option, loop, few, here, cheap_collections):
-    """Up to a step and its checkpoint; what comes after draws curves, whatever the options."""
+    """Up to one step and its checkpoint; what follows draws curves, whatever the options."""
 
     @reports_errors(loop.Stopped)
     def one_step(argv: list[str] | None = None) -> int:
@@ -231,7 +242,7 @@ def test_walk_prepare(few, here):
 
 @pytest.mark.parametrize("name", BENCHES)
 def test_walk_bench(name, here):
-    """Numbers are read; every name that is none is refused before anything is measured."""
+    """Numbers are read; every unknown name is refused before anything is measured."""
     module = importlib.import_module(name)
     parser, base = module.make_parser(), SMALL_BENCH.get(name, [])
     actions = options_of(parser)
@@ -264,7 +275,7 @@ def test_every_number_has_a_range():
 
 @pytest.mark.parametrize("name", [*COMMANDS, "train"])
 def test_an_interrupt_is_one_line(name, loop, monkeypatch, here):
-    """A real signal, as soon as the command reads its options."""
+    """Send a real signal as soon as the command reads its options."""
     module: ModuleType = loop if name == "train" else importlib.import_module(name)
     parse = argparse.ArgumentParser.parse_known_args
 

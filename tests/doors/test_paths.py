@@ -22,7 +22,10 @@ from nanovlm_fast.runs import save_run_config
 
 @pytest.fixture
 def places(tmp_path, monkeypatch) -> Path:
-    """A folder with a data set `data`, and an empty one beside it, which is the home folder."""
+    """A folder that holds a data set `data`.
+
+    Beside it is the home folder, with an empty `data`.
+    """
     (tmp_path / "here" / "data").mkdir(parents=True)
     (tmp_path / "here" / "data" / "train.jsonl").write_text("{}\n")
     (tmp_path / "home" / "data").mkdir(parents=True)
@@ -50,9 +53,9 @@ def places(tmp_path, monkeypatch) -> Path:
     ],
 )
 def test_a_run_keeps_where_its_data_is(places, monkeypatch, given, kept):
-    """From another directory it resumes on the same, and takes the same option in other words."""
+    """From another directory the run resumes on the same data, however --data spells it."""
     for name in ("easy_vqa", "mmstar", "train"):
-        Path(name).mkdir()  # no folder hides what has that name
+        Path(name).mkdir()  # a folder of that name does not hide the data set
     kept = kept.replace("HERE", str(places))
     model, config = parse_config(["--data", given, "--eval", given, "--out", "~/run"])
     assert (config.data, config.eval, config.out) == (kept, kept, f"{places}/home/run")
@@ -98,7 +101,7 @@ def test_what_a_command_reads_it_does_not_overwrite(finished, copy, capsys, opti
 
 
 def test_home_is_home_in_every_option_that_names_a_place(copy, tmp_path, monkeypatch, capsys):
-    """A shell leaves ~ alone in --out=~/FOLDER."""
+    """A shell does not expand ~ in --out=~/FOLDER."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

@@ -41,7 +41,7 @@ def test_parity(shape, dtype):
 
 
 @on_the_gpu_too
-def test_parity_at_the_seeds_size():
+def test_parity_at_nanovlms_size():
     positions, vocabulary, image_tokens = (
         (300, 2000, 98) if DEVICE == "cpu" else (32768, 49152, 256 * 49)
     )

@@ -36,7 +36,7 @@ def test_parity(shape, residual, dtype):
 
 
 @on_the_gpu_too
-def test_parity_at_the_seeds_size(monkeypatch):
+def test_parity_at_nanovlms_size(monkeypatch):
     rows = 50176
     if (
         DEVICE == "cpu"

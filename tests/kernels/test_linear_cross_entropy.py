@@ -56,7 +56,7 @@ def test_parity_in_chunks(chunk):
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="logits of 0.8 GB and more")
 @pytest.mark.parametrize("rows", [8192, 20000, 32768])
-def test_parity_at_the_seeds_size(rows):
+def test_parity_at_nanovlms_size(rows):
     check_parity(
         linear_cross_entropy,
         linear_cross_entropy_reference,
@@ -201,7 +201,7 @@ def test_one_chunk_of_logits_at_a_time(gradient, monkeypatch):
         14,
         14,
         12,
-    ]  # 40 rows in as many chunks as 16 rows a chunk need, of one size
+    ]  # 40 rows in as many chunks as 16 rows per chunk need, of one size
     theirs = {tensor.untyped_storage().data_ptr() for tensor in inputs.values()}
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in recorder.results

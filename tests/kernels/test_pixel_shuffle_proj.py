@@ -26,8 +26,8 @@ from tests.support.kernel_checks import (
 
 # batch, height, width, channels, n, factor, and with a bias or not
 SHAPES = [
-    ((1, 14, 14, 768, 96, 2), False),  # the seed's image
-    ((3, 4, 6, 64, 576, 2), True),  # the seed's N, not square
+    ((1, 14, 14, 768, 96, 2), False),  # an image of nanoVLM's
+    ((3, 4, 6, 64, 576, 2), True),  # nanoVLM's N, not square
     ((1, 8, 4, 960, 24, 4), False),  # 960 channels, the last columns of a tile are padding
     ((5, 6, 10, 7, 33, 2), True),  # odd C, images that share a tile of rows
     ((2, 9, 6, 35, 17, 3), False),  # odd C above a K-block, odd factor
@@ -48,7 +48,7 @@ def test_parity(shape, bias, dtype):
 
 
 @on_the_gpu_too
-def test_parity_at_the_seeds_size(monkeypatch):
+def test_parity_at_nanovlms_size(monkeypatch):
     """On a CPU, smaller: the tiles of bf16, two of 256 + 32 columns, over float32 numbers."""
     batch, channels = 256, 768
     if DEVICE == "cpu":

@@ -36,7 +36,7 @@ def test_parity(shape, residual, dtype):
 
 @on_the_gpu_too
 @pytest.mark.parametrize("rows", [40000])
-def test_parity_at_the_seeds_size(rows):
+def test_parity_at_nanovlms_size(rows):
     if DEVICE == "cpu":
         rows = 2113  # more rows than all programs of the backward take in one round
     check_parity(rms_norm, rms_norm_reference, make_inputs(rows, 576, DTYPES[0], DEVICE, DTYPES[0]))

@@ -54,7 +54,7 @@ def test_parity(shape, op, dtype):
 
 @on_the_gpu_too
 @pytest.mark.parametrize("op", [rotary, in_place])
-def test_parity_at_the_seeds_size(op):
+def test_parity_at_nanovlms_size(op):
     tokens = 300 if DEVICE == "cpu" else 32768
     check_parity(op, rotary_reference, make_inputs(tokens, 9, 3, 64, DTYPES[0], DEVICE), TABLES)
 

@@ -34,7 +34,7 @@ def test_parity(shape, dtype):
 
 
 @on_the_gpu_too
-def test_parity_at_the_seeds_size():
+def test_parity_at_nanovlms_size():
     rows = 32768 if DEVICE == "cuda" else 101
     check_parity(swiglu, swiglu_reference, make_inputs(rows, 1536, DTYPES[0], DEVICE))
 

@@ -14,7 +14,10 @@ LENGTHS = [[7], [1, 1, 1], [5, 0, 16, 1, 0, 3], [16, 16, 0, 0]]
 
 
 def loop(q, k, v, cu_seqlens, max_seqlen, causal):
-    """Each document by itself, heads repeated, softmax written out, in the type of the inputs."""
+    """Attention of each document by itself, with repeated heads and the softmax written out.
+
+    It computes in the type of the inputs.
+    """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     documents = []
@@ -69,7 +72,7 @@ def test_each_backend_on_the_gpu(backend, causal, lengths):
         for call in (attend, torch.compile(attend, fullgraph=True, dynamic=False)):
             for name, out in run(
                 call, inputs
-            ).items():  # not the same bits twice: the backward adds up with atomics
+            ).items():  # two runs do not give the same bits: the backward adds up with atomics
                 error, allowed = (
                     (out - truth[name]).abs().max(),
                     2 * (plain[name] - truth[name]).abs().max(),
@@ -106,7 +109,7 @@ def test_the_choice_without_a_gpu():
     ],
 )
 def test_what_flash_attention_needs_of_a_gpu(monkeypatch, capability, dtype, expected):
-    """The rule alone, for GPUs that are not here."""
+    """The rule only, for GPUs that this machine lacks."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     gpu = torch.device("cuda")

@@ -26,7 +26,7 @@ from nanovlm_fast.training.warmup import warm_up
 
 @pytest.mark.parametrize("recompute", ["none", "norms_and_activations"])
 def test_fifty_steps_of_real_batches_are_one_graph(recompute):
-    """No graph break (fullgraph would raise) and no second compilation after the warm-up's."""
+    """No graph breaks (fullgraph would raise), and nothing is compiled after the warm-up."""
     tiny = {
         **PRESETS["tiny"],
         "vit_n_blocks": 1,

@@ -92,7 +92,7 @@ def test_n_pairs_counts_what_the_mask_lets_through(small_config, trimmed):
 
 
 def read_after(meter: Meter, seconds: float, waited: float = 0.0) -> dict[str, float]:
-    """A reading of what was counted, as if it had taken so long."""
+    """A reading of the meter, as if what it counted had taken `seconds`."""
     meter.since = time.perf_counter() - seconds
     return meter.read(waited)
 
@@ -129,7 +129,7 @@ def test_what_is_not_trained_costs_nothing(small_config):
     whole, frozen = Meter(small_config), Meter(small_config, frozen=("vision_encoder",))
     for meter in (whole, frozen):
         meter.add(batch)
-        meter.add(dataclasses.replace(batch, n_labels=0))  # the training loop passes it over
+        meter.add(dataclasses.replace(batch, n_labels=0))  # the training loop skips it
     assert whole.flops == step_flops(
         small_config, batch.n_images, batch.n_tokens, batch.n_labels, batch.n_pairs
     )

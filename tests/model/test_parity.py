@@ -80,7 +80,7 @@ def assert_close(
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    """By the reference's names, whichever of the two models it is."""
+    """Gradients by the reference's names, from either of the two models."""
     named = {
         n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()
     }
@@ -132,7 +132,7 @@ def test_loss_logits_and_gradients_equal_the_reference(small_config, n_documents
     "kernels", [*(name for name in KERNELS if (ROOT / "kernels" / f"{name}.py").exists()), "all"]
 )
 def test_with_kernels_it_still_equals_the_reference(small_config, kernels):
-    """One kernel at a time and all of them, in Triton's interpreter where there is no GPU."""
+    """Each kernel alone and all together, in Triton's interpreter where there is no GPU."""
     # heads of 32: document_attention takes none that are smaller
     config = dataclasses.replace(small_config, lm_hidden_dim=96, lm_n_heads=3, lm_n_kv_heads=1)
     packed, plain = twins(config)

@@ -51,7 +51,7 @@ class Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[tuple[str, list[torch.dtype], list[torch.dtype]]] = []
-        self.normalised: list[Tensor] = []  # what PyTorch's own norms take
+        self.normalised: list[Tensor] = []  # the operations of PyTorch's own norms
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
@@ -80,7 +80,7 @@ def loss_of(model: VisionLanguageModel, batch: PackedBatch) -> Tensor:
 
 
 def watched(config: VLMConfig, kernels: str) -> tuple[Watch, Watch, Tensor]:
-    """What ran forward, what ran backward, and the loss."""
+    """The operations of the forward pass, those of the backward pass, and the loss."""
     model, batch = setting(config, kernels)
     with Watch() as forward:
         loss = loss_of(model, batch)
@@ -90,7 +90,7 @@ def watched(config: VLMConfig, kernels: str) -> tuple[Watch, Watch, Tensor]:
 
 
 def assert_needs_float32(tensor: Tensor, what: str) -> None:
-    """It is float32, and not a bfloat16 value written as one."""
+    """The tensor is float32, and its values are not all bfloat16 values."""
     assert tensor.dtype == FP32, f"{what} is {tensor.dtype}"
     assert (tensor != tensor.to(BF16)).float().mean() > 0.1, f"{what} was rounded to bfloat16"
 
@@ -104,7 +104,7 @@ def test_matrix_products_take_bfloat16(small_config, kernels):
             assert set(dtypes) == {BF16}, f"{name} computes in {dtypes}"
         attention = watch.named("_attention", "varlen")
         assert attention and all(set(dtypes[:3]) == {BF16} for _, dtypes, _ in attention)
-    # patches, 4 a block, projector, head; backward each has two, but pixels take no gradient
+    # patches, 4 per block, projector, head; backward each has two, but pixels take no gradient
     products = 1 + 4 * small_config.vit_n_blocks + 1 + 4 * small_config.lm_n_blocks + 1
     products -= len(set(choose_ops(kernels).kernels) & set(PRODUCTS))  # they multiply inside
     if kernels != "all":
@@ -208,7 +208,7 @@ def test_micro_batches_add_up_in_float32(small_config, kernels):
 @pytest.mark.gpu
 @with_kernels
 def test_an_image_shown_by_many_documents_sums_its_gradient_in_float32(kernels):
-    """Whole numbers: float32 sums of them are exact, bfloat16 ones go astray beyond 256."""
+    """On whole numbers: their sums are exact in float32, and wrong in bfloat16 beyond 256."""
     documents, tokens, width = 64, 9, 32
     gradient = torch.randint(-127, 128, (documents * tokens, width), device=DEVICE).float()
     rows = torch.arange(tokens, dtype=torch.int32, device=DEVICE).repeat(documents)
@@ -226,7 +226,7 @@ def test_an_image_shown_by_many_documents_sums_its_gradient_in_float32(kernels):
 @pytest.mark.gpu
 @pytest.mark.parametrize("mean", [0.0, 0.5, 0.875])
 def test_bright_pictures_keep_their_bits(mean):
-    """The folded normalisation against normalised pixels, both in bfloat16: output and gradient."""
+    """The folded normalisation gives what normalised pixels give, both in bfloat16."""
     config = dataclasses.replace(preset("tiny")[0], image_mean=mean, image_std=0.25)
     torch.manual_seed(0)
     ours, plain = (
@@ -272,7 +272,7 @@ def test_weights_gradients_and_optimizer_state_are_float32(small_config, optimiz
     assert len(states) == len(parameters) and all(
         set(float_dtypes(state)) == {FP32} for state in states
     )
-    # an update of a millionth, which no bfloat16 weight would notice
+    # an update of a millionth, too small to change a bfloat16 weight
     for name in ("decoder.blocks.0.mlp.down_proj.weight", "vision_encoder.blocks.0.mlp.fc1.weight"):
         moved, old = parameters[name].detach(), before[name]
         assert (moved != old).float().mean() > 0.9 and (

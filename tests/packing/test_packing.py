@@ -16,11 +16,11 @@ from tests.support.samples import random_sample
 
 CONFIG = VLMConfig(
     vit_img_size=16, vit_patch_size=4, vit_hidden_dim=12, vit_n_heads=1, lm_vocab_size=97
-)  # 4 tokens an image
+)  # 4 tokens per image
 
 
 def sample_of(number: int, shape: tuple[int, list[int]]) -> Sample:
-    """A sample whose ids and pixels all say its number, so that mixing would show."""
+    """A sample whose ids and pixels all hold its number, so that mixing would show."""
     n_images, texts = shape
     documents = []
     for text in texts:
@@ -120,7 +120,7 @@ def test_deterministic_and_resumable(shapes, budget):
 
 
 def test_the_oldest_sample_is_never_starved():
-    """However well younger samples fit, what came first goes first."""
+    """However well later samples fit, the oldest goes first."""
     packer = Packer(Budget(100, 20, 4, 100, 50))
     for i in range(1, 40):
         packer.add(sample_of(i, (1, [10 + i % 7])))
@@ -176,7 +176,7 @@ def test_batches_move_between_devices_whole(small_config):
 
 
 def test_a_sample_is_refused_that_its_own_padding_leaves_no_room_for():
-    """Taken in, it would never be chosen, and the stream would end there as if the data did."""
+    """If it were accepted it would never be chosen, and the stream would end as if the data had."""
     budget = Budget(tokens=43, documents=4, images=1, labels=40, max_seqlen=39)
     packer = Packer(budget)
     assert "5 documents with padding, the budget is 4" in packer.add(

@@ -14,7 +14,7 @@ from tests.project.test_layout import project_files
 from tests.support.processes import ROOT
 
 FENCE = re.compile(r"^```.*?^```", re.M | re.S)
-# Old names are history there: what a note or a changed version said is not rewritten.
+# Old names are history there: what a note or a changelog entry said is not rewritten.
 HISTORY = ("bench/NOTES.md", "CHANGELOG.md")
 PAGES = sorted(file for file in project_files() if file.suffix == ".md")
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
@@ -34,12 +34,12 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)
 
 
 def prose(page: Path) -> str:
-    """The page without its blocks of code."""
+    """The text of a page without its blocks of code."""
     return FENCE.sub("", page.read_text())
 
 
 def targets(text: str) -> list[str]:
-    """What links, images and HTML images of a page lead to, but for other hosts."""
+    """The targets of a page's links, images and HTML images, except those on other hosts."""
     text = re.sub(r"`[^`\n]*`", "", text)  # inline code may hold brackets that are no link
     found = re.findall(r"\]\(([^)\s]+)\)", text)
     found += re.findall(r'\b(?:src|srcset|href)="([^"]+)"', text)
@@ -68,7 +68,7 @@ def broken(page: Path, target: str) -> bool:
 
 
 def test_the_checks_find_what_they_look_for(tmp_path):
-    """Each of a page's faults is found, and nothing else: else the tests below could not fail."""
+    """Every fault of a page is found and nothing else; otherwise the tests below could not fail."""
     text = "# A `b` c\n[x](there.md#a-b-c) [y](gone.md)\n```\n[no](link.md)\n```\n# A b c\n"
     text += (
         '![p](there.md#a-b-c-1) `[z](code.md)` <img src="none.png"> [w](https://example.org/a.md)'
@@ -106,7 +106,7 @@ def test_every_test_that_a_page_names_exists(page):
 
 
 def test_the_claims_name_their_proofs():
-    """Every row of the two tables of claims, and enough of them that the tables were found."""
+    """Every row of the two tables of claims, and enough rows to show that the tables were found."""
     for name, least in (("nanovlm_fast/weights", 11), ("nanovlm_fast/training", 10)):
         text = (ROOT / name / "README.md").read_text()
         table = re.search(

@@ -165,7 +165,7 @@ def test_damaged_files_are_read_or_refused_by_name(whole, tmp_path, name):
         file.unlink()
         file.write_bytes(
             damaged(content, rng)
-        )  # a new file: a memory map of the last one stays what it was
+        )  # a new file, so that a memory map of the last one stays as it was
         with at_most(20, (name, case)):
             try:
                 read(given)
@@ -211,7 +211,7 @@ def png_header(width: int, height: int) -> bytes:
     )
 
 
-HUGE = {  # what declares much and holds nothing
+HUGE = {  # files that declare much and hold nothing
     "a tensor of terabytes": ("model.safetensors", header([2**40], 2**42)),
     "a tensor of more elements than there are numbers": (
         "model.safetensors",
@@ -223,7 +223,7 @@ HUGE = {  # what declares much and holds nothing
     "a billion layers": ("config.json", {"lm_n_blocks": 10**9}),
     "a vocabulary of 10^12": ("config.json", {"lm_vocab_size": 10**12}),
     "a vocabulary of 10^9": ("config.json", {"lm_vocab_size": 10**9}),
-    "an image of 10^9 pixels a side": ("config.json", {"vit_img_size": 8 * 10**8}),
+    "an image of 10^9 pixels per side": ("config.json", {"vit_img_size": 8 * 10**8}),
     "a document of 10^9 tokens": ("config.json", {"lm_max_position_embeddings": 10**9}),
     "a width with more digits than an int": ("config.json", {"lm_inter_dim": 10**400}),
     "brackets": ("config.json", b"[" * 10**6),
@@ -270,7 +270,7 @@ def test_a_true_bomb_is_not_decoded(tmp_path):
 
 
 class Payload:
-    """Makes the file `marker` when it is unpickled."""
+    """An object that makes the file `marker` when it is unpickled."""
 
     def __init__(self, marker: Path):
         self.marker = marker

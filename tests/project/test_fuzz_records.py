@@ -83,7 +83,7 @@ def places(value: Any) -> list[tuple[Any, Any]]:
 
 
 def random_record(rng: random.Random) -> bytes:
-    """A line of LLaVA's format, in most cases no longer."""
+    """A line that began as LLaVA's format, and in most cases is no longer in it."""
     turns = []
     for i in range(rng.randint(1, 3)):
         turns += [
@@ -118,7 +118,7 @@ def random_record(rng: random.Random) -> bytes:
 
 @pytest.fixture
 def pictures(tmp_path) -> Path:
-    """A folder with good pictures and with all that is none."""
+    """A folder with good pictures, and with everything that is no picture."""
     folder = tmp_path / "data"
     (folder / "folder").mkdir(parents=True)
     noise = Image.effect_noise((40, 30), 80).convert("RGB")
@@ -127,7 +127,7 @@ def pictures(tmp_path) -> Path:
     (folder / "half.jpg").write_bytes((folder / "good.jpg").read_bytes()[:400])
     (folder / "text.png").write_text("no image at all")
     (folder / "loop.png").symlink_to(folder / "loop.png")
-    prepare.os.mkfifo(folder / "pipe.png")  # whoever opens it waits for ever
+    prepare.os.mkfifo(folder / "pipe.png")  # opening it waits for ever
     Image.new("RGB", (8, 8)).save(tmp_path / "outside.png")
     return folder
 
@@ -148,7 +148,7 @@ def test_10000_random_records_are_read_or_refused_by_name(pictures):
     (pictures / "train.jsonl").write_bytes(b"\n".join(records))
     source = JsonLines("train", pictures)
     assert len(source) == 10_000
-    load = loader_of(source)  # which trains a tokenizer on what can be read
+    load = loader_of(source)  # this trains a tokenizer on what can be read
     refused = {}
     for i, line in enumerate(records):
         with at_most(5, line):
@@ -194,7 +194,7 @@ def random_sample(rng: np.random.Generator, key: int) -> Sample:
 
 
 def check_sizes(packed: PackedBatch, budget: Budget) -> None:
-    """Checks the sizes, positions and padding of a batch.
+    """Check the sizes, positions and padding of a batch.
 
     The shapes are static. The documents cover all positions, and none is too long. Positions start
     at 0 in each document, and padding has no effect.
@@ -220,7 +220,7 @@ def check_sizes(packed: PackedBatch, budget: Budget) -> None:
 
 
 def check_content(packed: PackedBatch, samples: list[Sample]) -> None:
-    """Ids, pixels behind every row, and labels are the samples', in their order."""
+    """Check that ids, labels and the pixels behind every row are those of the samples, in order."""
     documents = [(sample, document) for sample in samples for document in sample.documents]
     ids = np.concatenate([document.input_ids for _, document in documents])
     assert packed.n_tokens == len(ids) and (packed.input_ids.numpy()[: len(ids)] == ids).all()

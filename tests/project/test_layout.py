@@ -97,7 +97,7 @@ FLOORS = (
     "reporting",
     "training",
 )
-# The package's own `__init__` is its public face: it hands on one class, when it is asked for.
+# The package's own `__init__` is its public face: it hands on one class, when that is asked for.
 # `nanovlm_fast.model` was one file, from which users imported that class.
 PUBLIC_FACE = {("nanovlm_fast.model", "nanovlm_fast")}
 
@@ -120,7 +120,7 @@ def import_graph(part: str) -> dict[str, set[str]]:
 
 
 def imports_names_of(file: Path, package: str) -> bool:
-    """Whether the file imports something of the package that is no module."""
+    """Whether the file imports something from the package that is no module."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import) and package in {alias.name for alias in node.names}:
             return True
@@ -285,7 +285,7 @@ def test_import_kernels_from_the_root_is_hugging_faces(hugging_face_kernels):
 
 
 def test_train_py_sees_hugging_faces_kernels(hugging_face_kernels, tmp_path):
-    """A real `python train.py`, which at its end notes down what `import kernels` means to it."""
+    """A real `python train.py` that at its end writes down what `import kernels` gives it."""
     (tmp_path / "sitecustomize.py").write_text(
         "import atexit, importlib.util, pathlib\n"
         "note = pathlib.Path(__file__).with_name('note')\n"

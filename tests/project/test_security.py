@@ -37,8 +37,8 @@ MODULES = frozenset(
 )
 BUILTINS = frozenset(
     "eval exec compile __import__".split()
-)  # as they are: model.eval() is something else
-CALLS = frozenset(  # how the full name of what may not be called ends
+)  # by these bare names only: model.eval() is something else
+CALLS = frozenset(  # the ends of full names that may not be called
     "os.system os.popen os.execv os.execvp os.spawnl os.spawnv pty.spawn ctypes.CDLL "
     "subprocess.getoutput subprocess.getstatusoutput tempfile.mktemp "
     "hub.load hub.load_state_dict_from_url torch.jit.load "
@@ -51,8 +51,8 @@ ARGUMENTS = {
     "trust_remote_code": False,
     "shell": False,
     "weights_only": True,
-}  # if given, so
-NEEDED = (  # what such a call must be given
+}  # if given, it must be this
+NEEDED = (  # what such a call must pass
     (r"torch\.load", "weights_only", True),
     (r"(.*\.)?extractall", "filter", "data"),
     (r"(.*\.)?Auto\w+\.from_pretrained", "trust_remote_code", False),
@@ -60,7 +60,7 @@ NEEDED = (  # what such a call must be given
 
 
 def dotted(node: ast.AST) -> str:
-    """a.b.c of such an expression, ? where it is no name."""
+    """The text `a.b.c` of such an expression, with ? for what is no name."""
     if isinstance(node, ast.Attribute):
         return f"{dotted(node.value)}.{node.attr}"
     return node.id if isinstance(node, ast.Name) else "?"
@@ -121,7 +121,7 @@ def forbidden(source: str) -> list[str]:
             what = faults_of_call(name, {word.arg: literal(word.value) for word in node.keywords})
             if (
                 name == "ctypes.CDLL" and ast.unparse(node) == "ctypes.CDLL(None)"
-            ):  # this process: loads nothing
+            ):  # in this process, which loads nothing
                 what = []
         found += [f"{node.lineno}: {item}" for item in what]
     return found
@@ -218,7 +218,7 @@ def test_the_checker_finds_nothing_else(snippet):
 
 
 def requirements() -> list[str]:
-    """Every requirement of pyproject.toml: of the build, of the package, of its extras."""
+    """Every requirement in pyproject.toml: of the build, the package and its extras."""
     text = (ROOT / "pyproject.toml").read_text()
     lists = re.findall(
         r"^(?:requires|dependencies|flash|bench|test)\s*=\s*\[(.*?)\]$", text, re.M | re.S
@@ -253,7 +253,7 @@ def test_every_promise_names_a_test_that_is_there():
 
 @pytest.fixture
 def outside(tmp_path) -> Path:
-    """A picture that no data set has a right to."""
+    """A picture that no data set may read."""
     from PIL import Image
 
     (tmp_path / "outside").mkdir()

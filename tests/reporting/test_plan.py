@@ -22,8 +22,8 @@ from nanovlm_fast.reporting.plan import plan, prediction
 from tests.support.processes import run_python
 
 
-def test_the_seeds_recipe_is_one_command(tmp_path):
-    """In a process that may not ask the hub, and whose folder stays empty."""
+def test_nanovlms_recipe_is_one_command(tmp_path):
+    """It runs in a process that may not ask the hub, and its folder stays empty."""
     env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     result = run_python(
         "train.py", "--preset", "nanovlm-222m", "--dry-run", "--out", str(tmp_path / "run"), **env

@@ -1,4 +1,4 @@
-"""After the last step come scores and pictures: no part of it ends a run or costs another part."""
+"""Scores and pictures come after the last step; none ends a run or costs another."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def talk(question: str, answer: str) -> list[dict[str, str]]:
 
 
 def write_data(folder: Path, **splits: list[list[dict[str, str]] | None]) -> Path:
-    """A LLaVA data set, a picture per conversation; None is a record whose picture is missing."""
+    """A LLaVA data set with one picture per conversation; None is a record without its picture."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for split, talks in splits.items():
@@ -180,7 +180,7 @@ def test_an_evaluation_that_fails_costs_no_other_score(tmp_path, finish, capsys,
 @pytest.mark.parametrize("policy", ["stop", "continue"])
 def test_an_unwritten_file_is_judged_when_the_scores_are_safe(tmp_path, finish, capsys, policy):
     for name in ("curves.png", "samples.png"):
-        (tmp_path / "run" / name).mkdir()  # as good as a full disk
+        (tmp_path / "run" / name).mkdir()  # has the effect of a full disk
     data = write_data(tmp_path / "data", train=[GOOD], test=[GOOD])
     if policy == "stop":
         with pytest.raises(OSError, match=r"curves\.png could not be written"):

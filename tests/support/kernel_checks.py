@@ -1,4 +1,4 @@
-"""The proofs that every kernel takes: used by one short test file a kernel.
+"""The proofs that every kernel takes: used by one short test file per kernel.
 
 On a machine without a GPU, the kernels run in Triton's interpreter, in float32. conftest.py
 switches it on before they are imported. On a machine with a GPU, `pytest -m gpu` runs the same

@@ -72,7 +72,7 @@ def test_skipped_steps_are_counted_and_too_many_in_a_row_stop_the_run(tmp_path, 
 
 
 def test_the_checkpoint_that_an_error_names_is_there(tmp_path, loop, monkeypatch):
-    """The next one is being written when the error comes, and takes the place of the one before."""
+    """The next checkpoint is being written when the error comes, and replaces the one before."""
     real = checkpoints.save_file
     monkeypatch.setattr(checkpoints, "save_file", lambda *args: (time.sleep(0.2), real(*args)))
     out = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""Where to compute and in which type, also for devices that are not here."""
+"""Where to compute and in which type, also for devices that this machine lacks."""
 
 from __future__ import annotations
 

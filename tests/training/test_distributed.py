@@ -29,7 +29,7 @@ STEPS = 20
 
 
 def run(out: Path, processes: int, options: str, code: int = 0, torchrun: bool = False) -> Path:
-    """A run of SMALL with so many processes, until it ends with that code."""
+    """Run SMALL with that many processes until it ends, with exit code `code`."""
     arguments = [*SMALL, *options.split()]
     with out.with_suffix(".log").open("ab") as log:
         if torchrun:
@@ -47,7 +47,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def distance(run: Path, other: Path) -> float:
-    """Norm of the difference of all weights, relative to theirs.
+    """The norm of the difference of all weights, relative to the norm of theirs.
 
     Single weights are not compared. AdamW moves a weight that gets hardly any gradient by the
     gradient's sign alone. The biases of the keys, for example, get only rounding errors.
@@ -63,7 +63,7 @@ def distance(run: Path, other: Path) -> float:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """alone(micro_batches) -> the run of one process with so many micro-batches a step.
+    """alone(micro_batches) -> the run of one process with so many micro-batches per step.
 
     The micro-batches come from as many shards.
     """
@@ -182,7 +182,10 @@ def test_ranks_that_run_out_of_data_wait_for_nobody(tmp_path, options):
 
 
 def test_a_checkpoint_loads_on_another_number_of_ranks(tmp_path):
-    """Two ranks, then one, then four that shard, then two: four micro-batches a step throughout."""
+    """Two ranks, then one, then four that shard, then two.
+
+    There are four micro-batches per step throughout.
+    """
     options = "--optimizer adamw --workers 2 --accumulate 2 --warmup 0 --min-lr 1"
     still = run(tmp_path / "still", 2, f"{options} --max-steps {STEPS}")
     moved = run(tmp_path / "moved", 2, f"{options} --max-steps 5")

@@ -30,7 +30,7 @@ GOOD, GONE, MUTE, LONG = "good", "gone", "mute", "long"
 
 
 def write(folder: Path, kinds: list[str]) -> str:
-    """A record of each kind: good, without its picture, without an answer, or too long."""
+    """A record of a kind: good, without its picture, without an answer, or too long."""
     folder.mkdir(exist_ok=True)
     Image.new("RGB", (8, 8)).save(folder / "good.png")
     lines = []
@@ -142,7 +142,7 @@ def test_data_that_is_at_its_end_before_max_steps_is_one_clear_error(loop, tmp_p
 
 @pytest.mark.slow
 def test_a_rank_with_nothing_to_read_waits_for_nobody(tmp_path):
-    """Of two ranks, one's pictures are all missing; then the data changes, and both refuse it."""
+    """All pictures of one of two ranks are missing; then the data changes, and both refuse it."""
     data, out = write(tmp_path / "data", [GOOD, GONE] * 4), tmp_path / "run"
     options = f"--data {data} --max-steps 3 --workers 1 --tokens-per-batch 128"
     process = start(out, 2, [*SMALL, *options.split()])

@@ -1,4 +1,4 @@
-"""Optimizers, groups and schedule."""
+"""Optimizers, their groups of parameters, and the schedule."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_orthogonalise_brings_singular_values_near_one_and_keeps_directions(shap
 
 
 def test_muon_agrees_with_pytorchs_own():
-    """Same update as torch.optim.Muon (which iterates in bfloat16) on one matrix."""
+    """The update of one matrix is that of torch.optim.Muon, which iterates in bfloat16."""
     start, gradients = torch.randn(12, 8), [torch.randn(12, 8) for _ in range(4)]
     results = []
     for make in (
@@ -127,7 +127,7 @@ def test_the_learning_rate_is_v01s_at_every_step(steps):
 
 @pytest.mark.parametrize("length", ["--max-steps 20", "--epochs 1 --accumulate 2"])
 def test_the_loop_gives_each_step_its_rate(loop, tmp_path, length):
-    """By steps, and by examples as they are taken."""
+    """By steps, and by the examples that are taken."""
     subject = trainer(
         loop, tmp_path, f"{length} --optimizer adamw --warmup 0.2 --no-final-eval --save-every 0"
     )

@@ -38,12 +38,12 @@ from tests.support.processes import ROOT, run_python
 from tests.support.shared import shared_folder
 
 SAVED, HUNG = 75, 70
-torchrun = reliability.start  # a test replaces it
-STEPS = "120"  # enough for a signal to come before the end
+torchrun = reliability.start  # one test replaces this
+STEPS = "120"  # enough that a signal comes before the end
 
 
 def start(run: Path, processes: int, options: list[str]) -> forks.Fork | subprocess.Popen:
-    """As bench.reliability starts a life; a process alone is a fork."""
+    """Start a run as bench.reliability does; a single process is a fork."""
     if processes > 1:
         return torchrun(run, processes, options)
     with run.with_suffix(".log").open("ab") as log:
@@ -72,7 +72,7 @@ def log_of(run: Path) -> str:
 
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory) -> Path:
-    """A run that nobody disturbed."""
+    """A run that nothing has disturbed."""
 
     def make(folder: Path) -> None:
         folder.mkdir()
@@ -119,7 +119,7 @@ def test_one_ranks_signal_stops_all_ranks_after_the_same_step(tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_restarts_a_run_whose_worker_died(tmp_path):
-    """Elastic: --max-restarts and --auto-resume, and the losses are those of an undisturbed run."""
+    """With --max-restarts and --auto-resume the losses are those of an undisturbed run."""
     options = [*SMALL, "--max-steps", STEPS, "--auto-resume"]
     assert end(start(tmp_path / "plain", 2, options)) == 0
     out = tmp_path / "run"
@@ -136,7 +136,7 @@ def test_torchrun_restarts_a_run_whose_worker_died(tmp_path):
 
 
 def loader_workers(pid: int) -> list[int]:
-    """Its children that load data: forks of itself."""
+    """The children of a process that load its data, which are forks of it."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     found = []
     for child in children:
@@ -203,7 +203,11 @@ def test_a_hung_process_reports_its_stack_and_ends(tmp_path):
 @pytest.mark.parametrize(
     ("hangs", "options", "doing"),
     [
-        (1, ["--save-every", "1"], "computing step|waiting for the other ranks"),  # mostly to save
+        (
+            1,
+            ["--save-every", "1"],
+            "computing step|waiting for the other ranks",
+        ),  # the wait is mostly for a save
         (
             0,
             "--data synthetic:1000 --val-samples 900 --eval-every 1".split(),
@@ -233,7 +237,7 @@ def test_ranks_that_wait_for_a_hung_rank_end_too(tmp_path, hangs, options, doing
 def test_the_watchdog_ends_the_process_where_even_its_report_hangs(tmp_path):
     os.mkfifo(
         tmp_path / "hang-rank0.txt"
-    )  # as a file on a disk that does not answer: opening it never returns
+    )  # like a file on a disk that does not answer: opening it never returns
     hang = "import time; Watchdog(1.0, Path(sys.argv[1]), World()); time.sleep(100)"
     imports = (
         "import sys; from pathlib import Path; from nanovlm_fast.ranks import World; "
@@ -256,7 +260,7 @@ def test_a_signal_in_the_last_evaluation_says_that_something_is_left_to_do(tmp_p
 
 
 def test_an_evaluation_that_was_cut_short_is_done_again(tmp_path):
-    """The checkpoint of its step is there, its score is not; or it is in metrics.jsonl alone."""
+    """The checkpoint of its step is there but its score is not, or is in metrics.jsonl only."""
     out, options = tmp_path / "run", [*SMALL, "--val-samples", "8", "--eval-every", "4"]
     assert end(start(out, 1, [*options, "--max-steps", "4"])) == 0
     file = out / "last" / "state.json"
@@ -282,7 +286,7 @@ def test_a_start_that_was_killed_before_it_was_a_run_can_be_repeated(tmp_path):
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize(("processes", "count", "steps"), [(1, 19, 1000), (2, 6, 150)])
 def test_25_kills_leave_no_trace(tmp_path, monkeypatch, processes, count, steps):
-    """`python -m bench.reliability` takes 25 each, and starts each life anew."""
+    """`python -m bench.reliability` takes 25 kills each, and starts Python anew after each."""
     monkeypatch.setattr(reliability, "start", start)
     result = reliability.kills(tmp_path, processes, count, steps)
     assert result["kills"] == count and result["losses_equal"]
@@ -301,7 +305,7 @@ def test_a_long_run_grows_neither_memory_nor_files_nor_processes(tmp_path):
     )
     torch.set_num_threads(threads)
     growth = result["growth"]
-    assert growth["host_bytes"] < 0.02, growth  # what is given back is no leak
+    assert growth["host_bytes"] < 0.02, growth  # memory that is given back is no leak
     assert growth["device_bytes"] < 0.02, growth
     assert growth["files"] == growth["children"] == growth["threads"] == 0, result["samples"]
 
@@ -316,7 +320,7 @@ def small() -> tuple[VisionLanguageModel, list[torch.optim.Optimizer], Tokenizer
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
-    """What is written is the state at the call, whatever changes meanwhile."""
+    """The state at the time of the call is written, whatever changes meanwhile."""
     model, optimizers, tokenizer = small()
     before = {name: tensor.clone() for name, tensor in model.reference_state_dict().items()}
     held, real = threading.Event(), checkpoints.save_file

@@ -55,7 +55,7 @@ with locked(Path(sys.argv[1])):
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[int]:
-    """Another process that works in the folder; its id."""
+    """Have another process work in the folder; gives its id."""
     call = [sys.executable, "-c", HOLDER, str(folder)]
     with subprocess.Popen(call, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
@@ -75,7 +75,7 @@ def until(condition, process: subprocess.Popen, log: Path) -> None:
 
 
 def main(loop, capsys, out: Path, options: str, model: list[str] = TINY) -> tuple[int, str]:
-    """Exit code and last words of `train.py` in this process: of a command that is refused."""
+    """The exit code and the error of `train.py`, called in this process with what it refuses."""
     capsys.readouterr()
     code = loop.main([*model, "--hang-timeout", "0", "--out", str(out), *options.split()])
     return code, capsys.readouterr().err.strip().splitlines()[-1]
@@ -154,7 +154,7 @@ def test_a_run_is_replaced_at_the_first_checkpoint_of_the_next(tmp_path, loop, c
 
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     (worker,) = (int(c) for c in children if b"train.py" in Path(f"/proc/{c}/cmdline").read_bytes())
-    os.kill(worker, signal.SIGSTOP)  # as if it could not be reached
+    os.kill(worker, signal.SIGSTOP)  # acts as if it could not be reached
     try:
         process.kill()
         process.wait()
@@ -220,7 +220,7 @@ def test_a_start_that_fails_anywhere_leaves_the_old_run_in_place(tmp_path):
         with beginning(run, False, World()):
             new_run(run)
 
-    before, at = old_run(run), 1  # the first makes a folder that is there
+    before, at = old_run(run), 1  # the first one makes a folder that exists
     while failing_at(at, begin):
         assert contents(run) == before, at
         at += 1
@@ -276,7 +276,11 @@ def killed_after(calls: int, action) -> bool:
 
 
 def test_killed_at_any_moment_the_old_run_comes_back_whole(tmp_path):
-    """While it is moved aside, while the new one begins, and while it is moved back."""
+    """The kill comes at any moment of the replacement.
+
+    That is while the old run is moved aside, while the new one begins, or while the old one is
+    moved back.
+    """
     run = tmp_path / "run"
 
     def replace() -> None:
@@ -334,7 +338,7 @@ def test_weights_and_biases_may_refuse_and_nothing_is_lost(
 
 @pytest.mark.slow
 def test_a_run_outlives_weights_and_biases(tmp_path, monkeypatch):
-    """Its service dies in the middle."""
+    """The service of Weights & Biases dies in the middle of the run."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("HOME", str(tmp_path))
     out = tmp_path / "run"

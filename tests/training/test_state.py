@@ -44,7 +44,7 @@ def test_keys_of_another_version_are_kept_and_missing_ones_are_named():
 
 @dataclasses.dataclass(frozen=True)
 class Doubled(World):
-    """Two ranks that say the same."""
+    """Two ranks that report the same."""
 
     size: int = 2
 

@@ -85,7 +85,7 @@ def test_warming_up_changes_neither_weights_nor_random_state(small_config):
 
     def step(batch):
         calls.append(batch)
-        return model(batch) + torch.rand(())  # as an autotuner draws
+        return model(batch) + torch.rand(())  # an autotuner draws random numbers too
 
     warm_up(step, model, BUDGET, contextlib.nullcontext, rounds=3)
     assert len(calls) == 3 and torch.equal(torch.get_rng_state(), random_state)
@@ -96,7 +96,7 @@ def test_warming_up_changes_neither_weights_nor_random_state(small_config):
 
 
 def test_what_an_attempt_held_is_freed_before_the_advice_is_measured(small_config, monkeypatch):
-    """While an error is handled its traceback keeps every saved tensor alive."""
+    """While an error is handled, its traceback keeps every saved tensor alive."""
     held: list[weakref.ref] = []
     alive_then: list[int] = []
 
@@ -219,7 +219,10 @@ def test_the_feed_hands_on_every_batch_and_measures_the_wait(small_config):
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 def test_the_feed_measures_how_long_the_device_waits(small_config):
-    """Batches that come late are waited for; batches that come while the device works are not."""
+    """Waiting for late batches is counted.
+
+    Batches that come while the device works cost no wait.
+    """
     made, device = [b.pin_memory() for b in batches(small_config, 8)], torch.device("cuda")
     work = torch.randn(8192, 8192, device=device)
 

@@ -52,7 +52,7 @@ def test_a_run_writes_what_it_promises(finished):
 
     scores = {line["step"]: line["accuracy"] for line in read_metrics(run) if "accuracy" in line}
     assert list(scores) == [*range(5, len(curve), 5), len(curve)], "every fifth step, and the end"
-    best = max(scores, key=scores.__getitem__)  # the first of equals
+    best = max(scores, key=scores.__getitem__)  # the first of equal scores
     assert json.loads((run / "best" / "state.json").read_text())["step"] == best
     assert json.loads((run / "last" / "state.json").read_text())["step"] == len(curve)
     assert {folder.name for folder in (run / "checkpoints").iterdir()} == {
@@ -157,7 +157,7 @@ def test_a_part_can_be_frozen_on_resume(copy):
 
 
 def logged(count: int) -> Callable[[Path], bool]:
-    """So many lines of metrics.jsonl are written."""
+    """Whether that many lines of metrics.jsonl are written."""
     return lambda run: (
         (run / "metrics.jsonl").exists()
         and (run / "metrics.jsonl").read_bytes().count(b"\n") >= count
@@ -165,7 +165,7 @@ def logged(count: int) -> Callable[[Path], bool]:
 
 
 def saving(run: Path) -> bool:
-    """A checkpoint is half-written."""
+    """Whether a checkpoint is half-written."""
     return any((run / "checkpoints").glob(".tmp-*"))
 
 
@@ -180,7 +180,7 @@ def interrupt(out: Path, options: str, when: Callable[[Path], bool], signum: int
                 out.parent / "output.txt"
             ).read_text()
             time.sleep(0.001)
-        if signum == TERM:  # as schedulers do: to the workers as well
+        if signum == TERM:  # to the workers as well, as schedulers do
             os.killpg(process.pid, signum)
         else:
             process.send_signal(signum)
@@ -219,7 +219,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path, options):
         for when, signum in INTERRUPTIONS[options]:
             code = interrupt(broken, f"{config} {resume}", when, signum)
             assert code == (75 if signum == TERM else -signum)
-            if signum == TERM:  # saved what it had done
+            if signum == TERM:  # it has saved what it had done
                 assert (broken / "last").resolve().name == f"step-{len(losses(broken)):06d}"
             resume = "--resume"
         assert len(losses(broken)) < 40, "the run was over before it was interrupted"
@@ -260,7 +260,7 @@ def test_learning_rate_0_freezes_exactly_that_part(loop, tmp_path, part):
 
 
 def test_accumulated_gradients_are_weighted_by_labelled_tokens(loop, tmp_path, monkeypatch):
-    """Two micro-batches with very different label counts step as one batch of both does."""
+    """Two micro-batches with very different label counts give the step of one batch with both."""
     subject = trainer(loop, tmp_path, "--max-steps 1 --accumulate 2 --clip 0")
     config, model = subject.model.config, subject.model
     disturb(model)
@@ -275,7 +275,7 @@ def test_accumulated_gradients_are_weighted_by_labelled_tokens(loop, tmp_path, m
     assert few.n_labels * 4 < many.n_labels and few.n_labels + many.n_labels == both.n_labels
 
     def gradients(*batches) -> torch.Tensor:
-        """What the optimizer is given at the loop's first step on these micro-batches."""
+        """The gradients that the optimizer gets in the loop's first step on these micro-batches."""
         seen = {}
 
         def note(*_) -> None:

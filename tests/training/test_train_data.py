@@ -60,7 +60,7 @@ def test_too_many_unreadable_samples_stop_the_run(tmp_path):
 
 
 def test_one_unreadable_sample_counts_once_however_often_it_is_met(tmp_path):
-    """25 epochs over a data set with five bad images are no reason to stop at epoch 21."""
+    """A run of 25 epochs over a data set with five bad images does not stop at epoch 21."""
     write_llava(tmp_path / "data", good=8)
     options = (
         f"--data jsonl:{tmp_path}/data --val-samples 0 --no-final-eval --epochs 3 "
@@ -105,7 +105,7 @@ def test_samples_over_the_budget_are_named_a_hundred_times_and_then_counted(loop
 
 @pytest.mark.parametrize(
     "rate", ["1e30", "1e39"]
-)  # the second overflows the weights themselves, in one step
+)  # the second option makes the weights themselves overflow in one step
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_a_good_checkpoint(tmp_path, rate):
     run = tmp_path / "run"
     rates = (

@@ -310,11 +310,11 @@ def test_only_the_last_and_the_best_checkpoint_are_kept(tmp_path, tokenizer):
 
 def test_the_best_is_kept_and_linked_whatever_came_between(tmp_path, tokenizer, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = Path("run")  # relative, as --out mostly is
+    run = Path("run")  # relative, as --out usually is
     first = save_step(run, 3, tokenizer, 3)
-    save_step(run, 9, tokenizer, 6)  # step 6 was the best, and could not be written
+    save_step(run, 9, tokenizer, 6)  # step 6 was the best but could not be written
     assert first.exists() and (run / "best").resolve() == first.resolve()
-    save_step(run, 12, tokenizer, 9)  # step 9 was, and the run ended before it was linked
+    save_step(run, 12, tokenizer, 9)  # step 9 was the best, and the run ended before it was linked
     assert (run / "best").resolve().name == "step-000009" and load_pretrained(run / "best")
     assert sorted(folder.name for folder in (run / "checkpoints").iterdir()) == [
         "step-000009",
@@ -323,7 +323,7 @@ def test_the_best_is_kept_and_linked_whatever_came_between(tmp_path, tokenizer, 
 
 
 class Crash(BaseException):
-    """The machine goes down: nothing is cleaned up."""
+    """Stands for a machine that goes down: nothing is cleaned up."""
 
 
 @pytest.mark.parametrize("call", ["save_file", "fsync", "replace", "rmtree"])
@@ -371,7 +371,7 @@ def test_a_crash_while_saving_loses_no_checkpoint(tmp_path, tokenizer, monkeypat
 
 # ---- the commands
 
-COMMANDS = {  # name -> (arguments, exit code, what the last line says)
+COMMANDS = {  # name -> (arguments, exit code, what the last line must say)
     "greedy": ("generate --checkpoint MODEL --image RED --prompt what?", 0, ""),
     "greedy again": ("generate --checkpoint MODEL --image RED --prompt what?", 0, ""),
     "batch": (

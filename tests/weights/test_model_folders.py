@@ -35,7 +35,7 @@ from nanovlm_fast.weights.pretrained import load_pretrained
 from tests.support.samples import SMALL
 
 CONFIG = VLMConfig(**{**SMALL, "lm_vocab_size": 300, "image_mean": 0.0, "image_std": 1.0})
-V01 = dict(  # what nanoVLM v0.1 writes into config.json beyond the fields of ours
+V01 = dict(  # what nanoVLM v0.1 writes into config.json beyond our fields
     vit_dropout=0.0,
     vit_cls_flag=False,
     vit_model_type="google/siglip-base-patch16-224",
@@ -65,7 +65,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def folder(tmp_path, tokenizer) -> Path:
-    """As nanoVLM v0.1 writes it (no field of ours alone), and a tokenizer."""
+    """A folder as nanoVLM v0.1 writes it, without fields that only we have, and a tokenizer."""
     torch.manual_seed(0)
     save_pretrained(tmp_path / "model", VisionLanguageModel(CONFIG), tokenizer)
     file = tmp_path / "model" / "config.json"
@@ -83,7 +83,7 @@ def change(folder: Path, **fields: object) -> Path:
 
 
 def error_of(command, arguments: list[str], capsys) -> str:
-    """The one line with which a command of ours ends."""
+    """The one line with which the command ends."""
     assert command(arguments) == 1
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1, err
@@ -161,7 +161,7 @@ def test_rotary_frequencies_that_contradict_the_configuration_are_refused(folder
     file = folder / "model.safetensors"
     tensors = load_file(file)
     save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, file)
-    model, _ = load_pretrained(folder)  # what rounding does is no contradiction, and is not kept
+    model, _ = load_pretrained(folder)  # rounding is no contradiction
     exact = VisionLanguageModel(CONFIG).decoder.rotary_embd.inv_freq
     assert torch.equal(model.decoder.rotary_embd.inv_freq, exact)
     tensors["decoder.rotary_embd.inv_freq"] *= 0.5  # scaled positions
@@ -286,13 +286,13 @@ def test_a_tokenizer_that_is_named_goes_before_the_folders_own(folder, tmp_path,
 
 
 def test_what_is_written_holds_after_a_move(tmp_path, monkeypatch, tokenizer):
-    """A run whose tokenizer came from a relative path: it moves, and that folder goes."""
+    """A run whose tokenizer came from a relative path is moved, and that folder is deleted."""
     monkeypatch.chdir(tmp_path)
     Path("made").mkdir()
     tokenizer.save(Path("made"))
     model = VisionLanguageModel(dataclasses.replace(CONFIG, lm_tokenizer="made"))
     save_checkpoint(Path("run"), model, tokenizer, [], {"step": 1, "best_step": 1})
-    save_pretrained(Path("bare"), model)  # finds it from anywhere, while it is there
+    save_pretrained(Path("bare"), model)  # found from anywhere while it exists
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert ids_of(load_pretrained(tmp_path / "bare")[1]) == ids_of(tokenizer)
