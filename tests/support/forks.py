@@ -99,11 +99,11 @@ def start(arguments: Sequence[str], out: IO, err: IO, **env: str) -> Fork | subp
     return nursery.fork({"arguments": list(arguments), "env": env}, out, err)
 
 
-def run_ranks(arguments: Sequence[str], count: int, log: IO) -> int:
-    """The program in so many processes, with what torchrun tells each of its own.
+def run_ranks(arguments: Sequence[str], count: int, log: IO, wait_for_all: bool = False) -> int:
+    """Run the program in `count` processes, with the environment that torchrun gives to its own.
 
-    Returns 0, or the exit code of the first process that fails. The others are then killed. They
-    are also killed if they take too long.
+    Returns 0, or the exit code of the first process that fails. The others are then killed, unless
+    `wait_for_all` lets them end too. They are also killed if they take too long.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     told = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
@@ -116,7 +116,7 @@ def run_ranks(arguments: Sequence[str], count: int, log: IO) -> int:
     try:
         while time.monotonic() < deadline:
             codes = [rank.poll() for rank in ranks]
-            if any(codes) or None not in codes:
+            if None not in codes or (any(codes) and not wait_for_all):
                 return next(filter(None, codes), 0)
             time.sleep(0.02)
         raise subprocess.TimeoutExpired(arguments[0], PATIENCE)

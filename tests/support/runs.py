@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from bench import reliability
 from nanovlm_fast.cli import parse_config
 from nanovlm_fast.reporting.metrics import read_metrics
 from tests.support import forks
@@ -22,6 +23,7 @@ TINY = (
     "--lm-n-blocks 1 --mp-pixel-shuffle-factor 2 --look-ahead 16 --tokens-per-batch 512 "
     "--val-samples 8 --log-every 1 --save-every 3 --data synthetic:32"
 ).split()
+torchrun = reliability.start  # as it is: one test replaces it there
 CONVERSATION = [
     {"from": "human", "value": "<image>\nWhat is it?"},
     {"from": "gpt", "value": "A cat."},
@@ -34,6 +36,14 @@ def arguments(out: Path, options: str) -> list[str]:
 
 def train(out: Path, options: str = "", **env: str) -> subprocess.CompletedProcess[str]:
     return forks.run(*arguments(out, options), **env)
+
+
+def start(run: Path, processes: int, options: list[str]) -> forks.Fork | subprocess.Popen:
+    """Start a run as bench.reliability does; a single process is a fork."""
+    if processes > 1:
+        return torchrun(run, processes, options)
+    with run.with_suffix(".log").open("ab") as log:
+        return forks.start(["train.py", "--out", str(run), *options], log, log)
 
 
 def error_of(result: subprocess.CompletedProcess[str]) -> str:

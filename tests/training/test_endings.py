@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bench.reliability import SMALL, start
+from bench.reliability import SMALL
 from nanovlm_fast.data.budget import measure_budget
 from nanovlm_fast.data.samples import SampleLoader
 from nanovlm_fast.data.sources.registry import load_source, make_tokenizer
@@ -24,7 +24,7 @@ from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.data.workers import loader
 from nanovlm_fast.presets import preset
 from tests.support.processes import ROOT
-from tests.support.runs import trainer
+from tests.support.runs import start, trainer
 
 GOOD, GONE, MUTE, LONG = "good", "gone", "mute", "long"
 

@@ -33,21 +33,12 @@ from nanovlm_fast.training import checkpoint as checkpoints
 from nanovlm_fast.training.checkpoint import Checkpointer
 from nanovlm_fast.training.optim import make_optimizers
 from nanovlm_fast.weights.folder import newest_checkpoint
-from tests.support import forks
 from tests.support.processes import ROOT, run_python
+from tests.support.runs import start
 from tests.support.shared import shared_folder
 
 SAVED, HUNG = 75, 70
-torchrun = reliability.start  # one test replaces this
 STEPS = "120"  # enough that a signal comes before the end
-
-
-def start(run: Path, processes: int, options: list[str]) -> forks.Fork | subprocess.Popen:
-    """Start a run as bench.reliability does; a single process is a fork."""
-    if processes > 1:
-        return torchrun(run, processes, options)
-    with run.with_suffix(".log").open("ab") as log:
-        return forks.start(["train.py", "--out", str(run), *options], log, log)
 
 
 def until(condition, process: subprocess.Popen, run: Path, seconds: float = 200) -> None:
@@ -250,7 +241,7 @@ def test_the_watchdog_ends_the_process_where_even_its_report_hangs(tmp_path):
 def test_a_signal_in_the_last_evaluation_says_that_something_is_left_to_do(tmp_path):
     out, options = (
         tmp_path / "run",
-        [*SMALL, "--max-steps", "5", "--data", "synthetic:1000", "--final-eval"],
+        [*SMALL, "--max-steps", "5", "--data", "synthetic:500", "--final-eval"],
     )
     process = start(out, 1, [*options, "--auto-resume"])
     until((out / "curves.png").exists, process, out)

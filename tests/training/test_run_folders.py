@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.reliability import SMALL, command, losses, start
+from bench.reliability import SMALL, losses, start
 from nanovlm_fast.cli import parse_config
 from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.data import prepare
@@ -40,6 +40,7 @@ from nanovlm_fast.runs import (
     standing,
 )
 from nanovlm_fast.weights.folder import resolve
+from tests.support import forks
 from tests.support.processes import ROOT
 from tests.support.runs import TINY, contents
 
@@ -108,15 +109,11 @@ def test_prepare_on_a_folder_that_another_prepares_is_refused(tmp_path, capsys):
 def test_all_ranks_hear_that_a_folder_is_in_use(tmp_path):
     out = tmp_path / "run"
     with held(out) as pid:
-        call = command(out, 2, [*SMALL, "--max-steps", "1"])
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(
-            call, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200
-        )
-    assert result.returncode != 0
-    assert result.stderr.count(f"error: {out} is in use by process {pid}") == 2, result.stderr[
-        -3000:
-    ]
+        call = ["train.py", "--out", str(out), *SMALL, "--max-steps", "1"]
+        with (tmp_path / "log").open("w+") as log:
+            assert forks.run_ranks(call, 2, log, wait_for_all=True) != 0
+    said = (tmp_path / "log").read_text()
+    assert said.count(f"error: {out} is in use by process {pid}") == 2, said[-3000:]
     assert not contents(out).keys() - {".lock"}
 
 
