@@ -65,7 +65,7 @@ MAY_DIFFER = {
 }
 # Read while these libraries are imported. Where one differs, a fork imports them anew, which takes
 # it a second: the programs import them in functions and so hold nothing of the first import.
-HUB = {"HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_HUB_ETAG_TIMEOUT"}
+HUB = {"HOME", "HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_HUB_ETAG_TIMEOUT"}
 HUBS_LIBRARIES = {"huggingface_hub", "transformers"}
 PATIENCE = 280.0  # seconds
 STATUS_BYTES = 4
