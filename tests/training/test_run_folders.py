@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -393,31 +394,18 @@ def test_a_stub_does_not_block_the_same_command_and_a_run_does(tmp_path):
 
 
 @pytest.mark.parametrize("options", ["", "--overwrite"])
-def test_a_full_disk_at_the_start_is_named_and_changes_nothing(copy, tmp_path, options):
+def test_a_full_disk_at_the_start_is_named_and_changes_nothing(
+    loop, copy, tmp_path, capsys, options
+):
+    """A real limit on the size of files makes the first write fail."""
     out = copy if options else tmp_path / "new"
     before = contents(copy)
-
-    def small_files() -> None:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-
-    call = [
-        sys.executable,
-        "train.py",
-        *TINY,
-        "--workers",
-        "0",
-        "--out",
-        str(out),
-        *options.split(),
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        call, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200, preexec_fn=small_files
-    )
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert re.search(rf"error: .*too large: '{out}/config.json'$", result.stderr.strip()), (
-        result.stderr
-    )
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        code, error = main(loop, capsys, out, f"--workers 0 {options}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 1
+    assert re.search(rf"error: .*too large: '{out}/config.json'$", error), error
     assert contents(copy) == before and (options or not out.exists())
