@@ -37,6 +37,7 @@ from bench.subjects.machine_code import spilled
 from bench.subjects.step_process import STREAMS, Options
 from bench.subjects.step_time import H100, POINTWISE, PRODUCT, REDUCTION
 from nanovlm_fast.command import Parser, reports_errors
+from nanovlm_fast.model.attention import BACKENDS
 from nanovlm_fast.model.ops import KERNELS
 from nanovlm_fast.model.recompute import POLICIES
 from nanovlm_fast.presets import preset
@@ -381,7 +382,7 @@ def make_parser() -> Parser:
         "--stream", choices=STREAMS, default="float32", help="residual streams; a what-if"
     )
     parser.add_argument("--recompute", choices=POLICIES, default="none")
-    parser.add_argument("--attention", default=Options.attention)
+    parser.add_argument("--attention", choices=("auto", *BACKENDS), default=Options.attention)
     parser.add_argument("--vision-attention", choices=VISION_ATTENTION, default="flash")
     parser.add_argument(
         "--inductor", action="append", default=[], metavar="NAME=VALUE", help="may be repeated"
