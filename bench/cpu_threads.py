@@ -234,11 +234,16 @@ def names_of(text: str, known: tuple[str, ...], option: str) -> list[str]:
     return names
 
 
+def busy(text: str) -> list[int]:
+    """The `type` of --busy, such as "0,1,2". Each process takes a core: 10**20 would take all."""
+    return [Range(int, most=256)(count) for count in text.split(",")]
+
+
 def make_parser() -> Parser:
     parser = Parser(prog="python -m bench.cpu_threads", description=__doc__.splitlines()[0])
     parser.add_argument("--measure", default="train", help=f"of {', '.join(MEASURES)}")
     parser.add_argument("--settings", default="", help=f"of {', '.join(SETTINGS)}")
-    parser.add_argument("--busy", default="0,1,2", help="numbers of other processes")
+    parser.add_argument("--busy", type=busy, default="0,1,2", help="numbers of other processes")
     parser.add_argument("--rounds", type=Range(int, 1), default=3)
     parser.add_argument("--seconds", type=Range(float, above=0), default=10.0)
     parser.add_argument("--out", type=Path, help="folder of results (default: bench/results)")
@@ -250,9 +255,10 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     names = names_of(args.measure, MEASURES, "--measure")
     chosen = names_of(args.settings, tuple(SETTINGS), "--settings")
-    busy = [int(count) for count in args.busy.split(",")]
     settings = {name: SETTINGS[name] for name in chosen}
-    result = compare(names, settings, busy, args.rounds, args.seconds, pick_device("cpu"), args.out)
+    result = compare(
+        names, settings, args.busy, args.rounds, args.seconds, pick_device("cpu"), args.out
+    )
     print("\n".join(table(result)))
     return 0
 
