@@ -33,7 +33,7 @@ import torch
 
 from bench.harness.results import ROOT, facts, read, write_file
 from bench.subjects.fake_h100 import VISION_ATTENTION, built_library
-from bench.subjects.machine_code import spilled
+from bench.subjects.lowered import spilled
 from bench.subjects.step_process import STREAMS, Options
 from bench.subjects.step_time import H100, POINTWISE, PRODUCT, REDUCTION
 from nanovlm_fast.command import Parser, reports_errors
@@ -73,11 +73,12 @@ def label_of(options: Options) -> str:
 
 
 def variants_of(base: Options) -> Iterator[Options]:
-    """The side by side table: kernels none, all, each alone; and both with bfloat16 streams."""
-    for kernels in ("none", "all", *KERNELS):
+    """The side by side table: kernels none, all, both with bfloat16 streams, and each alone."""
+    for stream in STREAMS:
+        for kernels in ("none", "all"):
+            yield dataclasses.replace(base, kernels=kernels, stream=stream, machine_code=False)
+    for kernels in KERNELS:
         yield dataclasses.replace(base, kernels=kernels, machine_code=False)
-    for kernels in ("none", "all"):
-        yield dataclasses.replace(base, kernels=kernels, stream="bfloat16", machine_code=False)
 
 
 def run(*steps: Options) -> list[dict[str, Any]]:

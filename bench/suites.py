@@ -96,6 +96,13 @@ command prints all numbers of GPUs, and strong scaling. "No overlap" is what a b
 into one graph gets. FSDP2 may exceed 100%, because it divides the optimizer's update as well.
 gloo's reduce-scatter sends as much as an all-reduce, twice as much as a ring's."""
 
+COMPILED_DETAILS = """The whole compiler runs for a device that is not there, and every launch of
+the step is entered with its bytes and FLOPs; padding, gradient norm and optimizer are included.
+"GB" is what is read and written, each element once per launch. The floor takes the roofline's
+rates. The prediction takes rates that kernels reach in practice; `bench/subjects/step_time.py`
+states them. Gaps between launches, the caches and waiting for data are left out. A bfloat16 stream
+is a what-if, which training does not have."""
+
 # A rehearsal of a step takes seconds.
 QUICK_STEP = ("--data", "synthetic", "--samples", "8", "--repeats", "5", "--variants", "ours")
 
@@ -214,6 +221,12 @@ SUITES = (
         quick=("--preset", "tiny", "--samples", "4", "--steps", "0"),
         seconds=20,
         quick_seconds=5,
+    ),
+    Suite(
+        "compiled_step",
+        "What torch.compile makes of a training step on an H100: **predicted, not measured**.",
+        COMPILED_DETAILS,
+        by_hand=True,
     ),
     Suite(
         "codegen",

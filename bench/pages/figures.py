@@ -152,6 +152,7 @@ def figures(folder: Path) -> list[Figure]:
     if (scaling := folder / "scaling.json").exists():
         found.append(efficiencies(scaling))
     found += [race_to_target(file) for file in sorted(folder.glob("race*.json"))]
+    found += [compiled(file) for file in sorted(folder.glob("compiled_step*.json"))]
     return [figure for figure in found if figure is not None]
 
 
@@ -440,3 +441,46 @@ def race_to_target(file: Path) -> Figure:
     what = f"Accuracy of {result['preset']} on {result['data']}"
     alt = f"{what} against seconds of training on {result['device']}"
     return Figure(file.with_suffix(""), alt, (file,), paint, height=3.6)
+
+
+def compiled(file: Path) -> Figure | None:
+    """The predicted step of every variant by kind of launch, and its floor."""
+    result = load(file)
+    variants = result["variants"]
+    if result["small"] or len(variants) < 2:
+        return None
+    kinds = {
+        "product": "products",
+        "attention": "attention",
+        "generated": "generated kernels",
+        "kernel": "our kernels",
+        "other": "optimizer and others",
+    }
+
+    def paint(axes: list, theme: Theme) -> None:
+        (axis,) = axes
+        for place, row in enumerate(variants.values()):
+            start = 0.0
+            for kind, colour in zip(kinds, (*theme.series, theme.others), strict=True):
+                ms = row["by_kind"]["all"].get(kind, {"expected_ms": 0.0})["expected_ms"]
+                label = kinds[kind] if not place else None
+                axis.barh(place, ms, left=start, color=colour, height=0.62, label=label)
+                start += ms
+            floor = row["floor_ms"]
+            axis.plot([floor, floor], [place - 0.31, place + 0.31], color=theme.text, lw=1.5)
+            text = f"{start:.1f} ms, {row['predicted']['mfu']:.1%} MFU"
+            axis.text(start + 1, place, text, va="center", fontsize=9)
+        axis.plot([], [], color=theme.text, lw=1.5, label="floor")
+        axis.set_yticks(range(len(variants)), variants, fontsize=9)
+        axis.invert_yaxis()
+        axis.grid(visible=False, axis="y")
+        axis.set_xlim(0, 1.25 * max(row["expected_ms"] for row in variants.values()))
+        work = f"{result['work']['images']} images, {result['work']['tokens']:,} tokens"
+        axis.set_xlabel(f"predicted ms a step of {work} on an H100, not measured", fontsize=9)
+        axis.legend(
+            frameon=False, fontsize=8, ncols=6, loc="lower left", bbox_to_anchor=(-0.25, 1.0)
+        )
+
+    alt = f"Predicted step of {result['preset']} on an H100 by kind of launch, not measured"
+    height = 1.2 + 0.34 * len(variants)
+    return Figure(file.with_suffix(""), alt, (file,), paint, height=height)

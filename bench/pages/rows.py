@@ -286,6 +286,23 @@ def scaling_rows(result: dict) -> Rows:
     return rows
 
 
+def compiled_step_rows(result: dict) -> Rows:
+    """A row per variant. Milliseconds are predictions, by kind of launch."""
+    kinds = ("product", "attention", "generated", "kernel", "other")
+    heads = ("products", "attention", "generated kernels", "our kernels", "optimizer and others")
+    head = ("variant", "launches", "GB", "floor ms", *(f"{name}, ms" for name in heads))
+    rows: Rows = [(*head, "predicted ms", "tokens/s", "MFU")]
+    for label, row in result["variants"].items():
+        moved = f"{row['read_gb'] + row['written_gb']:.1f}"
+        sums = row["by_kind"]["all"]
+        times = (f"{sums[k]['expected_ms']:.1f}" if k in sums else "-" for k in kinds)
+        predicted = row["predicted"]
+        rates = (f"{predicted['tokens_per_s']:,.0f}", f"{predicted['mfu']:.1%}")
+        cells = (f"{row['launches']:,}", moved, f"{row['floor_ms']:.1f}", *times)
+        rows.append((label, *cells, f"**{row['expected_ms']:.1f}**", *rates))
+    return rows
+
+
 def training_rows(run: dict) -> Rows:
     head = ("run", "sees", "blind", "minutes", "steps", "tokens/s", "budget filled")
     shares = (f"{run['sees']:.1%}", f"{run['blind']:.1%}", f"{run['train_seconds'] / 60:.1f}")

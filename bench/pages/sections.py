@@ -16,6 +16,7 @@ from bench.pages.race import race_rows
 from bench.pages.readme import shown_command
 from bench.pages.rows import (
     attention_rows,
+    compiled_step_rows,
     curves_rows,
     dataloader_rows,
     generate_rows,
@@ -35,6 +36,7 @@ from bench.suites import SUITES, Suite
 # The tables of suites that have one of their own; all others list what they timed.
 ROWS: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "attention": attention_rows,
+    "compiled_step": compiled_step_rows,
     "dataloader": dataloader_rows,
     "facts": facts_rows,
     "generate": generate_rows,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import inspect
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -291,23 +292,24 @@ def entered_kernels(recorder: Recorder) -> Iterator[None]:
     def run(self: Any, *args: Any, grid: Any = None, warmup: Any = None, **kwargs: Any) -> None:
         values = dict(zip(self.arg_names, args, strict=False)) | kwargs
         name = self.fn.__name__
-        read, written = traffic_of(name, self.src, values)
-        recorder.enter(
-            name,
-            "kernel",
-            read=read,
-            written=written,
-            flops=_flops_of(name, values),
-            reduces="tl.sum(" in self.src or "tl.max(" in self.src,
-        )
+        read, written = traffic_of(name, pointers_of(self), values)
+        facts: dict[str, Any] = dict(read=read, written=written)
+        if name.startswith("_document_attention"):
+            facts |= _document_attention(values, recorder.lengths)
+            recorder.enter(name, "attention", **facts)
+            return
+        reduces = "tl.sum(" in self.src or "tl.max(" in self.src
+        recorder.enter(name, "kernel", flops=_flops_of(name, values), reduces=reduces, **facts)
 
     with mock.patch.object(JITFunction, "run", run):
         yield
 
 
-def traffic_of(name: str, source: str, values: dict[str, Any]) -> tuple[int, int]:
-    """Bytes that one launch of our kernel reads and writes, every element once."""
-    uses = pointers_used(source)
+def traffic_of(name: str, uses: dict[str, set[str]], values: dict[str, Any]) -> tuple[int, int]:
+    """Bytes that one launch of our kernel reads and writes, every element once.
+
+    `uses` says which arguments it loads from and stores to, see `pointers_used`.
+    """
     bounds = ROWS_OF.get(name, {})
     read = written = 0
     for pointer, value in values.items():
@@ -322,27 +324,48 @@ def traffic_of(name: str, source: str, values: dict[str, Any]) -> tuple[int, int
     return read, written
 
 
-def pointers_used(source: str) -> dict[str, set[str]]:
+def pointers_of(kernel: Any) -> dict[str, set[str]]:
+    """`pointers_used` of a jitted function, with the jitted functions that it calls."""
+    function = kernel.fn
+    source = inspect.getsource(function)
+
+    def called(name: str) -> dict[str, list[int]]:
+        helper = function.__globals__.get(name)
+        if not hasattr(helper, "fn"):
+            return {}
+        names = list(inspect.signature(helper.fn).parameters)
+        uses = pointers_of(helper)
+        return {what: [names.index(name) for name in uses[what]] for what in uses}
+
+    return pointers_used(source[source.index("def ") :], called)
+
+
+def pointers_used(
+    source: str, called: Callable[[str], dict[str, list[int]]] = lambda name: {}
+) -> dict[str, set[str]]:
     """Arguments of a Triton kernel that it loads from and stores to: {'load': ..., 'store': ...}.
 
-    An address may pass through local variables: `block = x_ptr + offset`, then `tl.load(block)`.
+    An address may pass through local variables: `block = x_ptr + offset`, then `tl.load(block)`. It
+    may also be handed to another function: `called` gives the positions of that one's arguments.
     """
     tree = ast.parse(textwrap.dedent(source))
-    origins: dict[str, set[str]] = {
-        argument.arg: {argument.arg}
-        for node in ast.walk(tree)
-        if isinstance(node, ast.arguments)
-        for argument in node.args
-    }
+    arguments = [a.arg for n in ast.walk(tree) if isinstance(n, ast.arguments) for a in n.args]
+    origins = {name: {name} for name in arguments}
     for node in ast.walk(tree):  # in order: an address is made before it is used
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             found = _origins(node.value, origins)
             origins.setdefault(node.targets[0].id, set()).update(found)
     uses: dict[str, set[str]] = {"load": set(), "store": set()}
     for node in ast.walk(tree):
-        if (what := _memory_call(node)) and isinstance(node, ast.Call):
+        if not isinstance(node, ast.Call):
+            continue
+        if what := _memory_call(node):
             uses[what] |= _origins(node.args[0], origins)
-    return uses
+        elif isinstance(node.func, ast.Name):
+            for what, positions in called(node.func.id).items():
+                for position in positions:
+                    uses[what] |= _origins(node.args[position], origins)
+    return {what: names & set(arguments) for what, names in uses.items()}
 
 
 def _memory_call(node: ast.AST) -> str:
@@ -368,5 +391,17 @@ def _flops_of(name: str, values: dict[str, Any]) -> int:
     if not name.startswith("_pixel_shuffle_proj"):
         return 0
     # x or its gradient holds every row of the product once, K values each.
-    patches = values.get("x_ptr", values.get("dx_ptr"))
+    patches = values["dx_ptr"] if "dx_ptr" in values else values["x_ptr"]
     return 2 * patches.numel() * values["N"]
+
+
+def _document_attention(values: dict[str, Any], lengths: tuple[int, ...]) -> dict[str, Any]:
+    """FLOPs and sizes of our attention inside documents, as `Recorder` enters those of others."""
+    heads = values["GROUP"] * values["N_KV"]
+    width = 2 * values["HALF"]
+    pairs = sum(length * (length + 1) // 2 for length in lengths)
+    flops = 4 * pairs * heads * width
+    if "dqkv_ptr" in values:
+        flops = flops * 5 // 2
+    work = attention_of(lengths, heads, values["N_KV"], width, causal=True)
+    return {"flops": flops, "attention": work}

@@ -68,7 +68,8 @@ def measure(options: Options) -> dict[str, Any]:
     `fake_h100.pretend` must have been called.
     """
     began = time.perf_counter()
-    from bench.subjects import machine_code, step_time
+    from bench.subjects import step_time
+    from bench.subjects.lowered import by_kernel, machine_code
 
     _configure_inductor(options.inductor)
     config, train = _configs(options)
@@ -93,7 +94,7 @@ def measure(options: Options) -> dict[str, Any]:
     result["predicted"] = _predicted(result)
     if options.machine_code:
         sources = {name: text for graph in step.graphs for name, text in graph.kernels.items()}
-        result["machine_code"] = machine_code.by_kernel(machine_code.rows(sources))
+        result["machine_code"] = by_kernel(machine_code(sources))
     return result
 
 
@@ -165,7 +166,12 @@ def compile_step(
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode())
         ops = choose_ops(
-            options.kernels, "cuda", options.attention, torch.bfloat16, options.recompute
+            options.kernels,
+            "cuda",
+            options.attention,
+            torch.bfloat16,
+            options.recompute,
+            options.vision_attention,
         )
         with torch.device("cuda"):
             model = VisionLanguageModel(config, ops)
@@ -251,28 +257,29 @@ def _narrow_streams() -> None:
         return embed(self, *args).to(torch.bfloat16)
 
     PatchEmbedding.forward = narrow_patches  # type: ignore[method-assign]  # the what-if itself
-    VisionLanguageModel.embed = narrow_embed  # type: ignore[method-assign]  # the what-if itself
+    VisionLanguageModel.embed = narrow_embed  # type: ignore[method-assign,assignment]  # the same
 
 
 def _sizes(config: VLMConfig, batch: PackedBatch, padded: bool) -> dict[str, int]:
     """Sizes of the step and its model FLOPs, without padding or with it."""
     from nanovlm_fast.model.flops import step_flops
 
-    counts = {
-        "images": batch.n_images,
-        "tokens": batch.n_tokens,
-        "labels": batch.n_labels,
-        "pairs": batch.n_pairs,
-    }
+    images = batch.n_images
+    tokens = batch.n_tokens
+    labels = batch.n_labels
+    pairs = batch.n_pairs
     if padded:
-        lengths = batch.cu_seqlens.diff().tolist()
-        counts = {
-            "images": len(batch.images),
-            "tokens": len(batch.input_ids),
-            "labels": len(batch.labels),
-            "pairs": sum(length * (length + 1) // 2 for length in lengths),
-        }
-    return {**counts, "flops": step_flops(config, *counts.values())}
+        images = len(batch.images)
+        tokens = len(batch.input_ids)
+        labels = len(batch.labels)
+        pairs = sum(n * (n + 1) // 2 for n in batch.cu_seqlens.diff().tolist())
+    return {
+        "images": images,
+        "tokens": tokens,
+        "labels": labels,
+        "pairs": pairs,
+        "flops": step_flops(config, images, tokens, labels, pairs),
+    }
 
 
 def _predicted(result: dict[str, Any]) -> dict[str, float]:

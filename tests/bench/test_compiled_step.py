@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from typing import Any
 
@@ -11,12 +12,11 @@ import torch
 
 from bench import compare, compiled_step
 from bench.compiled_step import Options, block_costs, changes, label_of, run, slices
-from bench.scaling import compute_of, floor_of
 from bench.subjects import step_time
-from bench.subjects.launches import Launch, attention_of, pointers_used, traffic_of
-from bench.subjects.lowered import moves_only
-from bench.subjects.machine_code import spilled
+from bench.subjects.launches import Launch, attention_of, pointers_of, traffic_of
+from bench.subjects.lowered import moves_only, spilled
 from bench.subjects.masked_loads import loads_of
+from bench.subjects.one_gpu import compute_of, floor_of
 from bench.subjects.operators import KERNELS
 from nanovlm_fast.config import TrainConfig
 from nanovlm_fast.presets import preset
@@ -151,19 +151,13 @@ def test_a_budget_notices_both_ways():
 
 def test_every_pointer_of_our_kernels_is_read_or_written():
     for kernel in KERNELS:
-        for spec in kernel.module.aot():
-            source, pointers = source_of(spec["kernel"])
-            uses = pointers_used(source)
-            assert pointers and pointers <= uses["load"] | uses["store"], kernel.name
-
-
-def source_of(jitted: Any) -> tuple[str, set[str]]:
-    """The text of a Triton kernel from its `def` on, and the names of its pointers."""
-    import inspect
-
-    text = inspect.getsource(jitted.fn)
-    names = inspect.signature(jitted.fn).parameters
-    return text[text.index("def ") :], {name for name in names if name.endswith("_ptr")}
+        found = [value for name, value in vars(kernel.module).items() if name.endswith("_kernel")]
+        assert found, kernel.name
+        for jitted in found:
+            names = inspect.signature(jitted.fn).parameters
+            pointers = {name for name in names if name.endswith("_ptr")}
+            uses = pointers_of(jitted)
+            assert pointers <= uses["load"] | uses["store"], jitted.fn.__name__
 
 
 def test_our_kernels_move_what_their_cost_says():
@@ -179,8 +173,8 @@ def test_our_kernels_move_what_their_cost_says():
     stream, h = (empty(m, n, dtype=torch.float32) for _ in range(2))
     values = dict(x_ptr=x, residual_ptr=stream, y_ptr=y, h_ptr=h, M=m)
     values |= dict(weight_ptr=empty(n, dtype=torch.float32), rstd_ptr=empty(m, dtype=torch.float32))
-    source, _ = source_of(rms_norm._rms_norm_fwd_kernel)
-    read, written = traffic_of("_rms_norm_fwd_kernel", source, values)
+    uses = pointers_of(rms_norm._rms_norm_fwd_kernel)
+    read, written = traffic_of("_rms_norm_fwd_kernel", uses, values)
     moved, _ = rms_norm.cost(m, n, torch.bfloat16, torch.float32)["forward"]
     assert read + written == moved + 4 * n  # cost leaves out the weight
 

@@ -10,7 +10,8 @@ import json
 
 import pytest
 
-from bench import scaling, traffic
+from bench import scaling
+from bench.harness import traffic
 from bench.pages import sections
 from bench.pages.figures import figures
 from bench.scaling import (

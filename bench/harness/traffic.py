@@ -1,6 +1,6 @@
 """Bytes that two gloo processes send per training step, counted by the loopback device.
 
-    python -m bench.traffic                      a table; bench.scaling puts it in its result file
+    python -m bench.harness.traffic              a table; bench.scaling puts it in its result file
 
 This checks the formulas of bench.scaling, not speed: what a step sends does not depend on how fast
 the backend is. Where `unshare -rn` is allowed, both processes run in their own network namespace
@@ -44,7 +44,7 @@ from nanovlm_fast.presets import preset
 from nanovlm_fast.ranges import Range
 from nanovlm_fast.training.warmup import full_batch
 
-HERE = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parents[2]
 PROCESSES = 2
 MICRO_STEPS = 4
 # A small batch: whatever the batch is, the payload is the gradients.
@@ -222,7 +222,7 @@ def measure(repeats: int) -> dict:
     """
     prefix = own_namespace()
     with tempfile.TemporaryDirectory() as folder:
-        call = [*prefix, sys.executable, "-m", "bench.traffic", "--folder", folder]
+        call = [*prefix, sys.executable, "-m", "bench.harness.traffic", "--folder", folder]
         call += ["--repeats", str(repeats)]
         if prefix:
             call.append("--own")
@@ -246,7 +246,7 @@ def table(traffic: dict) -> str:
 
 
 def make_parser() -> Parser:
-    parser = Parser(prog="python -m bench.traffic", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m bench.harness.traffic", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--repeats", type=Range(int, least=1), default=5, help="steps, of which the median counts"
     )
