@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from bench.compiled_step import predicted_step
-from bench.harness.results import write
+from bench.harness.results import ROOT, write
 from bench.harness.timing import interleave, random_bytes, summary
 from bench.subjects.step_time import H100, Rates
 from nanovlm_fast.command import Parser, reports_errors
@@ -334,9 +334,9 @@ def summarised(config: VLMConfig, work: Counts, rates: Rates) -> dict:
     }
 
 
-def compiled_line(preset_name: str) -> str:
+def compiled_line(preset_name: str, results: Path = ROOT) -> str:
     """What torch.compile makes of the step on an H100, beside this floor of its operators."""
-    step = predicted_step(preset_name)
+    step = predicted_step(preset_name, results)
     if step is None:
         return (
             f"compiled for an H100: unknown (python -m bench.compiled_step --preset {preset_name})"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import compare, compiled_step
+from bench import compare, compiled_step, roofline
 from bench.compiled_step import Options, block_costs, changes, label_of, run, slices
 from bench.subjects import step_time
 from bench.subjects.launches import Launch, attention_of, pointers_of, traffic_of
@@ -329,6 +329,16 @@ def test_scaling_takes_the_predicted_step(tmp_path):
     assert half.seconds == pytest.approx(0.003 + 0.5 * 0.12, rel=0.02)
     empty = compute_of(CONFIG, Options.preset, 256, tmp_path / "none")
     assert empty == floor_of(CONFIG, 256) and empty.source.startswith("estimate, not measured")
+
+
+def test_roofline_prints_the_compiled_step_or_that_it_is_unknown(tmp_path):
+    made_up(tmp_path)
+    line = roofline.compiled_line(Options.preset, tmp_path / "a")
+    assert "floor 90.0 ms, 123.0 ms predicted, not measured" in line and "0123456" in line
+    unknown = roofline.compiled_line("tiny", tmp_path / "a")
+    assert unknown == (
+        "compiled for an H100: unknown (python -m bench.compiled_step --preset tiny)"
+    )
 
 
 def test_the_plan_calls_it_a_prediction(tmp_path, monkeypatch):
