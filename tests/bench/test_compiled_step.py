@@ -23,6 +23,8 @@ from nanovlm_fast.presets import preset
 from nanovlm_fast.reporting import plan
 from tests.support.processes import run_python
 
+# The slices are compiled in the first test that needs them, which takes minutes on a busy machine.
+pytestmark = pytest.mark.timeout(900)
 CONFIG, TRAIN = preset(Options.preset)
 
 
