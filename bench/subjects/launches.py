@@ -222,8 +222,6 @@ def attention_of(
         "rows": sum(lengths),
         "padded_rows": BLOCK * sum(blocks),
         "padded_pairs": BLOCK**2 * sum(met),
-        # How often a block of keys updates a row of dq.
-        "updates": sum(met) * BLOCK,
         "heads": heads,
         "kv_heads": kv_heads,
         "width": width,

@@ -45,7 +45,7 @@ class Options:
     kernels: str = "none"
     stream: str = "float32"
     recompute: str = "none"
-    attention: str = "torch"
+    attention: str = "torch"  # what `auto` takes where the package flash-attn is not installed
     vision_attention: str = "flash"
     inductor: dict[str, Any] = field(default_factory=dict)
     machine_code: bool = False  # registers and spills of every generated kernel
