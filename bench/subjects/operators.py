@@ -56,6 +56,12 @@ KERNELS = (
         dict(t=20, max_seqlen=9, n_q=2, n_kv=1, head_dim=32),
         matrix=True,
     ),
+    Kernel(
+        "image_attention",
+        dict(n=256, patches=196, n_heads=12, head_dim=64),
+        dict(n=2, patches=9, n_heads=2, head_dim=32),
+        matrix=True,
+    ),
     Kernel("swiglu", dict(m=32768, n=1536), dict(m=8, n=32)),
     Kernel("embed_splice", dict(t=32768, v=49152, c=576, r=256 * 49), dict(t=40, v=50, c=32, r=8)),
     Kernel(

@@ -19,14 +19,23 @@ from torch import Tensor
 
 from bench.subjects.operators import Kernel, rotate_heads
 from nanovlm_fast.model import ops
-from nanovlm_fast.model.attention import choose_attention
+from nanovlm_fast.model.attention import choose_attention, choose_vision_attention
 
 
 def eager(kernel: Kernel) -> Callable:
     """Plain PyTorch, as the model runs without the kernel."""
     if kernel.name == "document_attention":
         return rotary_then_attention
+    if kernel.name == "image_attention":
+        return bias_then_attention
     return getattr(ops, kernel.name)
+
+
+def bias_then_attention(qkv: Tensor, bias: Tensor, n_heads: int) -> Tensor:
+    """What `image_attention` replaces; the bias is part of the projection there, so it is free."""
+    _, attend = choose_vision_attention("auto", qkv.device, qkv.dtype)
+    q, k, v = (qkv + bias.to(qkv.dtype)).unflatten(2, (3, n_heads, -1)).permute(2, 0, 3, 1, 4)
+    return attend(q, k, v).transpose(1, 2).flatten(2)
 
 
 def rotary_then_attention(  # noqa: PLR0913  # the kernel's own signature

@@ -13,6 +13,7 @@ width, V vocabulary.
 | `rms_norm`, `layer_norm` | x (..., C), residual (..., C) or none | the same shape |
 | `rotary` | qkv (T, (n_q + 2 n_kv) D) | q (T, n_q, D), k and v (T, n_kv, D) |
 | `document_attention` | qkv (T, (n_q + 2 n_kv) D), rotary's tables, cu_seqlens | (T, n_q D) |
+| `image_attention` | qkv (N, P, 3 C) and its bias (3 C,) | (N, P, C) |
 | `swiglu` | gate_up (T, 2 I) | (T, I) |
 | `pixel_shuffle_proj` | x (B, P, C), weight (N, factor^2 C) | (B, P / factor^2, N) |
 | `embed_splice` | input_ids (T,), table (V, C), image_rows (T,), image_tokens (R, C) | (T, C) |
@@ -44,6 +45,7 @@ KERNELS = (
     "layer_norm",
     "rotary",
     "document_attention",
+    "image_attention",
     "swiglu",
     "pixel_shuffle_proj",
     "embed_splice",
@@ -176,6 +178,10 @@ class Ops:
     # says whether it takes documents of at most `max_seqlen` tokens and heads of a size.
     document_attention: Callable | None = None
     in_documents: Callable[[int, int], bool] = lambda max_seqlen, head_dim: False
+    # The same for the vision tower: the projection's bias and attention in one kernel, for images
+    # of so many patches and heads of a size.
+    image_attention: Callable | None = None
+    in_images: Callable[[int, int], bool] = lambda patches, head_dim: False
     kernels: tuple[str, ...] = ()
     attention: Attention = sdpa
     backend: str = "sdpa"
@@ -218,9 +224,13 @@ def choose_ops(
     vision_backend, attend_to_image = choose_vision_attention(vision_attention, device, dtype)
     chosen: dict[str, Any] = {name: _kernel(name) for name in names}
     if "document_attention" in names:
-        from nanovlm_fast.kernels.document_attention import fits
+        from nanovlm_fast.kernels import document_attention
 
-        chosen["in_documents"] = fits
+        chosen["in_documents"] = document_attention.fits
+    if "image_attention" in names:
+        from nanovlm_fast.kernels import image_attention
+
+        chosen["in_images"] = image_attention.fits
     # Triton's interpreter runs kernels on a CPU; the tests use it.
     asleep = bool(names) and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1"
     return Ops(
@@ -302,6 +312,10 @@ def _import_kernel(name: str) -> Callable:
             from nanovlm_fast.kernels.document_attention import document_attention
 
             return document_attention
+        case "image_attention":
+            from nanovlm_fast.kernels.image_attention import image_attention
+
+            return image_attention
         case "swiglu":
             from nanovlm_fast.kernels.swiglu import swiglu
 

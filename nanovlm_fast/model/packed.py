@@ -90,9 +90,19 @@ class VisionBlock(nn.Module):
             y = ops.layer_norm(x, self.ln1.weight, self.ln1.bias, self.ln1.eps)
         else:
             y, x = ops.layer_norm(delta, self.ln1.weight, self.ln1.bias, self.ln1.eps, x)
-        out = self.attn(y, ops.vision_attention)
+        out = self.attend(ops, y)
         y, x = ops.layer_norm(out, self.ln2.weight, self.ln2.bias, self.ln2.eps, x)
         return x, self.mlp(y)
+
+    def attend(self, ops: Ops, x: Tensor) -> Tensor:
+        """(N, P, C) -> (N, P, C)."""
+        attn = self.attn
+        patches, width = x.shape[1:]
+        if not (ops.image_attention and ops.in_images(patches, width // attn.n_heads)):
+            return attn(x, ops.vision_attention)
+        # Without the bias, which the kernel adds: its gradient then comes out of the kernel too.
+        qkv = F.linear(x, attn.qkv_proj.weight)
+        return attn.out_proj(ops.image_attention(qkv, attn.qkv_proj.bias, attn.n_heads))
 
 
 class VisionTransformer(nn.Module):

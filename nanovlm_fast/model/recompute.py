@@ -38,6 +38,7 @@ KEPT_OPERATORS = frozenset(
         "flash_attn::_flash_attn_varlen_forward",
         "torch_attn::_varlen_attn",
         "nanovlm_fast::document_attention_fwd",
+        "nanovlm_fast::image_attention_fwd",
     }
 )
 

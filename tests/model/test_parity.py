@@ -133,8 +133,9 @@ def test_loss_logits_and_gradients_equal_the_reference(small_config, n_documents
 )
 def test_with_kernels_it_still_equals_the_reference(small_config, kernels):
     """Each kernel alone and all together, in Triton's interpreter where there is no GPU."""
-    # heads of 32: document_attention takes none that are smaller
-    config = dataclasses.replace(small_config, lm_hidden_dim=96, lm_n_heads=3, lm_n_kv_heads=1)
+    # heads of 32: the attention kernels take none that are smaller
+    language = dict(lm_hidden_dim=96, lm_n_heads=3, lm_n_kv_heads=1)
+    config = dataclasses.replace(small_config, vit_hidden_dim=96, vit_n_heads=3, **language)
     packed, plain = twins(config)
     packed.ops = choose_ops(kernels)
     assert packed.ops.kernels == (KERNELS if kernels == "all" else (kernels,))
@@ -142,6 +143,7 @@ def test_with_kernels_it_still_equals_the_reference(small_config, kernels):
     longest = max(len(document) for sample in samples for document in sample.documents)
     with_attention = kernels in ("document_attention", "all")
     assert packed.ops.in_documents(longest, config.head_dim) == with_attention
+    assert packed.ops.in_images(16, 32) == (kernels in ("image_attention", "all"))
     expected, _ = run_reference(plain, samples)
     n_labels = sum(sample.labels for sample in samples)
     (expected / n_labels).backward()
