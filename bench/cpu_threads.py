@@ -86,7 +86,9 @@ def environment(setting: Setting) -> dict[str, str]:
 @contextlib.contextmanager
 def busy_processes(count: int) -> Iterator[None]:
     """`count` processes that compute without end, until the block ends."""
-    spinning = [sys.executable, "-c", "while True: pass"]
+    # They end with this process, however it ends.
+    code = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
+    spinning = [sys.executable, "-c", code]
     processes = [subprocess.Popen(spinning) for _ in range(count)]
     try:
         yield

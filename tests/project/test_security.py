@@ -127,6 +127,15 @@ def forbidden(source: str) -> list[str]:
     return found
 
 
+# bench.compiled_step runs the code that PyTorch has just generated in the same process, and loads a
+# library that it has compiled itself. Nothing of it comes from data.
+OF_THE_COMPILED_STEP = {
+    "bench/subjects/fake_h100.py": ["ctypes.CDLL"],
+    "bench/subjects/lowered.py": ["exec", "compile"],
+    "bench/subjects/masked_loads.py": ["exec"],
+}
+
+
 def test_no_forbidden_call_is_in_the_project():
     files = [*PRODUCT, *sources("setup.py")]
     parts = {file.relative_to(ROOT).parts[0] for file in files}
@@ -136,7 +145,8 @@ def test_no_forbidden_call_is_in_the_project():
         for file in files
         if (faults := forbidden(file.read_text()))
     }
-    assert not found
+    names = {file: [line.split(": ")[1] for line in faults] for file, faults in found.items()}
+    assert names == OF_THE_COMPILED_STEP, found
 
 
 BAD = """
