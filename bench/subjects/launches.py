@@ -292,8 +292,8 @@ def entered_kernels(recorder: Recorder) -> Iterator[None]:
         name = self.fn.__name__
         read, written = traffic_of(name, pointers_of(self), values)
         facts: dict[str, Any] = dict(read=read, written=written)
-        if name.startswith("_document_attention"):
-            facts |= _document_attention(values, recorder.lengths)
+        if name.startswith(("_document_attention", "_image_attention")):
+            facts |= _our_attention(values, recorder.lengths)
             recorder.enter(name, "attention", **facts)
             return
         reduces = "tl.sum(" in self.src or "tl.max(" in self.src
@@ -393,13 +393,25 @@ def _flops_of(name: str, values: dict[str, Any]) -> int:
     return 2 * patches.numel() * values["N"]
 
 
-def _document_attention(values: dict[str, Any], lengths: tuple[int, ...]) -> dict[str, Any]:
-    """FLOPs and sizes of our attention inside documents, as `Recorder` enters those of others."""
-    heads = values["GROUP"] * values["N_KV"]
-    width = 2 * values["HALF"]
-    pairs = sum(length * (length + 1) // 2 for length in lengths)
+def _our_attention(values: dict[str, Any], documents: tuple[int, ...]) -> dict[str, Any]:
+    """FLOPs and sizes of our kernels for attention, as `Recorder` enters those of others.
+
+    Both need one pass in the backward, without an accumulator in memory.
+    """
+    if "P" in values:  # inside images of P patches
+        heads = kv_heads = values["HEADS"]
+        width = values["D"]
+        images = values["qkv_ptr"].numel() // (3 * heads * width * values["P"])
+        lengths: tuple[int, ...] = (values["P"],) * images
+        pairs = images * values["P"] ** 2
+    else:  # inside documents, causal
+        kv_heads = values["N_KV"]
+        heads = values["GROUP"] * kv_heads
+        width = 2 * values["HALF"]
+        lengths = documents
+        pairs = sum(length * (length + 1) // 2 for length in lengths)
     flops = 4 * pairs * heads * width
     if "dqkv_ptr" in values:
         flops = flops * 5 // 2
-    work = attention_of(lengths, heads, values["N_KV"], width, causal=True)
-    return {"flops": flops, "attention": work}
+    work = attention_of(lengths, heads, kv_heads, width, causal="P" not in values)
+    return {"flops": flops, "attention": work | {"one_pass": 1}}

@@ -10,8 +10,8 @@ binds. No step reaches it. The expected time takes the rates that kernels reach 
 - Attention works on whole blocks of 128 queries and keys. FlashAttention-2's backward is three
   launches and, with grouped heads, a sum: it clears a float32 accumulator for dq and reads dO and
   O; it computes, adding to the accumulator; it converts the accumulator; and it adds up dk and dv
-  of the query heads that share one head of keys. Our kernel for short documents needs one pass, and
-  is assumed to compute at the same rate.
+  of the query heads that share one head of keys. Our own kernels need one pass, and are assumed
+  to compute at the same rate.
 
 Left out are the caches, clocks under load, gaps between launches, and waiting for data.
 """
@@ -101,7 +101,7 @@ def attention(launch: Launch) -> float:
     computed = 4 * work["padded_pairs"] * row
     if launch.direction != "backward":
         return max(computed / ATTENTION["forward"], launch.bytes / POINTWISE)
-    if "document_attention" in launch.name:  # ours is one pass without an accumulator
+    if work.get("one_pass"):
         return max(computed * 5 / 2 / ATTENTION["backward"], launch.bytes / POINTWISE)
     kv_row = work["kv_heads"] * work["width"]
     rows = work["rows"]

@@ -349,6 +349,8 @@ def test_the_plan_calls_it_a_prediction(tmp_path, monkeypatch):
     rates.write_text(json.dumps({"runs": [], "steps": [], "predicted": [entry]}))
     monkeypatch.setattr(plan, "RATES", rates)
     row = plan.plan(CONFIG, TRAIN)["on an H100"]
-    assert row.startswith("138 ms a step, 1.25") and "a prediction, not measured" in row
+    step = 1e3 * TRAIN.tokens_per_batch / 150000
+    # Five epochs of 1.67 million examples of 81 tokens.
+    assert row.startswith(f"{step:,.0f} ms a step, 1.25 h") and "a prediction, not measured" in row
     unknown = plan.compiled_for_h100(TrainConfig(preset="tiny"), 5120, 1e6)
     assert unknown == "unknown: tiny was not compiled for one"
