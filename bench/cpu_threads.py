@@ -29,6 +29,7 @@ import torch
 from tqdm import tqdm
 
 from bench.harness.results import write
+from bench.harness.tables import Rows, lined_up
 from bench.train_run import TRAIN
 from nanovlm_fast.command import OPENMP, Parser, reports_errors
 from nanovlm_fast.device import pick_device
@@ -217,15 +218,19 @@ def result_name(names: list[str]) -> str:
     return "cpu_threads" if names == ["train"] else "cpu_threads_commands"
 
 
-def table(result: dict) -> Iterator[str]:
-    """Medians, a line per setting: tokens/s of training, seconds of the other commands."""
-    for name, loads in result["readings"].items():
-        unit = "tokens/s" if name == "train" else "seconds"
-        yield f"{name} ({unit}):{'':<12}" + "".join(f"{load:>12}" for load in loads)
-        for setting in next(iter(loads.values())):
-            medians = [statistics.median(rows[setting]) for rows in loads.values()]
-            form = ",.0f" if name == "train" else ".1f"
-            yield f"  {setting:<28}" + "".join(f"{value:>12{form}}" for value in medians)
+def cpu_threads_rows(result: dict) -> Rows:
+    """Medians, a row per setting: tokens/s of training, seconds of the other commands."""
+    names = result["readings"]
+    loads = list(next(iter(names.values())))
+    idle = "no other process"
+    heads = (idle if load == "0 busy" else f"{load.split()[0]} busy beside it" for load in loads)
+    rows: Rows = [("command, setting", "unit", *heads)]
+    for name, by_load in names.items():
+        unit, form = ("tokens/s", ",.0f") if name == "train" else ("s", ".1f")
+        for setting in by_load[loads[0]]:
+            medians = (statistics.median(by_load[load][setting]) for load in loads)
+            rows.append((f"{name}, {setting}", unit, *(format(m, form) for m in medians)))
+    return rows
 
 
 def names_of(text: str, known: tuple[str, ...], option: str) -> list[str]:
@@ -261,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
     result = compare(
         names, settings, args.busy, args.rounds, args.seconds, pick_device("cpu"), args.out
     )
-    print("\n".join(table(result)))
+    print(lined_up(cpu_threads_rows(result), left=(0, 1)))
     return 0
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from bench.harness.results import ROOT
 from bench.pages.figures import THEMES, Figure, figures, source_of
 from bench.pages.rates import rates
-from bench.pages.readme import highlights, overview, reliability, scale
+from bench.pages.readme import highlights, overview, predictions, reliability, scale
 from bench.pages.rows import kernel_table
 from bench.pages.sections import devices, suites_page
 from nanovlm_fast.command import Parser, reports_errors
@@ -34,7 +34,7 @@ MARKS = marks("results")
 
 # ---- all of them
 TABLES: dict[Path, dict[str, Callable[[], str]]] = {
-    README: {"results": highlights},
+    README: {"results": highlights, "predictions": predictions},
     README.parent / "kernels" / "README.md": {"results": kernel_table},
     README.parent / "bench" / "README.md": {"summary": overview, "results": suites_page},
     README.parent / "nanovlm_fast" / "training" / "README.md": {

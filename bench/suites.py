@@ -95,7 +95,10 @@ checks the model's formulas. `bench/scaling.py` says what is modelled and what i
 command prints all numbers of GPUs, and strong scaling. "No overlap" is what a backward compiled
 into one graph gets. FSDP2 may exceed 100%, because it divides the optimizer's update as well.
 gloo's reduce-scatter sends as much as an all-reduce, twice as much as a ring's."""
-
+CPU_THREADS_DETAILS = """`unset` is what GNU OpenMP does by itself, `ours` what our commands set;
+`spin-N` sets GOMP_SPINCOUNT, `passive` OMP_WAIT_POLICY. Each reading is the real command in a
+process of its own. Training is read over a few seconds: compare rows with each other, and not with
+the rate of a whole run."""
 COMPILED_DETAILS = """The whole compiler runs for a device that is not there, and every launch of
 the step is entered with its bytes and FLOPs; padding, gradient norm and optimizer are included.
 "GB" is what is read and written, each element once per launch. The floor takes the roofline's
@@ -252,6 +255,12 @@ SUITES = (
         "peer",
         "huggingface/nanoVLM's own code and ours, on the same weights and samples.",
         PEER_DETAILS,
+        by_hand=True,
+    ),
+    Suite(
+        "cpu_threads",
+        "How OpenMP's threads wait on a CPU, idle and beside busy processes.",
+        CPU_THREADS_DETAILS,
         by_hand=True,
     ),
     Suite("optimizers", "Steps to the same loss with Muon and AdamW.", by_hand=True),

@@ -46,6 +46,20 @@ def highlights(results: Path = ROOT) -> str:
     return markdown([(what, measured, on, command) for what, measured, on, _, command in rows])
 
 
+def predictions(results: Path = ROOT) -> str:
+    """The table of README.md that was not measured: the compiled step, plain and with kernels."""
+    rows: Rows = [("nanovlm-222m, one H100", "ms per step", "tokens/s", "MFU", "launches", "GB moved")]
+    for result in newest(results, "compiled_step"):
+        for label in ("kernels none", "kernels all"):
+            row = result["variants"][label]
+            predicted = row["predicted"]
+            rates = (f"{predicted['tokens_per_s']:,.0f}", f"{predicted['mfu']:.0%}")
+            moved = f"{row['read_gb'] + row['written_gb']:.0f}"
+            step = f"{row['expected_ms']:.0f} predicted"
+            rows.append((f"`--{label}`", step, *rates, f"{row['launches']:,}", moved))
+    return markdown(rows)
+
+
 def run_row(run: dict) -> tuple[str, ...]:
     """A result of bench.train_run."""
     what = f"easy-VQA test split, {run['questions']:,} questions, exact match by generation"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.checks import check_rows
+from bench.cpu_threads import cpu_threads_rows
 from bench.device_facts import facts_rows
 from bench.harness.results import ROOT, load
 from bench.harness.tables import Rows, markdown
@@ -37,6 +38,7 @@ from bench.suites import SUITES, Suite
 ROWS: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "attention": attention_rows,
     "compiled_step": compiled_step_rows,
+    "cpu_threads": cpu_threads_rows,
     "dataloader": dataloader_rows,
     "facts": facts_rows,
     "generate": generate_rows,
