@@ -48,7 +48,8 @@ def highlights(results: Path = ROOT) -> str:
 
 def predictions(results: Path = ROOT) -> str:
     """The table of README.md that was not measured: the compiled step, plain and with kernels."""
-    rows: Rows = [("nanovlm-222m, one H100", "ms per step", "tokens/s", "MFU", "launches", "GB moved")]
+    head = ("nanovlm-222m, one H100", "ms per step", "tokens/s", "MFU", "launches", "GB moved")
+    rows: Rows = [head]
     for result in newest(results, "compiled_step"):
         for label in ("kernels none", "kernels all"):
             row = result["variants"][label]

@@ -194,7 +194,11 @@ class Ops:
         kernels = ", ".join(self.kernels) or "none, plain PyTorch"
         if self.asleep:
             kernels = f"none, plain PyTorch (they need a GPU: {kernels})"
-        attention = f"attention: {self.backend} · vision attention: {self.vision_backend}"
+        # The attention kernels take short documents and small images; the backends take the others.
+        ours = () if self.asleep else self.kernels
+        language = ("document_attention or " if "document_attention" in ours else "") + self.backend
+        vision = ("image_attention or " if "image_attention" in ours else "") + self.vision_backend
+        attention = f"attention: {language} · vision attention: {vision}"
         return f"{attention} · kernels: {kernels} · recompute: {self.recompute}"
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovlm_fast.model.ops import rotary
+from nanovlm_fast.model.ops import choose_ops, rotary
 
 
 def by_concatenation(
@@ -45,3 +45,12 @@ def test_rotary_as_one_expression_gives_the_same_bits(tokens, n_q, n_kv, size, d
     assert [len(t.shape) for t in ours] == [3, 3, 3, 2]
     for mine, plain in zip(ours, theirs, strict=True):
         assert torch.equal(mine, plain)
+
+
+def test_the_log_says_what_computes_attention(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    told = str(choose_ops("image_attention,document_attention"))
+    assert "attention: document_attention or sdpa · vision attention: image_attention or" in told
+    assert "document_attention or" not in str(choose_ops("image_attention"))
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert "image_attention or" not in str(choose_ops("image_attention"))  # asleep on a CPU
