@@ -109,7 +109,7 @@ def training_rate(setting: Setting, options: list[str], seconds: float) -> float
         run = Path(folder) / "run"
         # No curriculum: its first part has nearly empty batches, and a fast setting leaves it early
         command = [sys.executable, str(TRAIN), "--out", str(run), "--curriculum", ""]
-        command += ["--log-every", "2", *options, *setting.options]
+        command += ["--log-every", "1", *options, *setting.options]
         # A session of its own, so that the loader's workers end with it.
         process = subprocess.Popen(
             command,
@@ -129,10 +129,23 @@ def training_rate(setting: Setting, options: list[str], seconds: float) -> float
             process.wait()
         took = time.perf_counter() - began
         lines = [line for line in read_metrics(run) if "tokens_per_s" in line]
+    return rate_of(lines, took)
+
+
+def rate_of(lines: list[dict], took: float) -> float:
+    """Tokens per second from the first line on, which was written `took` seconds ago.
+
+    What was trained after the last line is in none, so the time ends with that line; unless the run
+    has stood still for longer than two steps take.
+    """
+    if len(lines) < 2:
+        return 0.0
     tokens = 0.0
     for before, line in itertools.pairwise(lines):
         tokens += line["tokens_per_s"] * (line["seconds"] - before["seconds"])
-    return tokens / took
+    seen = lines[-1]["seconds"] - lines[0]["seconds"]
+    between = seen / (len(lines) - 1)
+    return tokens / (seen if took - seen <= 2 * between else took)
 
 
 def wait_for_first_line(process: subprocess.Popen, run: Path) -> float:
@@ -215,7 +228,7 @@ def compare(
 
 
 def result_name(names: list[str]) -> str:
-    return "cpu_threads" if names == ["train"] else "cpu_threads_commands"
+    return "_".join(["cpu_threads", *names])
 
 
 def cpu_threads_rows(result: dict) -> Rows:
@@ -236,6 +249,8 @@ def cpu_threads_rows(result: dict) -> Rows:
 def names_of(text: str, known: tuple[str, ...], option: str) -> list[str]:
     """The comma-separated names of an option. Raises ValueError if one is unknown."""
     names = text.split(",") if text else list(known)
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{option} names {twice[0]} twice")
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"{option} {unknown[0]}: there are {', '.join(known)}")
     return names

@@ -44,6 +44,8 @@ def test_busy_processes_compute_and_end_with_the_block():
 def test_unknown_names_are_refused(capsys):
     assert main(["--measure", "train,sleep"]) == 1
     assert "--measure sleep: there are train, evaluate" in capsys.readouterr().err
+    assert main(["--settings", "ours,ours"]) == 1
+    assert "--settings names ours twice" in capsys.readouterr().err
     with pytest.raises(ValueError, match="--settings fast: there are unset"):
         names_of("fast", tuple(SETTINGS), "--settings")
 
@@ -64,3 +66,15 @@ def test_a_run_that_ends_early_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(cpu_threads, "TRAIN", tmp_path / "missing.py")
     with pytest.raises(RuntimeError, match=r"train\.py logged nothing"):
         cpu_threads.training_rate(SETTINGS["ours"], [], 1.0)
+
+
+def lines(*seconds: float) -> list[dict]:
+    """Log lines at these times, at 1,000 tokens/s."""
+    return [{"seconds": at, "tokens_per_s": 1000.0} for at in seconds]
+
+
+def test_a_rate_ends_with_the_last_line_unless_the_run_stands_still():
+    assert cpu_threads.rate_of(lines(0, 1, 2, 3), took=3.9) == 1000
+    assert cpu_threads.rate_of(lines(0, 1, 2, 3), took=30) == 100
+    assert cpu_threads.rate_of(lines(0), took=30) == 0
+    assert cpu_threads.rate_of([], took=30) == 0
