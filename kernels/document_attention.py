@@ -41,12 +41,16 @@ from torch import Tensor
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LONGEST = 128  # tokens of a document: its keys, values and scores stay on chip
-HEAD_DIMS = (32, 64, 128)  # matrix products take halves of a head, of at least 16 columns
+HEAD_DIMS = (32, 64)  # matrix products take halves of a head, of at least 16 columns
 
 
-def fits(max_seqlen: int, head_dim: int) -> bool:
-    """Whether the kernel takes documents of up to max_seqlen tokens and heads of head_dim."""
-    return 1 <= max_seqlen <= LONGEST and head_dim in HEAD_DIMS
+def fits(max_seqlen: int, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether documents of up to max_seqlen tokens and heads of head_dim suit the kernel.
+
+    In float32 the tiles of long documents take twice the room, and minutes to compile.
+    """
+    longest = LONGEST if dtype.itemsize == 2 else LONGEST // 2
+    return 1 <= max_seqlen <= longest and head_dim in HEAD_DIMS
 
 
 def document_attention_reference(

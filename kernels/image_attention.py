@@ -38,9 +38,13 @@ LARGEST = 256  # patches: the gradients of all keys and values stay in registers
 HEAD_DIMS = (32, 64)
 
 
-def fits(patches: int, head_dim: int) -> bool:
-    """Whether the kernel takes images of so many patches and heads of head_dim."""
-    return 1 <= patches <= LARGEST and head_dim in HEAD_DIMS
+def fits(patches: int, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether images of so many patches and heads of head_dim suit the kernel.
+
+    In float32 the tiles of large images take twice the room, and minutes to compile.
+    """
+    largest = LARGEST if dtype.itemsize == 2 else LARGEST // 2
+    return 1 <= patches <= largest and head_dim in HEAD_DIMS
 
 
 def image_attention_reference(qkv: Tensor, bias: Tensor, n_heads: int) -> Tensor:

@@ -159,6 +159,19 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor) -> tuple[Ten
     return loss, (labels >= 0).sum()
 
 
+Fits = Callable[[int, int, torch.dtype], bool]  # (tokens or patches, head size, type)
+
+
+def _never(length: int, head_dim: int, dtype: torch.dtype) -> bool:
+    return False
+
+
+def computed_type(x: Tensor) -> torch.dtype:
+    """Return the type in which a matrix product of x computes."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 @dataclass(frozen=True)
 class Ops:
     """How the model computes: one callable per operation, the attention, the recomputation.
@@ -175,13 +188,12 @@ class Ops:
     embed_splice: Callable = embed_splice
     linear_cross_entropy: Callable = linear_cross_entropy
     # Rotary and attention in one kernel; plain PyTorch has them as two operations. `in_documents`
-    # says whether it takes documents of at most `max_seqlen` tokens and heads of a size.
+    # says whether it takes documents of at most so many tokens, heads of a size, and a type.
     document_attention: Callable | None = None
-    in_documents: Callable[[int, int], bool] = lambda max_seqlen, head_dim: False
-    # The same for the vision tower: the projection's bias and attention in one kernel, for images
-    # of so many patches and heads of a size.
+    in_documents: Fits = _never
+    # The same for the vision tower, by patches: the projection's bias and attention in one kernel.
     image_attention: Callable | None = None
-    in_images: Callable[[int, int], bool] = lambda patches, head_dim: False
+    in_images: Fits = _never
     kernels: tuple[str, ...] = ()
     attention: Attention = sdpa
     backend: str = "sdpa"
@@ -273,10 +285,7 @@ def _kernel(name: str) -> Callable:
         return function
 
     def under_autocast(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
-        return function(x, *args, **kwargs)
+        return function(x.to(computed_type(x)), *args, **kwargs)
 
     return under_autocast
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.model import fused, reference
 from nanovlm_fast.model.init import init_weights
-from nanovlm_fast.model.ops import Ops
+from nanovlm_fast.model.ops import Ops, computed_type
 from nanovlm_fast.model.recompute import run_block
 from nanovlm_fast.packing.batch import PackedBatch
 
@@ -98,7 +98,8 @@ class VisionBlock(nn.Module):
         """(N, P, C) -> (N, P, C)."""
         attn = self.attn
         patches, width = x.shape[1:]
-        if not (ops.image_attention and ops.in_images(patches, width // attn.n_heads)):
+        by_kernel = ops.in_images(patches, width // attn.n_heads, computed_type(x))
+        if not (ops.image_attention and by_kernel):
             return attn(x, ops.vision_attention)
         # Without the bias, which the kernel adds: its gradient then comes out of the kernel too.
         qkv = F.linear(x, attn.qkv_proj.weight)
@@ -300,11 +301,9 @@ class VisionLanguageModel(nn.Module):
         config = self.config
         rope = self.decoder.rotary_embd
         kernel = self.ops.document_attention
-        if kernel and not self.ops.in_documents(batch.max_seqlen, config.head_dim):
-            kernel = None
 
         def attend(layer: int, qkv: Tensor, rotate: Rotate) -> Tensor:
-            if kernel:
+            if kernel and self.ops.in_documents(batch.max_seqlen, config.head_dim, qkv.dtype):
                 heads = config.lm_n_heads, config.lm_n_kv_heads
                 return kernel(qkv, rope.cos, rope.sin, batch.position_ids, *documents, *heads)
             return self.ops.attention(*rotate(qkv), *documents, True).flatten(1)

@@ -142,8 +142,8 @@ def test_with_kernels_it_still_equals_the_reference(small_config, kernels):
     samples = mixed_samples(config, 6, np.random.default_rng(1))
     longest = max(len(document) for sample in samples for document in sample.documents)
     with_attention = kernels in ("document_attention", "all")
-    assert packed.ops.in_documents(longest, config.head_dim) == with_attention
-    assert packed.ops.in_images(16, 32) == (kernels in ("image_attention", "all"))
+    assert packed.ops.in_documents(longest, config.head_dim, torch.float32) == with_attention
+    assert packed.ops.in_images(16, 32, torch.float32) == (kernels in ("image_attention", "all"))
     expected, _ = run_reference(plain, samples)
     n_labels = sum(sample.labels for sample in samples)
     (expected / n_labels).backward()
