@@ -25,16 +25,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from bench.harness.results import write
 from bench.harness.tables import Rows, lined_up
 from bench.train_run import TRAIN
-from nanovlm_fast.command import OPENMP, Parser, reports_errors
+from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import pick_device
 from nanovlm_fast.ranges import Range
 from nanovlm_fast.reporting.metrics import read_metrics
+from nanovlm_fast.threads import OPENMP
 
 OPENMP_NAMES = ("GOMP_SPINCOUNT", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
 MEASURES = ("train", "evaluate", "generate", "prepare")
@@ -201,34 +201,31 @@ def compare(
     busy: list[int],
     rounds: int,
     seconds: float,
-    device: torch.device,
+    name: str,
     out: Path | None,
 ) -> dict:
     """Every setting under every load, `rounds` times; written to the result file as it grows."""
+    device = pick_device("cpu")
     options = ["--device", "cpu"]
     readings: dict = {}
     result: dict = {"cores": len(os.sched_getaffinity(0)), "seconds_per_reading": seconds}
     result["settings"] = {name: dict(setting.environment) for name, setting in settings.items()}
-    cells = [(name, load, setting) for name in names for load in busy for setting in settings]
+    cells = [(measure, load, setting) for measure in names for load in busy for setting in settings]
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         if set(names) - {"train"}:
             train_briefly(run, options)
         for _ in tqdm(range(rounds), desc="rounds"):
-            for name, load, setting in tqdm(cells, desc="readings", leave=False):
-                rows = readings.setdefault(name, {}).setdefault(f"{load} busy", {})
+            for measure, load, setting in tqdm(cells, desc="readings", leave=False):
+                rows = readings.setdefault(measure, {}).setdefault(f"{load} busy", {})
                 with busy_processes(load):
-                    value = measured(name, settings[setting], run, options, seconds)
+                    value = measured(measure, settings[setting], run, options, seconds)
                 rows.setdefault(setting, []).append(value)
             # Rotated, so that no setting is always measured first
             cells = cells[1:] + cells[:1]
             result["readings"] = readings
-            write(result_name(names), device, result, out)
+            write(name, device, result, out)
     return result
-
-
-def result_name(names: list[str]) -> str:
-    return "_".join(["cpu_threads", *names])
 
 
 def cpu_threads_rows(result: dict) -> Rows:
@@ -268,6 +265,7 @@ def make_parser() -> Parser:
     parser.add_argument("--busy", type=busy, default="0,1,2", help="numbers of other processes")
     parser.add_argument("--rounds", type=Range(int, 1), default=3)
     parser.add_argument("--seconds", type=Range(float, above=0), default=10.0)
+    parser.add_argument("--name", default="", help="of the result file; default: by --measure")
     parser.add_argument("--out", type=Path, help="folder of results (default: bench/results)")
     return parser
 
@@ -278,9 +276,8 @@ def main(argv: list[str] | None = None) -> int:
     names = names_of(args.measure, MEASURES, "--measure")
     chosen = names_of(args.settings, tuple(SETTINGS), "--settings")
     settings = {name: SETTINGS[name] for name in chosen}
-    result = compare(
-        names, settings, args.busy, args.rounds, args.seconds, pick_device("cpu"), args.out
-    )
+    name = args.name or "_".join(["cpu_threads", *names])
+    result = compare(names, settings, args.busy, args.rounds, args.seconds, name, args.out)
     print(lined_up(cpu_threads_rows(result), left=(0, 1)))
     return 0
 

@@ -23,14 +23,10 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
+from nanovlm_fast import threads
+
 INTERRUPTED = 130
 USAGE = 2
-
-# How often a thread of GNU OpenMP looks for the others at the end of an operator before it sleeps.
-# By itself it spins for about 3 ms. Beside another busy process, that is the time that the late
-# thread needs, and training all but stops. `python -m bench.cpu_threads` measured this number.
-OPENMP = {"GOMP_SPINCOUNT": "10000"}
-WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # the variables that decide this
 
 Main = Callable[..., int]  # main(argv=None) -> exit code
 
@@ -131,16 +127,14 @@ def begin(is_command: bool) -> None:
 
     Ctrl-C prints one line while torch is being imported, which takes seconds; `reports_errors`
     takes over afterwards. If SIGINT was ignored from the start, as by `nohup` or for jobs in the
-    background, it stays ignored. OpenMP's threads get `OPENMP`, unless the user has set their
-    waiting. A program that merely imports a module of ours (`is_command` is false) is left alone.
+    background, it stays ignored. `threads.begin` bounds how long threads spin. A program that
+    merely imports a module of ours (`is_command` is false) is left alone.
     """
     if not is_command:
         return
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
-    # OpenMP reads its environment once, when torch loads it.
-    if not any(name in os.environ for name in WAITING):
-        os.environ.update(OPENMP)
+    threads.begin()
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from nanovlm_fast.command import WAITING
+from nanovlm_fast.threads import WAITING, others_since_begin, threads_beside
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -50,6 +50,25 @@ def describe(device: torch.device) -> str:
         return str(device)
     waiting = "".join(f", {name}={os.environ[name]}" for name in WAITING if name in os.environ)
     return f"{device} ({torch.get_num_threads()} threads{waiting})"
+
+
+def leave_busy_cores(device: torch.device) -> str:
+    """Compute with fewer threads on a CPU whose cores other processes keep busy.
+
+    Returns what was found, for people; empty where nothing changes.
+    """
+    others = others_since_begin() if device.type == "cpu" else None
+    if others is None:
+        return ""
+    before = torch.get_num_threads()
+    threads = threads_beside(others, before, len(os.sched_getaffinity(0)))
+    if threads == before:
+        return ""
+    torch.set_num_threads(threads)
+    return (
+        f"other processes keep {others:.1f} cores busy: computing with {threads} of {before} "
+        "threads (OMP_NUM_THREADS sets their number)"
+    )
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

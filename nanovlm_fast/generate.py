@@ -19,7 +19,7 @@ from torch import Tensor
 from nanovlm_fast.command import Parser, add_model_options, reports_errors, utf8
 from nanovlm_fast.data.images import load_image
 from nanovlm_fast.data.text import TextProcessor
-from nanovlm_fast.device import pick_device
+from nanovlm_fast.device import leave_busy_cores, pick_device
 from nanovlm_fast.model.attention import Attention, padded_slots
 from nanovlm_fast.model.packed import Rotate, VisionLanguageModel
 from nanovlm_fast.packing.batch import PackedBatch, pack
@@ -279,6 +279,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print the reply to each prompt."""
     args = make_parser().parse_args(argv)
     device = pick_device(args.device)
+    leave_busy_cores(device)
     model, tokenizer = load_pretrained(args.checkpoint, device, args.lm_tokenizer)
     size = model.config.vit_img_size
     images = [load_image(at_home(file), size) for file in args.image]

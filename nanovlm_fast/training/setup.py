@@ -24,7 +24,14 @@ from nanovlm_fast.data.split import Split, begin_again, split_run
 from nanovlm_fast.data.stream import PackedStream, deal, initial_states
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
 from nanovlm_fast.data.workers import usable_cores, workers_for
-from nanovlm_fast.device import autocast_to, be_deterministic, describe, pick_device, pick_dtype
+from nanovlm_fast.device import (
+    autocast_to,
+    be_deterministic,
+    describe,
+    leave_busy_cores,
+    pick_device,
+    pick_dtype,
+)
 from nanovlm_fast.model.flops import peak_flops
 from nanovlm_fast.packing.batch import PackedBatch
 from nanovlm_fast.packing.packer import Budget
@@ -71,6 +78,8 @@ class Run:
         self.device = pick_device(self.world.device(config.device))
         if self.device.index is not None:
             torch.cuda.set_device(self.device)
+        # Sums in another number of threads round differently, so this must not depend on the load.
+        self.beside = "" if config.deterministic else leave_busy_cores(self.device)
         self.dtype = pick_dtype(config.dtype, self.device)
         self.autocast = autocast_to(self.dtype, self.device)
         if config.deterministic:
@@ -141,6 +150,8 @@ class Run:
         dtype = str(self.dtype).removeprefix("torch.")
         how = f"{dtype} · compile: {self.config.compile} · {self.model.ops}{self.world}"
         self.journal.say(f"device: {describe(self.device)}, {how}")
+        if self.beside:
+            self.journal.say(self.beside)
         workers = len(self.stream.states) if self.config.workers else 0
         each = " per process" if self.world.size > 1 else ""
         self.journal.say(f"loader workers: {workers}{each} · cores: {usable_cores()}")

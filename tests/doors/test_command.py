@@ -19,13 +19,14 @@ import torch
 
 from nanovlm_fast import export, generate
 from nanovlm_fast.cli import parse_config
-from nanovlm_fast.command import INTERRUPTED, OPENMP, WAITING, Parser, reports_errors
+from nanovlm_fast.command import INTERRUPTED, Parser, reports_errors
 from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.data.sources.registry import load_source
 from nanovlm_fast.device import pick_device
 from nanovlm_fast.generate import choose
 from nanovlm_fast.ranges import INT32_MAX, Range, ranges_of
 from nanovlm_fast.ranks import World
+from nanovlm_fast.threads import OPENMP, WAITING
 from tests.support.processes import ROOT, run_python
 from tests.support.runs import contents
 

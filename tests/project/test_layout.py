@@ -88,7 +88,7 @@ def test_imports_run_one_way():
 
 # The floors of the house, from the ground up. A module imports what is on its own floor or below.
 FLOORS = (
-    "kernels ranges paths files command config device ranks",
+    "kernels ranges threads paths files command config device ranks",
     "presets runs packing",
     "model",
     "data",
