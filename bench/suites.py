@@ -98,7 +98,9 @@ gloo's reduce-scatter sends as much as an all-reduce, twice as much as a ring's.
 CPU_THREADS_DETAILS = """`unset` is what GNU OpenMP does by itself, `ours` what our commands set;
 `spin-N` sets GOMP_SPINCOUNT, `passive` OMP_WAIT_POLICY. Each reading is the real command in a
 process of its own. Training is read over a few seconds: compare rows with each other, and not with
-the rate of a whole run."""
+the rate of a whole run. The table of many settings was made before commands left busy cores to
+other processes. In the table with `ours` they do, whatever the setting. The other commands were
+read once; most of their time is their start."""
 COMPILED_DETAILS = """The whole compiler runs for a device that is not there, and every launch of
 the step is entered with its bytes and FLOPs; padding, gradient norm and optimizer are included.
 "GB" is what is read and written, each element once per launch. The floor takes the roofline's
