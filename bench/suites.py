@@ -105,8 +105,11 @@ COMPILED_DETAILS = """The whole compiler runs for a device that is not there, an
 the step is entered with its bytes and FLOPs; padding, gradient norm and optimizer are included.
 "GB" is what is read and written, each element once per launch. The floor takes the roofline's
 rates. The prediction takes rates that kernels reach in practice; `bench/subjects/step_time.py`
-states them. Gaps between launches, the caches and waiting for data are left out. A bfloat16 stream
-is a what-if, which training does not have."""
+states them. Gaps between launches, the caches and waiting for data are left out. A buffer counts
+once for a kernel, in Inductor's kernels for the loss too, so that a kernel of ours that saves a
+second reading shows no gain. Our own attention is assumed to compute at FlashAttention's rate,
+which nobody has shown; the second number of a range assumes 40% of it, and tokens/s and MFU belong
+to the first. A bfloat16 stream is a what-if, which training does not have."""
 
 # A rehearsal of a step takes seconds.
 QUICK_STEP = ("--data", "synthetic", "--samples", "8", "--repeats", "5", "--variants", "ours")

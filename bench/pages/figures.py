@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.compiled_step import expected_range
 from bench.harness.results import load
 from bench.optimizers import smoothed
 
@@ -468,13 +469,13 @@ def compiled(file: Path) -> Figure | None:
                 start += ms
             floor = row["floor_ms"]
             axis.plot([floor, floor], [place - 0.31, place + 0.31], color=theme.text, lw=1.5)
-            text = f"{start:.1f} ms, {row['predicted']['mfu']:.1%} MFU"
+            text = f"{expected_range(row, '.1f')} ms, {row['predicted']['mfu']:.1%} MFU"
             axis.text(start + 1, place, text, va="center", fontsize=9)
         axis.plot([], [], color=theme.text, lw=1.5, label="floor")
         axis.set_yticks(range(len(variants)), variants, fontsize=9)
         axis.invert_yaxis()
         axis.grid(visible=False, axis="y")
-        axis.set_xlim(0, 1.25 * max(row["expected_ms"] for row in variants.values()))
+        axis.set_xlim(0, 1.4 * max(row["expected_ms"] for row in variants.values()))
         work = f"{result['work']['images']} images, {result['work']['tokens']:,} tokens"
         axis.set_xlabel(f"predicted ms a step of {work} on an H100, not measured", fontsize=9)
         axis.legend(

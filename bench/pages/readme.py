@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.compiled_step import expected_range
 from bench.harness.results import ROOT, load
 from bench.harness.tables import Rows, markdown
 from bench.harness.timing import difference
@@ -52,11 +53,12 @@ def predictions(results: Path = ROOT) -> str:
     rows: Rows = [head]
     for result in newest(results, "compiled_step"):
         for label in ("kernels none", "kernels all"):
-            row = result["variants"][label]
+            if (row := result["variants"].get(label)) is None:
+                continue
             predicted = row["predicted"]
             rates = (f"{predicted['tokens_per_s']:,.0f}", f"{predicted['mfu']:.0%}")
             moved = f"{row['read_gb'] + row['written_gb']:.0f}"
-            step = f"{row['expected_ms']:.0f} predicted"
+            step = f"{expected_range(row, '.0f')} predicted"
             rows.append((f"`--{label}`", step, *rates, f"{row['launches']:,}", moved))
     return markdown(rows)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import inspect
+import math
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -297,7 +298,9 @@ def entered_kernels(recorder: Recorder) -> Iterator[None]:
             recorder.enter(name, "attention", **facts)
             return
         reduces = "tl.sum(" in self.src or "tl.max(" in self.src
-        recorder.enter(name, "kernel", flops=_flops_of(name, values), reduces=reduces, **facts)
+        if shape := product_of(name, values):
+            facts |= dict(shape=shape, flops=2 * math.prod(shape))
+        recorder.enter(name, "kernel", reduces=reduces, **facts)
 
     with mock.patch.object(JITFunction, "run", run):
         yield
@@ -384,13 +387,18 @@ def _origins(expression: ast.AST, origins: dict[str, set[str]]) -> set[str]:
     return found
 
 
-def _flops_of(name: str, values: dict[str, Any]) -> int:
-    """FLOPs of our kernels that are a matrix product themselves."""
+def product_of(name: str, values: dict[str, Any]) -> tuple[int, ...]:
+    """(m, k, n) of our kernels that are a matrix product themselves, () of all others."""
     if not name.startswith("_pixel_shuffle_proj"):
-        return 0
-    # x or its gradient holds every row of the product once, K values each.
-    patches = values["dx_ptr"] if "dx_ptr" in values else values["x_ptr"]
-    return 2 * patches.numel() * values["N"]
+        return ()
+    rows = values["M"]
+    columns = values["N"]
+    patch = values["S"] ** 2 * values["C"]
+    if "dx_ptr" in values:
+        return rows, columns, patch
+    if "partials_ptr" in values:  # the gradient of the weight
+        return patch, rows, columns
+    return rows, patch, columns
 
 
 def _our_attention(values: dict[str, Any], documents: tuple[int, ...]) -> dict[str, Any]:

@@ -6,12 +6,12 @@ binds. No step reaches it. The expected time takes the rates that kernels reach 
 - Pointwise kernels move 2.85 TB/s, kernels with a reduction 2.35 TB/s, and none takes less than
   2 us.
 - A product runs in waves of tiles over 132 multiprocessors, at 700 TFLOP/s at most. Of the tiles
-  that cuBLAS has, and of ways to split K, the fastest is assumed.
+  that cuBLAS has, and of ways to split K, the fastest is assumed, for our own kernels too.
 - Attention works on whole blocks of 128 queries and keys. FlashAttention-2's backward is three
   launches and, with grouped heads, a sum: it clears a float32 accumulator for dq and reads dO and
   O; it computes, adding to the accumulator; it converts the accumulator; and it adds up dk and dv
-  of the query heads that share one head of keys. Our own kernels need one pass, and are assumed
-  to compute at the same rate.
+  of the query heads that share one head of keys. Our own kernels need one pass. What rate they
+  reach is not known: the expected time assumes FlashAttention's, and a second one 40% of it.
 
 Left out are the caches, clocks under load, gaps between launches, and waiting for data.
 """
@@ -60,6 +60,9 @@ TILES = {
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 # FlashAttention-2 on an H100 with heads of 64, on the blocks that it computes.
 ATTENTION = {"forward": 350e12, "backward": 300e12}
+# The share of it that our own attention is given in the second, longer time. Not measured: its
+# tiles are smaller, and Triton's.
+OURS_AT_LEAST = 0.4
 
 
 def floor(launch: Launch, rates: Rates = H100) -> float:
@@ -67,12 +70,12 @@ def floor(launch: Launch, rates: Rates = H100) -> float:
     return max(launch.bytes / rates.bandwidth, launch.flops / rates.flops)
 
 
-def expected(launch: Launch) -> float:
-    """Seconds that a launch should take."""
-    if launch.kind == "product":
+def expected(launch: Launch, share: float = 1.0) -> float:
+    """Seconds that a launch should take; our attention at `share` of FlashAttention's rate."""
+    if launch.shape:  # a product, cuBLAS's or ours
         return max(product(*launch.shape), launch.bytes / POINTWISE, LEAST)
     if launch.kind == "attention":
-        return max(attention(launch), LEAST)
+        return max(attention(launch, share), LEAST)
     moving = launch.bytes / (REDUCTION if launch.reduces else POINTWISE)
     return max(moving, launch.flops / PRODUCT, LEAST)
 
@@ -94,15 +97,20 @@ def _waves(m: int, k: int, n: int, tile: tuple[int, int], share: float, split: i
     return seconds
 
 
-def attention(launch: Launch) -> float:
-    """Seconds of FlashAttention-2 by its passes. Bytes per row, in bfloat16 and float32."""
+def attention(launch: Launch, share: float = 1.0) -> float:
+    """Seconds of FlashAttention-2 by its passes. Bytes per row, in bfloat16 and float32.
+
+    Our own kernels compute at `share` of its rate.
+    """
     work = launch.attention
+    ours = work.get("one_pass")
+    rate = ATTENTION[launch.direction] * (share if ours else 1.0)
     row = work["heads"] * work["width"]
     computed = 4 * work["padded_pairs"] * row
     if launch.direction != "backward":
-        return max(computed / ATTENTION["forward"], launch.bytes / POINTWISE)
-    if work.get("one_pass"):
-        return max(computed * 5 / 2 / ATTENTION["backward"], launch.bytes / POINTWISE)
+        return max(computed / rate, launch.bytes / POINTWISE)
+    if ours:
+        return max(computed * 5 / 2 / rate, launch.bytes / POINTWISE)
     kv_row = work["kv_heads"] * work["width"]
     rows = work["rows"]
     accumulator = 4 * work["padded_rows"] * row
@@ -110,7 +118,7 @@ def attention(launch: Launch) -> float:
     clear = (2 * bf16 + accumulator) / POINTWISE  # dO and O in
     # q, dO, k, v in; dk and dv of every query head out; the accumulator in and out, from L2.
     moved = 2 * bf16 + 2 * 2 * rows * kv_row + 2 * bf16 + 2 * accumulator
-    compute = max(computed * 5 / 2 / ATTENTION["backward"], moved / POINTWISE)
+    compute = max(computed * 5 / 2 / rate, moved / POINTWISE)
     convert = (accumulator + bf16) / POINTWISE
     grouped = 0.0
     if work["heads"] > work["kv_heads"]:
@@ -140,6 +148,14 @@ def totals(launches: Iterable[Launch]) -> dict[str, Any]:
     }
 
 
+def slow(launches: list[Launch]) -> dict[str, float]:
+    """{'expected_ms_slow': with our own attention at `OURS_AT_LEAST`}; {} where there is none."""
+    if not any(launch.attention.get("one_pass") for launch in launches):
+        return {}
+    seconds = sum(expected(launch, OURS_AT_LEAST) for launch in launches)
+    return {"expected_ms_slow": seconds * 1e3}
+
+
 def by_kind(launches: list[Launch]) -> dict[str, dict[str, dict[str, Any]]]:
     """Direction ('all' too) -> kind -> `totals`, without empty ones."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
@@ -151,7 +167,10 @@ def by_kind(launches: list[Launch]) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def dearest(launches: list[Launch], count: int = 20) -> list[dict[str, Any]]:
-    """Launches of one kernel in one direction together, by expected time, dearest first."""
+    """Launches of one kernel in one direction together, by expected time, dearest first.
+
+    Every number is the sum over the calls.
+    """
     groups: dict[tuple[str, str], list[Launch]] = {}
     for launch in launches:
         groups.setdefault((launch.direction, launch.name), []).append(launch)
@@ -161,9 +180,9 @@ def dearest(launches: list[Launch], count: int = 20) -> list[dict[str, Any]]:
             "kind": some[0].kind,
             "direction": direction,
             "calls": len(some),
-            "read_mb": some[0].read / 1e6,
-            "written_mb": some[0].written / 1e6,
-            "gflop": some[0].flops / 1e9,
+            "read_mb": sum(launch.read for launch in some) / 1e6,
+            "written_mb": sum(launch.written for launch in some) / 1e6,
+            "gflop": sum(launch.flops for launch in some) / 1e9,
             "floor_ms": sum(floor(launch) for launch in some) * 1e3,
             "expected_ms": sum(expected(launch) for launch in some) * 1e3,
             "moves_only": some[0].moves_only,
