@@ -155,22 +155,41 @@ def rounded(value: Any) -> Any:
     return [rounded(entry) for entry in value] if isinstance(value, list) else value
 
 
-def kept_variants(file: Path, commit: str) -> dict[str, Any]:
-    """Variants that an earlier run of this commit and this PyTorch has measured."""
+def kept_variants(file: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """Variants that an earlier run has measured on this commit and this PyTorch.
+
+    Empty where either tree had changes: a commit does not tell what was compiled then. `about` is
+    the `facts` of this run.
+    """
     if not file.exists():
         return {}
     before = read(file)
-    same = before.get("commit") == commit and before.get("torch") == torch.__version__
-    return before.get("variants", {}) if same else {}
+    same = all(before.get(name) == about[name] for name in ("commit", "torch"))
+    clean = bool(before.get("clean") and about["clean"])
+    return before.get("variants", {}) if same and clean else {}
 
 
-def written(file: Path, measured: dict[str, Any], label: str, small: bool) -> dict[str, Any]:
-    """Add a variant to the result file; return the file's content."""
+def refuse_to_drop(file: Path, kept: set[str]) -> None:
+    """Raise ValueError if a file with only the variants `kept` would lose others by it."""
+    there = read(file).get("variants", {}) if file.exists() else {}
+    if lost := there.keys() - kept:
+        raise ValueError(
+            f"{file} would lose {len(lost)} of its variants, which are of another tree: "
+            "measure all of them with --variants, or take another folder with --out"
+        )
+
+
+def written(
+    file: Path,
+    about: dict[str, Any],
+    variants: dict[str, Any],
+    measured: dict[str, Any],
+    small: bool,
+) -> dict[str, Any]:
+    """Write the result file with these variants, `measured` the last; return its content."""
     import triton
 
-    about = facts(torch.device("cpu"))
     options = measured["options"]
-    variants = kept_variants(file, about["commit"]) | {label: summary_of(measured)}
     result = {
         "suite": "compiled_step",
         **about,
@@ -422,16 +441,21 @@ def main(argv: list[str] | None = None) -> int:
     wanted = {label_of(base): base}
     if args.variants:
         wanted |= {label: v for v in variants_of(base) if (label := label_of(v)) not in wanted}
+    # Once: a commit that is made meanwhile must not part the variants of one table.
+    about = facts(torch.device("cpu"))
+    variants = kept_variants(file, about)
+    if not args.variants and not base.language_layers:
+        refuse_to_drop(file, variants.keys() | wanted.keys())
     result: dict[str, Any] = {}
     for label, options in wanted.items():
-        done = kept_variants(file, facts(torch.device("cpu"))["commit"])
-        if args.variants and label in done:
+        if args.variants and label in variants:
             print(f"{label}: measured before")
-            result = read(file)
             continue
         (measured,) = run(options)
-        result = written(file, measured, label, args.quick)
+        variants[label] = summary_of(measured)
+        result = written(file, about, variants, measured, args.quick)
         print(report(result, label), flush=True)
+    result = result or read(file)
     if len(result["variants"]) > 1:
         print(variants_table(result["variants"]))
     print(f"written: {file}")

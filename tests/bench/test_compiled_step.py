@@ -5,20 +5,32 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
 from typing import Any
 
 import pytest
 import torch
 
 from bench import compare, compiled_step, roofline
-from bench.compiled_step import Options, block_costs, changes, label_of, run, slices
+from bench.compiled_step import (
+    Options,
+    block_costs,
+    changes,
+    kept_variants,
+    label_of,
+    run,
+    slices,
+)
+from bench.harness.results import read
+from bench.pages.readme import predictions
 from bench.subjects import step_time
-from bench.subjects.launches import Launch, attention_of, pointers_of, traffic_of
+from bench.subjects.launches import Launch, attention_of, pointers_of, product_of, traffic_of
 from bench.subjects.lowered import moves_only, spilled
 from bench.subjects.masked_loads import loads_of
 from bench.subjects.one_gpu import compute_of, floor_of
 from bench.subjects.operators import KERNELS
 from nanovlm_fast.config import TrainConfig
+from nanovlm_fast.kernels import pixel_shuffle_proj
 from nanovlm_fast.presets import preset
 from nanovlm_fast.reporting import plan
 from tests.support.processes import run_python
@@ -237,6 +249,47 @@ def test_a_reduction_is_slower_and_nothing_is_faster_than_a_launch():
     assert step_time.expected(Launch("tiny", "generated", "forward", read=4)) == 2e-6
 
 
+def test_our_projection_is_a_product_like_cublass():
+    """In waves of tiles, and not at the full rate whatever its shape."""
+    sizes = dict(M=290 * 49, N=576, S=2, C=768)
+    shapes = []
+    for part in ("fwd", "bwd_x", "bwd_weight"):
+        name = f"_pixel_shuffle_proj_{part}_kernel"
+        arguments = inspect.signature(getattr(pixel_shuffle_proj, name).fn).parameters
+        assert sizes.keys() <= arguments.keys()
+        shapes.append(product_of(name, dict.fromkeys(arguments) | sizes))
+    forward, backward, weight = shapes
+    assert forward == (290 * 49, 4 * 768, 576)
+    cost = pixel_shuffle_proj.cost(290, 14, 14, 768, 576, 2, torch.bfloat16)
+    assert 2 * math.prod(forward) == cost["forward"][1]
+    assert 2 * (math.prod(backward) + math.prod(weight)) == cost["backward"][1]
+    ours = Launch("ours", "kernel", "forward", flops=cost["forward"][1], shape=forward)
+    theirs = dataclasses.replace(ours, name="mm", kind="product")
+    assert step_time.expected(ours) == step_time.expected(theirs)
+    assert step_time.expected(ours) > 1.02 * ours.flops / step_time.PRODUCT
+
+
+def test_our_attention_has_a_second_time():
+    """Nobody has shown that it reaches FlashAttention's rate."""
+    work = attention_of([128] * 300, heads=9, kv_heads=3, width=64, causal=True)
+    theirs = Launch("flash", "attention", "backward", attention=work)
+    ours = dataclasses.replace(theirs, attention=work | {"one_pass": 1})
+    assert step_time.slow([theirs]) == {}
+    ms = step_time.slow([theirs, ours])["expected_ms_slow"]
+    fast = step_time.expected(ours)
+    assert ms / 1e3 == pytest.approx(step_time.expected(theirs) + fast / 0.4)
+
+
+def test_the_dearest_kernels_are_summed():
+    """The optimizer's launches of one name are of different sizes."""
+    sizes = (10, 20, 70)
+    launches = [Launch("adamw", "other", "update", 2 * n, n, flops=3 * n) for n in sizes]
+    (row,) = step_time.dearest(launches)
+    moved = (row["read_mb"] * 1e6, row["written_mb"] * 1e6, row["gflop"] * 1e9)
+    assert row["calls"] == 3 and moved == pytest.approx((200, 100, 300))
+    assert "in all" in compiled_step.dearest_table({"dearest": [row]})
+
+
 # ---- the command
 
 
@@ -275,6 +328,57 @@ def test_labels_say_what_differs_from_training():
     assert len(labels) == len(set(labels)) == 4 + len(KERNELS)
 
 
+# ---- the result file
+
+
+def test_the_committed_table_is_of_the_preset_as_it_is():
+    result = read(compiled_step.result_file(Options()))
+    assert result["budget"]["tokens"] == TRAIN.tokens_per_batch
+    assert result["clean"]
+    labels = {label_of(options) for options in compiled_step.variants_of(Options())}
+    assert labels <= result["variants"].keys(), "run python -m bench.compiled_step --variants"
+
+
+def test_variants_are_reused_only_from_the_same_clean_tree(tmp_path):
+    file = made_up(tmp_path)
+    result = read(file) | {"clean": True}
+    file.write_text(json.dumps(result))
+    about = {name: result[name] for name in ("commit", "torch", "clean")}
+    assert kept_variants(file, about).keys() == {"kernels none"}
+    for other in (dict(commit="1"), dict(torch="3"), dict(clean=False)):
+        assert kept_variants(file, about | other) == {}
+    file.write_text(json.dumps(result | {"clean": False}))
+    assert kept_variants(file, about) == {}
+
+
+def test_one_variant_does_not_replace_the_table(tmp_path, capsys):
+    file = made_up(tmp_path)
+    result = read(file)
+    result["variants"]["kernels all"] = result["variants"]["kernels none"]
+    file.write_text(json.dumps(result))
+    assert compiled_step.main(["--out", str(tmp_path / "a")]) == 1
+    error = capsys.readouterr().err
+    assert "would lose 1 of its variants" in error and "--variants" in error
+    assert len(error.splitlines()) == 1 and read(file) == result
+
+
+def test_a_commit_made_meanwhile_keeps_the_variants(tmp_path, monkeypatch, capsys):
+    committed = read(compiled_step.result_file(Options()))
+    row = committed["variants"]["kernels none"]
+    work = {name: committed[name] for name in ("layers", "budget", "work")}
+
+    def compiled(options: Options) -> list[dict[str, Any]]:
+        monkeypatch.setenv("NANOVLM_FAST_COMMIT", f"with {label_of(options)}")
+        return [row | work | {"options": dataclasses.asdict(options)}]
+
+    monkeypatch.setattr(compiled_step, "run", compiled)  # minutes for each
+    monkeypatch.setenv("NANOVLM_FAST_COMMIT", "before")
+    assert compiled_step.main(["--variants", "--out", str(tmp_path)]) == 0
+    result = read(compiled_step.result_file(Options(), tmp_path))
+    assert result["commit"] == "before" and len(result["variants"]) == 4 + len(KERNELS)
+    assert "measured before" not in capsys.readouterr().out
+
+
 # ---- who takes the step from it
 
 
@@ -310,6 +414,17 @@ def made_up(tmp_path, name: str = "a", slower: float = 1.0) -> Any:
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps(result))
     return file
+
+
+def test_the_readme_shows_a_range_and_leaves_out_what_is_missing(tmp_path):
+    file = made_up(tmp_path)
+    assert "| `--kernels none` | 123 predicted |" in predictions(tmp_path / "a")
+    result = read(file)
+    row = result["variants"].pop("kernels none")
+    result["variants"]["kernels all"] = row | {"expected_ms_slow": 131.2}
+    file.write_text(json.dumps(result))
+    page = predictions(tmp_path / "a")
+    assert "| `--kernels all` | 123 to 131 predicted |" in page and "none" not in page
 
 
 def test_compare_finds_a_slower_step(tmp_path, capsys):
