@@ -7,12 +7,14 @@ run: one that did would hold the memory and the files of the next.
 from __future__ import annotations
 
 import atexit
+import math
 import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,26 +23,55 @@ from torch.utils.data import DataLoader
 from nanovlm_fast.data.stream import PackedStream, StreamBatch, advance
 
 MOST_WORKERS = 16  # that are started unasked: each may keep 1 GiB of decoded examples
+CGROUP = Path("/sys/fs/cgroup")  # a container sees its own limits here
 PARENT_SECONDS = 0.5  # between a worker's checks that its parent is alive
 
 
 def workers_for(on_gpu: bool, processes: int = 1) -> int:
     """How many workers a training process takes when it is not told (--workers -1).
 
-    A GPU takes batches faster than one worker makes them: it gets the cores that its process may
-    use, divided by the `processes` on this machine, less two for training itself and for pinning
-    and copying. On a CPU the model needs the cores, and one worker is enough.
+    A GPU takes batches faster than one worker makes them: it gets its process's cores, less two for
+    training itself and for pinning and copying. These are the cores that the process may use, but
+    no more than its part of what the `processes` of this machine share: the cores of their parent,
+    and the container's quota. torchrun's processes may all use their parent's cores, where those of
+    Slurm and `numactl` can have cores of their own. On a CPU the model needs the cores, and one
+    worker is enough.
     """
     if not on_gpu:
         return 1
-    return max(1, min(MOST_WORKERS, usable_cores() // processes - 2))
+    shared = min(_bound_to(os.getppid()), _quota())
+    cores = min(usable_cores(), int(shared // processes))
+    return max(1, min(MOST_WORKERS, cores - 2))
 
 
 def usable_cores() -> int:
-    """Cores that this process may use, which in a container or under Slurm are not all."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores that this process may use, which in a container or under Slurm are not all.
+
+    At least one, and rounded down where a container's quota has a fraction.
+    """
+    return max(1, int(min(_bound_to(0), _quota())))
+
+
+def _bound_to(process: int) -> int:
+    """Cores that a process (0: this one) may run on; all where nobody can say."""
+    try:
+        return len(os.sched_getaffinity(process))
+    except (AttributeError, OSError):  # macOS has none; a parent may be gone
+        return os.cpu_count() or 1
+
+
+def _quota() -> float:
+    """Cores' worth of time that the container may use, infinite without a limit."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # cgroup 2, 1
+        try:
+            # Microseconds of computing, per microseconds that pass
+            quota, period = " ".join((CGROUP / name).read_text() for name in names).split()
+            cores = int(quota) / int(period)
+        except (OSError, ValueError):  # another version of cgroup; "max"
+            continue
+        if cores > 0:  # -1: no limit
+            return cores
+    return math.inf
 
 
 def batches_of(

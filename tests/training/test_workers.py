@@ -10,13 +10,20 @@ import time
 import pytest
 
 from nanovlm_fast.config import TrainConfig, VLMConfig
+from nanovlm_fast.data import workers
 from nanovlm_fast.data.sources.example import Subset
-from nanovlm_fast.data.workers import workers_for
+from nanovlm_fast.data.workers import usable_cores, workers_for
 from nanovlm_fast.ranks import World
 from nanovlm_fast.reporting.journal import Journal
 from nanovlm_fast.reporting.metrics import read_metrics
 from nanovlm_fast.runs import RunState
 from tests.support.runs import trainer
+
+
+@pytest.fixture(autouse=True)
+def no_quota(tmp_path, monkeypatch):
+    """The limits of the container that the tests run in are not theirs."""
+    monkeypatch.setattr(workers, "CGROUP", tmp_path / "no cgroup")
 
 
 @pytest.mark.parametrize(
@@ -27,6 +34,42 @@ def test_a_gpu_gets_the_cores_that_its_process_may_use(monkeypatch, cores, proce
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
     assert workers_for(on_gpu=True, processes=processes) == expected
     assert workers_for(on_gpu=False, processes=processes) == 1
+
+
+@pytest.mark.parametrize(
+    ("own", "parents", "processes", "expected"),
+    [
+        (16, 128, 8, 14),  # bound to cores of its own, as Slurm does
+        (64, 128, 8, 14),  # bound to the half that four processes share
+        (16, 16, 8, 1),  # torchrun in a container of 16 cores
+    ],
+)
+def test_cores_of_its_own_are_not_divided(monkeypatch, own, parents, processes, expected):
+    cores = {0: own, os.getppid(): parents}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores[pid])))
+    assert workers_for(on_gpu=True, processes=processes) == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"cpu.max": "600000 100000\n"}, 6),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu.max": "max 100000\n"}, 64),
+        ({"cpu/cpu.cfs_quota_us": "650000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 6),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 64),
+        ({}, 64),
+    ],
+)
+def test_a_containers_quota_counts(tmp_path, monkeypatch, files, cores):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(workers, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    assert usable_cores() == cores
+    assert workers_for(on_gpu=True) == max(1, min(16, cores - 2))
+    assert workers_for(on_gpu=True, processes=2) == max(1, min(16, cores // 2 - 2))
 
 
 def test_the_number_that_was_taken_is_the_runs(loop, tmp_path, capsys, monkeypatch):
