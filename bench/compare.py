@@ -201,6 +201,14 @@ def table(rows: list[Row], threshold: float) -> str:
     return lined_up(lines, left=(0, 3, 4, 5))
 
 
+def waiting(result: dict) -> str:
+    """How the result's threads waited for each other, in words."""
+    if "openmp" not in result:  # older files, and those of a GPU
+        return "does not say how"
+    settings = " ".join(f"{name}={value}" for name, value in result["openmp"].items())
+    return settings or "as by default"
+
+
 def make_parser() -> Parser:
     parser = Parser(prog="python -m bench.compare", description=__doc__.splitlines()[0])
     parser.add_argument("before", type=Path, metavar="A.json")
@@ -229,6 +237,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"A: {a['commit'][:7]} of {a['date']} on {a['device']}")
     print(f"B: {b['commit'][:7]} of {b['date']} on {b['device']}")
     print(table(rows, args.threshold))
+    if a.get("openmp") != b.get("openmp"):
+        print(f"OpenMP's threads wait differently: A {waiting(a)}, B {waiting(b)}")
     for name, result in (("A", a), ("B", b)):
         for warning in result.get("machine", {}).get("warnings", ()):
             print(f"{name}: {warning}")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from bench.harness.machine import WATCH, query_gpu
+from nanovlm_fast.command import WAITING
 from nanovlm_fast.device import device_name
 
 ROOT = Path(__file__).resolve().parent.parent / "results"
@@ -45,6 +46,9 @@ def facts(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
     }
+    if device.type == "cpu":
+        # How threads wait for each other, which our commands set. {}: as OpenMP does by itself
+        values["openmp"] = {name: os.environ[name] for name in WAITING if name in os.environ}
     if device.type == "cuda":
         import triton
 

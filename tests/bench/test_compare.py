@@ -49,6 +49,17 @@ def run(tmp_path: Path, capsys):
     return call
 
 
+def test_another_way_to_wait_is_named(result, run):
+    spins = result | {"openmp": {"GOMP_SPINCOUNT": "10000"}}
+    code, printed, _ = run(result, spins)
+    assert code == 0
+    assert "threads wait differently: A does not say how, B GOMP_SPINCOUNT=10000" in printed
+    _, printed, _ = run(result | {"openmp": {}}, spins)
+    assert "A as by default, B GOMP" in printed
+    _, printed, _ = run(spins, spins)
+    assert "wait" not in printed
+
+
 def test_noise_is_the_same_and_a_regression_is_found(result, run):
     again = {
         **result,

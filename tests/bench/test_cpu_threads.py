@@ -8,9 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import cpu_threads
 from bench.cpu_threads import SETTINGS, busy_processes, environment, main, names_of
+from bench.harness.results import facts
 
 
 def test_a_setting_replaces_what_the_environment_says(monkeypatch):
@@ -19,6 +21,12 @@ def test_a_setting_replaces_what_the_environment_says(monkeypatch):
     found = environment(SETTINGS["spin-0"])
     assert found["GOMP_SPINCOUNT"] == "0"
     assert not {"OMP_WAIT_POLICY", "OMP_NUM_THREADS"} & set(found)
+
+
+def test_a_result_of_a_cpu_says_how_threads_waited(monkeypatch):
+    monkeypatch.setenv("GOMP_SPINCOUNT", "123")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert facts(torch.device("cpu"))["openmp"] == {"GOMP_SPINCOUNT": "123"}
 
 
 def test_busy_processes_compute_and_end_with_the_block():
