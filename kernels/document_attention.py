@@ -446,11 +446,12 @@ def make_inputs(
 def cost(t: int, max_seqlen: int, n_q: int, n_kv: int, head_dim: int, dtype: torch.dtype) -> dict:
     """Fewest bytes and FLOPs: {'forward': (bytes, FLOPs), 'backward': (bytes, FLOPs)}.
 
-    FLOPs as if every document had max_seqlen tokens; only causal pairs count.
+    FLOPs of the causal pairs that documents of `make_inputs` have on average. Lengths l are drawn
+    evenly from 0 to max_seqlen, so a token sees E[l (l + 1) / 2] / E[l] = (max_seqlen + 2) / 3.
     """
     row = (n_q + 2 * n_kv) * head_dim
     out = n_q * head_dim
-    pairs = t * (max_seqlen + 1) // 2
+    pairs = t * (max_seqlen + 2) // 3
     flops = 4 * pairs * out  # scores and weighted values, a multiplication and an addition each
     shared = 4 * t  # position_ids; tables and offsets are small and come from L2
     return {

@@ -10,6 +10,7 @@ import torch
 
 from nanovlm_fast.kernels.document_attention import (
     LONGEST,
+    cost,
     document_attention,
     document_attention_bwd,
     document_attention_fwd,
@@ -59,6 +60,17 @@ CASES = [
 def test_parity(shape, dtype):
     inputs = make_inputs(*shape, dtype, DEVICE, positions=64)
     check_parity(document_attention, document_attention_reference, inputs, TABLES)
+
+
+def test_cost_counts_the_pairs_that_are_drawn():
+    """And not those of documents that all have max_seqlen tokens, which are half as many again."""
+    sizes = (50_000, 128, 1, 1, 32)
+    ends = make_inputs(*sizes, torch.bfloat16, "cpu", positions=64)["cu_seqlens"]
+    lengths = ends.diff().tolist()
+    pairs = sum(length * (length + 1) // 2 for length in lengths)
+    counted = cost(*sizes, torch.bfloat16)
+    assert counted["forward"][1] == pytest.approx(4 * pairs * 32, rel=0.03)
+    assert counted["backward"][1] == pytest.approx(10 * pairs * 32, rel=0.03)
 
 
 @on_the_gpu_too
