@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from nanovlm_fast.packing.batch import PackedBatch
 
 DTYPES = ("bfloat16", "float16")
-# A batch as nanovlm-222m's budgets make it. What is compiled depends on these only through their
-# divisibility by 16; the widths come from the preset.
+# A batch of nanovlm-222m's order of magnitude, not the one that its budgets make: what is compiled
+# depends on these only through their divisibility by 16. The widths come from the preset.
 TOKENS = 20736
 DOCUMENTS = 270
 IMAGES = 256

@@ -32,7 +32,7 @@ from nanovlm_fast.model.ops import Ops, computed_type
 from nanovlm_fast.model.recompute import run_block
 from nanovlm_fast.packing.batch import PackedBatch
 
-# attend(layer, q, k, v) -> out. Training, prefill and decoding each pass their own.
+# Training, prefill and decoding each pass their own `Attend`.
 Rotate = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # packed projection -> q, k, v
 Attend = Callable[[int, Tensor, Rotate], Tensor]  # (layer, packed projection, rotate) -> (T, n D)
 

@@ -277,7 +277,7 @@ def test_the_command_its_table_and_its_picture(tmp_path, capsys, counted, monkey
     monkeypatch.setattr(scaling, "measure", lambda steps: counted)
     assert scaling.main(["--device", "cpu", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "estimate, not measured" in printed or "bench.train_step on" in printed
+    assert "predicted, not measured" in printed or "bench.train_step on" in printed
     assert "links free" in printed and "gloo processes" in printed
     (file,) = tmp_path.glob("*/scaling.json")
     result = json.loads(file.read_text())

@@ -59,7 +59,7 @@ from tests.support.runs import contents
         ),
         (f"--look-ahead {2**31}", "--look-ahead must be a whole number of at least 1 and up to"),
         ("--look-ahead 2000000000", "--look-ahead must be a whole number of at least 1 and up to"),
-        ("--workers 100000", "--workers must be a whole number of at least 0 and up to 1024"),
+        ("--workers 100000", "--workers must be a whole number of at least -1 and up to 1024"),
     ],
 )
 def test_a_number_out_of_its_range_is_named(options, error, capsys):
