@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from bench.harness.machine import WATCH, query_gpu
-from nanovlm_fast.command import WAITING
 from nanovlm_fast.device import device_name
+from nanovlm_fast.threads import WAITING
 
 ROOT = Path(__file__).resolve().parent.parent / "results"
 # Version of the layout of `facts` and of rows of times; a file without the entry has version 1.
