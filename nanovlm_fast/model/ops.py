@@ -169,7 +169,9 @@ def _never(length: int, head_dim: int, dtype: torch.dtype) -> bool:
 def computed_type(x: Tensor) -> torch.dtype:
     """Return the type in which a matrix product of x computes."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if device == "meta" or not torch.is_autocast_enabled(device):  # which knows no "meta"
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 @dataclass(frozen=True)
