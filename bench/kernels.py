@@ -4,7 +4,7 @@
     python -m bench.kernels --small --device cpu    a rehearsal at toy sizes; the kernels run as
                                                     their references
 
-bench/registry.py lists the rivals. The result is bench/results/<gpu>/kernels.json. A provider
+bench/subjects/rivals.py lists the rivals. The result is bench/results/<gpu>/kernels.json. A provider
 is timed only if its outputs and gradients pass the tolerance rule in the same process, and our
 kernel only if none of its tests failed in `bench.checks` on this device and commit. On a GPU the
 times come from replaying CUDA graphs that run over several copies of the inputs, so that no call
@@ -36,7 +36,7 @@ from bench.harness.results import write
 from bench.harness.tables import Rows, lined_up
 from bench.harness.timing import difference, interleave, summary
 from bench.subjects.operators import NOTHING, Kernel, call_of, named
-from bench.subjects.rivals import PROVIDERS
+from bench.subjects.rivals import PROVIDERS, as_timed
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import pick_device
 from nanovlm_fast.ranges import Range
@@ -94,13 +94,13 @@ def measure_here(
         elif wrong := agrees(call, kernel, inputs):
             rows[provider] = {"error": wrong}
         else:
-            rows[provider] = timed_row(timer, provider, call, inputs)
+            rows[provider] = timed_row(timer, provider, as_timed(provider, kernel, call), inputs)
     for provider, times in timer.times(args.repeats).items():
         rows[provider] |= times
         if stream:
             call = call_of(PROVIDERS[provider], kernel)
             assert not isinstance(call, str)  # a provider without a callable has no times
-            rows[provider]["peak_bytes"] = peak_memory(call, inputs)
+            rows[provider]["peak_bytes"] = peak_memory(as_timed(provider, kernel, call), inputs)
     result: dict = {
         "sizes": {k: str(v) for k, v in sizes.items()},
         "dtype": str(dtype),
