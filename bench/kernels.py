@@ -4,11 +4,11 @@
     python -m bench.kernels --small --device cpu    a rehearsal at toy sizes; the kernels run as
                                                     their references
 
-bench/subjects/rivals.py lists the rivals. The result is bench/results/<gpu>/kernels.json. A provider
-is timed only if its outputs and gradients pass the tolerance rule in the same process, and our
-kernel only if none of its tests failed in `bench.checks` on this device and commit. On a GPU the
-times come from replaying CUDA graphs that run over several copies of the inputs, so that no call
-finds its inputs in L2; the providers take turns.
+bench/subjects/rivals.py lists the rivals. The result is bench/results/<gpu>/kernels.json. A
+provider is timed only if its outputs and gradients pass the tolerance rule in the same process, and
+our kernel only if none of its tests failed in `bench.checks` on this device and commit. On a GPU
+the times come from replaying CUDA graphs that run over several copies of the inputs, so that no
+call finds its inputs in L2; the providers take turns.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def measure_here(
         "cost": cost,
         "providers": rows,
     }
-    if kernel.matrix:
+    if kernel.matrix and "weight" in inputs:  # attention is no projection
         product = {"product": plain_product(inputs)}
         result["plain_product"] = summary(interleave(product, args.repeats, warmup=3)["product"])
     return result

@@ -56,7 +56,7 @@ class BiasAdded(torch.autograd.Function):
         return qkv.view_as(qkv)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         return gradient, gradient.sum((0, 1), dtype=ctx.dtype)
 
 

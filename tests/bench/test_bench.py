@@ -303,7 +303,8 @@ def test_the_rival_of_image_attention_does_not_pay_for_the_bias(tmp_path, monkey
 
     monkeypatch.setattr(rivals, "attention_after_bias", recorded)
     monkeypatch.setattr(kernels, "PROVIDERS", {"eager": rivals.eager})
-    options = "--small --device cpu --repeats 1 --only image_attention --out".split()
+    only = "image_attention,document_attention"
+    options = f"--small --device cpu --repeats 1 --only {only} --out".split()
     assert kernels.main([*options, str(tmp_path)]) == 0 and timed
 
 
