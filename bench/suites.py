@@ -108,9 +108,9 @@ rates. The prediction takes rates that kernels reach in practice; `bench/subject
 states them. Gaps between launches, the caches and waiting for data are left out. A bfloat16 stream
 is a what-if, which training does not have."""
 
-# As many samples as fill the preset's budget of 22,528 tokens, so that what is measured has the
-# sizes of training and of the prediction in compiled_step.
-GPU_STEP = ("--preset", "nanovlm-222m", "--samples", "278")
+# As many samples as fill the preset's budget of 22,528 tokens, with 78 of a sample on average. What
+# is measured then has the padded sizes of training and of the prediction in compiled_step.
+GPU_STEP = ("--preset", "nanovlm-222m", "--samples", "288")
 # A rehearsal of a step takes seconds.
 QUICK_STEP = ("--data", "synthetic", "--samples", "8", "--repeats", "5", "--variants", "ours")
 
@@ -130,8 +130,8 @@ SUITES = (
         "One optimizer step on the same samples: padded nanoVLM, ours, ours minus one technique.",
         STEP_DETAILS,
         full=("--budget-s", "60"),
-        # The reference in eager mode and ours: two compilations. The others are train_step_ablation,
-        # or all of them would find no time to end in one call.
+        # The reference in eager mode and ours: two compilations. With those of train_step_ablation
+        # it would not end in one call.
         gpu=(*GPU_STEP, "--variants", "ours", "--budget-s", "180"),
         quick=QUICK_STEP,
         seconds=90,

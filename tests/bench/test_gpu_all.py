@@ -25,6 +25,7 @@ from bench.subjects.operators import KERNELS
 from bench.subjects.small_launches import LARGER
 from bench.subjects.variants import budget_of
 from bench.subjects.workload import load_work
+from nanovlm_fast.data.budget import LABEL_MULTIPLE
 from nanovlm_fast.presets import preset
 from tests.support.processes import ROOT
 
@@ -110,8 +111,12 @@ def test_a_step_on_a_gpu_has_the_recipes_size():
     steps = [suites.STAGES[name].gpu for name in ("train_step", "train_step_ablation", "profile")]
     assert {step[: len(suites.GPU_STEP)] for step in steps} == {suites.GPU_STEP}
     name, samples = suites.GPU_STEP[1], int(suites.GPU_STEP[3])
-    work = load_work(name, samples=samples)
-    assert budget_of(work.samples).tokens == preset(name)[1].tokens_per_batch
+    budget = budget_of(load_work(name, samples=samples).samples, LABEL_MULTIPLE["cuda"])
+    assert budget.tokens == preset(name)[1].tokens_per_batch
+    (file,) = (ROOT / "bench" / "results").glob("*/compiled_step.json")
+    predicted = json.loads(file.read_text())["budget"]
+    for size in ("tokens", "images", "labels"):
+        assert getattr(budget, size) == predicted[size]
 
 
 def test_stages_that_stop_themselves_are_told_when():
