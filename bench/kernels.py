@@ -4,11 +4,11 @@
     python -m bench.kernels --small --device cpu    a rehearsal at toy sizes; the kernels run as
                                                     their references
 
-bench/registry.py lists the rivals. The result is bench/results/<gpu>/kernels.json. A provider
-is timed only if its outputs and gradients pass the tolerance rule in the same process, and our
-kernel only if none of its tests failed in `bench.checks` on this device and commit. On a GPU the
-times come from replaying CUDA graphs that run over several copies of the inputs, so that no call
-finds its inputs in L2; the providers take turns.
+bench/subjects/rivals.py lists the rivals. The result is bench/results/<gpu>/kernels.json. A
+provider is timed only if its outputs and gradients pass the tolerance rule in the same process, and
+our kernel only if none of its tests failed in `bench.checks` on this device and commit. On a GPU
+the times come from replaying CUDA graphs that run over several copies of the inputs, so that no
+call finds its inputs in L2; the providers take turns.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from bench.harness.results import write
 from bench.harness.tables import Rows, lined_up
 from bench.harness.timing import difference, interleave, summary
 from bench.subjects.operators import NOTHING, Kernel, call_of, named
-from bench.subjects.rivals import PROVIDERS
+from bench.subjects.rivals import PROVIDERS, as_timed
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import pick_device
 from nanovlm_fast.ranges import Range
@@ -94,20 +94,20 @@ def measure_here(
         elif wrong := agrees(call, kernel, inputs):
             rows[provider] = {"error": wrong}
         else:
-            rows[provider] = timed_row(timer, provider, call, inputs)
+            rows[provider] = timed_row(timer, provider, as_timed(provider, kernel, call), inputs)
     for provider, times in timer.times(args.repeats).items():
         rows[provider] |= times
         if stream:
             call = call_of(PROVIDERS[provider], kernel)
             assert not isinstance(call, str)  # a provider without a callable has no times
-            rows[provider]["peak_bytes"] = peak_memory(call, inputs)
+            rows[provider]["peak_bytes"] = peak_memory(as_timed(provider, kernel, call), inputs)
     result: dict = {
         "sizes": {k: str(v) for k, v in sizes.items()},
         "dtype": str(dtype),
         "cost": cost,
         "providers": rows,
     }
-    if kernel.matrix:
+    if kernel.matrix and "weight" in inputs:  # attention is no projection
         product = {"product": plain_product(inputs)}
         result["plain_product"] = summary(interleave(product, args.repeats, warmup=3)["product"])
     return result

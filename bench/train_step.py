@@ -324,6 +324,8 @@ def reason(error: Exception) -> str:
 
 
 def result_name(args: argparse.Namespace) -> str:
+    if args.name:
+        return args.name
     preset = "" if args.preset == "tiny" else f"_{args.preset}"
     layers = f"_{args.layers}layer{'s' * (args.layers > 1)}" if args.layers else ""
     return f"train_step{preset}{layers}"
@@ -375,6 +377,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--threads", type=Range(int), default=0, help="CPU threads; 0: PyTorch's choice"
     )
+    parser.add_argument("--name", default="", help="of the result file; default: train_step[...]")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="folder of results (default: bench/results)")
     return parser

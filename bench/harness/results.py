@@ -8,7 +8,6 @@ import os
 import platform
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from bench.harness.commit import UNKNOWN, commit, git
 from bench.harness.machine import WATCH, query_gpu
 from nanovlm_fast.device import device_name
 from nanovlm_fast.threads import WAITING
@@ -31,15 +31,14 @@ def facts(device: torch.device) -> dict[str, Any]:
     """Everything a reader needs in order to repeat the measurement."""
     # Results are not code: those of one stage of gpu_all.sh must not make the tree of the next one
     # count as changed.
-    status = ["git", "status", "--porcelain", "--untracked-files=no", "--", ":/"]
+    status = ["status", "--porcelain", "--untracked-files=no", "--", ":/"]
     status += [":(top,exclude)bench/results"]
     values: dict[str, Any] = {
         "schema": SCHEMA,
         "device": device_name(device),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        # A copy of the tree without its history is told its commit by the environment.
-        "commit": os.environ.get("NANOVLM_FAST_COMMIT") or _output("git", "rev-parse", "HEAD"),
-        "clean": not _output(*status),
+        "commit": commit(),
+        "clean": not git(*status),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -59,23 +58,13 @@ def facts(device: torch.device) -> dict[str, Any]:
     return values
 
 
-def _output(*command: str) -> str:
-    """What a command prints; 'unknown' if it fails or is not there."""
-    where = Path(__file__).parent
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=where)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
-
-
 def _loaded_driver() -> str:
     """The driver's version from its kernel module, for machines without nvidia-smi."""
     try:
         found = re.search(r"\s(\d+\.\d+[\d.]*)\s", Path("/proc/driver/nvidia/version").read_text())
     except OSError:
         found = None
-    return found.group(1) if found else "unknown"
+    return found.group(1) if found else UNKNOWN
 
 
 def place(name: str, device: torch.device, out: Path | None = None) -> Path:
@@ -136,7 +125,7 @@ def load(file: Path) -> dict[str, Any]:
     """`read`, and a ValueError if the file does not say where its numbers come from."""
     result = read(file)
     needed = (*NEEDED, "driver", "triton") if "NVIDIA" in str(result.get("device")) else NEEDED
-    if missing := [name for name in needed if not result.get(name) or result[name] == "unknown"]:
+    if missing := [name for name in needed if not result.get(name) or result[name] == UNKNOWN]:
         raise ValueError(f"{file}: no {', '.join(missing)}")
     return result
 

@@ -9,7 +9,9 @@ device is in.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from bench.harness.commit import UNKNOWN, VARIABLE, commit
 from bench.suites import STAGES, Suite
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.ranges import Range
@@ -28,6 +31,8 @@ CONTINUES = 75  # EX_TEMPFAIL, the exit code of a suite whose own time was up
 QUICK_LEAST = 20.0  # seconds without which no stage of a rehearsal is started
 WRITING = 30.0  # seconds before its end at which a stage that has its own limit stops
 GRACE = 15.0  # seconds that a stage has to end after SIGINT
+OUT = "bench/results"
+QUICK_OUT = "runs/gpu_all"  # the results of a rehearsal are not worth keeping
 
 
 @dataclass
@@ -128,6 +133,8 @@ class Session:
         self.quick = quick
         self.ends = time.monotonic() + budget
         self.logs = HERE / out / "logs"
+        # What a stage is done for: a rehearsal, or another commit or device, spares no work here.
+        self.subject = json.dumps({"commit": commit(), "device": device, "quick": quick})
         self.unfinished: list[str] = []
         self.failed: list[str] = []
 
@@ -136,7 +143,7 @@ class Session:
         self.logs.mkdir(parents=True, exist_ok=True)
         left = []
         for suite in stages:
-            if not again and self.done(suite).exists():
+            if not again and self.was_done(suite):
                 say(f"== {suite.name}: done before")
             else:
                 left.append(suite)
@@ -145,8 +152,13 @@ class Session:
             left = left[1:]
 
     def done(self, suite: Suite) -> Path:
-        """The file that says that the stage is done."""
+        """The file that says on what the stage is done."""
         return self.logs / f"{suite.name}.done"
+
+    def was_done(self, suite: Suite) -> bool:
+        """Whether an earlier call has done the stage on this commit and device, as now."""
+        done = self.done(suite)
+        return done.exists() and done.read_text() == self.subject
 
     def run_first(self, stages: list[Suite]) -> None:
         """Run the first of the stages that are left, if there is time for it."""
@@ -164,7 +176,7 @@ class Session:
         ended = run(call, log, seconds)
         said = f"{ended.seconds:.0f} s: {last_line(log)}"
         if ended.code == 0:
-            self.done(suite).touch()
+            self.done(suite).write_text(self.subject)
             say(f"   ok, {said}")
         elif ended.code == CONTINUES:
             self.unfinished.append(suite.name)
@@ -191,11 +203,26 @@ def chosen(names: str, error: Callable[[str], NoReturn]) -> list[Suite]:
     return [STAGES[name] for name in wanted]
 
 
+def check_device(device: str, error: Callable[[str], NoReturn]) -> None:
+    """Call `error` for what no stage can take.
+
+    Raises ValueError where the results of a GPU would not say which commit they are of.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        error(f"--device {device}: must be auto, cpu, cuda or cuda:N")
+    if device != "cpu" and commit() == UNKNOWN:
+        raise ValueError(
+            f"this tree has no git history: set {VARIABLE} to its commit, "
+            "or no result can be traced to its code"
+        )
+
+
 def make_parser() -> Parser:
     parser = Parser(
         prog="bench/gpu_all.sh", description=__doc__.splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("--out", default="bench/results", help="folder of results and logs")
+    where = f"folder of results and logs (default: {OUT}; quick: {QUICK_OUT})"
+    parser.add_argument("--out", help=where)
     parser.add_argument("--stages", default=",".join(STAGES), help="separated by commas")
     parser.add_argument("--device", default="cuda")
     seconds = Range(float, above=0)
@@ -214,7 +241,9 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # All names before the first stage runs: a misspelt one must not be noticed minutes later.
     stages = chosen(args.stages, parser.error)
-    session = Session(args.out, args.device, args.quick, args.seconds)
+    check_device(args.device, parser.error)
+    out = args.out or (QUICK_OUT if args.quick else OUT)
+    session = Session(out, args.device, args.quick, args.seconds)
     session.run_all(stages, args.again)
     if session.unfinished:
         names = " ".join(session.unfinished)

@@ -28,7 +28,9 @@ def overview(results: Path = ROOT) -> str:
         packing += f"; {run['data_wait']:.1%} of the time waiting for data"
         rows.append(("its token budget", packing, run["device"], run["commit"][:7], "the same run"))
     rows += [race_row(race) for race in newest(results, "race*")]
-    rows += [step_row(step) for step in newest(results, "train_step*")]
+    # A call that was stopped before ours had a time has nothing to say here.
+    steps = [step for step in newest(results, "train_step*") if "parity" in step]
+    rows += [step_row(step) for step in steps]
     rows += [peer_row(peer) for peer in newest(results, "peer*")]
     rows += [curves_row(run) for run in newest(results, "loss_curves")]
     rows += [loader_row(loader) for loader in newest(results, "dataloader")]

@@ -12,7 +12,6 @@ Needs a process of its own, because `fake_h100` changes torch and triton.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bench.subjects import fake_h100
+from nanovlm_fast.command import Parser, reports_errors
 
 if TYPE_CHECKING:
     import torch
@@ -203,8 +203,18 @@ def entry(kernel: Any, compiled: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m bench.subjects.kernel_launches")
+def make_parser() -> Parser:
+    about = __doc__.splitlines()[0]
+    parser = Parser(prog="python -m bench.subjects.kernel_launches", description=about)
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
-    print(json.dumps(launches(parser.parse_args().dtype)))
-    sys.exit(0)
+    return parser
+
+
+@reports_errors()
+def main(argv: list[str] | None = None) -> int:
+    print(json.dumps(launches(make_parser().parse_args(argv).dtype)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

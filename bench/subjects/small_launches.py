@@ -21,16 +21,23 @@ LARGER: dict[str, dict] = {
     "rms_norm": dict(m=4500, n=576, residual=torch.float32),
     "layer_norm": dict(m=2500, n=768, residual=torch.float32),
     "pixel_shuffle_proj": dict(batch=3, height=14, width=14, channels=192, n=576, factor=2),
+    # Tiles of 128 and 256 keys, as in training; images of 196 patches end within a tile.
+    "document_attention": dict(t=300, max_seqlen=128, n_q=9, n_kv=3, head_dim=64),
+    "image_attention": dict(n=2, patches=196, n_heads=2, head_dim=64),
     "linear_cross_entropy": dict(rows=40, vocabulary=20000, width=64),
 }
 
 
-@reports_errors()
-def main(argv: list[str] | None = None) -> int:
+def make_parser() -> Parser:
     about = __doc__.splitlines()[0]
     parser = Parser(prog="python -m bench.subjects.small_launches", description=about)
     parser.add_argument("--device", default="auto")
-    device = pick_device(parser.parse_args(argv).device)
+    return parser
+
+
+@reports_errors()
+def main(argv: list[str] | None = None) -> int:
+    device = pick_device(make_parser().parse_args(argv).device)
     for kernel in KERNELS:
         sizes = LARGER.get(kernel.name, kernel.small)
         for dtype in (torch.bfloat16, torch.float32):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.subjects import fake_h100
-from nanovlm_fast.command import reports_errors
+from nanovlm_fast.command import Parser, reports_errors
 
 if TYPE_CHECKING:  # for names in annotations only: torch must not be imported before `pretend`
     from torch import Tensor
@@ -297,13 +297,21 @@ def _predicted(result: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def make_parser() -> Parser:
+    about = __doc__.splitlines()[0]
+    parser = Parser(prog="python -m bench.subjects.step_process", description=about)
+    parser.add_argument("options", type=Path, help="a list of the fields of `Options`, in JSON")
+    parser.add_argument("result", type=Path, help="the file to write")
+    return parser
+
+
 @reports_errors()
 def main(argv: list[str] | None = None) -> int:
-    asked, answer = map(Path, sys.argv[1:] if argv is None else argv)
-    steps = [Options(**options) for options in json.loads(asked.read_text())]
+    args = make_parser().parse_args(argv)
+    steps = [Options(**options) for options in json.loads(args.options.read_text())]
     (vision_attention,) = {options.vision_attention for options in steps}
     fake_h100.pretend(vision_attention)
-    answer.write_text(json.dumps([measure(options) for options in steps]))
+    args.result.write_text(json.dumps([measure(options) for options in steps]))
     return 0
 
 

@@ -18,8 +18,9 @@ from bench.harness.timing import summary
 from bench.pages import rows as rows_module
 from bench.pages import sections
 from bench.pages.figures import figures
+from bench.subjects import rivals
 from bench.subjects.operators import KERNELS, NOTHING, call_of
-from bench.subjects.rivals import PROVIDERS
+from bench.subjects.rivals import PROVIDERS, as_timed
 from nanovlm_fast.presets import preset
 
 
@@ -222,6 +223,10 @@ def test_a_stale_table_or_a_file_without_origin_is_found(tmp_path):
         and once.endswith("after")
         and report.updated(once, report.overview(tmp_path)) == once
     )
+    stopped = {**result, "variants": {"reference": row}}
+    del stopped["parity"]
+    (file.parent / "train_step_stopped.json").write_text(json.dumps(stopped))
+    assert report.updated(once, report.overview(tmp_path)) == once, "no time of ours, no row"
     file.write_text(json.dumps({**result, "speedup": 6.0}))
     assert report.updated(once, report.overview(tmp_path)) != once
     file.write_text(json.dumps({**result, "commit": "unknown"}))
@@ -277,6 +282,30 @@ def test_every_competitor_here_computes_the_same(kernel):
         if call != NOTHING
     }
     assert set(wrong.values()) == {None} and {"eager", "ours"} <= wrong.keys()
+
+
+def test_the_rival_of_image_attention_does_not_pay_for_the_bias(tmp_path, monkeypatch):
+    """Its product adds the bias; what is timed is the rest, with the bias's gradient."""
+    kernel = next(kernel for kernel in KERNELS if kernel.name == "image_attention")
+    inputs = kernel.module.make_inputs(**kernel.small, dtype=torch.float32, device="cpu")
+    checked = rivals.eager(kernel)
+    after = as_timed("eager", kernel, checked)
+    biased = {**inputs, "qkv": inputs["qkv"] + inputs["bias"]}
+    found = passes_module.results_of(after, biased)
+    torch.testing.assert_close(found, passes_module.results_of(checked, inputs))
+    assert not torch.allclose(after(**inputs), checked(**inputs)), "the bias was added again"
+
+    timed = []
+
+    def recorded(*arguments, **named):
+        timed.append(named.keys())
+        return after(*arguments, **named)
+
+    monkeypatch.setattr(rivals, "attention_after_bias", recorded)
+    monkeypatch.setattr(kernels, "PROVIDERS", {"eager": rivals.eager})
+    only = "image_attention,document_attention"
+    options = f"--small --device cpu --repeats 1 --only {only} --out".split()
+    assert kernels.main([*options, str(tmp_path)]) == 0 and timed
 
 
 def test_what_is_not_installed_is_told_from_what_does_not_exist():

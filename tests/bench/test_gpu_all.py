@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +17,16 @@ import time
 
 import pytest
 
-from bench import suites
+from bench import suites, train_step
 from bench.harness import stages
+from bench.harness.commit import VARIABLE
 from bench.harness.stages import allowance, command
 from bench.subjects.operators import KERNELS
+from bench.subjects.small_launches import LARGER
+from bench.subjects.variants import budget_of
+from bench.subjects.workload import load_work
+from nanovlm_fast.data.budget import LABEL_MULTIPLE
+from nanovlm_fast.presets import preset
 from tests.support.processes import ROOT
 
 SCRIPT = ROOT / "bench" / "gpu_all.sh"
@@ -79,12 +86,37 @@ def test_what_fits_into_a_call_gets_its_least_time_however_long_the_others_take(
 
 def test_a_stage_that_compiles_is_not_started_at_the_last_moment():
     compiling = "train_step profile tests kernels attention memory generate sanitize race".split()
+    compiling += ["train_step_ablation"]
     assert all(suites.STAGES[name].stage.least >= 60 for name in compiling)
     for suite in suites.STAGES.values():
         assert suite.stage.least <= min(suite.stage_limit(), CALL)
-    step = suites.STAGES["train_step"]
-    budget = float(step.gpu[step.gpu.index("--budget-s") + 1])
-    assert step.stage.least >= budget + 60, "it compiles for a minute when its budget is spent"
+    for step in (suites.STAGES["train_step"], suites.STAGES["train_step_ablation"]):
+        budget = float(step.gpu[step.gpu.index("--budget-s") + 1])
+        assert step.stage.least >= budget + 60, "it compiles for a minute when its budget is spent"
+
+
+def test_the_first_step_compiles_ours_alone_and_the_ablation_does_not_replace_its_file():
+    first, ablation = (
+        train_step.parse([*suites.STAGES[name].gpu, "--device", "cpu"])
+        for name in ("train_step", "train_step_ablation")
+    )
+    assert first.variants == ("ours",) and ablation.variants == ("all",)
+    assert train_step.result_name(first) == "train_step_nanovlm-222m"
+    assert train_step.result_name(ablation) == "train_step_nanovlm-222m_ablation"
+    assert STAGES.index("train_step_ablation") > STAGES.index("kernels")
+
+
+def test_a_step_on_a_gpu_has_the_recipes_size():
+    """So that what the profile measures can be laid beside the prediction, kernel by kernel."""
+    steps = [suites.STAGES[name].gpu for name in ("train_step", "train_step_ablation", "profile")]
+    assert {step[: len(suites.GPU_STEP)] for step in steps} == {suites.GPU_STEP}
+    name, samples = suites.GPU_STEP[1], int(suites.GPU_STEP[3])
+    budget = budget_of(load_work(name, samples=samples).samples, LABEL_MULTIPLE["cuda"])
+    assert budget.tokens == preset(name)[1].tokens_per_batch
+    (file,) = (ROOT / "bench" / "results").glob("*/compiled_step.json")
+    predicted = json.loads(file.read_text())["budget"]
+    for size in ("tokens", "images", "labels"):
+        assert getattr(budget, size) == predicted[size]
 
 
 def test_stages_that_stop_themselves_are_told_when():
@@ -115,7 +147,7 @@ def test_a_stage_that_takes_too_long_leaves_the_others_their_time(tmp_path, monk
     monkeypatch.setattr(stages, "QUICK_LEAST", 2.0)
     monkeypatch.setattr(stages, "GRACE", 1.0)
     wanted = ["--quick", "--seconds", "5.4", "--stages", "facts,roofline"]
-    wanted += ["--out", str(tmp_path)]
+    wanted += ["--device", "cpu", "--out", str(tmp_path)]
     assert stages.main(wanted) == 1
     printed, errors = capsys.readouterr()
     assert errors == "not finished, the next call continues: facts\n"
@@ -129,7 +161,8 @@ def test_an_interrupt_ends_the_stage_with_what_it_started(tmp_path):
     python.write_text(SLOW.replace("{python}", sys.executable).replace("sleep 60", "exec sleep 61"))
     python.chmod(0o755)
     env = {**os.environ, "PYTHON": str(python)}
-    call = ["bash", str(SCRIPT), "--quick", "--stages", "facts", "--out", str(tmp_path)]
+    call = ["bash", str(SCRIPT), "--quick", "--stages", "facts", "--device", "cpu"]
+    call += ["--out", str(tmp_path)]
     process = subprocess.Popen(call, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "logs" / "facts.log"
     while not (log.exists() and log.read_text()):
@@ -138,6 +171,52 @@ def test_an_interrupt_ends_the_stage_with_what_it_started(tmp_path):
     errors = process.communicate(timeout=stages.GRACE + 10)[1]
     assert process.returncode == 130 and errors == "error: interrupted\n"
     assert not subprocess.run(["pgrep", "-f", "^sleep 61$"], capture_output=True).stdout
+
+
+# ---- what was done before
+
+
+def test_what_was_done_on_something_else_is_not_done(tmp_path, monkeypatch, capsys):
+    """A rehearsal, another device and another commit leave a call all its work."""
+    monkeypatch.setenv("PYTHON", shutil.which("true"))
+
+    def runs(*options: str) -> bool:
+        assert stages.main(["--stages", "facts", "--out", str(tmp_path), *options]) == 0
+        return "== facts: done before\n" not in capsys.readouterr().out
+
+    monkeypatch.setenv(VARIABLE, "a" * 40)
+    assert runs("--device", "cpu", "--quick") and not runs("--device", "cpu", "--quick")
+    assert runs("--device", "cpu") and not runs("--device", "cpu")
+    assert runs("--device", "cuda") and not runs("--device", "cuda")
+    monkeypatch.setenv(VARIABLE, "b" * 40)
+    assert runs("--device", "cuda") and not runs("--device", "cuda")
+    assert runs("--device", "cuda", "--again")
+
+
+def test_a_rehearsal_is_kept_apart_from_the_results(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHON", shutil.which("true"))
+    monkeypatch.setattr(stages, "HERE", tmp_path)
+    options = ["--stages", "facts", "--device", "cpu"]
+    assert stages.main([*options, "--quick"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert stages.main(options) == 0
+    assert (tmp_path / "bench" / "results" / "logs" / "facts.done").exists()
+
+
+def test_no_stage_starts_on_a_gpu_without_a_commit(tmp_path, monkeypatch, capsys):
+    """As in a copy of the tree without its history; here git itself is missing."""
+    monkeypatch.setenv("PYTHON", shutil.which("true"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv(VARIABLE, raising=False)
+    options = ["--stages", "facts", "--out", str(tmp_path / "out")]
+    for device in ("cuda", "cuda:1", "auto"):
+        assert stages.main([*options, "--device", device]) == 1
+        printed, error = capsys.readouterr()
+        assert f"set {VARIABLE} to its commit" in error and error.count("\n") == 1 and not printed
+    assert not (tmp_path / "out").exists()
+    assert stages.main([*options, "--device", "cpu"]) == 0
+    monkeypatch.setenv(VARIABLE, "a" * 40)
+    assert stages.main([*options, "--device", "cuda"]) == 0
 
 
 # ---- whole calls
@@ -201,12 +280,30 @@ def test_what_finds_no_time_is_left_for_the_next_call(tmp_path):
     assert not list((tmp_path / "logs").iterdir())
 
 
-@pytest.mark.parametrize("options", [["--stages", "kernel"], ["--stage", "tests"], ["--out"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--stages", "kernel"],
+        ["--stage", "tests"],
+        ["--device", "no/such file"],
+        ["--device", "cuda:x"],
+        ["--device", ""],
+        ["--out"],
+    ],
+)
 def test_wrong_arguments_start_nothing(tmp_path, options):
     result = (
         gpu_all(*options) if options == ["--out"] else gpu_all("--out", str(tmp_path), *options)
     )
     assert result.returncode == 2 and result.stderr.startswith("error: ") and not result.stdout
+
+
+def test_the_sanitizer_sees_loops_that_go_round():
+    """Kernels whose programs loop have sizes of their own; the others do not loop."""
+    straight = {"rotary", "swiglu", "embed_splice"}
+    assert {kernel.name for kernel in KERNELS} - straight == LARGER.keys()
+    assert LARGER["document_attention"]["max_seqlen"] == 128
+    assert 128 < LARGER["image_attention"]["patches"] < 256
 
 
 SANITIZER = """#!/usr/bin/env bash

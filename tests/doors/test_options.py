@@ -50,6 +50,8 @@ FREE = (
     "--folder",
 )  # options of a bench that take any text as a name, and start it
 SMALL_BENCH = {  # so that a name that is refused late is refused soon enough
+    # One short stage, and never in the repository's own results.
+    "bench.harness.stages": ["--quick", "--stages", "facts", "--device", "cpu", "--out", "FOLDER"],
     "bench.compare": ["A.json", "B.json"],
     "bench.generate": ["--preset", "tiny"],
     "bench.kernels": ["--small"],
@@ -244,7 +246,8 @@ def test_walk_prepare(few, here):
 def test_walk_bench(name, here):
     """Numbers are read; every unknown name is refused before anything is measured."""
     module = importlib.import_module(name)
-    parser, base = module.make_parser(), SMALL_BENCH.get(name, [])
+    parser = module.make_parser()
+    base = [str(here) if word == "FOLDER" else word for word in SMALL_BENCH.get(name, [])]
     actions = options_of(parser)
 
     def run_what_must_be_refused(argv: list[str]) -> int:
