@@ -477,7 +477,7 @@ def compiled(file: Path) -> Figure | None:
         axis.grid(visible=False, axis="y")
         axis.set_xlim(0, 1.4 * max(row["expected_ms"] for row in variants.values()))
         work = f"{result['work']['images']} images, {result['work']['tokens']:,} tokens"
-        axis.set_xlabel(f"predicted ms a step of {work} on an H100, not measured", fontsize=9)
+        axis.set_xlabel(f"predicted ms per step of {work} on an H100, not measured", fontsize=9)
         axis.legend(
             frameon=False, fontsize=8, ncols=6, loc="lower left", bbox_to_anchor=(-0.25, 1.0)
         )

@@ -73,17 +73,7 @@ class Run:
         check_run_folder(self.run, config)
         self.benchmark = load_source(config.eval, "test") if config.eval else None
 
-        # The device before anything is put on it. CUDA events are the current device's, so a rank
-        # must select its own before it records one.
-        self.device = pick_device(self.world.device(config.device))
-        if self.device.index is not None:
-            torch.cuda.set_device(self.device)
-        # Sums in another number of threads round differently, so this must not depend on the load.
-        self.beside = "" if config.deterministic else leave_busy_cores(self.device)
-        self.dtype = pick_dtype(config.dtype, self.device)
-        self.autocast = autocast_to(self.dtype, self.device)
-        if config.deterministic:
-            be_deterministic()
+        self._prepare_device(config)
 
         # Before the data is dealt: a worker reads a shard of its own, and all ranks must have as
         # many of them. The number is the run's from here on.
@@ -135,6 +125,20 @@ class Run:
         # An error that names the last checkpoint must first wait until it is written.
         self.journal.settle = self.wait_for_checkpoint
         self._introduce(split, resumed=checkpoint is not None)
+
+    def _prepare_device(self, config: TrainConfig) -> None:
+        """Pick where to compute, and how, before anything is put there."""
+        self.device = pick_device(self.world.device(config.device))
+        # CUDA events are the current device's: a rank must select its own before it records one.
+        if self.device.index is not None:
+            torch.cuda.set_device(self.device)
+        self.dtype = pick_dtype(config.dtype, self.device)
+        self.autocast = autocast_to(self.dtype, self.device)
+        # Sums in another number of threads round differently, so a deterministic run must not
+        # depend on what others compute.
+        self.beside = "" if config.deterministic else leave_busy_cores(self.device)
+        if config.deterministic:
+            be_deterministic()
 
     def _load_tokenizer(self, model: VLMConfig, config: TrainConfig) -> Tokenizer:
         """The tokenizer of a resumed run, or a new one: a retrained one may number tokens anew."""
