@@ -34,6 +34,7 @@ def test_parity(shape, residual, dtype):
     check_parity(rms_norm, rms_norm_reference, make_inputs(*shape, dtype, DEVICE, residual))
 
 
+@pytest.mark.slow  # half a minute in the interpreter
 @on_the_gpu_too
 @pytest.mark.parametrize("rows", [40000])
 def test_parity_at_nanovlms_size(rows):
