@@ -63,10 +63,12 @@ def test_readings_of_real_commands(tmp_path):
     options = ["--busy", "0", "--rounds", "1", "--settings", "one-thread", "--out", str(tmp_path)]
     assert main(["--seconds", "4", *options]) == 0
     assert main(["--measure", "generate", *options]) == 0
-    trained, others = (json.loads(file.read_text()) for file in sorted(tmp_path.rglob("*.json")))
-    (tokens_per_s,) = trained["readings"]["train"]["0 busy"]["one-thread"]
+    files = {file.stem: json.loads(file.read_text()) for file in tmp_path.rglob("*.json")}
+    assert set(files) == {"cpu_threads_train", "cpu_threads_generate"}
+    readings = {name: file["readings"] for name, file in files.items()}
+    (tokens_per_s,) = readings["cpu_threads_train"]["train"]["0 busy"]["one-thread"]
     assert 100 < tokens_per_s < 1e7
-    (seconds,) = others["readings"]["generate"]["0 busy"]["one-thread"]
+    (seconds,) = readings["cpu_threads_generate"]["generate"]["0 busy"]["one-thread"]
     assert seconds > 0.5
 
 
