@@ -17,7 +17,7 @@ from typing import Any
 
 from nanovlm_fast.command import begin, reports_errors
 
-# Importing PyTorch takes seconds: from here on Ctrl-C ends the command in one line.
+# Before PyTorch is imported, which takes seconds: Ctrl-C is one line, and threads' waiting is set.
 begin(__name__ == "__main__")
 
 from tqdm import tqdm

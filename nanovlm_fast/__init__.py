@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 __all__ = ["VisionLanguageModel"]
 
 # While `python -m nanovlm_fast.<command>` imports this package, argv[0] is "-m". A program that
-# imports the package keeps its own handling of Ctrl-C.
+# imports the package keeps its own handling of Ctrl-C and its environment.
 begin(sys.argv[:1] == ["-m"])
 
 
