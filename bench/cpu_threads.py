@@ -34,7 +34,7 @@ from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import pick_device
 from nanovlm_fast.ranges import Range
 from nanovlm_fast.reporting.metrics import read_metrics
-from nanovlm_fast.threads import OPENMP
+from nanovlm_fast.threads import OPENMP, cores_of
 
 OPENMP_NAMES = ("GOMP_SPINCOUNT", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
 MEASURES = ("train", "evaluate", "generate", "prepare")
@@ -208,7 +208,7 @@ def compare(
     device = pick_device("cpu")
     options = ["--device", "cpu"]
     readings: dict = {}
-    result: dict = {"cores": len(os.sched_getaffinity(0)), "seconds_per_reading": seconds}
+    result: dict = {"cores": cores_of(), "seconds_per_reading": seconds}
     result["settings"] = {name: dict(setting.environment) for name, setting in settings.items()}
     cells = [(measure, load, setting) for measure in names for load in busy for setting in settings]
     with tempfile.TemporaryDirectory() as folder:

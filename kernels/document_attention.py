@@ -258,7 +258,7 @@ def _document_attention_bwd_kernel(
     tl.store(dv_ptr, dv.to(dqkv_ptr.dtype.element_ty), mask=known[:, None])
 
 
-def _launch(max_seqlen: int, head_dim: int, backward: bool) -> dict[str, int]:
+def _launch(max_seqlen: int) -> dict[str, int]:
     """Tiles and warps for documents of up to max_seqlen tokens.
 
     Blocks of 64 queries: scores, their gradient and the sums for keys and values then fit the
@@ -340,7 +340,7 @@ def document_attention_fwd(
     if len(qkv) and documents > 0:
         _document_attention_fwd_kernel[(documents * n_kv,)](
             qkv, cos, sin, position_ids, cu_seqlens, out, head_dim**-0.5,
-            **sizes, **_launch(max_seqlen, head_dim, backward=False),
+            **sizes, **_launch(max_seqlen),
         )  # fmt: skip
     return out
 
@@ -365,7 +365,7 @@ def document_attention_bwd(
     if len(qkv) and documents > 0:
         _document_attention_bwd_kernel[(documents * n_kv,)](
             qkv, dout, cos, sin, position_ids, cu_seqlens, dqkv, head_dim**-0.5,
-            **sizes, **_launch(max_seqlen, head_dim, backward=True),
+            **sizes, **_launch(max_seqlen),
         )  # fmt: skip
     return dqkv
 

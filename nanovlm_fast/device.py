@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from nanovlm_fast.threads import WAITING, others_since_begin, threads_beside
+from nanovlm_fast.threads import WAITING, cores_of, others_since_begin, threads_beside
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -61,7 +61,7 @@ def leave_busy_cores(device: torch.device) -> str:
     if others is None:
         return ""
     before = torch.get_num_threads()
-    threads = threads_beside(others, before, len(os.sched_getaffinity(0)))
+    threads = threads_beside(others, before, cores_of())
     if threads == before:
         return ""
     torch.set_num_threads(threads)

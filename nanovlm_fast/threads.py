@@ -37,8 +37,8 @@ class Load:
 _start: Load | None = None  # when the command began
 
 
-def read_load() -> Load | None:
-    """The load by now; None where the system does not tell (only Linux does)."""
+def machine_seconds() -> float | None:
+    """CPU seconds that the whole machine has used; None where nobody tells (only Linux does)."""
     try:
         first = Path("/proc/stat").read_text().split("\n", 1)[0]
     except OSError:
@@ -46,8 +46,24 @@ def read_load() -> Load | None:
     # user, nice, system, idle, iowait, irq, softirq, steal
     ticks = [int(value) for value in first.split()[1:9]]
     busy = sum(ticks) - ticks[3] - ticks[4]  # without idle and waiting for disks
+    return busy / os.sysconf("SC_CLK_TCK")
+
+
+def read_load() -> Load | None:
+    """The load by now; None where the system does not tell."""
+    machine = machine_seconds()
+    if machine is None:
+        return None
     own = sum(os.times()[:4])  # this process and the children that it has waited for
-    return Load(time.perf_counter(), busy / os.sysconf("SC_CLK_TCK"), own)
+    return Load(time.perf_counter(), machine, own)
+
+
+def cores_of(process: int = 0) -> int:
+    """Cores that a process (0: this one) may run on; all where nobody can say."""
+    try:
+        return len(os.sched_getaffinity(process))
+    except (AttributeError, OSError):  # macOS has none; a parent may be gone
+        return os.cpu_count() or 1
 
 
 def begin() -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from nanovlm_fast.threads import machine_seconds
+
 BUSY = 0.1  # share of the CPUs that other processes may use before a result carries a warning
 GPU_FIELDS = (
     "clocks.sm",
@@ -94,13 +96,9 @@ def cpu_seconds() -> tuple[float, float]:
 
     Only Linux counts both; elsewhere the result is zeros.
     """
-    try:
-        text = Path("/proc/stat").read_text()
-    except OSError:
+    busy = machine_seconds()
+    if busy is None:
         return 0.0, 0.0
-    # user, nice, system, idle, iowait, irq, softirq, steal
-    fields = [int(value) for value in text.split("\n", 1)[0].split()[1:9]]
-    busy = sum(fields) - fields[3] - fields[4]  # without idle and waiting for disks
     own = 0
     group = str(os.getpgrp())
     for place in os.scandir("/proc"):
@@ -113,8 +111,7 @@ def cpu_seconds() -> tuple[float, float]:
             if after_name[2] == group:
                 # Its own user and system time, and that of children it has waited for.
                 own += sum(map(int, after_name[11:15]))
-    tick = os.sysconf("SC_CLK_TCK")
-    return busy / tick, own / tick
+    return busy, own / os.sysconf("SC_CLK_TCK")
 
 
 def cpu_mhz() -> float | None:

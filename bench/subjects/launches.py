@@ -371,8 +371,9 @@ def pointers_used(
 
 def _memory_call(node: ast.AST) -> str:
     """'load' or 'store' for tl.load(...) and tl.store(...), '' for everything else."""
-    is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-    return node.func.attr if is_call and node.func.attr in ("load", "store") else ""  # type: ignore[attr-defined]  # is_call says so
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        return node.func.attr if node.func.attr in ("load", "store") else ""
+    return ""
 
 
 def _origins(expression: ast.AST, origins: dict[str, set[str]]) -> set[str]:

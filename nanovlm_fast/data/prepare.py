@@ -42,6 +42,7 @@ from nanovlm_fast.files import read_json
 from nanovlm_fast.paths import at_home
 from nanovlm_fast.ranges import Range
 from nanovlm_fast.runs import is_empty, locked
+from nanovlm_fast.threads import cores_of
 
 # What a shard holds: numbers of examples, or the examples of a streamed source, where a ValueError
 # stands for one that could not be read
@@ -302,7 +303,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--workers",
         type=Range(int, most=1024),
-        default=len(os.sched_getaffinity(0)),
+        default=cores_of(),
         help="processes; 0: all in this one",
     )
     parser.add_argument(

@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from nanovlm_fast.data.stream import PackedStream, StreamBatch, advance
+from nanovlm_fast.threads import cores_of
 
 MOST_WORKERS = 16  # that are started unasked: each may keep 1 GiB of decoded examples
 CGROUP = Path("/sys/fs/cgroup")  # a container sees its own limits here
@@ -39,7 +40,7 @@ def workers_for(on_gpu: bool, processes: int = 1) -> int:
     """
     if not on_gpu:
         return 1
-    shared = min(_bound_to(os.getppid()), _quota())
+    shared = min(cores_of(os.getppid()), _quota())
     cores = min(usable_cores(), int(shared // processes))
     return max(1, min(MOST_WORKERS, cores - 2))
 
@@ -49,15 +50,7 @@ def usable_cores() -> int:
 
     At least one, and rounded down where a container's quota has a fraction.
     """
-    return max(1, int(min(_bound_to(0), _quota())))
-
-
-def _bound_to(process: int) -> int:
-    """Cores that a process (0: this one) may run on; all where nobody can say."""
-    try:
-        return len(os.sched_getaffinity(process))
-    except (AttributeError, OSError):  # macOS has none; a parent may be gone
-        return os.cpu_count() or 1
+    return max(1, int(min(cores_of(), _quota())))
 
 
 def _quota() -> float:
