@@ -9,7 +9,8 @@ Under `FakeTensorMode`, Dynamo, AOTAutograd and Inductor then run as they do on 
 compiles for sm_90. Nothing can be computed. Works with a CPU build of PyTorch, and with a CUDA
 build that finds no GPU. Needs g++ once per version of PyTorch, for `fake_h100.cpp`.
 
-`pretend` changes torch and triton for the whole process. Take a process of its own for it.
+`pretend` changes torch and triton for the whole process. Take a process of its own for it, and end
+it with `leave`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 SOURCE = Path(__file__).with_name("fake_h100.cpp")
 VISION_ATTENTION = ("flash", "cudnn")
@@ -76,6 +77,18 @@ def pretend(vision_attention: str = "flash") -> None:
     _set_triton_driver()
     _fold_constants_on_cpu()
     _register_operators(vision_attention)
+
+
+def leave(status: int) -> NoReturn:
+    """End a process that called `pretend`, at once, with everything written.
+
+    Backward passes on a GPU have a thread of their own, which may still hold Python objects. If it
+    drops them while the interpreter shuts down, C++ ends the process: "terminate called without an
+    active exception", after all the work is done.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def built_library() -> Path:
