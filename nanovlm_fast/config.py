@@ -8,6 +8,7 @@ its range of values.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_type_hints
@@ -17,6 +18,7 @@ from nanovlm_fast.ranges import SEED, Range, check_fields
 Size = Annotated[int, Range(int, least=1)]
 Workers = Annotated[int, Range(int, least=-1, most=1024)]
 LookAhead = Annotated[int, Range(int, least=1, most=2**16)]  # all of them lie in memory
+MAX_TILES_PER_SIDE = 8  # the position tokens of nanoVLM's models reach that far
 Positive = Annotated[float, Range(float, above=0)]
 Share = Annotated[float, Range(float, least=0, most=1)]
 ShareBelowOne = Annotated[float, Range(float, least=0, below=1)]
@@ -25,6 +27,18 @@ ShareBelowOne = Annotated[float, Range(float, least=0, below=1)]
 def option(default: Any, help: str) -> Any:
     """Declare a field with its default and the help text of its option."""
     return dataclasses.field(default=default, metadata={"help": help})
+
+
+class TokenNames(dict[str, str]):
+    """Names of special tokens and their text, in the order of their ids; as an option, JSON."""
+
+    def __init__(self, names: Any = ()):
+        try:
+            super().__init__(json.loads(names) if isinstance(names, str) else names)
+        except (TypeError, RecursionError) as error:  # json raises ValueError by itself
+            raise ValueError("an object of names and tokens is needed") from error
+        if not all(isinstance(part, str) for item in self.items() for part in item):
+            raise ValueError("names and tokens must be text")
 
 
 @dataclass
@@ -59,6 +73,25 @@ class VLMConfig:
     mp_pixel_shuffle_factor: Size = option(
         2, "pixel shuffle: factor x factor patches become one image token"
     )
+    # The following four came after nanoVLM v0.1, with the names that they have there.
+    max_img_size: Annotated[int, Range(int, most=2**16)] = option(
+        0,
+        "cut images into tiles of vit_img_size after a resize to at most this side; 0: one square "
+        "per image",
+    )
+    resize_to_max_side_len: bool = option(
+        False, "with max_img_size: enlarge smaller images to that side too"
+    )
+    vlm_extra_tokens: TokenNames = dataclasses.field(
+        default_factory=TokenNames,
+        metadata={
+            "help": "JSON object: image_token, global_image_token, r1c1, ... and their text, in "
+            "the order of their ids, which follow the tokenizer's own"
+        },
+    )
+    lm_chat_template: str = option(
+        "", "Jinja template of a conversation, in place of --prompt; empty: none"
+    )
     image_mean: Annotated[float, Range(float, least=-1000, most=1000)] = option(
         0.0,
         "subtracted from pixels in [0, 1]",
@@ -86,6 +119,16 @@ class VLMConfig:
         return (self.grid // self.mp_pixel_shuffle_factor) ** 2
 
     @property
+    def tiles_per_side(self) -> int:
+        """The most tiles along the longer side of an image, 1 if images are not cut."""
+        return max(1, self.max_img_size // self.vit_img_size)
+
+    @property
+    def has_global_tile(self) -> bool:
+        """Whether an image that is cut into tiles is shown as a whole before them."""
+        return "global_image_token" in self.vlm_extra_tokens
+
+    @property
     def head_dim(self) -> int:
         """Channels of one attention head of the language model."""
         return self.lm_hidden_dim // self.lm_n_heads
@@ -108,6 +151,7 @@ class VLMConfig:
                 f"lm_hidden_dim / lm_n_heads = {self.head_dim} must be even for the rotary "
                 "embedding"
             )
+        self._check_tiles()
         # Tried with a question: counting braces would get "{{question}}" wrong.
         try:
             fits = b"?!" in self.prompt.format(question="?!").encode()
@@ -117,6 +161,28 @@ class VLMConfig:
             rule = "must contain {question} and no other braces, in UTF-8"
             raise ValueError(f"prompt {rule}, got {self.prompt!r}")
         return self
+
+    def _check_tiles(self) -> None:
+        """Raise ValueError if images cannot be cut as the fields say, or tiles have no token."""
+        if not self.max_img_size:
+            if self.resize_to_max_side_len:
+                raise ValueError("resize_to_max_side_len needs a max_img_size")
+            return
+        _check_multiple("max_img_size", self.max_img_size, "vit_img_size", self.vit_img_size)
+        side = self.tiles_per_side
+        if side > MAX_TILES_PER_SIDE:
+            raise ValueError(
+                f"max_img_size = {self.max_img_size} makes {side} x {side} tiles of vit_img_size "
+                f"= {self.vit_img_size}: at most {MAX_TILES_PER_SIDE} x {MAX_TILES_PER_SIDE}"
+            )
+        numbers = range(1, side + 1)
+        needed = ["image_token", *(f"r{row}c{column}" for row in numbers for column in numbers)]
+        for name in needed:
+            if not self.vlm_extra_tokens.get(name):
+                raise ValueError(
+                    f"max_img_size = {self.max_img_size} needs a token for {name} in "
+                    "vlm_extra_tokens"
+                )
 
 
 def _check_multiple(name: str, size: int, factor_name: str, factor: int) -> None:
@@ -321,7 +387,11 @@ def check_types(config_class: type, values: dict[str, Any]) -> None:
     for name, value in values.items():
         kind = kinds[name]
         choices = get_args(kind)  # of a Literal
-        if choices:
+        if kind is TokenNames:
+            right = isinstance(value, dict) and all(
+                isinstance(part, str) for item in value.items() for part in item
+            )
+        elif choices:
             right = value in choices
         elif kind is float:
             # JSON writes 1.0 as 1 in other languages, and Python reads NaN and Infinity from it.

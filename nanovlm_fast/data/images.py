@@ -1,4 +1,4 @@
-"""Images: decode, resize to the model's square, augment. All are (3, H, W) uint8 afterwards.
+"""Images: decode, resize to the model's square or tiles, augment. All are (3, H, W) uint8 then.
 
 Pixels are normalised on the device (model/packed.py), so bytes are all that is made and copied
 here.
@@ -25,11 +25,17 @@ sources/shards.py, so that shards made by the old rules are refused.
 from __future__ import annotations
 
 import io
+import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+
+from nanovlm_fast.config import VLMConfig
 
 Image.init()
 # The formats that are decoded at all. Pillow's others start programs (EPS: Ghostscript) or have no
@@ -40,6 +46,10 @@ MAX_PIXELS = 89_478_485  # 256 MiB of RGB, where Pillow begins to warn of a deco
 # Once per process: `catch_warnings` around each image would reset which other warnings Python has
 # given already, so those would be printed for every image
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+
+Made = TypeVar("Made")
+Grid = tuple[int, int]  # rows and columns of tiles
 
 
 class BadImage(ValueError):
@@ -56,15 +66,97 @@ def load_image(source: Path | str | bytes | np.ndarray | Image.Image, size: int)
         if source.shape != (3, size, size):
             raise BadImage(f"image of prepared data: {source.shape} and not {(3, size, size)}")
         return source
+    return _decoded(source, lambda image: square(image, size))
+
+
+def split_image(
+    source: Path | str | bytes | Image.Image, config: VLMConfig
+) -> tuple[np.ndarray, Grid]:
+    """The image as the model sees it: (n, S, S)-sized tiles and their grid (rows, columns).
+
+    Tiles are (n, 3, S, S) uint8 with S = vit_img_size, row by row, and before them, if there are
+    several and the model has a token for it, the whole image squashed to S x S. Without
+    max_img_size there is one tile, the image squashed. `source` is a file, its bytes, or an open
+    PIL image. Raises BadImage, naming the file, if it cannot be decoded or cut.
+    """
+    return _decoded(source, lambda image: _tiles(to_rgb(image), config))
+
+
+def _decoded(source: Path | str | bytes | Image.Image, use: Callable[[Image.Image], Made]) -> Made:
+    """What `use` makes of the image. Raises BadImage, naming the file, if it raises anything."""
     # Bytes have no name; the caller puts that of the example before the message
     name = printable(str(source)) if isinstance(source, (Path, str)) else type(source).__name__
     try:
-        return square(source if isinstance(source, Image.Image) else opened(source), size)
+        return use(source if isinstance(source, Image.Image) else opened(source))
     except Exception as error:
         # As broad as that: decoders let any error of a damaged file out, struct.error and
         # SyntaxError among them. The address of a buffer is cut off, as it differs in each run
         reason = str(error).split(" <_io.BytesIO")[0]
         raise BadImage(f"image {name}: {printable(reason)}") from error
+
+
+def tiled_size(width: int, height: int, config: VLMConfig) -> tuple[int, int]:
+    """(width, height) that an image is stretched to before it is cut into tiles.
+
+    The result depends on how these operations round: 364 x 273 pixels give four rows of tiles,
+    where exact arithmetic gives three. Their order is nanoVLM's and must stay.
+    """
+    tile = config.vit_img_size
+    long = max(width, height)
+    limit = config.max_img_size
+    target = limit if config.resize_to_max_side_len else min(limit, -(-long // tile) * tile)
+    scale = target / long
+    short = max(math.ceil(min(width, height) * scale / tile) * tile, tile)
+    return (target, short) if width >= height else (short, target)
+
+
+def grid_of(width: int, height: int, config: VLMConfig) -> Grid:
+    """(rows, columns) of tiles that an image of this size is cut into, from its size alone."""
+    if not config.max_img_size:
+        return (1, 1)
+    wide, high = tiled_size(width, height, config)
+    return (high // config.vit_img_size, wide // config.vit_img_size)
+
+
+def tiles_of(grid: Grid, config: VLMConfig) -> int:
+    """Number of tiles of an image with this grid, the one that shows the whole included."""
+    rows, columns = grid
+    return rows * columns + (config.has_global_tile and grid != (1, 1))
+
+
+def _tiles(image: Image.Image, config: VLMConfig) -> tuple[np.ndarray, Grid]:
+    """Cut an RGB image. Raises ValueError for a grid that the model has no tokens for."""
+    side = config.vit_img_size
+    if not config.max_img_size:
+        return square(image, side)[None], (1, 1)
+    rows, columns = grid_of(image.width, image.height, config)
+    # Rounding can add a row to a square image (see tiled_size)
+    if f"r{rows}c{columns}" not in config.vlm_extra_tokens:
+        raise ValueError(
+            f"{image.width} x {image.height} pixels make {rows} x {columns} tiles, and "
+            f"vlm_extra_tokens has no r{rows}c{columns}"
+        )
+    size = (columns * side, rows * side)
+    image = image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+    pixels = np.asarray(image)  # (rows * S, columns * S, 3)
+    tiles = pixels.reshape(rows, side, columns, side, 3).transpose(0, 2, 4, 1, 3)
+    tiles = tiles.reshape(-1, 3, side, side)
+    if tiles_of((rows, columns), config) > len(tiles):
+        tiles = np.concatenate([_squashed(pixels, side)[None], tiles])
+    return np.ascontiguousarray(tiles), (rows, columns)
+
+
+def _squashed(pixels: np.ndarray, side: int) -> np.ndarray:
+    """(H, W, 3) uint8 -> (3, side, side) uint8 as torchvision resizes a tensor: antialiased.
+
+    torchvision does it on floats in [0, 1]; these are rounded here, so they differ by up to half a
+    step of 1/255. Pillow's own filter rounds between its two passes, and differs by more.
+    """
+    image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float()
+    small = torch.nn.functional.interpolate(
+        image, size=(side, side), mode="bilinear", align_corners=False, antialias=True
+    )
+    return small[0].round().clamp(0, 255).to(torch.uint8).numpy()
 
 
 def opened(source: Path | str | bytes) -> Image.Image:

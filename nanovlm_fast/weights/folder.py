@@ -48,19 +48,18 @@ ORIGIN_FIELDS = (
 )
 V01_FIELDS = {*SUPPORTED_VALUES, *ORIGIN_FIELDS}
 
-# Fields that nanoVLM got after v0.1 (in v0.2 or main). Their models have v0.1's weight names and
-# shapes, so only these fields reveal that image tokens stand among the text: without this check
-# such a checkpoint loads and answers nonsense.
+# Fields of ours that nanoVLM got after v0.1 (in v0.2 or main). A model as v0.1's has their defaults
+# and is stored without them, as ever.
 FIELDS_AFTER_V01 = (
-    "mp_image_token_length",
-    "vlm_extra_tokens",
-    "lm_chat_template",
-    "lm_base_vocab_size",
-    "extra_token_amount",
     "max_img_size",
     "resize_to_max_side_len",
+    "vlm_extra_tokens",
+    "lm_chat_template",
 )
-KNOWN_FIELDS = {*V01_FIELDS, "hf_repo_name"}  # the latter came a week after v0.1, without effect
+# Fields that came with them and follow from others. main's code needs them.
+DERIVED_FIELDS = ("mp_image_token_length", "lm_base_vocab_size", "extra_token_amount")
+# hf_repo_name came a week after v0.1, without effect.
+KNOWN_FIELDS = {*V01_FIELDS, *DERIVED_FIELDS, "hf_repo_name"}
 
 
 # ---- writing
@@ -91,7 +90,8 @@ def write_pretrained(
     # Contiguous, because the parts of a fused matrix are views.
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(stored, folder / "model.safetensors")
-    values = {**model.extra_config, **dataclasses.asdict(model.config)}
+    derived = derived_fields(model.config) if model.config.vlm_extra_tokens else {}
+    values = {**model.extra_config, **derived, **fields_to_store(model.config)}
     if not is_hub_name(model.config.lm_tokenizer):
         # A folder's own tokenizer lies in it and is not named by a path, which would point nowhere
         # once the folder has moved. A tokenizer that lies elsewhere has its absolute path.
@@ -100,6 +100,23 @@ def write_pretrained(
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(folder)
+
+
+def fields_to_store(config: VLMConfig) -> dict[str, Any]:
+    """The entries of a config.json: all fields, those after v0.1 only where a model uses them."""
+    values = dataclasses.asdict(config)
+    defaults = VLMConfig()
+    for name in FIELDS_AFTER_V01:
+        if values[name] == getattr(defaults, name):
+            del values[name]
+    return values
+
+
+def derived_fields(config: VLMConfig) -> dict[str, int]:
+    """The fields of nanoVLM after v0.1 that follow from others, for a model with its tokens."""
+    added = len(config.vlm_extra_tokens)
+    values = (config.image_tokens, config.lm_vocab_size - added, added)
+    return dict(zip(DERIVED_FIELDS, values, strict=True))
 
 
 def tokenizer_of(folder: Path, name: str) -> Tokenizer:
@@ -148,7 +165,7 @@ def read_config(folder: Path) -> tuple[VLMConfig, dict[str, Any]]:
     """Read a folder's config.json: the configuration, and the entries that are not its fields.
 
     Raises ValueError if the file is damaged or describes a model that differs from the one here.
-    Warns about fields that nanoVLM v0.1 does not have either.
+    Warns about fields that nanoVLM does not have either.
     """
     file = folder / "config.json"
     values = read_json(file)
@@ -160,6 +177,12 @@ def read_config(folder: Path) -> tuple[VLMConfig, dict[str, Any]]:
     except (ValueError, ArithmeticError) as error:
         raise ValueError(f"{file} is not a model configuration: {error}") from error
     extra = {name: value for name, value in values.items() if name not in ours}
+    stored = extra.get("mp_image_token_length", config.image_tokens)
+    if stored != config.image_tokens:
+        raise ValueError(
+            f"{file}: mp_image_token_length = {printable(repr(stored))}, and its sizes give "
+            f"{config.image_tokens} tokens per tile"
+        )
     for name, supported in SUPPORTED_VALUES.items():
         if extra.get(name, supported) != supported:
             value = printable(repr(extra[name]))
@@ -172,12 +195,6 @@ def read_config(folder: Path) -> tuple[VLMConfig, dict[str, Any]]:
 
 def _check_layout(file: Path, values: dict[str, Any]) -> None:
     """Raise ValueError for configurations of other models that have files of the same names."""
-    later = [name for name in FIELDS_AFTER_V01 if name in values]
-    if later:
-        raise ValueError(
-            f"{file}: a checkpoint of a nanoVLM newer than v0.1 (it has {', '.join(later)}), with "
-            "another text format and other image tokens: only v0.1's are supported"
-        )
     if "model_type" in values and "vit_hidden_dim" not in values:
         kind = printable(repr(values["model_type"]))
         raise ValueError(

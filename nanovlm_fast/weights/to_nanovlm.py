@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import warnings
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.data.text import Tokenizer, is_hub_name
 from nanovlm_fast.model.packed import VisionLanguageModel
-from nanovlm_fast.weights.folder import V01_FIELDS
+from nanovlm_fast.weights.folder import V01_FIELDS, fields_to_store
 
 # Fields of our VLMConfig that v0.1's does not have. Its constructor raises for unknown fields.
 OWN_FIELDS = ("image_mean", "image_std", "init", "prompt")
@@ -39,7 +38,7 @@ def to_nanovlm(
         ValueError: if such a tokenizer is not given.
     """
     config = model.config
-    values = dataclasses.asdict(config)
+    values = fields_to_store(config)
     for field in OWN_FIELDS:
         del values[field]
     # All checks come before the first file is written.
