@@ -29,6 +29,8 @@ from nanovlm_fast.packing.documents import IGNORE, Document
 EOS = "<|endoftext|>"
 TOKENS_MAP = "special_tokens_map.json"
 Turn = tuple[str, str]  # question, answer
+Grid = tuple[int, int]  # rows and columns of an image's tiles
+Images = int | Sequence[Grid]  # of an example: how many of one tile each, or the grid of each
 
 
 def is_hub_name(name: str) -> bool:
@@ -57,13 +59,33 @@ class Tokenizer:
         base.no_truncation()
         # A setting that is not stored in tokenizer.json, so the fingerprint stays what it was
         base.encode_special_tokens = True
-        if self.eos_id in base.encode(eos, add_special_tokens=False).ids:
-            # An added token that is not marked as special, and so is still found in text
-            base.add_special_tokens([eos])
+        self._make_special([eos])
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[BaseTokenizer, str]]:
         """Pickle by constructing anew: unpickled, `base` has lost `encode_special_tokens`."""
         return Tokenizer, (self.base, self.eos)
+
+    def _make_special(self, tokens: Sequence[str]) -> None:
+        """Mark entries as special that a text could still spell; entries that are new are added."""
+        spelled = []
+        for token in tokens:
+            number = self.base.token_to_id(token)
+            if number is None or number in self.base.encode(token, add_special_tokens=False).ids:
+                spelled.append(token)
+        if spelled:
+            self.base.add_special_tokens(spelled)
+
+    def reserve(self, tokens: Sequence[str]) -> list[int]:
+        """The ids of special tokens that no text can spell; new ones follow the vocabulary.
+
+        Those that the tokenizer has keep their ids. Raises ValueError for a token without a text.
+        """
+        if not all(tokens):
+            raise ValueError("a special token must not be empty")
+        self._make_special(tokens)
+        for cached in ("special_tokens", "special_ids"):  # before these were among them
+            self.__dict__.pop(cached, None)
+        return [self.base.token_to_id(token) for token in tokens]
 
     def __len__(self) -> int:
         """Rows that an embedding of its ids needs.
@@ -78,15 +100,21 @@ class Tokenizer:
         return hashlib.sha256(f"{self.base.to_str()}{self.eos}".encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text, none of them the end of sequence.
+        """Ids of the text, none of them a special token that the text spells.
 
         Raises ValueError if the model of the tokenizer has no other token for a text that spells
-        the end of sequence. A Unigram model may have none.
+        the end of sequence or another special token. A Unigram model may have none.
         """
         ids = self.base.encode(text, add_special_tokens=False).ids
         if self.eos_id in ids:
             what = f"{self.eos!r} in a text from the end of sequence"
             raise ValueError(f"the tokenizer cannot tell {what}")
+        if not self.special_ids.isdisjoint(ids):
+            # The token for what is unknown is special too, and no text has to spell it
+            spelled = [t for t, i in self.special_tokens.items() if i in ids and t in text]
+            if spelled:
+                what = f"{spelled[0]!r} in a text from that special token"
+                raise ValueError(f"the tokenizer cannot tell {what}")
         return ids
 
     @cached_property
@@ -94,6 +122,10 @@ class Tokenizer:
         """Ids of the special tokens, which `encode` never gives."""
         added = self.base.get_added_tokens_decoder().items()
         return {token.content: number for number, token in added if token.special}
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        return frozenset(self.special_tokens.values())
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text up to the first end-of-sequence token."""
@@ -165,8 +197,11 @@ class Tokenizer:
         return Tokenizer(loaded.backend_tokenizer, loaded.eos_token or EOS)
 
     @staticmethod
-    def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Train a byte-level BPE (as GPT-2's) with at most `vocab_size` entries."""
+    def train(texts: Iterable[str], vocab_size: int, special: Sequence[str] = (EOS,)) -> Tokenizer:
+        """Train a byte-level BPE (as GPT-2's) with at most `vocab_size` entries.
+
+        Its first entries are the `special` tokens, the last of which is the end of sequence.
+        """
         from tokenizers import decoders, models, pre_tokenizers, trainers
 
         alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -179,14 +214,14 @@ class Tokenizer:
         base.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=[EOS],
+            special_tokens=list(special),
             # All bytes, or a text with a byte that the training texts lack could not be encoded.
             # Sorted: `alphabet` comes in no fixed order, and ids follow it
             initial_alphabet=sorted(alphabet),
             show_progress=False,
         )
         base.train_from_iterator(texts, trainer)
-        return Tokenizer(base)
+        return Tokenizer(base, special[-1])
 
 
 def named_eos(folder: Path) -> tuple[str, Path | None]:
@@ -235,11 +270,11 @@ class TextProcessor:
         self.seen: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. Answers and questions repeat, so the first 100,000 texts are kept."""
+        """Ids of a text. Answers and questions repeat, so 100,000 short texts are kept."""
         ids = self.seen.get(text)
         if ids is None:
             ids = self.tokenizer.encode(text)
-            if len(self.seen) < 100_000:
+            if len(self.seen) < 100_000 and len(text) <= 200:
                 self.seen[text] = ids
         return ids
 
@@ -257,12 +292,13 @@ class TextProcessor:
                 ids += self.encode(part.format(question=question))
         return ids
 
-    def document(self, turns: Sequence[Turn], n_images: int) -> Document:
+    def document(self, turns: Sequence[Turn], n_images: Images) -> Document:
         """One document with all turns.
 
         With '' as the last answer it is a prompt, to which a model replies.
         """
-        n_image_tokens = n_images * self.image_tokens
+        count = n_images if isinstance(n_images, int) else len(n_images)
+        n_image_tokens = count * self.image_tokens
         ids = [0] * n_image_tokens
         targets = [IGNORE] * n_image_tokens
         for i, (question, answer) in enumerate(turns):
@@ -277,7 +313,7 @@ class TextProcessor:
         asked = "\n".join(question for question, _ in turns)
         return Document(np.array(ids, np.int64), rows, labels, asked)
 
-    def documents(self, turns: Sequence[Turn], n_images: int) -> list[Document]:
+    def documents(self, turns: Sequence[Turn], n_images: Images) -> list[Document]:
         """The documents of an example's turns, as `mode` says."""
         if self.mode == "independent":
             return [self.document([turn], n_images) for turn in turns]
