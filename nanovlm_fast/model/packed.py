@@ -276,7 +276,10 @@ class VisionLanguageModel(nn.Module):
         self.masters = Masters()
 
     def keep_masters(self) -> None:
-        """Compute with bfloat16 working weights; weights loaded and saved are float32 masters."""
+        """Compute with bfloat16 working weights; weights loaded and saved are float32 masters.
+
+        On the device where it computes: `to` would move the parameters and leave the masters.
+        """
         self.masters = work_in_bfloat16(self)
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
