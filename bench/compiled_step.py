@@ -410,9 +410,7 @@ def make_parser() -> Parser:
         "--layers", type=Range(int), default=0, help="of each tower, at full width; 0: the preset's"
     )
     parser.add_argument("--kernels", default="none", help="as of train.py: none, all, or names")
-    parser.add_argument(
-        "--stream", choices=STREAMS, default="float32", help="residual streams; a what-if"
-    )
+    parser.add_argument("--stream", choices=STREAMS, default="float32", help="as of train.py")
     parser.add_argument("--recompute", choices=POLICIES, default="none")
     parser.add_argument("--attention", choices=("auto", *BACKENDS), default=Options.attention)
     parser.add_argument("--vision-attention", choices=VISION_ATTENTION, default="flash")

@@ -1,11 +1,12 @@
-"""The same training, four ways: does the fast model learn what the reference learns, at every step?
+"""The same training, five ways: does the fast model learn what the reference learns, at every step?
 
     python -m bench.loss_curves
     python -m bench.loss_curves --tokens 20480 --kernels all    on a GPU; fewer tokens on CPUs whose
                                                                 bfloat16 is slow
 
-The padded reference and the packed model, each in float32 and under bfloat16 autocast, start from
-the same weights and see the same questions in the same order. Each random seed draws other weights
+The padded reference and the packed model, each in float32 and under bfloat16 autocast, and the
+packed model with `--stream bfloat16`, start from the same weights and see the same questions in the
+same order. Each random seed draws other weights
 and another order. The yardstick is what a change of seed does: a variant passes if at every step
 its smoothed loss is closer to the float32 reference of the same seed than the reference's seeds are
 to each other around that step. Exit code 1 if a packed variant does not pass.
@@ -35,6 +36,7 @@ from nanovlm_fast.data.sources.registry import load_source, texts
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
 from nanovlm_fast.device import autocast_to, pick_device
 from nanovlm_fast.model import reference
+from nanovlm_fast.model.masters import masters_of
 from nanovlm_fast.model.ops import choose_ops
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.packing.batch import pack, pad
@@ -46,7 +48,8 @@ from nanovlm_fast.reporting.pictures import pyplot
 from nanovlm_fast.training.optim import apply_gradients, lr_factor, set_lr
 
 TRUTH = "reference float32"
-VARIANTS = (TRUTH, "reference bfloat16", "packed float32", "packed bfloat16")
+STREAM = "packed bfloat16 stream"
+VARIANTS = (TRUTH, "reference bfloat16", "packed float32", "packed bfloat16", STREAM)
 SPAN = 10  # steps: the time constant of the smoothing
 
 
@@ -94,12 +97,16 @@ class Training:
         self.train = data.train
         self.budget = data.budget
         self.device = torch.device(args.device)
-        which, dtype = variant.split()
+        which, dtype, *_ = variant.split()
+        stream = dtype if variant == STREAM else "float32"
         self.packed = which == "packed"
         self.model: nn.Module
         if self.packed:
-            packed = VisionLanguageModel(self.config, choose_ops(args.kernels, self.device))
+            ops = choose_ops(args.kernels, self.device, stream=stream)
+            packed = VisionLanguageModel(self.config, ops).to(self.device)
             packed.load_reference_state_dict(start.reference_state_dict())
+            if stream == "bfloat16":
+                packed.keep_masters()
             self.model = packed
         else:
             self.model = reference.VisionLanguageModel(self.config)
@@ -111,10 +118,11 @@ class Training:
             "vision_encoder": self.train.lr_vision,
             "decoder": self.train.lr_language,
         }
-        groups = [
-            dict(params=list(getattr(self.model, name).parameters()), lr=rate, peak_lr=rate)
-            for name, rate in rates.items()
-        ]
+        masters = masters_of(self.model)
+        groups = []
+        for name, rate in rates.items():
+            weights = masters.of_all(getattr(self.model, name).parameters())
+            groups.append(dict(params=weights, lr=rate, peak_lr=rate))
         betas = (0.9, self.train.beta2)
         decay = self.train.weight_decay
         self.optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=decay, fused=True)
@@ -235,7 +243,13 @@ def draw(file: Path, curves: dict[str, np.ndarray]) -> None:
     """Left: smoothed curves of all variants and seeds. Right: differences against the spread."""
     plt = pyplot()
     # (colour, line width): the truth is wide and pale, so that curves on top of it stay visible.
-    lines = (("#afb8c1", 4.5), ("#bc4c00", 1.6), ("#1a7f37", 1.6), ("#1f6feb", 1.0))
+    lines = (
+        ("#afb8c1", 4.5),
+        ("#bc4c00", 1.6),
+        ("#1a7f37", 1.6),
+        ("#1f6feb", 1.0),
+        ("#8250df", 1.0),
+    )
     styles = dict(zip(VARIANTS, lines, strict=True))
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), constrained_layout=True)
     truth = smooth(curves[TRUTH])

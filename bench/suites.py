@@ -109,7 +109,7 @@ states them. Gaps between launches, the caches and waiting for data are left out
 once for a kernel, in Inductor's kernels for the loss too, so that a kernel of ours that saves a
 second reading shows no gain. Our own attention is assumed to compute at FlashAttention's rate,
 which nobody has shown; the second number of a range assumes 40% of it, and tokens/s and MFU belong
-to the first. A bfloat16 stream is a what-if, which training does not have."""
+to the first. The stream is `--stream` of `train.py`, with bfloat16 working weights."""
 
 # As many samples as fill the preset's budget of 22,528 tokens, with 78 of a sample on average. What
 # is measured then has the padded sizes of training and of the prediction in compiled_step.

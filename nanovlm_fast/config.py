@@ -252,6 +252,11 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "type to compute in; weights stay float32; auto: bfloat16 on a GPU that supports it"
     )
+    stream: Literal["float32", "bfloat16"] = option(
+        "float32",
+        "type of the residual streams; bfloat16: also of the weights of linear layers, beside "
+        "float32 masters that are updated and saved (needs --dtype bfloat16)",
+    )
     kernels: str = option(
         "auto", "Triton kernels: auto (the measured best on this device) | none | all | name,name"
     )
@@ -366,6 +371,11 @@ class TrainConfig:
         if self.shard and self.optimizer == "muon":
             raise ValueError(
                 "--shard splits the matrices that Muon needs whole: use --optimizer adamw"
+            )
+        if self.shard and self.stream == "bfloat16":
+            raise ValueError(
+                "--shard splits float32 weights and keeps no masters beside them: use --stream "
+                "float32"
             )
         if self.start_from and (self.vision or self.language):
             raise ValueError("--start-from has both towers: leave out --vision and --language")

@@ -36,7 +36,7 @@ STREAMS = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class Options:
-    """What is compiled. `stream` is the residual streams' type; training has float32 only."""
+    """What is compiled: options of train.py, and Inductor's own."""
 
     preset: str = "nanovlm-222m"
     vision_layers: int = 0  # 0: the preset's
@@ -161,8 +161,6 @@ def compile_step(
     torch._dynamo.reset()
     counters.clear()
     lengths = batch.cu_seqlens.diff().tolist()
-    if options.stream == "bfloat16":
-        _narrow_streams()
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode())
         ops = choose_ops(
@@ -172,9 +170,12 @@ def compile_step(
             torch.bfloat16,
             options.recompute,
             options.vision_attention,
+            options.stream,
         )
         with torch.device("cuda"):
             model = VisionLanguageModel(config, ops)
+            if options.stream == "bfloat16":
+                model.keep_masters()
         optimizers = make_optimizers(model, train)
         on_device = batch._map(_on_device)
         _allocate_state(model, optimizers)
@@ -183,7 +184,8 @@ def compile_step(
         graphs = stack.enter_context(collected(recorder))
         stack.enter_context(entered_kernels(recorder))
         state = [tensor for o in optimizers for tensor in _tensors_of(o.state)]
-        recorder.hold([*model.parameters(), *model.buffers(), *state])
+        masters = model.masters.weights.values()
+        recorder.hold([*model.parameters(), *masters, *model.buffers(), *state])
         resident = recorder.in_use
         step_model = torch.compile(model, fullgraph=True, dynamic=False)
         _train_step(step_model, model, optimizers, train, on_device, recorder)
@@ -210,7 +212,8 @@ def _allocate_state(model: Any, optimizers: list[Any]) -> None:
 
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.grad = torch.empty_like(parameter)
+            weight = model.masters.of(parameter)
+            weight.grad = torch.empty_like(weight)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -239,25 +242,6 @@ def _train_step(
     recorder.direction = "update"
     with recorder:
         apply_gradients(model, optimizers, train.clip)
-
-
-def _narrow_streams() -> None:
-    """Make both residual streams bfloat16. Training has no such option; this is a what-if."""
-    import torch
-
-    from nanovlm_fast.model.packed import PatchEmbedding, VisionLanguageModel
-
-    patches = PatchEmbedding.forward
-    embed = VisionLanguageModel.embed
-
-    def narrow_patches(self: Any, images: Tensor) -> Tensor:
-        return patches(self, images).to(torch.bfloat16)
-
-    def narrow_embed(self: Any, *args: Tensor) -> Tensor:
-        return embed(self, *args).to(torch.bfloat16)
-
-    PatchEmbedding.forward = narrow_patches  # type: ignore[method-assign]  # the what-if itself
-    VisionLanguageModel.embed = narrow_embed  # type: ignore[method-assign,assignment]  # the same
 
 
 def _sizes(config: VLMConfig, batch: PackedBatch, padded: bool) -> dict[str, int]:

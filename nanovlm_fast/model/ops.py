@@ -69,10 +69,10 @@ def rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return the normalised x, or with a residual (normalised sum in x's type, x + residual)."""
     if residual is None:
-        return F.rms_norm(x, weight.shape, weight, eps)
+        return F.rms_norm(_wide(x), weight.shape, weight, eps).to(x.dtype)
     # The sum has the residual's type: under autocast x is bfloat16 and the stream is float32.
     residual = x + residual
-    return F.rms_norm(residual, weight.shape, weight, eps).to(x.dtype), residual
+    return F.rms_norm(_wide(residual), weight.shape, weight, eps).to(x.dtype), residual
 
 
 def layer_norm(
@@ -80,9 +80,15 @@ def layer_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return the normalised x, or with a residual (normalised sum in x's type, x + residual)."""
     if residual is None:
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
+        return F.layer_norm(_wide(x), weight.shape, weight, bias, eps).to(x.dtype)
     residual = x + residual
-    return F.layer_norm(residual, weight.shape, weight, bias, eps).to(x.dtype), residual
+    normed = F.layer_norm(_wide(residual), weight.shape, weight, bias, eps)
+    return normed.to(x.dtype), residual
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return x in at least float32, in which norms compute; a stream may be bfloat16."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def rotary(
@@ -202,7 +208,12 @@ class Ops:
     vision_attention: VisionAttention = F.scaled_dot_product_attention
     vision_backend: str = "sdpa"
     recompute: str = "none"
+    stream: str = "float32"  # type of the residual streams, see `in_stream`
     asleep: bool = False  # no GPU: the chosen kernels fall back to plain PyTorch
+
+    def in_stream(self, x: Tensor) -> Tensor:
+        """Return x as what a residual stream begins with: in bfloat16, or as it is."""
+        return x.bfloat16() if self.stream == "bfloat16" else x
 
     def __str__(self) -> str:
         kernels = ", ".join(self.kernels) or "none, plain PyTorch"
@@ -213,7 +224,8 @@ class Ops:
         language = ("document_attention or " if "document_attention" in ours else "") + self.backend
         vision = ("image_attention or " if "image_attention" in ours else "") + self.vision_backend
         attention = f"attention: {language} · vision attention: {vision}"
-        return f"{attention} · kernels: {kernels} · recompute: {self.recompute}"
+        stream = "" if self.stream == "float32" else f" · stream: {self.stream}"
+        return f"{attention} · kernels: {kernels} · recompute: {self.recompute}{stream}"
 
 
 def choose_ops(
@@ -223,6 +235,7 @@ def choose_ops(
     dtype: torch.dtype = torch.float32,
     recompute: str = "none",
     vision_attention: str = "auto",
+    stream: str = "float32",
 ) -> Ops:
     """Choose the operations of a model that computes in `dtype` on `device`.
 
@@ -232,6 +245,7 @@ def choose_ops(
         attention: see `choose_attention`.
         recompute: see `recompute.py`.
         vision_attention: see `choose_vision_attention`.
+        stream: type of the residual streams, "float32" or "bfloat16".
 
     Raises:
         ValueError: for an unknown name, and for an attention backend that cannot run here.
@@ -259,6 +273,7 @@ def choose_ops(
         vision_attention=attend_to_image,
         vision_backend=vision_backend,
         recompute=recompute,
+        stream=stream,
         asleep=asleep,
     )
 

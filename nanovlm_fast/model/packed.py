@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.model import fused, reference
 from nanovlm_fast.model.init import init_weights
+from nanovlm_fast.model.masters import Masters, work_in_bfloat16
 from nanovlm_fast.model.ops import Ops, computed_type
 from nanovlm_fast.model.recompute import run_block
 from nanovlm_fast.packing.batch import PackedBatch
@@ -116,7 +118,7 @@ class VisionTransformer(nn.Module):
         self.layer_norm = nn.LayerNorm(config.vit_hidden_dim, eps=config.vit_ln_eps)
 
     def forward(self, ops: Ops, images: Tensor) -> Tensor:
-        x = self.patch_embedding(images)
+        x = ops.in_stream(self.patch_embedding(images))
         delta = None
         for block in self.blocks:
             x, delta = run_block(ops.recompute, block, ops, x, delta)
@@ -271,6 +273,20 @@ class VisionLanguageModel(nn.Module):
         self.MP = ModalityProjector(config)
         self.decoder = LanguageModel(config)
         init_weights(self, config)
+        self.masters = Masters()
+
+    def keep_masters(self) -> None:
+        """Compute with bfloat16 working weights; weights loaded and saved are float32 masters.
+
+        On the device where it computes: `to` would move the parameters and leave the masters.
+        """
+        self.masters = work_in_bfloat16(self)
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
+        """As PyTorch's, with masters in place of the working weights that are made from them."""
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        state.update({prefix + name: one for name, one in self.masters.weights.items()})
+        return state
 
     def encode_images(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 -> (N * image_tokens, C)."""
@@ -282,7 +298,9 @@ class VisionLanguageModel(nn.Module):
         image_rows (T,) holds that row, or -1 for a text token.
         """
         table = self.decoder.token_embedding.weight
-        return self.ops.embed_splice(input_ids, table, image_rows, self.encode_images(images))
+        images_of_tokens = self.encode_images(images)
+        x = self.ops.embed_splice(input_ids, table, image_rows, images_of_tokens)
+        return self.ops.in_stream(x)
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Return (L, C): normalised hidden states at batch.label_index.
@@ -342,3 +360,4 @@ class VisionLanguageModel(nn.Module):
         Of tied weights (head and token embedding) one may be absent; so may the rotary buffer.
         """
         fused.copy_reference_state(self.config, self.reference_state_dict(), state)
+        self.masters.round()

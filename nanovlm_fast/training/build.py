@@ -16,7 +16,7 @@ from nanovlm_fast.packing.batch import PackedBatch
 from nanovlm_fast.ranks import World
 from nanovlm_fast.training.checkpoint import load_training_state, load_weights
 from nanovlm_fast.training.optim import make_optimizers
-from nanovlm_fast.training.parallel import replicate, shard_model
+from nanovlm_fast.training.parallel import Averaging, replicate, shard_model
 from nanovlm_fast.weights.backbones import load_pretrained_weights
 
 
@@ -55,6 +55,7 @@ def build(
         dtype,
         config.recompute,
         config.vision_attention,
+        config.stream,
     )
     if ops.asleep and world.first:
         kernels = f"warning: --kernels {config.kernels}: Triton kernels need a GPU"
@@ -68,6 +69,9 @@ def build(
     sharded = config.shard and world.size > 1
     if sharded:
         shard_model(model, config.compile != "none")
+    # After loading: the masters are the weights as they were read, and not rounded.
+    if config.stream == "bfloat16":
+        model.keep_masters()
     # Optimizers after sharding, which replaces the parameters, and their state after both.
     optimizers = make_optimizers(model, config)
     if checkpoint:
@@ -77,6 +81,8 @@ def build(
     step_model: Callable[[PackedBatch], Tensor] = model
     if config.compile != "none" and not sharded:
         step_model = torch.compile(model, fullgraph=True, dynamic=False, mode=config.compile)
-    if world.size > 1 and not sharded:
+    if world.size > 1 and model.masters:
+        step_model = Averaging(model, step_model)
+    elif world.size > 1 and not sharded:
         step_model = replicate(model, step_model, config.recompute != "none")
     return Built(model, optimizers, step_model)

@@ -187,7 +187,7 @@ def tensors_of(model: VisionLanguageModel, optimizers: list[torch.optim.Optimize
     # A tied head is the token embedding, and safetensors refuses shared memory.
     if model.config.lm_tie_weights:
         weights.pop("decoder.head.weight", None)
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    names = {weight: name for name, weight in _updated(model).items()}
     tensors = {}
     for optimizer in optimizers:
         for parameter, slots in optimizer.state.items():
@@ -316,7 +316,7 @@ def load_training_state(
     file = folder / OPTIMIZER
     tensors = load_tensors(file)
     _restore_random_state(file, tensors)
-    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    parameters = _updated(model)
     names = {parameter: name for name, parameter in parameters.items()}
     slots = _slots(file, tensors, parameters)
     for optimizer in optimizers:
@@ -331,6 +331,11 @@ def load_training_state(
             kind = type(optimizer).__name__
             raise ValueError(f"{file} is damaged: not the state of {kind} ({error!r})") from error
     return read_state(folder)
+
+
+def _updated(model: VisionLanguageModel) -> dict[str, Tensor]:
+    """What optimizers update, by name: parameters, or the masters of working weights."""
+    return {name: model.masters.of(one) for name, one in model.named_parameters()}
 
 
 def _restore_random_state(file: Path, tensors: dict[str, Tensor]) -> None:

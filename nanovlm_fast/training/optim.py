@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovlm_fast.config import TrainConfig
+from nanovlm_fast.model.masters import masters_of
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.training.parallel import whole
 
@@ -94,6 +95,7 @@ def make_optimizers(model: VisionLanguageModel, config: TrainConfig) -> list[tor
     """Fused AdamW; with `optimizer=muon`, Muon for the matrices of the blocks and the projector.
 
     There is one group each for projector, vision and language, and a rate of 0 freezes the part.
+    Where the model has working weights, the masters of these are what the optimizers hold.
     Every group keeps its `peak_lr`. Raises ValueError if all rates are 0.
     """
     rates = {
@@ -111,7 +113,8 @@ def make_optimizers(model: VisionLanguageModel, config: TrainConfig) -> list[tor
         if config.optimizer == "muon":
             weights = dict(params=list(matrices), parts=list(matrices.values()))
             muon.append(dict(**weights, name=f"{part}.matrices", lr=lr * config.muon_scale))
-        rest = [parameter for parameter in module.parameters() if parameter not in matrices]
+        weights_of_part = model.masters.of_all(module.parameters())
+        rest = [weight for weight in weights_of_part if weight not in matrices]
         if rest:
             adamw.append(dict(params=rest, lr=lr, name=part))
     if not adamw and not muon:
@@ -137,6 +140,7 @@ def make_optimizers(model: VisionLanguageModel, config: TrainConfig) -> list[tor
 def matrices_of(model: VisionLanguageModel, part: str) -> dict[Tensor, list[int]]:
     """Weight matrices of a part that Muon updates -> the row counts of the matrices fused in each.
 
+    They are the float32 masters where the model has working weights.
     The output head is left to AdamW: its rows are token embeddings, not one linear map.
     """
     fused = {name: list(rows.values()) for name, rows in model.fused_parts().items()}
@@ -150,7 +154,7 @@ def matrices_of(model: VisionLanguageModel, part: str) -> dict[Tensor, list[int]
         whole_or_thirds = [rows]
         if "vision_encoder" in name and "qkv" in name:
             whole_or_thirds = [rows // 3] * 3
-        matrices[layer.weight] = fused.get(f"{name}.weight", whole_or_thirds)
+        matrices[model.masters.of(layer.weight)] = fused.get(f"{name}.weight", whole_or_thirds)
     return matrices
 
 
@@ -173,16 +177,20 @@ def apply_gradients(
     of dropping them. Training and the benchmarks share this function, so that what is measured is
     what trains.
     """
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    masters = masters_of(model)
+    masters.add_gradients()
+    weights = masters.of_all(model.parameters())
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
     norm = whole(nn.utils.get_total_norm(gradients))
     # Clipping comes before the check: it divides by the norm, and a norm that is not finite makes
     # every gradient useless anyway; the check below is what keeps them out of the weights.
     if clip:
-        nn.utils.clip_grads_with_norm_(model.parameters(), clip, norm)
+        nn.utils.clip_grads_with_norm_(weights, clip, norm)
     skipped = skip_if_not_finite(optimizers, norm)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=not keep_gradients)
+    masters.round()
     return Update(norm, skipped)
 
 

@@ -1,11 +1,12 @@
-"""The model on several ranks: replicated (DDP) or sharded (FSDP2)."""
+"""The model on several ranks: replicated (DDP, or `Averaging`) or sharded (FSDP2)."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nanovlm_fast.model.packed import VisionLanguageModel
+from nanovlm_fast.packing.batch import PackedBatch
 
 
 def shard_model(model: VisionLanguageModel, compile_blocks: bool) -> None:
@@ -74,6 +76,59 @@ def replicate(
     )
 
 
+# Values per all-reduce of `Averaging`: 128 MB of float32, which amortise a collective's latency.
+BUCKET = 2**25
+
+
+class Averaging:
+    """A model with working weights on several ranks: gradients are averaged after the backward.
+
+    DDP would add them up in bfloat16, rank by rank. Here their float32 sums travel, once per step
+    and after the last backward: as exact as without working weights, and not hidden behind it.
+    """
+
+    def __init__(self, model: VisionLanguageModel, step_model: Callable[[PackedBatch], Tensor]):
+        self.model = model
+        self.step_model = step_model
+        self.masters = model.masters
+
+    def __call__(self, batch: PackedBatch) -> Tensor:
+        return self.step_model(batch)
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Average every gradient over the ranks, in float32. A collective."""
+        self.masters.add_gradients()
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        weights = self.masters.of_all(trained)
+        for weight in weights:
+            # A rank without a gradient contributes zeros: all ranks reduce the same buckets.
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        for bucket in _buckets(gradients):
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
+            dist.all_reduce(flat.div_(dist.get_world_size()))
+            parts = flat.split([gradient.numel() for gradient in bucket])
+            shaped = [part.view_as(one) for part, one in zip(parts, bucket, strict=True)]
+            torch._foreach_copy_(bucket, shaped)
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Cut a list into runs of at most BUCKET values, or of one tensor that is larger."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and size + tensor.numel() > BUCKET:
+            yield bucket
+            bucket = []
+            size = 0
+        bucket.append(tensor)
+        size += tensor.numel()
+    if bucket:
+        yield bucket
+
+
 @contextlib.contextmanager
 def reducing(step_model: Any, now: bool) -> Iterator[None]:
     """Reduce gradients over the ranks in this block if `now`, else accumulate them on this rank.
@@ -87,6 +142,8 @@ def reducing(step_model: Any, now: bool) -> Iterator[None]:
         step_model.set_requires_gradient_sync(now)
     with context:
         yield
+    if isinstance(step_model, Averaging) and now:
+        step_model.average()
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -109,11 +166,17 @@ def as_shard_of(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def unsharded(model: VisionLanguageModel) -> VisionLanguageModel:
-    """The model itself, or a whole copy of a sharded one on every rank. A collective."""
-    if not any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+    """The model itself, or a whole float32 copy of one that is sharded or has working weights.
+
+    Every rank gets it, and must call it: gathering shards is a collective.
+    """
+    sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    if not (sharded or model.masters):
         return model
+    # As `evaluate` computes it later: the checkpoint does not know the stream it was trained with.
+    ops = dataclasses.replace(model.ops, stream="float32")
     # Not type(model): `fully_shard` has replaced the class of the sharded one by its own subclass.
-    copy = VisionLanguageModel(model.config, model.ops).to(next(model.parameters()).device)
+    copy = VisionLanguageModel(model.config, ops).to(next(model.parameters()).device)
     copy.load_state_dict({name: whole(tensor) for name, tensor in model.state_dict().items()})
     copy.extra_config = model.extra_config
     return copy

@@ -133,6 +133,11 @@ class Run:
         if self.device.index is not None:
             torch.cuda.set_device(self.device)
         self.dtype = pick_dtype(config.dtype, self.device)
+        if config.stream == "bfloat16" and self.dtype != torch.bfloat16:
+            raise ValueError(
+                f"--stream bfloat16 is for products in bfloat16, and {self.device} computes in "
+                "float32 here: add --dtype bfloat16, or use --stream float32"
+            )
         self.autocast = autocast_to(self.dtype, self.device)
         # Sums in another number of threads round differently, so a deterministic run must not
         # depend on what others compute.
@@ -203,7 +208,8 @@ class Run:
         if self.keep_gradients:
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
-                    parameter.grad = torch.zeros_like(parameter)
+                    weight = self.model.masters.of(parameter)
+                    weight.grad = torch.zeros_like(weight)
         seconds = time.perf_counter() - self.born
         self.journal.say(f"ready for the first step {seconds:.1f} s after the start")
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.data.stream import StreamBatch, advance
+from nanovlm_fast.model.masters import masters_of
 from nanovlm_fast.packing.batch import PackedBatch, pack
 from nanovlm_fast.packing.packer import Budget
 from nanovlm_fast.ranks import World
@@ -129,6 +130,7 @@ def accumulate_gradients(
     the benchmarks share this function, so that what is measured is what trains.
     """
     total = torch.zeros((), device=batches[0].input_ids.device)
+    masters = masters_of(step_model)
     for number, batch in enumerate(batches, 1):
         # Gradients travel once per step, with the last micro-batch.
         with reducing(step_model, now=number == len(batches)):
@@ -138,5 +140,8 @@ def accumulate_gradients(
             # the result is the mean over tokens. A mean of the batches' means would weigh tokens
             # unequally.
             (loss_sum / labels_per_rank).backward()
+            # Sums over micro-batches are float32: bfloat16 would round every addition.
+            if len(batches) > 1:
+                masters.add_gradients()
         total += loss_sum.detach()
     return total

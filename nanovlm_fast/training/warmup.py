@@ -116,13 +116,14 @@ def _smaller(
     except torch.OutOfMemoryError:
         amount = f"{part.tokens} tokens with {part.images} images"
         return f"out of memory, and even {amount} are too many for this device"
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters())
     # The peak is weights, their gradients and activations. Activations grow with the tokens.
-    activations = torch.cuda.max_memory_allocated() - before - weights
+    activations = torch.cuda.max_memory_allocated() - before - gradients
     needed = activations * budget.tokens / part.tokens
     memory = torch.cuda.mem_get_info()[1]
-    # Gradients and AdamW's two moments: each as large as the weights.
-    return out_of_memory(budget, before + 3 * weights, needed, memory)
+    # AdamW's two moments are float32, as what it updates is: weights, or the masters of them.
+    moments = 2 * 4 * sum(p.numel() for p in model.parameters())
+    return out_of_memory(budget, before + gradients + moments, needed, memory)
 
 
 def out_of_memory(budget: Budget, fixed: float, activations: float, memory: float) -> str:

@@ -1,0 +1,85 @@
+"""Working weights in bfloat16 beside float32 masters (`--stream bfloat16`).
+
+Autocast rounds the weight of every linear layer to bfloat16 at each forward, and widens its
+gradient to float32. Working weights are rounded once per update instead: the layers hold bfloat16
+parameters, and the masters, which optimizers update and checkpoints hold, lie here. Products
+compute the same bits either way.
+
+Two matrices stay float32 parameters. The token table, which is the tied head as well: its gradient
+is a sum over many tokens and two uses, and would be rounded at each addition. The patch
+convolution: it is scaled before its product anyway (`PatchEmbedding`). Norms and biases are small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+class Masters:
+    """The float32 masters of a model's working weights, by name; none by default.
+
+    A master is what an optimizer updates, and its `grad` the sum of the working weight's gradients
+    in float32. `working` are the model's parameters, `weights` their masters, in the same order.
+    """
+
+    def __init__(self, working: dict[str, nn.Parameter] | None = None):
+        self.working = working or {}
+        self.weights = {name: p.detach() for name, p in self.working.items()}
+        self._of: dict[Tensor, Tensor] = {p: self.weights[name] for name, p in self.working.items()}
+
+    def __bool__(self) -> bool:
+        return bool(self.working)
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """Return what an optimizer updates: the parameter's master, or itself without one."""
+        return self._of.get(parameter, parameter)
+
+    def of_all(self, parameters: Iterable[Tensor]) -> list[Tensor]:
+        return [self.of(parameter) for parameter in parameters]
+
+    @torch.no_grad()
+    def add_gradients(self) -> None:
+        """Move the gradients of working weights to their masters, adding in float32."""
+        pairs = zip(self.working.values(), self.weights.values(), strict=True)
+        moved = [(working, master) for working, master in pairs if working.grad is not None]
+        first = [pair for pair in moved if pair[1].grad is None]
+        more = [pair for pair in moved if pair[1].grad is not None]
+        if more:
+            torch._foreach_add_([m.grad for _, m in more], [w.grad for w, _ in more])
+        if first:
+            wide = [torch.empty_like(master) for _, master in first]
+            torch._foreach_copy_(wide, [working.grad for working, _ in first])
+            for (_, master), grad in zip(first, wide, strict=True):
+                master.grad = grad
+        for working, _ in moved:
+            working.grad = None
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """Write the masters, rounded, into the working weights."""
+        if self.working:
+            torch._foreach_copy_(list(self.working.values()), list(self.weights.values()))
+
+
+def work_in_bfloat16(model: nn.Module) -> Masters:
+    """Turn the weights of the model's linear layers, but for the head, into working weights.
+
+    Their float32 memory becomes the masters'. The parameters stay the same objects.
+    """
+    weights = {
+        f"{name}.weight": layer.weight
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and name != "decoder.head"
+    }
+    masters = Masters(weights)
+    for weight in weights.values():
+        weight.data = weight.data.bfloat16()
+    return masters
+
+
+def masters_of(model: object) -> Masters:
+    """Return the masters of a model, compiled or not. A reference model has none."""
+    return getattr(model, "masters", None) or Masters()
