@@ -200,11 +200,11 @@ def _empty_gradients(
 @torch.library.custom_op("nanovlm_fast::linear_cross_entropy_fwd", mutates_args=())
 def linear_cross_entropy_fwd(
     h: Tensor, weight: Tensor, labels: Tensor, chunk: int, h_gradient: bool, weight_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Forward of h (L, H); raises if an argument does not fit.
 
-    Returns loss_sum () float32, count () int64, d h (L, H) in h's dtype and d weight (V, H) in
-    float32. The gradients are those of loss_sum; a gradient that is not asked for is empty.
+    Returns loss_sum () float32, d h (L, H) in h's dtype and d weight (V, H) in float32. The
+    gradients are those of loss_sum; a gradient that is not asked for is empty.
     """
     _check(h, weight, labels, chunk)
     rows = h.shape[0]
@@ -212,7 +212,7 @@ def linear_cross_entropy_fwd(
     with_gradient = h_gradient or weight_gradient
     dh, dweight = _empty_gradients(h, weight, h_gradient, weight_gradient)
     if rows == 0:
-        return h.new_zeros((), dtype=torch.float32), labels.new_zeros(()), dh, dweight.zero_()
+        return h.new_zeros((), dtype=torch.float32), dh, dweight.zero_()
     head = weight.to(h.dtype)
     chunk = triton.cdiv(rows, triton.cdiv(rows, chunk))  # as many chunks, but all of one size
     buffer = h.new_empty((chunk, vocabulary))  # the only logits: every chunk reuses this buffer
@@ -230,13 +230,13 @@ def linear_cross_entropy_fwd(
             torch.mm(logits, head, out=dh[part])
         if weight_gradient:
             _add_product(dweight, logits.t(), h[part], first=start == 0)
-    return losses.sum(), (labels >= 0).sum(), dh, dweight
+    return losses.sum(), dh, dweight
 
 
 @linear_cross_entropy_fwd.register_fake
 def _(h, weight, labels, chunk, h_gradient, weight_gradient):
     dh, dweight = _empty_gradients(h, weight, h_gradient, weight_gradient)
-    return h.new_empty((), dtype=torch.float32), labels.new_empty(()), dh, dweight
+    return h.new_empty((), dtype=torch.float32), dh, dweight
 
 
 @torch.library.custom_op("nanovlm_fast::linear_cross_entropy_bwd", mutates_args=())
@@ -259,12 +259,12 @@ def _setup_context(ctx, inputs, output) -> None:
     _, weight, _, _, ctx.h_gradient, ctx.weight_gradient = inputs
     # The gradients are saved as outputs that require a gradient themselves, so that a second
     # derivative raises an error instead of being silently wrong.
-    ctx.save_for_backward(*output[2:])
+    ctx.save_for_backward(*output[1:])
     ctx.dtype = weight.dtype
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dloss, _dcount, _ddh, _ddweight):
+def _backward(ctx, dloss, _ddh, _ddweight):
     needs_h, needs_weight, *_ = ctx.needs_input_grad
     if needs_h > ctx.h_gradient or needs_weight > ctx.weight_gradient:
         raise RuntimeError(
@@ -297,7 +297,9 @@ def linear_cross_entropy(
     wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (h, weight)]
     h2d = h.reshape(-1, h.shape[-1]).contiguous()
     flat_labels = labels.reshape(-1).contiguous()
-    return linear_cross_entropy_fwd(h2d, weight.contiguous(), flat_labels, chunk, *wanted)[:2]
+    loss_sum = linear_cross_entropy_fwd(h2d, weight.contiguous(), flat_labels, chunk, *wanted)[0]
+    # Outside of the operator: who does not need it, as training, then does not compute it.
+    return loss_sum, (flat_labels >= 0).sum()
 
 
 def make_inputs(

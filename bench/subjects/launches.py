@@ -37,7 +37,9 @@ FREE = frozenset(
     "split split_with_sizes unbind lift_fresh set_ resize_ _local_scalar_dense is_pinned device "
     "_record_function_enter_new _record_function_exit".split()
 )
-COPIES = frozenset("copy_ clone _to_copy cat stack contiguous".split())
+COPIES = frozenset("copy_ clone _to_copy to cat stack contiguous".split())
+# They take a tensor for its shape alone.
+FILLS = frozenset("new_zeros new_ones new_full zeros_like ones_like full_like".split())
 PRODUCTS = frozenset(("mm", "addmm", "bmm"))
 
 # Our kernels that look up rows: pointer -> the pointer whose size bounds the rows that move.
@@ -135,10 +137,14 @@ class Recorder(TorchDispatchMode):
         if name in FREE or (name == "_to_copy" and not results):
             return out
         inputs = tensors_in((args, kwargs))
+        if name == "to" and results[0] is inputs[0]:  # it has that type already
+            return out
         # A result that is an input, written in place, is read only if the operator says so.
         written_in_place = {_place(t) for t in results}
         distinct = {id(t): t for t in inputs}.values()
         read = sum(size(t) for t in distinct if _place(t) not in written_in_place)
+        if name in FILLS:
+            read = 0
         facts: dict[str, Any] = dict(read=read, written=sum(size(t) for t in results))
         if name in PRODUCTS:
             self._enter_product(name, args, kwargs, results[0], facts)

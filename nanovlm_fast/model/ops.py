@@ -76,11 +76,21 @@ def rms_norm(
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    delta_bias: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return the normalised x, or with a residual (normalised sum in x's type, x + residual)."""
+    """Return the normalised x, or with a residual (normalised sum in x's type, the sum).
+
+    The sum is x + residual + delta_bias, in the residual's type; delta_bias (C,) may be None.
+    """
     if residual is None:
         return F.layer_norm(_wide(x), weight.shape, weight, bias, eps).to(x.dtype)
+    if delta_bias is not None:
+        x = x + delta_bias.to(x.dtype)
     residual = x + residual
     normed = F.layer_norm(_wide(residual), weight.shape, weight, bias, eps)
     return normed.to(x.dtype), residual
@@ -195,6 +205,10 @@ class Ops:
     pixel_shuffle_proj: Callable = pixel_shuffle_proj
     embed_splice: Callable = embed_splice
     linear_cross_entropy: Callable = linear_cross_entropy
+    # Whether `layer_norm` adds the bias of the projection before it. The kernel does, and its
+    # backward gives the bias's gradient, which a projection would read its own output's gradient
+    # again for. The compiler's norm would only read more.
+    bias_in_norm: bool = False
     # Rotary and attention in one kernel; plain PyTorch has them as two operations. `in_documents`
     # says whether it takes documents of at most so many tokens, heads of a size, and a type.
     document_attention: Callable | None = None
@@ -267,6 +281,7 @@ def choose_ops(
     asleep = bool(names) and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1"
     return Ops(
         **chosen,
+        bias_in_norm="layer_norm" in names and not asleep,
         kernels=names,
         attention=attend,
         backend=backend,

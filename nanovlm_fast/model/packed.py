@@ -74,7 +74,14 @@ class PatchEmbedding(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    """The reference's block with its residual additions moved into the norms that follow them."""
+    """The reference's block with its residual additions moved into the norms that follow them.
+
+    Where the norms are kernels, the biases of the projections before them go with the additions.
+    """
+
+    # The norm that would add the last bias belongs to the next block. Where weights are sharded,
+    # they are whole only inside their own block: sharding sets this, and the block adds it itself.
+    keeps_last_bias = False
 
     def __init__(self, config: VLMConfig):
         super().__init__()
@@ -83,29 +90,41 @@ class VisionBlock(nn.Module):
         self.ln2 = nn.LayerNorm(config.vit_hidden_dim, eps=config.vit_ln_eps)
         self.mlp = reference.VisionMLP(config)
 
-    def forward(self, ops: Ops, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x and delta, both (N, P, C) -> x and delta after this block.
+    def forward(
+        self, ops: Ops, x: Tensor, delta: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x and delta, both (N, P, C), and a bias (C,) -> the same after this block.
 
-        The first block has no delta. It gets None, as adding zeros would cost a kernel.
+        delta and bias are still to be added to x. The first block has none; it gets None, as
+        adding zeros would cost a kernel.
         """
         if delta is None:
             y = ops.layer_norm(x, self.ln1.weight, self.ln1.bias, self.ln1.eps)
         else:
-            y, x = ops.layer_norm(delta, self.ln1.weight, self.ln1.bias, self.ln1.eps, x)
-        out = self.attend(ops, y)
-        y, x = ops.layer_norm(out, self.ln2.weight, self.ln2.bias, self.ln2.eps, x)
-        return x, self.mlp(y)
+            y, x = ops.layer_norm(delta, self.ln1.weight, self.ln1.bias, self.ln1.eps, x, bias)
+        out, bias = _projected(self.attend(ops, y), self.attn.out_proj, ops.bias_in_norm)
+        y, x = ops.layer_norm(out, self.ln2.weight, self.ln2.bias, self.ln2.eps, x, bias)
+        inner = F.gelu(self.mlp.fc1(y), approximate="tanh")
+        apart = ops.bias_in_norm and not self.keeps_last_bias
+        return x, *_projected(inner, self.mlp.fc2, apart)
 
     def attend(self, ops: Ops, x: Tensor) -> Tensor:
-        """(N, P, C) -> (N, P, C)."""
+        """(N, P, C) -> (N, P, C), before the output projection."""
         attn = self.attn
         patches, width = x.shape[1:]
         by_kernel = ops.in_images(patches, width // attn.n_heads, computed_type(x))
         if not (ops.image_attention and by_kernel):
-            return attn(x, ops.vision_attention)
+            return attn.attend(x, ops.vision_attention)
         # Without the bias, which the kernel adds: its gradient then comes out of the kernel too.
         qkv = F.linear(x, attn.qkv_proj.weight)
-        return attn.out_proj(ops.image_attention(qkv, attn.qkv_proj.bias, attn.n_heads))
+        return ops.image_attention(qkv, attn.qkv_proj.bias, attn.n_heads)
+
+
+def _projected(x: Tensor, layer: nn.Linear, bias_apart: bool) -> tuple[Tensor, Tensor | None]:
+    """The layer's result and None; or its result without the bias, and the bias."""
+    if bias_apart:
+        return F.linear(x, layer.weight), layer.bias
+    return layer(x), None
 
 
 class VisionTransformer(nn.Module):
@@ -120,10 +139,11 @@ class VisionTransformer(nn.Module):
     def forward(self, ops: Ops, images: Tensor) -> Tensor:
         x = ops.in_stream(self.patch_embedding(images))
         delta = None
+        bias = None
         for block in self.blocks:
-            x, delta = run_block(ops.recompute, block, ops, x, delta)
+            x, delta, bias = run_block(ops.recompute, block, ops, x, delta, bias)
         norm = self.layer_norm
-        return ops.layer_norm(delta, norm.weight, norm.bias, norm.eps, x)[0]
+        return ops.layer_norm(delta, norm.weight, norm.bias, norm.eps, x, bias)[0]
 
 
 class ModalityProjector(nn.Module):

@@ -56,15 +56,19 @@ class VisionAttention(nn.Module):
         self.qkv_proj = nn.Linear(config.vit_hidden_dim, 3 * config.vit_hidden_dim)
         self.out_proj = nn.Linear(config.vit_hidden_dim, config.vit_hidden_dim)
 
-    def forward(
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, P, C) -> (B, P, C)."""
+        return self.out_proj(self.attend(x))
+
+    def attend(
         self, x: Tensor, attend: Callable[..., Tensor] = F.scaled_dot_product_attention
     ) -> Tensor:
-        """(B, P, C) -> (B, P, C). The packed model passes an `attend` of its own choice."""
+        """Everything but the output projection: the packed model needs it with other kernels."""
         batch, patches, width = x.shape
         qkv = self.qkv_proj(x).view(batch, patches, 3, self.n_heads, width // self.n_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         out = attend(q, k, v)
-        return self.out_proj(out.transpose(1, 2).reshape(batch, patches, width))
+        return out.transpose(1, 2).reshape(batch, patches, width)
 
 
 class VisionMLP(nn.Module):

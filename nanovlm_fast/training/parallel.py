@@ -40,6 +40,8 @@ def shard_model(model: VisionLanguageModel, compile_blocks: bool) -> None:
     # The views are not changed in place, which is what the warning is about.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
+    for block in model.vision_encoder.blocks:
+        block.keeps_last_bias = True
     # From the inside out: the outermost call takes the parameters that no block has taken.
     for block in blocks:
         fully_shard(block, mesh=mesh)

@@ -24,7 +24,14 @@ from bench.compiled_step import (
 from bench.harness.results import read
 from bench.pages.readme import predictions
 from bench.subjects import step_time
-from bench.subjects.launches import Launch, attention_of, pointers_of, product_of, traffic_of
+from bench.subjects.launches import (
+    Launch,
+    Recorder,
+    attention_of,
+    pointers_of,
+    product_of,
+    traffic_of,
+)
 from bench.subjects.lowered import moves_only, spilled
 from bench.subjects.masked_loads import loads_of
 from bench.subjects.one_gpu import compute_of, floor_of
@@ -191,6 +198,21 @@ def test_our_kernels_move_what_their_cost_says():
     read, written = traffic_of("_rms_norm_fwd_kernel", uses, values)
     moved, _ = rms_norm.cost(m, n, torch.bfloat16, torch.float32)["forward"]
     assert read + written == moved + 4 * n  # cost leaves out the weight
+
+
+def test_what_moves_nothing_is_not_counted():
+    """A conversion to the type that a tensor has; the tensor whose shape alone a fill takes."""
+    recorder = Recorder([])
+    x = torch.empty(4, 4)
+    aten = torch.ops.aten
+    for function, *arguments in (
+        (aten.to.dtype, torch.float32),
+        (aten.to.dtype, torch.bfloat16),
+        (aten.new_zeros.default, [8]),
+    ):
+        recorder.__torch_dispatch__(function, (), (x, *arguments))
+    entered = [(launch.name, launch.read, launch.written) for launch in recorder.launches]
+    assert entered == [("to", 64, 32), ("new_zeros", 0, 32)]
 
 
 CONCATENATION = """

@@ -36,6 +36,15 @@ def test_parity(shape, residual, dtype):
 
 
 @on_the_gpu_too
+@pytest.mark.parametrize("residual", [torch.float32, *DTYPES[:-1]])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_parity_with_the_bias_before_it(shape, residual):
+    """Wide and narrow streams: the bias's gradient is summed before the stream's is rounded."""
+    inputs = make_inputs(*shape, DTYPES[0], DEVICE, residual, with_delta_bias=True)
+    check_parity(layer_norm, layer_norm_reference, inputs)
+
+
+@on_the_gpu_too
 def test_parity_at_nanovlms_size(monkeypatch):
     rows = 50176
     if (
@@ -43,9 +52,8 @@ def test_parity_at_nanovlms_size(monkeypatch):
     ):  # fewer rows and programs of the backward: four rounds here too, the last not full
         rows = 131
         monkeypatch.setattr("nanovlm_fast.kernels.layer_norm.WARPS", 40)
-    check_parity(
-        layer_norm, layer_norm_reference, make_inputs(rows, 768, DTYPES[0], DEVICE, DTYPES[0])
-    )
+    inputs = make_inputs(rows, 768, DTYPES[0], DEVICE, DTYPES[0], with_delta_bias=True)
+    check_parity(layer_norm, layer_norm_reference, inputs)
 
 
 @on_the_gpu_too
@@ -100,30 +108,28 @@ def test_one_output_used_and_gradients_of_stride_zero(used):
 
 
 @on_the_gpu_too
-@pytest.mark.parametrize("residual", STREAMS)
-def test_compile_and_opcheck(residual):
-    inputs = make_inputs(6, 48, DTYPES[0], DEVICE, residual)
+@pytest.mark.parametrize(
+    ("residual", "with_bias"), [(None, False), (torch.float32, False), (torch.float32, True)]
+)
+def test_compile_and_opcheck(residual, with_bias):
+    inputs = make_inputs(6, 48, DTYPES[0], DEVICE, residual, with_delta_bias=with_bias)
     check_compile(layer_norm, inputs)
     x, weight, bias, stream = inputs["x"], inputs["weight"], inputs["bias"], inputs.get("residual")
-    _, h, mean, rstd = layer_norm_fwd(x, weight, bias, 1e-6, stream)
-    opcheck(
-        layer_norm_bwd, torch.randn_like(x), None, x if stream is None else h, weight, mean, rstd
-    )
-    opcheck(
-        layer_norm_fwd,
-        x.requires_grad_(),
-        weight.requires_grad_(),
-        bias.requires_grad_(),
-        1e-6,
-        stream,
-    )
+    delta_bias = inputs.get("delta_bias")
+    _, h, mean, rstd = layer_norm_fwd(x, weight, bias, 1e-6, stream, delta_bias)
+    saved = (x if stream is None else h, weight, mean, rstd, with_bias)
+    opcheck(layer_norm_bwd, torch.randn_like(x), None, *saved)
+    leaves = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    if delta_bias is not None:
+        delta_bias.requires_grad_()
+    opcheck(layer_norm_fwd, *leaves, 1e-6, stream, delta_bias)
 
 
 @pytest.mark.parametrize("residual", STREAMS)
 def test_reference_gradients(residual):
-    check_reference_gradients(
-        layer_norm_reference, make_inputs(3, 5, torch.float32, "cpu", residual)
-    )
+    with_bias = residual is not None
+    inputs = make_inputs(3, 5, torch.float32, "cpu", residual, with_delta_bias=with_bias)
+    check_reference_gradients(layer_norm_reference, inputs)
 
 
 def test_reference_is_pytorchs():
@@ -148,6 +154,12 @@ def test_reference_is_pytorchs():
         ),
         ({"residual": torch.ones(5, 8)}, ValueError, "residual has shape"),
         (
+            {"residual": torch.ones(4, 8), "delta_bias": torch.ones(4)},
+            ValueError,
+            "delta_bias has shape",
+        ),
+        ({"delta_bias": torch.ones(8)}, ValueError, "delta_bias needs a residual"),
+        (
             {"x": torch.ones(4, 0), "weight": torch.ones(0), "bias": torch.ones(0)},
             ValueError,
             "N > 0",
@@ -158,9 +170,7 @@ def test_reference_is_pytorchs():
 def test_wrong_arguments_are_named(change, error, message):
     inputs = {**make_inputs(4, 8, torch.float32, "cpu"), **change}
     with pytest.raises(error, match=message):
-        layer_norm_fwd(
-            inputs["x"], inputs["weight"], inputs["bias"], inputs["eps"], inputs.get("residual")
-        )
+        layer_norm_fwd(**inputs)
 
 
 @pytest.mark.gpu

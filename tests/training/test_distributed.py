@@ -5,10 +5,12 @@ They are real processes, which use gloo on a CPU.
 
 from __future__ import annotations
 
+import copy
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,7 +24,11 @@ from nanovlm_fast.data.sources.registry import load_source
 from nanovlm_fast.data.stream import PackedStream, deal, initial_states, undeal
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
 from nanovlm_fast.data.workers import loader
+from nanovlm_fast.model.ops import choose_ops
+from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.ranks import _store_of_this_start
+from nanovlm_fast.training.parallel import shard_model
+from tests.model.test_parity import batch_of, mixed_samples
 from tests.support import forks
 
 STEPS = 20
@@ -218,6 +224,23 @@ def test_sharding_and_muon_are_refused_together(tmp_path):
         "train.py", *SMALL, "--out", str(tmp_path / "run"), "--shard", "--optimizer", "muon"
     )
     assert result.returncode == 2 and "--shard splits the matrices" in result.stderr
+
+
+def test_sharded_blocks_leave_no_bias_to_the_next(small_config):
+    """A norm that is a kernel adds the bias before it, which a sharded block has freed by then."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        whole = VisionLanguageModel(small_config, choose_ops("layer_norm"))
+        assert whole.ops.bias_in_norm
+        sharded = copy.deepcopy(whole)
+        shard_model(sharded, compile_blocks=False)
+        batch = batch_of(mixed_samples(small_config, 4, np.random.default_rng(1)), small_config)
+        for model in (whole, sharded):
+            model(batch).backward()
+        for ours, theirs in zip(sharded.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_restart_does_not_meet_what_dead_ranks_left(monkeypatch):
