@@ -92,7 +92,9 @@ class VisionBlock(nn.Module):
             y, x = ops.layer_norm(delta, self.ln1.weight, self.ln1.bias, self.ln1.eps, x)
         out = self.attend(ops, y)
         y, x = ops.layer_norm(out, self.ln2.weight, self.ln2.bias, self.ln2.eps, x)
-        return x, self.mlp(y)
+        fc1 = self.mlp.fc1
+        fc2 = self.mlp.fc2
+        return x, ops.gelu_mlp(y, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
 
     def attend(self, ops: Ops, x: Tensor) -> Tensor:
         """(N, P, C) -> (N, P, C)."""
