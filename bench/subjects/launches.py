@@ -69,6 +69,7 @@ class Launch:
     reduces: bool = False
     # A product's (m, k, n); what attention works on, see `attention_of`.
     shape: tuple[int, ...] = ()
+    epilogue: bool = False  # a product of ours that works on its sums before it stores them
     attention: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -305,7 +306,7 @@ def entered_kernels(recorder: Recorder) -> Iterator[None]:
             return
         reduces = "tl.sum(" in self.src or "tl.max(" in self.src
         if shape := product_of(name, values):
-            facts |= dict(shape=shape, flops=2 * math.prod(shape))
+            facts |= dict(shape=shape, flops=2 * math.prod(shape), epilogue="_mlp_" in name)
         recorder.enter(name, "kernel", reduces=reduces, **facts)
 
     with mock.patch.object(JITFunction, "run", run):
@@ -396,6 +397,8 @@ def _origins(expression: ast.AST, origins: dict[str, set[str]]) -> set[str]:
 
 def product_of(name: str, values: dict[str, Any]) -> tuple[int, ...]:
     """(m, k, n) of our kernels that are a matrix product themselves, () of all others."""
+    if name.startswith("_gelu_mlp"):
+        return values["M"], values["K"], values["N"]
     if not name.startswith("_pixel_shuffle_proj"):
         return ()
     rows = values["M"]

@@ -63,6 +63,12 @@ KERNELS = (
         matrix=True,
     ),
     Kernel("swiglu", dict(m=32768, n=1536), dict(m=8, n=32)),
+    Kernel(
+        "gelu_mlp",
+        dict(m=50176, c=768, inner=3072, bias=False),
+        dict(m=8, c=32, inner=64),
+        matrix=True,
+    ),
     Kernel("embed_splice", dict(t=32768, v=49152, c=576, r=256 * 49), dict(t=40, v=50, c=32, r=8)),
     Kernel(
         "pixel_shuffle_proj",

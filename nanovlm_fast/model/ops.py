@@ -15,6 +15,7 @@ width, V vocabulary.
 | `document_attention` | qkv (T, (n_q + 2 n_kv) D), rotary's tables, cu_seqlens | (T, n_q D) |
 | `image_attention` | qkv (N, P, 3 C) and its bias (3 C,) | (N, P, C) |
 | `swiglu` | gate_up (T, 2 I) | (T, I) |
+| `gelu_mlp` | x (N, P, C), weights (I, C) and (C, I), biases (I,) and (C,) or none | (N, P, C) |
 | `pixel_shuffle_proj` | x (B, P, C), weight (N, factor^2 C) | (B, P / factor^2, N) |
 | `embed_splice` | input_ids (T,), table (V, C), image_rows (T,), image_tokens (R, C) | (T, C) |
 | `linear_cross_entropy` | h (T, C), weight (V, C), labels (T,) | two scalars |
@@ -22,6 +23,7 @@ width, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -47,6 +49,7 @@ KERNELS = (
     "document_attention",
     "image_attention",
     "swiglu",
+    "gelu_mlp",
     "pixel_shuffle_proj",
     "embed_splice",
     "linear_cross_entropy",
@@ -59,9 +62,9 @@ KERNELS = (
 AUTO: dict[str, tuple[str, ...]] = {}
 
 # Kernels that contain a matrix product. They follow autocast as PyTorch's own products do: the
-# activations are cast to autocast's type. Their weight is not: the kernel rounds it while loading
-# and returns its gradient unrounded, in float32.
-PRODUCTS = ("pixel_shuffle_proj", "linear_cross_entropy")
+# activations are cast to autocast's type. Their weights are not: each kernel rounds them itself,
+# and returns their gradients in the weights' own type.
+PRODUCTS = ("gelu_mlp", "pixel_shuffle_proj", "linear_cross_entropy")
 
 
 def rms_norm(
@@ -133,6 +136,17 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def gelu_mlp(
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor | None = None
+) -> Tensor:
+    """Return gelu(x @ weight1^T + bias1) @ weight2^T [+ bias2], (..., C), of x (..., C).
+
+    GELU is the tanh approximation, as SigLIP was trained with.
+    """
+    inner = F.gelu(F.linear(x, weight1, bias1), approximate="tanh")
+    return F.linear(inner, weight2, bias2)
+
+
 def pixel_shuffle_proj(
     x: Tensor,
     weight: Tensor,
@@ -202,6 +216,7 @@ class Ops:
     layer_norm: Callable = layer_norm
     rotary: Callable = rotary
     swiglu: Callable = swiglu
+    gelu_mlp: Callable = gelu_mlp
     pixel_shuffle_proj: Callable = pixel_shuffle_proj
     embed_splice: Callable = embed_splice
     linear_cross_entropy: Callable = linear_cross_entropy
@@ -277,6 +292,9 @@ def choose_ops(
         from nanovlm_fast.kernels import image_attention
 
         chosen["in_images"] = image_attention.fits
+    if recompute == "norms_and_activations" and "gelu_mlp" in names:
+        # The kernel's operator is a product, whose results are kept; GELU's is one of them.
+        chosen["gelu_mlp"] = functools.partial(chosen["gelu_mlp"], keep_activation=False)
     # Triton's interpreter runs kernels on a CPU; the tests use it.
     asleep = bool(names) and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1"
     return Ops(
@@ -335,46 +353,34 @@ def _unpacked(packed_rotary: Callable) -> Callable:
 
 
 def _import_kernel(name: str) -> Callable:
-    """Import one kernel.
+    """Return a kernel's function.
 
     The imports stand here and not at the head of the file because a kernel's module imports
     Triton, which a CPU installation may lack and which `--kernels none` does not need.
     """
-    match name:
-        case "rms_norm":
-            from nanovlm_fast.kernels.rms_norm import rms_norm
+    from nanovlm_fast.kernels import (
+        document_attention,
+        embed_splice,
+        gelu_mlp,
+        image_attention,
+        layer_norm,
+        linear_cross_entropy,
+        pixel_shuffle_proj,
+        rms_norm,
+        rotary,
+        swiglu,
+    )
 
-            return rms_norm
-        case "layer_norm":
-            from nanovlm_fast.kernels.layer_norm import layer_norm
-
-            return layer_norm
-        case "rotary":
-            from nanovlm_fast.kernels.rotary import rotary
-
-            return _unpacked(rotary)
-        case "document_attention":
-            from nanovlm_fast.kernels.document_attention import document_attention
-
-            return document_attention
-        case "image_attention":
-            from nanovlm_fast.kernels.image_attention import image_attention
-
-            return image_attention
-        case "swiglu":
-            from nanovlm_fast.kernels.swiglu import swiglu
-
-            return swiglu
-        case "pixel_shuffle_proj":
-            from nanovlm_fast.kernels.pixel_shuffle_proj import pixel_shuffle_proj
-
-            return pixel_shuffle_proj
-        case "embed_splice":
-            from nanovlm_fast.kernels.embed_splice import embed_splice
-
-            return embed_splice
-        case "linear_cross_entropy":
-            from nanovlm_fast.kernels.linear_cross_entropy import linear_cross_entropy
-
-            return linear_cross_entropy
-    raise ValueError(f"there is no kernel {name!r}")
+    kernels: dict[str, Callable] = {
+        "rms_norm": rms_norm.rms_norm,
+        "layer_norm": layer_norm.layer_norm,
+        "rotary": _unpacked(rotary.rotary),
+        "document_attention": document_attention.document_attention,
+        "image_attention": image_attention.image_attention,
+        "swiglu": swiglu.swiglu,
+        "gelu_mlp": gelu_mlp.gelu_mlp,
+        "pixel_shuffle_proj": pixel_shuffle_proj.pixel_shuffle_proj,
+        "embed_splice": embed_splice.embed_splice,
+        "linear_cross_entropy": linear_cross_entropy.linear_cross_entropy,
+    }
+    return kernels[name]

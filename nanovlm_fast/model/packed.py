@@ -104,9 +104,11 @@ class VisionBlock(nn.Module):
             y, x = ops.layer_norm(delta, self.ln1.weight, self.ln1.bias, self.ln1.eps, x, bias)
         out, bias = _projected(self.attend(ops, y), self.attn.out_proj, ops.bias_in_norm)
         y, x = ops.layer_norm(out, self.ln2.weight, self.ln2.bias, self.ln2.eps, x, bias)
-        inner = F.gelu(self.mlp.fc1(y), approximate="tanh")
+        fc1 = self.mlp.fc1
+        fc2 = self.mlp.fc2
         apart = ops.bias_in_norm and not self.keeps_last_bias
-        return x, *_projected(inner, self.mlp.fc2, apart)
+        out = ops.gelu_mlp(y, fc1.weight, fc1.bias, fc2.weight, None if apart else fc2.bias)
+        return x, out, fc2.bias if apart else None
 
     def attend(self, ops: Ops, x: Tensor) -> Tensor:
         """(N, P, C) -> (N, P, C), before the output projection."""

@@ -39,6 +39,7 @@ KEPT_OPERATORS = frozenset(
         "torch_attn::_varlen_attn",
         "nanovlm_fast::document_attention_fwd",
         "nanovlm_fast::image_attention_fwd",
+        "nanovlm_fast::gelu_mlp_fwd",
     }
 )
 
