@@ -29,6 +29,14 @@ def option(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
+# The one conversation format there is: nanoVLM's, without a system prompt. See data/chat.py
+CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% endif %}"
+)
+
+
 class TokenNames(dict[str, str]):
     """Names of special tokens and their text, in the order of their ids; as an option, JSON."""
 

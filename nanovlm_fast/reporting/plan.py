@@ -16,10 +16,10 @@ import torch
 
 from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.data.budget import even_draw
+from nanovlm_fast.data.chat import make_text
 from nanovlm_fast.data.samples import SampleLoader
 from nanovlm_fast.data.sources.registry import is_local, load_source, make_tokenizer
 from nanovlm_fast.data.split import split_off
-from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.device import device_name, pick_device, pick_dtype
 from nanovlm_fast.model.flops import peak_flops, step_flops
 from nanovlm_fast.model.packed import VisionLanguageModel
@@ -151,7 +151,7 @@ def counts(model: VLMConfig, config: TrainConfig) -> Counts:
         tokenizer = make_tokenizer(model, source, local=True)
     except FileNotFoundError as error:
         return Counts(0, None, str(error))
-    text = TextProcessor(tokenizer, model.prompt, model.image_tokens, config.turns)
+    text = make_text(tokenizer, model, config.turns)
     drawn = even_draw(SampleLoader(source, model, config, text))
     lengths = [len(document) for sample in drawn for document in sample.documents]
     example = Example(
