@@ -1,6 +1,6 @@
 """Configuration: the fields of the model (`VLMConfig`) and of a run (`TrainConfig`).
 
-`VLMConfig` has the field names of huggingface/nanoVLM v0.1, so the `config.json` of its checkpoints
+`VLMConfig` has the field names of huggingface/nanoVLM, so the `config.json` of its checkpoints
 can be read. Every field of both classes is an option of `train.py`, and carries its help text and
 its range of values.
 """
