@@ -1,6 +1,6 @@
 """Configuration: the fields of the model (`VLMConfig`) and of a run (`TrainConfig`).
 
-`VLMConfig` has the field names of huggingface/nanoVLM v0.1, so the `config.json` of its checkpoints
+`VLMConfig` has the field names of huggingface/nanoVLM, so the `config.json` of its checkpoints
 can be read. Every field of both classes is an option of `train.py`, and carries its help text and
 its range of values.
 """
@@ -27,6 +27,14 @@ ShareBelowOne = Annotated[float, Range(float, least=0, below=1)]
 def option(default: Any, help: str) -> Any:
     """Declare a field with its default and the help text of its option."""
     return dataclasses.field(default=default, metadata={"help": help})
+
+
+# The one conversation format there is: nanoVLM's, without a system prompt. See data/chat.py
+CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% endif %}"
+)
 
 
 class TokenNames(dict[str, str]):

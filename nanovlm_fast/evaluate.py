@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,9 @@ import numpy as np
 import torch
 
 from nanovlm_fast.command import Parser, add_model_options, reports_errors
-from nanovlm_fast.data.images import load_image
+from nanovlm_fast.data.chat import make_text
+from nanovlm_fast.data.images import Grid
+from nanovlm_fast.data.samples import load_tiles
 from nanovlm_fast.data.sources.example import Example, Scoring, Source
 from nanovlm_fast.data.sources.registry import load_source
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
@@ -112,6 +114,7 @@ def make_prompt(
     model: VisionLanguageModel,
     text: TextProcessor,
     example: Example,
+    grids: Sequence[Grid],
     turn: int,
     mode: str,
     reply_tokens: int = 0,
@@ -124,8 +127,8 @@ def make_prompt(
     """
     question, answer = example.turns[turn]
     before = example.turns[:turn] if mode == "chat" else []
-    prompt = text.document([*before, (question, "")], len(example.images))
-    limit = reply_tokens or len(text.encode(f" {answer}")) + 2
+    prompt = text.document([*before, (question, "")], grids)
+    limit = reply_tokens or text.length(answer) + 2
     if len(prompt) + limit > model.config.lm_max_position_embeddings:
         room = f"the model's {model.config.lm_max_position_embeddings} positions"
         what = f"a prompt of {len(prompt)} tokens and its answer of {limit} are over {room}"
@@ -152,15 +155,15 @@ class Examiner:
     def __post_init__(self) -> None:
         self.scoring = scoring_of(self.source, self.model)
         config = self.model.config
-        self.text = TextProcessor(self.tokenizer, self.scoring.prompt, config.image_tokens)
+        self.text = make_text(self.tokenizer, config, "independent", self.scoring.prompt)
 
     def ask(self, indices: Iterable[int]) -> None:
         """Ask what the examples at `indices` ask, as one batch; their images are encoded once."""
         size = self.model.config.vit_img_size
         device = next(self.model.parameters()).device
         images, questions = self.read_questions(indices)
-        stacked = np.stack(images) if images else np.zeros((0, 3, size, size), np.uint8)
-        pixels = torch.from_numpy(stacked)
+        tiles = np.concatenate(images) if images else np.zeros((0, 3, size, size), np.uint8)
+        pixels = torch.from_numpy(tiles)
         if self.blank_images:
             pixels = torch.full_like(pixels, BLANK)
         eos_id = self.tokenizer.eos_id
@@ -185,39 +188,44 @@ class Examiner:
             self.result.total += 1
 
     def read_questions(self, indices: Iterable[int]) -> tuple[list[np.ndarray], list[Question]]:
-        """Return the examples' images, and their questions, whose `image_rows` index all images.
+        """Return the examples' tiles, and their questions, whose `image_rows` index all tiles.
 
         Examples and questions that cannot be asked are added to `result`.
         """
         images: list[np.ndarray] = []
+        before = 0  # tiles
         questions: list[Question] = []
         for index in indices:
             try:
                 example = self.source[index]
                 if self.mode == "first":
                     example = example.first()
-                size = self.model.config.vit_img_size
-                decoded = [load_image(image, size) for image in example.images]
+                tiles, grids = load_tiles(example.images, self.model.config)
             except ValueError as error:
                 self.result.unreadable.append(str(error))
                 continue
             for turn in range(len(example.turns)):
-                question = self.read_question(example, turn, index)
+                question = self.read_question(example, grids, turn, index)
                 if question is not None:
                     # A document counts the image tokens of its own example; the batch has those
                     # of all.
                     rows = question.prompt.image_rows
-                    rows[rows >= 0] += len(images) * self.text.image_tokens
+                    rows[rows >= 0] += before * self.text.image_tokens
                     questions.append(question)
-            images += decoded
+            images.append(tiles)
+            before += len(tiles)
         return images, questions
 
-    def read_question(self, example: Example, turn: int, index: int) -> Question | None:
+    def read_question(
+        self, example: Example, grids: Sequence[Grid], turn: int, index: int
+    ) -> Question | None:
         """Return one question, or None if it cannot be asked, which is added to `result`."""
         answer = example.turns[turn][1]
         tokens = self.scoring.reply_tokens
         try:
-            prompt, limit = make_prompt(self.model, self.text, example, turn, self.mode, tokens)
+            prompt, limit = make_prompt(
+                self.model, self.text, example, grids, turn, self.mode, tokens
+            )
         except TooLong as error:
             self.result.too_long.append(str(error))
             return None
@@ -286,26 +294,41 @@ def answer_samples(
     """
     config = model.config
     device = next(model.parameters()).device
-    text = TextProcessor(tokenizer, scoring_of(source, model).prompt, config.image_tokens)
+    text = make_text(tokenizer, config, mode, scoring_of(source, model).prompt)
     samples = []
     indices = np.unique(np.linspace(0, len(source) - 1, count).astype(int))
     for i, index in enumerate(indices):
         try:
             example = source[int(index)].first() if mode == "first" else source[int(index)]
-            images = [load_image(image, config.vit_img_size) for image in example.images]
-            if not images or not example.turns:
+            tiles, grids = load_tiles(example.images, config)
+            if not grids or not example.turns:
                 continue
             turn = i % len(example.turns)
-            prompt, limit = make_prompt(model, text, example, turn, mode)
+            prompt, limit = make_prompt(model, text, example, grids, turn, mode)
         except ValueError:
             continue
         room = config.lm_max_position_embeddings - len(prompt)
-        pixels = torch.from_numpy(np.stack(images)).to(device)
+        pixels = torch.from_numpy(tiles).to(device)
         # More than the right answer takes: a wrong answer should be readable too.
         limit = min(max(limit, 20), room)
         (reply,) = generate(model, pixels, [prompt], tokenizer.eos_id, limit)
-        samples.append((images[0], *example.turns[turn], tokenizer.decode(reply).strip()))
+        samples.append(
+            (shown(tiles, grids[0]), *example.turns[turn], tokenizer.decode(reply).strip())
+        )
     return samples
+
+
+def shown(tiles: np.ndarray, grid: Grid) -> np.ndarray:
+    """(3, H, W) uint8: the first image, put together again from its tiles."""
+    rows, columns = grid
+    count = rows * columns
+    if count == 1:
+        return tiles[0]
+    # A tile that shows the whole comes first, if the model has one
+    first = 0 if len(tiles) == count else 1
+    side = tiles.shape[-1]
+    cut = tiles[first : first + count].reshape(rows, columns, 3, side, side)
+    return cut.transpose(2, 0, 3, 1, 4).reshape(3, rows * side, columns * side)
 
 
 def make_parser() -> Parser:

@@ -1,4 +1,4 @@
-"""Exporting checkpoints: to a folder that transformers loads, or one that nanoVLM v0.1 loads.
+"""Exporting checkpoints: to a folder that transformers loads, or one that nanoVLM loads.
 
     python -m nanovlm_fast.export --checkpoint RUN --to transformers --out FOLDER
 
@@ -91,7 +91,7 @@ def make_parser() -> Parser:
     """Return the parser of `python -m nanovlm_fast.export`."""
     parser = Parser(
         prog="python -m nanovlm_fast.export",
-        description="Write a checkpoint for transformers or for nanoVLM v0.1.",
+        description="Write a checkpoint for transformers or for nanoVLM.",
     )
     add_model_options(parser, device=False)
     parser.add_argument("--to", required=True, choices=TARGETS, help="what is to load it")

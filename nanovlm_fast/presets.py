@@ -8,7 +8,49 @@ from __future__ import annotations
 
 from typing import Any
 
-from nanovlm_fast.config import TrainConfig, VLMConfig, fields_of
+from nanovlm_fast.config import CHATML, TrainConfig, VLMConfig, fields_of
+
+
+def position_tokens(side: int) -> dict[str, str]:
+    """The special tokens of a model whose images are cut into at most `side` x `side` tiles."""
+    places = [(row, column) for row in range(1, side + 1) for column in range(1, side + 1)]
+    return {
+        "image_token": "<|image|>",
+        "global_image_token": "<|global_image|>",
+        **{f"r{row}c{column}": f"<row_{row}_col_{column}>" for row, column in places},
+    }
+
+
+# What nanoVLM's models with tiles have in common. A step is 16 packs of 8,192 tokens, as there in
+# its runs of that length; two packs at a time, as there, would fill an H100's memory with the
+# activations of 250 tiles.
+TILES_OF_512: dict[str, Any] = dict(
+    vision="google/siglip2-base-patch16-512",
+    vit_img_size=512,
+    mp_pixel_shuffle_factor=4,
+    max_img_size=2048,
+    resize_to_max_side_len=True,
+    image_mean=0.0,
+    image_std=1.0,
+    vlm_extra_tokens=position_tokens(8),
+    lm_chat_template=CHATML,
+    lm_vocab_size=49152 + 66,
+    lm_max_length=8192,
+    # the run
+    data="HuggingFaceM4/FineVision_concat_shuffled_2",
+    turns="chat",
+    max_steps=80_100,
+    tokens_per_batch=8192,
+    accumulate=16,
+    max_seqlen=8192,
+    look_ahead=512,
+    lr_projector=5.12e-3,
+    lr_vision=5e-5,
+    lr_language=5e-5,
+    clip=1.0,
+    eval="mmstar",
+    compile="default",
+)
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Learns easy-VQA in minutes on a CPU. Muon, because it reached AdamW's final loss in less than
@@ -71,12 +113,39 @@ PRESETS: dict[str, dict[str, Any]] = {
         eval="mmstar",
         compile="default",
     ),
+    # nanoVLM-230M-8k and -460M-8k: images in tiles of 512 pixels, conversations, FineVision.
+    "nanovlm-230m": dict(
+        **TILES_OF_512,
+        language="HuggingFaceTB/SmolLM2-135M-Instruct",
+        lm_tokenizer="HuggingFaceTB/SmolLM2-135M-Instruct",
+    ),
+    "nanovlm-460m": dict(
+        **TILES_OF_512,
+        language="HuggingFaceTB/SmolLM2-360M-Instruct",
+        lm_tokenizer="HuggingFaceTB/SmolLM2-360M-Instruct",
+        lm_hidden_dim=960,
+        lm_inter_dim=2560,
+        lm_n_heads=15,
+        lm_n_kv_heads=5,
+        lm_n_blocks=32,
+    ),
 }
 
-# What an epoch of a data set with `--turns first` holds, so that --dry-run need not read it: the
-# number of examples, and per example the images, tokens (49 of them per image) and labelled tokens.
-COUNTS: dict[str, tuple[int, float, float, float]] = {
-    "HuggingFaceM4/the_cauldron:all45": (1_670_000, 1.0, 81.0, 12.0),
+# What an epoch of a recipe's data with certain `--turns` holds, so that --dry-run need not read it:
+# the number of examples, and per example the images (tiles, where images are cut), tokens (49 of
+# them per image, 65 per tile) and labelled tokens.
+#
+# FineVision has 24 million examples with 17 million images, 90 million turns and 10 billion tokens
+# of answers (its authors' counts). A picture is taken to be 13 tiles, as at 4:3 and 16:9, and what
+# surrounds an answer, the question included, 24 tokens.
+COUNTS: dict[tuple[str, str], tuple[int, float, float, float]] = {
+    ("HuggingFaceM4/the_cauldron:all45", "first"): (1_670_000, 1.0, 81.0, 12.0),
+    ("HuggingFaceM4/FineVision_concat_shuffled_2", "chat"): (
+        24_000_000,
+        17 / 24 * 13,
+        17 / 24 * 13 * 65 + 10_000 / 24 + 90 / 24 * 24,
+        10_000 / 24 + 90 / 24 * 2,
+    ),
 }
 
 # What a data set needs in any preset. easy-VQA: a small model learns colours in seconds, and then

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from nanovlm_fast.config import CHATML, VLMConfig
 from nanovlm_fast.data.text import Images, TextProcessor, Tokenizer, Turn
 from nanovlm_fast.packing.documents import IGNORE, Document
 
@@ -27,6 +28,29 @@ IMAGE = "image_token"  # names in `vlm_extra_tokens`
 GLOBAL = "global_image_token"
 # Text, or the ids of special tokens
 Piece = str | list[int]
+
+
+def make_text(
+    tokenizer: Tokenizer, model: VLMConfig, mode: str, prompt: str | None = None
+) -> TextProcessor:
+    """What makes documents for a model: conversations if it has a template, else its prompt.
+
+    `prompt` replaces the model's own, where it has no template. Raises ValueError for a template
+    other than ChatML's, and if the tokenizer lacks a token.
+    """
+    if not model.lm_chat_template:
+        own = model.prompt if prompt is None else prompt
+        return TextProcessor(tokenizer, own, model.image_tokens, mode)
+    if _plain(model.lm_chat_template) != _plain(CHATML):
+        raise ValueError(
+            f"lm_chat_template: only nanoVLM's ChatML without a system prompt is known, {CHATML!r}"
+        )
+    return ChatProcessor(tokenizer, model.vlm_extra_tokens, model.image_tokens, mode)
+
+
+def _plain(template: str) -> str:
+    """A template without white space and quotes, which may be written in several ways."""
+    return "".join(template.replace("\\n", "").replace('"', "'").split())
 
 
 class ChatProcessor(TextProcessor):
@@ -107,6 +131,9 @@ class ChatProcessor(TextProcessor):
             ids += [*self.encode(said), *piece]
             said = ""
         return ids + self.encode(said)
+
+    def length(self, answer: str) -> int:
+        return len(self._encode_all([[self.start], f"assistant\n{answer}"])) - self.header
 
     def document(self, turns: Sequence[Turn], n_images: Images) -> Document:
         """One document with all turns, `n_images` the images' grids (or how many of one tile)."""

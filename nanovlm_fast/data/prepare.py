@@ -30,6 +30,7 @@ from tqdm import tqdm
 from nanovlm_fast.cli import parse_config
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.config import TrainConfig, VLMConfig
+from nanovlm_fast.data.chat import make_text
 from nanovlm_fast.data.places import absolute_paths
 from nanovlm_fast.data.samples import make_sample
 from nanovlm_fast.data.sources import shards
@@ -56,9 +57,9 @@ class ShardMaker(Dataset):
     A data set, so that the workers of a data loader can run it: these end with their parent.
     """
 
-    def __init__(self, source: Source | None, image_size: int, text: TextProcessor, folder: Path):
+    def __init__(self, source: Source | None, model: VLMConfig, text: TextProcessor, folder: Path):
         self.source = source  # None for a streamed source, whose tasks hold the examples themselves
-        self.image_size = image_size
+        self.model = model
         self.text = text
         self.folder = folder
 
@@ -91,7 +92,7 @@ class ShardMaker(Dataset):
             item = self.source[item]
         # Here too, and not in make_sample alone: the row keeps the turns as well
         example = item.first() if self.text.mode == "first" else item
-        return shards.row_of(make_sample(example, self.image_size, self.text), example.turns)
+        return shards.row_of(make_sample(example, self.model, self.text), example.turns)
 
 
 def finished(folder: Path, plan: dict[str, Any]) -> dict[int, dict[str, Any]]:
@@ -171,7 +172,7 @@ def prepare(model: VLMConfig, train: TrainConfig, args: argparse.Namespace) -> d
             "--streaming reads the data once: give a tokenizer that exists, with --lm-tokenizer"
         )
     tokenizer = make_tokenizer(model, source)
-    text = TextProcessor(tokenizer, model.prompt, model.image_tokens, train.turns)
+    text = make_text(tokenizer, model, train.turns)
     # All that decides what the shards hold: with another plan the folder is refused
     plan = {
         "format": shards.FORMAT,
@@ -198,7 +199,7 @@ def prepare(model: VLMConfig, train: TrainConfig, args: argparse.Namespace) -> d
         note = json.dumps(plan, indent=2)
         shards.replace_file(folder / "plan.json", lambda file: file.write_text(note))
     tokenizer.save(folder)
-    maker = ShardMaker(source, model.vit_img_size, text, folder)
+    maker = ShardMaker(source, model, text, folder)
     made = DataLoader(
         maker,
         batch_size=None,

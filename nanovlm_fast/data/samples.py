@@ -6,10 +6,13 @@ read before. Resuming, and dividing the data between workers, rest on it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
 from nanovlm_fast.config import TrainConfig, VLMConfig
-from nanovlm_fast.data.images import augment, load_image
+from nanovlm_fast.data.images import Grid, augment, load_image, split_image
 from nanovlm_fast.data.sources.example import Example, Source
 from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.packing.documents import Sample
@@ -25,19 +28,37 @@ class TooLong(ValueError):
     """
 
 
-def make_sample(example: Example, image_size: int, text: TextProcessor) -> Sample:
-    """Decode, resize and tokenise an example.
+def load_tiles(images: Sequence[Any], model: VLMConfig) -> tuple[np.ndarray, list[Grid]]:
+    """(tiles of all images in order, the grid of each): what a model sees of an example.
+
+    Tiles are (n, 3, S, S) uint8 with S = vit_img_size, one per image if images are not cut. Raises
+    BadImage if an image cannot be decoded.
+    """
+    size = model.vit_img_size
+    if not model.max_img_size:
+        squares = [load_image(image, size) for image in images]
+        return np.stack(squares) if squares else _no_images(size), [(1, 1)] * len(squares)
+    cut = [split_image(image, model) for image in images]
+    tiles = [tiles for tiles, _ in cut]
+    return np.concatenate(tiles or [_no_images(size)]), [grid for _, grid in cut]
+
+
+def _no_images(size: int) -> np.ndarray:
+    return np.zeros((0, 3, size, size), np.uint8)
+
+
+def make_sample(example: Example, model: VLMConfig, text: TextProcessor) -> Sample:
+    """Decode, resize or cut, and tokenise an example.
 
     Raises ValueError, naming the example, if an image cannot be read or a text not be tokenised.
     """
     example = example.first() if text.mode == "first" else example
     try:
-        images = [load_image(image, image_size) for image in example.images]
-        documents = text.documents(example.turns, len(images))
+        tiles, grids = load_tiles(example.images, model)
+        documents = text.documents(example.turns, grids)
     except ValueError as error:
         raise ValueError(f"{example.name}: {error}") from error
-    stacked = np.stack(images) if images else np.zeros((0, 3, image_size, image_size), np.uint8)
-    return Sample(example.name, stacked, documents)
+    return Sample(example.name, tiles, documents)
 
 
 class SampleLoader:
@@ -107,7 +128,7 @@ class SampleLoader:
         if count * self.model.image_tokens > limit:
             taken = f"{count} images take {count * self.model.image_tokens} tokens"
             raise TooLong(f"{example.name}: {taken}, --lm-max-position-embeddings is {limit}")
-        sample = make_sample(example, self.model.vit_img_size, self.text)
+        sample = make_sample(example, self.model, self.text)
         needed = sample.images.nbytes + 20 * sample.tokens  # id 8, row 4, label 8 bytes per token
         # Never evicted: each epoch reads everything once, so a cache that evicts the least recently
         # used would drop most examples before they come again

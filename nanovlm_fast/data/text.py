@@ -278,6 +278,10 @@ class TextProcessor:
                 self.seen[text] = ids
         return ids
 
+    def length(self, answer: str) -> int:
+        """Tokens of an answer, without the end of sequence."""
+        return len(self.encode(f" {answer}"))
+
     def ask(self, question: str, before: str = "") -> list[int]:
         """Ids of the text `before` and the prompt around the question."""
         special = self.tokenizer.special_tokens

@@ -38,7 +38,19 @@ def step_flops(
     n_pairs: int,
     frozen: Collection[str] = (),
 ) -> int:
-    """Return the model FLOPs of forward and backward.
+    """Return the model FLOPs of forward and backward: the sum of `flops_by_part`."""
+    return sum(flops_by_part(config, n_images, n_tokens, n_labels, n_pairs, frozen).values())
+
+
+def flops_by_part(
+    config: VLMConfig,
+    n_images: int,
+    n_tokens: int,
+    n_labels: int,
+    n_pairs: int,
+    frozen: Collection[str] = (),
+) -> dict[str, int]:
+    """Return the model FLOPs of forward and backward, by vision_encoder, MP and decoder.
 
     Counted are matrix products and attention of the useful work, a multiply-add as 2, by the
     convention of PaLM (Chowdhery et al., 2022, appendix B). Norms, activations and other pointwise
@@ -63,18 +75,18 @@ def step_flops(
     embedding = 3 * config.vit_patch_size**2 * width
     blocks = config.vit_n_blocks * (4 * width * width + 2 * width * config.vit_inter_dim)
     pairs = config.vit_n_blocks * 2 * patches * width  # q k^T, and the weights times v, per patch
-    total = n_images * patches * ((1 + vision) * embedding + (1 + 2 * vision) * (blocks + pairs))
+    tower = n_images * patches * ((1 + vision) * embedding + (1 + 2 * vision) * (blocks + pairs))
 
     # The projector's input needs a gradient only if the tower behind it is trained.
     projection = width * config.mp_pixel_shuffle_factor**2 * config.lm_hidden_dim
-    total += n_images * config.image_tokens * (1 + vision + projector) * projection
+    projected = n_images * config.image_tokens * (1 + vision + projector) * projection
 
     # The gradient of the language model's input is always computed: it leads to the projector.
     width = config.lm_hidden_dim
     kv_width = config.lm_n_kv_heads * config.head_dim
     attention = 2 * width * width + 2 * width * kv_width
     layers = config.lm_n_blocks * (attention + 3 * width * config.lm_inter_dim)
-    total += (2 + language) * (n_tokens * layers + n_labels * width * config.lm_vocab_size)
+    text = (2 + language) * (n_tokens * layers + n_labels * width * config.lm_vocab_size)
     # Attention has no weights: its two products have two inputs each that need a gradient.
-    total += 3 * n_pairs * config.lm_n_blocks * 2 * width
-    return 2 * total
+    text += 3 * n_pairs * config.lm_n_blocks * 2 * width
+    return {"vision_encoder": 2 * tower, "MP": 2 * projected, "decoder": 2 * text}

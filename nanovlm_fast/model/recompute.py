@@ -51,9 +51,15 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def _has_backward(block: torch.nn.Module, args: tuple[Any, ...]) -> bool:
+    """Whether gradients pass through the block: `checkpoint` stores its input even if none do."""
+    tensors = [*block.parameters(), *(arg for arg in args if isinstance(arg, torch.Tensor))]
+    return any(tensor.requires_grad for tensor in tensors)
+
+
 def run_block(policy: str, block: torch.nn.Module, *args: Any) -> Any:
     """Return `block(*args)`, storing for its backward pass only what `policy` says."""
-    if policy == "none" or not torch.is_grad_enabled():
+    if policy == "none" or not torch.is_grad_enabled() or not _has_backward(block, args):
         return block(*args)
     options: dict[str, Any] = {}
     if policy == "norms_and_activations":

@@ -16,15 +16,16 @@ import torch
 
 from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.data.budget import even_draw
+from nanovlm_fast.data.chat import make_text
 from nanovlm_fast.data.samples import SampleLoader
 from nanovlm_fast.data.sources.registry import is_local, load_source, make_tokenizer
 from nanovlm_fast.data.split import split_off
-from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.device import device_name, pick_device, pick_dtype
-from nanovlm_fast.model.flops import peak_flops, step_flops
+from nanovlm_fast.model.flops import PEAK_FLOPS, flops_by_part, peak_flops
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.presets import COUNTS
 
+H100 = "NVIDIA H100 80GB HBM3"
 # Measured and predicted tokens/s by preset and device, which `python -m bench.report` writes. It
 # ships with the package: an installed package has no bench/ beside it.
 RATES = Path(__file__).with_name("rates.json")
@@ -66,13 +67,16 @@ def plan(model: VLMConfig, config: TrainConfig) -> dict[str, str]:
         rows["an epoch"] = f"unknown ({found.origin})"
         rows["a step"] = f"at most {batch:,} tokens"
         return rows
-    each = f"{example.images:.1f} images, {example.tokens:.1f} tokens, {example.labels:.1f} labels"
+    shown = "tiles" if model.max_img_size else "images"
+    each = f"{example.images:.1f} {shown}, {example.tokens:.1f} tokens, {example.labels:.1f} labels"
     rows["an epoch"] = f"{found.examples:,} examples of {each} ({found.origin})"
     # As if every batch were full, which packing comes close to.
     in_step = min(batch / example.tokens, found.examples)  # examples
     steps = config.max_steps or int(np.ceil(config.epochs * found.examples / in_step))
     epochs = steps * in_step / found.examples if config.max_steps else config.epochs
     size = f"{in_step:,.0f} examples, {in_step * example.tokens:,.0f} tokens"
+    if model.max_img_size:
+        size += f", {in_step * example.images:,.0f} tiles"
     rows["steps"] = f"about {steps:,} of {size}; {epochs:.1f} epochs"
     examples = epochs * found.examples
     rows |= compute(model, config, example, in_step, examples)
@@ -99,7 +103,7 @@ def compute(
         "MP": config.lr_projector,
         "decoder": config.lr_language,
     }
-    flops = step_flops(
+    by_part = flops_by_part(
         model,
         n_images=round(in_step * example.images),
         n_tokens=round(in_step * example.tokens),
@@ -107,14 +111,20 @@ def compute(
         n_pairs=round(in_step * example.pairs),
         frozen=[name for name, rate in rates.items() if not rate],
     )
+    flops = sum(by_part.values())
     in_all = flops / in_step * examples
     rows = {"tokens": f"{examples * example.tokens:,.0f}"}
     of_example = f"{scaled(flops / in_step)} an example"
     rows["FLOPs"] = f"{scaled(flops)} a step, {of_example}, {scaled(in_all)} in all"
+    vision, projector, language = (part / flops for part in by_part.values())
+    rows["of these"] = f"vision {vision:.1%}, projector {projector:.1%}, language {language:.1%}"
     device = pick_device(config.device)
     if peak := peak_flops(device, pick_dtype(config.dtype, device)):
         hours = in_all / peak / 3600
         rows["at peak"] = f"{hours:.2f} h if {device_name(device)} did nothing else"
+    elif flops:
+        hours = in_all / PEAK_FLOPS[H100] / 3600
+        rows["at peak"] = f"{hours:.2f} h on {H100} if it did nothing else: a bound, not a forecast"
     return rows
 
 
@@ -138,8 +148,8 @@ def parameters(model: VLMConfig) -> str:
 def counts(model: VLMConfig, config: TrainConfig) -> Counts:
     """The size of an epoch: known for the recipe's data, measured on local data, else unknown."""
     # First, because the recipe's data would take hours to download for a plan.
-    if config.data in COUNTS and config.turns == "first":
-        examples, images, tokens, labels = COUNTS[config.data]
+    if (known := COUNTS.get((config.data, config.turns))) is not None:
+        examples, images, tokens, labels = known
         # As if all examples were as long as their mean.
         pairs = tokens * (tokens + 1) / 2
         return Counts(examples, Example(images, tokens, labels, pairs), "the recipe's counts")
@@ -151,7 +161,7 @@ def counts(model: VLMConfig, config: TrainConfig) -> Counts:
         tokenizer = make_tokenizer(model, source, local=True)
     except FileNotFoundError as error:
         return Counts(0, None, str(error))
-    text = TextProcessor(tokenizer, model.prompt, model.image_tokens, config.turns)
+    text = make_text(tokenizer, model, config.turns)
     drawn = even_draw(SampleLoader(source, model, config, text))
     lengths = [len(document) for sample in drawn for document in sample.documents]
     example = Example(

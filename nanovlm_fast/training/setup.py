@@ -17,12 +17,13 @@ from torch import Tensor
 
 from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.data.budget import measure_budget
+from nanovlm_fast.data.chat import make_text
 from nanovlm_fast.data.samples import SampleLoader
 from nanovlm_fast.data.sources.example import Source
 from nanovlm_fast.data.sources.registry import load_source, make_tokenizer
 from nanovlm_fast.data.split import Split, begin_again, split_run
 from nanovlm_fast.data.stream import PackedStream, deal, initial_states
-from nanovlm_fast.data.text import TextProcessor, Tokenizer
+from nanovlm_fast.data.text import Tokenizer
 from nanovlm_fast.data.workers import usable_cores, workers_for
 from nanovlm_fast.device import (
     autocast_to,
@@ -152,7 +153,7 @@ class Run:
         return make_tokenizer(model, self.train_source)
 
     def _sample_loader(self, model: VLMConfig, config: TrainConfig) -> SampleLoader:
-        text = TextProcessor(self.tokenizer, model.prompt, model.image_tokens, config.turns)
+        text = make_text(self.tokenizer, model, config.turns)
         return SampleLoader(self.train_source, model, config, text)
 
     def _introduce(self, split: Split, resumed: bool) -> None:

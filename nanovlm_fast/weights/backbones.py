@@ -40,6 +40,9 @@ ADJUSTABLE_FIELDS = frozenset(
         "image_std",
         "init",
         "prompt",
+        "max_img_size",
+        "resize_to_max_side_len",
+        "lm_chat_template",
     }
 )
 
@@ -83,6 +86,8 @@ def check_fields(model: VLMConfig, must: dict[str, Any]) -> None:
     for name, value in must.items():
         flag = f"--{name.replace('_', '-')}"
         chosen = getattr(model, name)
+        if name == "vlm_extra_tokens" and not value:
+            continue  # of a model without any: they get new rows
         if name not in ADJUSTABLE_FIELDS and chosen != value:
             raise ValueError(f"{flag} {chosen}: the pretrained weights have {value}")
         if name == "lm_vocab_size" and chosen < value:

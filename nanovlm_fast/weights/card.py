@@ -17,6 +17,7 @@ from nanovlm_fast.data.places import without_path
 from nanovlm_fast.data.text import is_hub_name
 from nanovlm_fast.files import read_json
 from nanovlm_fast.model.packed import VisionLanguageModel
+from nanovlm_fast.weights.folder import fields_to_store
 
 
 def measured(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -77,7 +78,7 @@ takes them for control tokens; pass `split_special_tokens=True` for a question t
 and put the image token before it yourself."""
 
 NANOVLM_USAGE = """```python
-from models.vision_language_model import VisionLanguageModel  # github.com/huggingface/nanoVLM, v0.1
+from models.vision_language_model import VisionLanguageModel  # github.com/huggingface/nanoVLM, TAG
 
 model = VisionLanguageModel.from_pretrained("FOLDER")
 ```
@@ -115,6 +116,7 @@ def usage(target: str, config: VLMConfig, name: str) -> str:
     replacements = {
         "TO_RGB": inspect.getsource(to_rgb).strip(),
         "TOKENIZER": tokenizer,
+        "TAG": "main" if config.vlm_extra_tokens else "v0.1",
         "FOLDER": name,
         # Last, as a prompt may contain any of the words above.
         '"PROMPT"': json.dumps(prompt, ensure_ascii=False),
@@ -156,7 +158,7 @@ def model_card(checkpoint: Path, target: str, model: VisionLanguageModel, name: 
             metric_value=result["seeing"]["accuracy"],
         )
         evals = [score]
-    sizes = dict(vars(config))
+    sizes = fields_to_store(config)
     if not is_hub_name(config.lm_tokenizer):
         del sizes["lm_tokenizer"]  # a path of this machine
     lines += ["## Sizes", "", "```json", json.dumps(sizes, indent=2), "```", ""]

@@ -49,7 +49,7 @@ ORIGIN_FIELDS = (
 V01_FIELDS = {*SUPPORTED_VALUES, *ORIGIN_FIELDS}
 
 # Fields of ours that nanoVLM got after v0.1 (in v0.2 or main). A model as v0.1's has their defaults
-# and is stored without them, as ever.
+# and is stored without them, as ever (`fields_to_store`).
 FIELDS_AFTER_V01 = (
     "max_img_size",
     "resize_to_max_side_len",
@@ -105,10 +105,13 @@ def write_pretrained(
 def fields_to_store(config: VLMConfig) -> dict[str, Any]:
     """The entries of a config.json: all fields, those after v0.1 only where a model uses them."""
     values = dataclasses.asdict(config)
-    defaults = VLMConfig()
-    for name in FIELDS_AFTER_V01:
-        if values[name] == getattr(defaults, name):
-            del values[name]
+    if not config.max_img_size:
+        del values["max_img_size"]
+        del values["resize_to_max_side_len"]
+    if not config.vlm_extra_tokens:
+        del values["vlm_extra_tokens"]
+    if not config.lm_chat_template:
+        del values["lm_chat_template"]
     return values
 
 
@@ -119,8 +122,25 @@ def derived_fields(config: VLMConfig) -> dict[str, int]:
     return dict(zip(DERIVED_FIELDS, values, strict=True))
 
 
-def tokenizer_of(folder: Path, name: str) -> Tokenizer:
-    """Load the tokenizer in `folder`, or else the one that its config.json calls `name`."""
+def tokenizer_of(folder: Path, config: VLMConfig, name: str = "") -> Tokenizer:
+    """Load the tokenizer in `folder`, or else the one that its config.json names.
+
+    With `name`, a hub name or folder, that one. The model's extra tokens are among its entries
+    afterwards: nanoVLM's folders name a tokenizer without them.
+    """
+    tokenizer = Tokenizer.from_hub(name) if name else _own_tokenizer(folder, config.lm_tokenizer)
+    tokenizer.reserve(list(config.vlm_extra_tokens.values()))
+    if len(tokenizer) > config.lm_vocab_size:
+        added = len(config.vlm_extra_tokens)
+        those = f", with {added} extra tokens" if added else ""
+        raise ValueError(
+            f"{folder}: its tokenizer has {len(tokenizer)} ids{those}, the model "
+            f"{config.lm_vocab_size}"
+        )
+    return tokenizer
+
+
+def _own_tokenizer(folder: Path, name: str) -> Tokenizer:
     if (folder / "tokenizer.json").exists():
         return Tokenizer.load(folder)
     # Checked here and not left to the hub's client, which would take minutes to find out that there

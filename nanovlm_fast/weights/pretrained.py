@@ -49,7 +49,7 @@ class VisionLanguageModel(packed.VisionLanguageModel):
         """Write config.json, model.safetensors and, if given, the tokenizer into `folder`.
 
         Existing files are replaced. Layout "nanovlm_fast" keeps every field of the configuration.
-        Layout "nanovlm" is for nanoVLM v0.1's own `from_pretrained` (see `to_nanovlm`). Raises
+        Layout "nanovlm" is for nanoVLM's own `from_pretrained` (see `to_nanovlm`). Raises
         ValueError for any other layout, and for "nanovlm" if the model has a tokenizer of its own
         that is not given.
         """
@@ -76,16 +76,9 @@ def load_pretrained(
     """
     folder = resolve(checkpoint)
     model = load_model(folder)
+    tokenizer = tokenizer_of(folder, model.config, lm_tokenizer)
     if lm_tokenizer:
-        tokenizer = Tokenizer.from_hub(lm_tokenizer)
         model.config = dataclasses.replace(model.config, lm_tokenizer=lm_tokenizer)
-    else:
-        tokenizer = tokenizer_of(folder, model.config.lm_tokenizer)
-    if len(tokenizer) > model.config.lm_vocab_size:
-        raise ValueError(
-            f"{folder}: its tokenizer has {len(tokenizer)} ids, the model "
-            f"{model.config.lm_vocab_size}"
-        )
     return model.to(device), tokenizer
 
 

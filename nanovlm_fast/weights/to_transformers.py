@@ -32,6 +32,11 @@ def to_transformers(folder: Path, model: VisionLanguageModel, tokenizer: Tokeniz
     """
     from transformers import GenerationConfig, SmolVLMForConditionalGeneration
 
+    if model.config.vlm_extra_tokens:
+        raise ValueError(
+            "a model with tokens that stand for images (vlm_extra_tokens) cannot be exported to "
+            "transformers: export --to nanovlm"
+        )
     wrapped = transformers_tokenizer(tokenizer)
     image_id = wrapped.convert_tokens_to_ids(IMAGE_TOKEN)
     rows = max(model.config.lm_vocab_size, image_id + 1)  # the embedding may be full

@@ -59,6 +59,19 @@ def test_parity_at_nanovlms_size(monkeypatch):
 
 
 @on_the_gpu_too
+def test_parity_at_the_size_of_a_tile(monkeypatch):
+    """512 pixels: a shuffle by 4, 12,288 columns in the weight. On a CPU, a corner of the tile."""
+    if DEVICE == "cpu":
+        launch = module._launch
+        monkeypatch.setattr(module, "_launch", lambda n, c, dtype: launch(n, c, torch.bfloat16))
+        inputs = make_inputs(1, 8, 8, 768, 96, 4, DTYPES[0], DEVICE)
+    else:
+        inputs = make_inputs(64, 32, 32, 768, 960, 4, DTYPES[0], DEVICE)
+    assert inputs["weight"].shape[1] == 12_288
+    check_parity(pixel_shuffle_proj, pixel_shuffle_proj_reference, inputs)
+
+
+@on_the_gpu_too
 def test_several_blocks_of_rows_to_a_part(monkeypatch):
     """The weight's gradient in three parts of rows, the last one shorter."""
     monkeypatch.setattr(module, "PROGRAMS", 12)  # for four tiles

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.model import reference
-from nanovlm_fast.model.flops import peak_flops, step_flops
+from nanovlm_fast.model.flops import flops_by_part, peak_flops, step_flops
 from nanovlm_fast.packing.batch import PackedBatch, pack
 from nanovlm_fast.packing.packer import Budget
 from nanovlm_fast.presets import preset
@@ -71,6 +71,17 @@ def test_a_nanovlm_sample_costs_159_gflop():
         == vision + language + head
         == pytest.approx(159e9, rel=0.005)
     )
+
+
+def test_a_tile_of_512_pixels_costs_213_gflop_forward():
+    """A fifth of it is attention over 1,024 patches; the projector's matrix has 12,288 columns."""
+    config, _ = preset("nanovlm-460m")
+    everything = ("vision_encoder", "MP", "decoder")
+    parts = flops_by_part(config, 1, 65, 0, 65 * 66 // 2, everything)
+    attention = config.vit_n_blocks * 2 * 2 * config.grid**4 * config.vit_hidden_dim
+    assert parts["vision_encoder"] == pytest.approx(213e9, rel=0.01)
+    assert attention / parts["vision_encoder"] == pytest.approx(1 / 5, rel=0.1)
+    assert parts["MP"] == 2 * 64 * 12_288 * 960
 
 
 def packed_batch(config: VLMConfig, trimmed: bool = False) -> PackedBatch:

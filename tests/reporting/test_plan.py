@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,37 @@ def test_the_preset_is_v01s_recipe():
         1,
         "HuggingFaceTB/cosmo2-tokenizer",
     )
-    assert config.data in COUNTS and set(PRESETS["nanovlm-222m"]) <= {*vars(config), *vars(model)}
+    assert (config.data, config.turns) in COUNTS and set(PRESETS["nanovlm-222m"]) <= {
+        *vars(config),
+        *vars(model),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("nanovlm-230m", "228,063,936 parameters: vision 86,433,024, projector 7,077,888, "),
+        ("nanovlm-460m", "460,113,984 parameters: vision 86,433,024, projector 11,796,480, "),
+    ],
+)
+def test_the_models_with_tiles_are_planned_without_the_hub(name, parts, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model, config = parse_config(["--preset", name, "--dry-run"])
+    assert model.image_tokens == 64 and len(model.vlm_extra_tokens) == 66
+    assert (config.lr_projector, config.lr_vision, config.lr_language, config.clip) == (
+        5.12e-3,
+        5e-5,
+        5e-5,
+        1.0,
+    )
+    rows = plan(model, config)
+    assert rows["model"].startswith(parts)
+    assert "9.2 tiles" in rows["an epoch"]
+    # 131,072 tokens of 1,105 each; 9.2 tiles of 65 tokens
+    assert rows["steps"].startswith("about 80,100 of 119 examples, 131,072 tokens, 1,092 tiles")
+    shares = [float(part) for part in re.findall(r"([\d.]+)%", rows["of these"])]
+    assert sum(shares) == pytest.approx(100, abs=0.2) and shares[0] > 60
+    assert "h on NVIDIA H100 80GB HBM3" in rows["at peak"] or torch.cuda.is_available()
 
 
 def test_local_data_is_measured():

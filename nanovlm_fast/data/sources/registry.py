@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nanovlm_fast.config import VLMConfig
+from nanovlm_fast.data.chat import END, START
 from nanovlm_fast.data.sources.cauldron import Cauldron
 from nanovlm_fast.data.sources.easy_vqa import EasyVQA
 from nanovlm_fast.data.sources.example import Source
@@ -18,7 +19,7 @@ from nanovlm_fast.data.sources.llava import JsonLines
 from nanovlm_fast.data.sources.mmstar import MMStar
 from nanovlm_fast.data.sources.shards import Prepared
 from nanovlm_fast.data.sources.synthetic import Synthetic
-from nanovlm_fast.data.text import Tokenizer
+from nanovlm_fast.data.text import EOS, Tokenizer
 from nanovlm_fast.paths import at_home
 
 # NAME of --data NAME or NAME:ARGUMENT. Hub names and folders are not in the table; they are read as
@@ -102,13 +103,20 @@ def make_tokenizer(model: VLMConfig, source: Source | None, local: bool = False)
     elif model.lm_tokenizer == "train":
         if source is None:
             raise ValueError("a tokenizer is made from data, and there is none")
-        tokenizer = Tokenizer.train(texts(source, model.prompt), model.lm_vocab_size)
+        # Those of tiles get the last rows, as in nanoVLM's models
+        size = model.lm_vocab_size - len(model.vlm_extra_tokens)
+        if model.lm_chat_template:  # as `ChatProcessor.document` encodes texts
+            said = texts(source, "user\n{question}", "assistant\n{answer}")
+            tokenizer = Tokenizer.train(said, size, (EOS, START, END))
+        else:
+            tokenizer = Tokenizer.train(texts(source, model.prompt), size)
     elif local and not Path(model.lm_tokenizer).is_dir():
         raise FileNotFoundError(
             f"tokenizer {model.lm_tokenizer} is on the hub, and this reads nothing from there"
         )
     else:
         tokenizer = Tokenizer.from_hub(model.lm_tokenizer)
+    tokenizer.reserve(list(model.vlm_extra_tokens.values()))
     if len(tokenizer) > model.lm_vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} entries, --lm-vocab-size is {model.lm_vocab_size}"
@@ -116,8 +124,12 @@ def make_tokenizer(model: VLMConfig, source: Source | None, local: bool = False)
     return tokenizer
 
 
-def texts(source: Source, prompt: str, limit: int = 50_000) -> Iterator[str]:
+def texts(
+    source: Source, prompt: str, reply: str = " {answer}", limit: int = 50_000
+) -> Iterator[str]:
     """Prompts and answers of the first `limit` examples, to train a tokenizer on.
+
+    Answers have a blank before them, as `TextProcessor.document` encodes them.
 
     Unreadable examples are left out here and reported when the stream meets them.
     """
@@ -128,5 +140,4 @@ def texts(source: Source, prompt: str, limit: int = 50_000) -> Iterator[str]:
             continue
         for question, answer in turns:
             yield prompt.format(question=question)
-            # With a blank before it, as `TextProcessor.document` encodes answers
-            yield f" {answer}"
+            yield reply.format(answer=answer)
