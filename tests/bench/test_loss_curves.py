@@ -25,7 +25,8 @@ def test_a_short_run_agrees_and_writes_file_and_picture(tmp_path, capsys):
     curves = {variant: np.array(rows) for variant, rows in result["curves"].items()}
     assert tuple(curves) == VARIANTS and all(rows.shape == (2, 4) for rows in curves.values())
     np.testing.assert_allclose(curves["packed float32"], curves[TRUTH], atol=5e-5)
-    for variant in ("reference bfloat16", "packed bfloat16", STREAM):  # close, but not the same computation
+    # Close, but not the same computation
+    for variant in ("reference bfloat16", "packed bfloat16", STREAM):
         assert 1e-5 < np.abs(curves[variant] - curves[TRUTH]).max() < 0.05
     assert np.abs(curves[TRUTH][0] - curves[TRUTH][1]).min() > 1e-3, (
         "seeds draw other weights and data"
