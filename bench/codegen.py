@@ -4,10 +4,11 @@ python -m bench.codegen                    a table
 python -m bench.codegen --json             the same as JSON
 python -m bench.codegen --only swiglu      selected kernels
 python -m bench.codegen --target sm_80     another GPU; --dtype float16 for sm_75, which has no bf16
+python -m bench.codegen --preset nanovlm-460m    at the sizes of another model
 python -m bench.codegen --write            the table, and the result file that kernels/README.md
                                            is written from
 
-What is compiled is what a training step of nanovlm-222m launches (`subjects/kernel_launches.py`).
+What is compiled is what a training step of the preset launches (`subjects/kernel_launches.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.harness.results import ROOT, facts, write_file
-from bench.subjects.kernel_launches import DTYPES
+from bench.subjects.kernel_launches import DTYPES, PRESET
 from bench.subjects.operators import named
 from nanovlm_fast.command import Parser, reports_errors
 
@@ -119,9 +120,10 @@ def occupancy(registers: int, warps: int, shared: int) -> float:
     return min(by_registers, by_shared, BLOCKS_PER_SM, WARPS_PER_SM // warps) * warps / WARPS_PER_SM
 
 
-def training_launches(dtype: str) -> list[dict[str, Any]]:
+def training_launches(dtype: str, preset: str = PRESET) -> list[dict[str, Any]]:
     """What `kernel_launches` finds. Raises RuntimeError, with its last line, if it fails."""
-    command = [sys.executable, "-m", "bench.subjects.kernel_launches", "--dtype", dtype]
+    options = ["--dtype", dtype, "--preset", preset]
+    command = [sys.executable, "-m", "bench.subjects.kernel_launches", *options]
     # Not in Triton's interpreter, which has no launches to look at.
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
@@ -131,14 +133,14 @@ def training_launches(dtype: str) -> list[dict[str, Any]]:
     return json.loads(done.stdout)
 
 
-def compiled_rows(only: str, dtype: str, target: str) -> list[dict[str, Any]]:
+def compiled_rows(only: str, dtype: str, target: str, preset: str = PRESET) -> list[dict[str, Any]]:
     """One row per launch of the kernels of an --only option, an `error` where one does not compile.
 
     Next to the assembler's output a row holds the launch: types, constants and alignment.
     """
     kernels = {kernel.name: kernel for kernel in named(only)}
     rows = []
-    for launch in training_launches(dtype):
+    for launch in training_launches(dtype, preset):
         if launch["op"] not in kernels:
             continue
         module = importlib.import_module(f"nanovlm_fast.kernels.{launch['op']}")
@@ -185,6 +187,7 @@ def make_parser() -> Parser:
     parser.add_argument("--only", default="", help="kernels, separated by commas")
     parser.add_argument("--target", choices=TARGETS, default=TARGETS[0])
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="type under autocast")
+    parser.add_argument("--preset", default=PRESET, help="whose sizes are compiled")
     parser.add_argument("--write", action="store_true", help="also write the result file")
     parser.add_argument(
         "--out", type=Path, default=ROOT, help="folder of results (default: bench/results)"
@@ -195,14 +198,15 @@ def make_parser() -> Parser:
 @reports_errors(RuntimeError)
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    rows = compiled_rows(args.only, args.dtype, args.target)
+    rows = compiled_rows(args.only, args.dtype, args.target, args.preset)
     print(json.dumps(rows) if args.json else table(rows))
     if args.write:
         device = {"device": f"none: compiled ahead of time for {args.target}"}
         versions = {"triton": triton.__version__, "dtype": args.dtype}
         result = {"suite": "codegen", **facts(torch.device("cpu")), **device, **versions}
         folder = f"{args.target.replace('_', '-')}-ahead-of-time"
-        written = write_file(args.out / folder / "codegen.json", result | {"kernels": rows})
+        name = "codegen" if args.preset == PRESET else f"codegen_{args.preset}"
+        written = write_file(args.out / folder / f"{name}.json", result | {"kernels": rows})
         print(f"written: {written}")
     return int(any("error" in row for row in rows))
 

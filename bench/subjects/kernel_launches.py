@@ -1,8 +1,8 @@
 """Which specialisations of our Triton kernels a training step launches: types, sizes, alignment.
 
-python -m bench.subjects.kernel_launches [--dtype bfloat16]       prints them as one JSON list
+python -m bench.subjects.kernel_launches [--dtype bfloat16] [--preset nanovlm-222m]    as JSON
 
-The step is the model's own: nanovlm-222m, with the training run's real shapes and every kernel on,
+The step is the model's own: a preset's, with the training run's real shapes and every kernel on,
 forward and backward under autocast, on a pretended H100 (`fake_h100`). At each launch Triton works
 out what it would compile for these arguments, and is stopped there. Nothing is written by hand, so
 what is compiled ahead of time is what training will ask for.
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from nanovlm_fast.config import VLMConfig
     from nanovlm_fast.packing.batch import PackedBatch
 
+PRESET = "nanovlm-222m"
 DTYPES = ("bfloat16", "float16")
 # A batch of nanovlm-222m's order of magnitude, not the one that its budgets make: what is compiled
 # depends on these only through their divisibility by 16. The widths come from the preset.
@@ -65,7 +66,7 @@ STEPS = (
 )
 
 
-def launches(dtype_name: str) -> list[dict[str, Any]]:
+def launches(dtype_name: str, preset_name: str = PRESET) -> list[dict[str, Any]]:
     """Return the distinct launches of all `STEPS`.
 
     Each is {op, kernel, signature, constants, aligned, num_warps, num_stages}: `signature` maps
@@ -77,7 +78,7 @@ def launches(dtype_name: str) -> list[dict[str, Any]]:
 
     from nanovlm_fast.presets import preset
 
-    config = dataclasses.replace(preset("nanovlm-222m")[0], vit_n_blocks=LAYERS, lm_n_blocks=LAYERS)
+    config = dataclasses.replace(preset(preset_name)[0], vit_n_blocks=LAYERS, lm_n_blocks=LAYERS)
     dtype = getattr(torch, dtype_name)
     found: dict[str, dict[str, Any]] = {}
     with recorded(lambda launch: found.setdefault(json.dumps(launch), launch)):
@@ -206,12 +207,14 @@ def make_parser() -> Parser:
     about = __doc__.splitlines()[0]
     parser = Parser(prog="python -m bench.subjects.kernel_launches", description=about)
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
+    parser.add_argument("--preset", default=PRESET)
     return parser
 
 
 @reports_errors()
 def main(argv: list[str] | None = None) -> int:
-    print(json.dumps(launches(make_parser().parse_args(argv).dtype)))
+    args = make_parser().parse_args(argv)
+    print(json.dumps(launches(args.dtype, args.preset)))
     return 0
 
 

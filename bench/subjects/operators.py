@@ -75,6 +75,11 @@ KERNELS = (
         dict(batch=256, height=14, width=14, channels=768, n=576, factor=2),
         dict(batch=2, height=4, width=4, channels=32, n=16, factor=2),
         matrix=True,
+        also={
+            "64 tiles of 512 pixels": dict(
+                batch=64, height=32, width=32, channels=768, n=960, factor=4
+            )
+        },
     ),
     Kernel(
         "linear_cross_entropy",

@@ -48,6 +48,22 @@ def test_every_kernel_of_a_training_step_is_what_it_should_be(version):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_projection_of_512_pixel_tiles_is_what_it_should_be():
+    """A shuffle by 4 into 960 channels, and into 576: 12,288 columns of the weight."""
+    for preset, channels in (("nanovlm-460m", 960), ("nanovlm-230m", 576)):
+        launches = training_launches("bfloat16", preset)
+        ours = [la for la in launches if la["op"] == "pixel_shuffle_proj"]
+        assert {la["constants"]["S"] for la in ours} == {4}
+        assert {la["constants"]["N"] for la in ours} == {channels}
+    options = ["--json", "--only", "pixel_shuffle_proj", "--preset", "nanovlm-460m"]
+    result = run_python("-m", "bench.codegen", *options)
+    rows = json.loads(result.stdout.splitlines()[-1])
+    assert result.returncode == 0 and len({row["kernel"] for row in rows}) == 3, result.stderr
+    assert not {row["kernel"]: problems(row) for row in rows if problems(row)}
+
+
+@pytest.mark.slow
 def test_what_is_compiled_is_what_training_launches():
     """Every kernel of the folder, and the cases that a list by hand had wrong."""
     launches = training_launches("bfloat16")
