@@ -42,7 +42,7 @@ from bench.harness.results import write
 from bench.harness.tables import line
 from bench.harness.timing import interleave, summary
 from bench.subjects.variants import Judge, Packed, Padded, Recipe, Step, Workbench, ablation
-from bench.subjects.workload import load_work
+from bench.subjects.workload import default_data, load_work
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import pick_device, pick_dtype
 from nanovlm_fast.model.attention import VISION_BACKENDS
@@ -340,7 +340,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--data",
         default="",
-        help="as for train.py, or cauldron_like; default: easy_vqa for tiny, else cauldron_like",
+        help="as for train.py, cauldron_like or finevision_like; default: what suits the preset",
     )
     parser.add_argument(
         "--samples",
@@ -389,7 +389,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     on_gpu = args.device.startswith("cuda")
     args.variants = () if args.no_ablation else tuple(args.variants.split(","))
     args.budget_s = args.budget_s or (240.0 if on_gpu else 600.0)
-    args.data = args.data or ("easy_vqa" if args.preset == "tiny" else "cauldron_like")
+    args.data = args.data or default_data(args.preset)
     if args.compile == "auto":
         args.compile = "reduce-overhead" if on_gpu else "none"
     if args.compile == "reduce-overhead" and not on_gpu:

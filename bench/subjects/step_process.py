@@ -127,12 +127,15 @@ def _budget_and_batch(
     preset_name: str, config: VLMConfig, train: TrainConfig
 ) -> tuple[Budget, PackedBatch]:
     """The budgets that a run measures on its data, and one real batch that was packed for them."""
-    from bench.subjects.workload import load_work
+    from bench.subjects.workload import finevision_like, load_work
     from nanovlm_fast.data.budget import LABEL_MULTIPLE
     from nanovlm_fast.packing.batch import pack
     from nanovlm_fast.packing.packer import Budget, Packer
 
-    samples = load_work(preset_name, samples=DRAWN).samples
+    if config.max_img_size:
+        samples = finevision_like(config, DRAWN, blank=True)
+    else:
+        samples = load_work(preset_name, samples=DRAWN).samples
     longest = train.max_seqlen or config.lm_max_position_embeddings
     fitting = [s for s in samples if max(map(len, s.documents)) <= longest]
     multiple = LABEL_MULTIPLE["cuda"]

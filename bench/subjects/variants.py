@@ -33,7 +33,7 @@ from nanovlm_fast.model import reference
 from nanovlm_fast.model.ops import choose_ops
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.model.recompute import POLICIES
-from nanovlm_fast.packing.batch import PackedBatch, pack, pad
+from nanovlm_fast.packing.batch import PackedBatch, pack, pad, pad_whole
 from nanovlm_fast.packing.documents import IGNORE, Document, Sample
 from nanovlm_fast.packing.packer import Budget
 from nanovlm_fast.training.feed import Feed
@@ -129,10 +129,15 @@ class NanoVLMModel(reference.VisionLanguageModel):
     """
 
     def forward(  # type: ignore[override]  # nanoVLM's loss alone, not (logits, loss)
-        self, input_ids: Tensor, images: Tensor, attention_mask: Tensor, targets: Tensor
+        self,
+        input_ids: Tensor,
+        images: Tensor,
+        attention_mask: Tensor,
+        targets: Tensor,
+        image_rows: Tensor | None = None,
     ) -> Tensor:
         """The mean cross-entropy over labelled positions."""
-        logits = self.decoder.head(self.hidden(input_ids, images, attention_mask))
+        logits = self.decoder.head(self.hidden(input_ids, images, attention_mask, image_rows))
         logits = logits[:, -input_ids.shape[1] :].reshape(-1, logits.shape[-1])
         return F.cross_entropy(logits, targets.reshape(-1), ignore_index=IGNORE)
 
@@ -166,15 +171,29 @@ class Padded(Step):
 
     def __init__(self, bench: Workbench, compiled: bool = False):
         assert bench.padded is not None
-        config = bench.work.config
         self.bench = bench
         self.padded = bench.padded
         self.model = bench.padded
-        batch = pad(bench.work.samples, bench.work.text_length)
-        pixels = reference.normalise(batch.images, config)
-        self.rows = batch.input_ids, pixels, batch.attention_mask, batch.targets
+        self.rows = self.laid_out(bench.work.samples)
         self.run_model: Callable = torch.compile(self.padded) if compiled else self.padded
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0)
+
+    def laid_out(self, samples: list[Sample]) -> tuple[Tensor, ...]:
+        """The arguments of the model's forward, on the host."""
+        work = self.bench.work
+        if work.interleaved:
+            batch = pad_whole([(s, document) for s in samples for document in s.documents])
+        else:
+            batch = pad(samples, work.text_length)
+        pixels = reference.normalise(batch.images, work.config)
+        rows = batch.input_ids, pixels, batch.attention_mask, batch.targets
+        return rows if batch.image_rows is None else (*rows, batch.image_rows)
+
+    def slices(self) -> Iterable[tuple[Tensor, ...]]:
+        """Rows that together are those of the batch, a few at a time."""
+        if self.bench.work.interleaved:  # whose images belong to no row by their place
+            return (self.laid_out([sample]) for sample in self.bench.work.samples)
+        return zip(*(tensor.split(SLICE) for tensor in self.rows), strict=True)
 
     def backward(self) -> Tensor:
         # From pageable memory, without a copy ahead: v0.1 has neither.
@@ -198,13 +217,13 @@ class Padded(Step):
         total = self.bench.work.counts["labels"]
         device = self.bench.device
         loss_sum = 0.0
-        for rows in zip(*(tensor.split(SLICE) for tensor in self.rows), strict=True):
-            input_ids, pixels, mask, targets = (tensor.to(device) for tensor in rows)
+        for rows in self.slices():
+            input_ids, pixels, mask, targets, *places = (tensor.to(device) for tensor in rows)
             if not (labelled := int((targets != IGNORE).sum())):
                 continue  # the mean over no label would be NaN
             with autocast_to(dtype, device)():
                 _, mean = reference.VisionLanguageModel.forward(
-                    self.padded, input_ids, pixels, mask, targets
+                    self.padded, input_ids, pixels, mask, targets, *places
                 )
             assert mean is not None
             (mean * (labelled / total)).backward()

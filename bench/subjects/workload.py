@@ -6,6 +6,10 @@ answers (including the end of the sequence) with a median of 7.5 and a sigma of 
 nanoVLM's 79 text tokens is cut. A sample then has 78 tokens on average, 12 of them labelled, and
 39% of rows of 128 are padding. Pixels and token ids are noise. On request an image has several
 questions, or every text has the median lengths, so that no row needs padding.
+
+For models that cut images into tiles it is `finevision_like`, one conversation per sample. Its
+means are those that FineVision's authors give: 0.7 images, 3.75 turns and 417 tokens of answers.
+The shapes of the pictures and the spread of the lengths are assumptions: see the constants.
 """
 
 from __future__ import annotations
@@ -17,9 +21,10 @@ from functools import cached_property
 import numpy as np
 
 from nanovlm_fast.config import TrainConfig, VLMConfig
+from nanovlm_fast.data.chat import make_text
+from nanovlm_fast.data.images import Grid, grid_of, tiles_of
 from nanovlm_fast.data.samples import SampleLoader
-from nanovlm_fast.data.sources.registry import load_source, texts
-from nanovlm_fast.data.text import TextProcessor, Tokenizer
+from nanovlm_fast.data.sources.registry import load_source, make_tokenizer
 from nanovlm_fast.model.flops import step_flops
 from nanovlm_fast.packing.documents import IGNORE, Document, Sample
 from nanovlm_fast.presets import preset
@@ -27,6 +32,13 @@ from nanovlm_fast.presets import preset
 # Median and sigma of log-normal lengths, in tokens.
 PROMPT = (16.0, 0.4)
 ANSWER = (7.5, 1.0)
+# Of finevision_like: how many images a conversation has, and their pixels, each with its share.
+IMAGES = {0: 0.34, 1: 0.62, 2: 0.03, 4: 0.01}
+PIXELS = {(640, 480): 0.4, (480, 640): 0.15, (800, 800): 0.2, (1280, 720): 0.15, (1000, 500): 0.1}
+TURNS = 3.75  # the mean of a geometric distribution
+QUESTION = (16.0, 0.5)  # median and sigma, in tokens, as above
+REPLY = (42.0, 1.4)
+MARKS = 4  # tokens around each question and each reply
 SHORTEST_PROMPT = 6  # "Question: why? Answer:"
 SHORTEST_ANSWER = 2  # a word and the end of the sequence
 
@@ -48,6 +60,11 @@ class Work:
         return [document for sample in self.samples for document in sample.documents]
 
     @property
+    def interleaved(self) -> bool:
+        """Whether image tokens stand among the text, and not before it."""
+        return bool(self.config.vlm_extra_tokens)
+
+    @property
     def text_length(self) -> int:
         """Text tokens to which the reference pads every row."""
         longest = max(int((document.image_rows < 0).sum()) for document in self.documents)
@@ -56,6 +73,8 @@ class Work:
     @property
     def row_length(self) -> int:
         """Image and text tokens of a padded row."""
+        if self.interleaved:
+            return max(len(document) for document in self.documents)
         shown = max(int((document.image_rows >= 0).sum()) for document in self.documents)
         return shown + self.text_length
 
@@ -102,12 +121,12 @@ def load_work(
 ) -> Work:
     """Work for a preset.
 
-    Empty and zero options mean defaults. `data`: easy_vqa for tiny, else cauldron_like. `samples`:
-    32 of a data set; of cauldron_like 256 on a GPU and 16 on a CPU. `layers`: the preset's. Raises
-    ValueError for an unknown preset or data set, and for negative numbers.
+    Empty and zero options mean defaults. `data`: see `default_data`. `samples`: 32 of a data set,
+    of cauldron_like 256 on a GPU and 16 on a CPU, of finevision_like 8 and 2. `layers`: the
+    preset's. Raises ValueError for an unknown preset or data set, and for negative numbers.
     """
     config, train = preset(preset_name)
-    data = data or ("easy_vqa" if preset_name == "tiny" else "cauldron_like")
+    data = data or default_data(preset_name)
     for option, value in (("samples", samples), ("layers", layers)):
         if value < 0:
             raise ValueError(f"--{option} must be positive, or 0 for the default, got {value}")
@@ -116,14 +135,25 @@ def load_work(
     if data == "cauldron_like":
         samples = samples or (256 if on_gpu else 16)
         return Work(config, cauldron_like(config, samples, seed), train)
+    if data == "finevision_like":
+        return Work(config, finevision_like(config, samples or (8 if on_gpu else 2), seed), train)
     source = load_source(data, "train")
-    tokenizer = Tokenizer.train(texts(source, config.prompt), config.lm_vocab_size)
-    text = TextProcessor(tokenizer, config.prompt, config.image_tokens, "independent")
+    # One of the hub's would have to be downloaded.
+    tokenizer = make_tokenizer(dataclasses.replace(config, lm_tokenizer="train"), source)
+    text = make_text(tokenizer, config, "independent")
     # All questions of an image and no augmentation: every variant gets the same work.
     train = dataclasses.replace(train, data=data, questions_per_image=0, augment="none", seed=seed)
     load = SampleLoader(source, config, train, text)
     count = min(samples or 32, len(source))
     return Work(config, [load(position) for position in range(count)], train)
+
+
+def default_data(preset_name: str) -> str:
+    """What a preset trains on here: data that ships with a package, else documents like its own."""
+    config, train = preset(preset_name)
+    if not train.data.startswith("HuggingFaceM4/"):
+        return train.data
+    return "finevision_like" if config.max_img_size else "cauldron_like"
 
 
 def draw_lengths(
@@ -174,3 +204,63 @@ def noise(rng: np.random.Generator, config: VLMConfig, prompt: int, answer: int)
     # A position is labelled with the token that follows it.
     labels[-answer - 1 : -1] = ids[-answer:]
     return Document(ids, rows, labels)
+
+
+def finevision_like(
+    config: VLMConfig, count: int, seed: int = 0, blank: bool = False
+) -> list[Sample]:
+    """`count` conversations about images that are cut into tiles; deterministic.
+
+    Raises ValueError for a model without tokens for tiles. `blank`: pixels are zeros without
+    memory, to draw many samples whose sizes alone matter.
+    """
+    if not config.max_img_size:
+        raise ValueError("finevision_like cuts images into tiles, which this model does not take")
+    rng = np.random.default_rng(seed)
+    sizes = list(PIXELS)
+    samples = []
+    for i in range(count):
+        number = int(rng.choice(list(IMAGES), p=list(IMAGES.values())))
+        drawn = rng.choice(len(sizes), number, p=list(PIXELS.values()))
+        grids = [grid_of(*sizes[which], config) for which in drawn]
+        document = conversation(rng, config, grids)
+        size = config.vit_img_size
+        shape = (sum(tiles_of(grid, config) for grid in grids), 3, size, size)
+        zeros = np.broadcast_to(np.zeros((), np.uint8), shape)
+        tiles = zeros if blank else rng.integers(0, 256, shape, dtype=np.uint8)
+        samples.append(Sample(f"finevision_like/{i}", tiles, [document]))
+    return samples
+
+
+def conversation(rng: np.random.Generator, config: VLMConfig, grids: list[Grid]) -> Document:
+    """Tiles behind the tokens of their places, then turns of random text with labelled replies.
+
+    As many turns as the model has positions for, at least one.
+    """
+    base = config.lm_vocab_size - len(config.vlm_extra_tokens)
+    ids_of = {name: base + number for number, name in enumerate(config.vlm_extra_tokens)}
+    tile = [ids_of["image_token"]] * config.image_tokens
+    ids: list[int] = []
+    for rows, columns in grids:
+        if config.has_global_tile:
+            ids += [ids_of["global_image_token"], *tile]
+        if (rows, columns) != (1, 1) or not config.has_global_tile:
+            for place in range(rows * columns):
+                name = f"r{place // columns + 1}c{place % columns + 1}"
+                ids += [ids_of[name], *tile]
+    labelled = [False] * len(ids)
+    for turn in range(int(rng.geometric(1 / TURNS))):
+        medians = np.array([QUESTION, REPLY])
+        lengths = np.rint(rng.lognormal(np.log(medians[:, 0]), medians[:, 1])).astype(int)
+        asked, said = lengths.clip(1, 2048) + MARKS
+        if turn and len(ids) + asked + said > config.lm_max_position_embeddings:
+            break
+        ids += rng.integers(0, base, asked + said).tolist()
+        labelled += [False] * asked + [True] * said
+    input_ids = np.array(ids, np.int64)
+    rows_of = np.full(len(ids), -1, np.int32)
+    (shown,) = np.nonzero(input_ids == ids_of["image_token"])
+    rows_of[shown] = np.arange(len(shown))
+    # A position is labelled with the token that follows it.
+    targets = np.where(labelled, input_ids, IGNORE)
+    return Document(input_ids, rows_of, np.append(targets[1:], IGNORE))

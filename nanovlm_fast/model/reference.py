@@ -269,12 +269,23 @@ class VisionLanguageModel(nn.Module):
         init_weights(self, config)
 
     def hidden(
-        self, input_ids: Tensor, images: Tensor | None, attention_mask: Tensor | None
+        self,
+        input_ids: Tensor,
+        images: Tensor | None,
+        attention_mask: Tensor | None,
+        image_rows: Tensor | None = None,
     ) -> Tensor:
-        """Return (B, image tokens + S, C): normalised hidden states; arguments as in `forward`."""
+        """Return normalised hidden states; arguments as in `forward`.
+
+        They are (B, image tokens + S, C), and (B, S, C) with `image_rows`.
+        """
         x = self.decoder.token_embedding(input_ids)
         valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if images is not None:
+        if images is not None and image_rows is not None:
+            image_tokens = self.MP(self.vision_encoder(images)).flatten(0, 1)
+            shown = image_tokens[image_rows.clamp(min=0)].to(x.dtype)
+            x = torch.where(image_rows[..., None] >= 0, shown, x)
+        elif images is not None:
             batch = input_ids.shape[0]
             image_tokens = self.MP(self.vision_encoder(images.reshape(-1, *images.shape[-3:])))
             image_tokens = image_tokens.reshape(batch, -1, x.shape[-1])
@@ -288,6 +299,7 @@ class VisionLanguageModel(nn.Module):
         images: Tensor | None,
         attention_mask: Tensor | None = None,
         targets: Tensor | None = None,
+        image_rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the logits of the text positions and, given targets, the mean cross-entropy.
 
@@ -296,11 +308,13 @@ class VisionLanguageModel(nn.Module):
             images: (B, 3, H, W) or (B, N, 3, H, W) normalised pixels, or None for text alone.
             attention_mask: (B, S), 1 for real tokens; None if all are.
             targets: (B, S) int64, the *next* token of each position, or -100 for no label.
+            image_rows: where image tokens stand among the text, as nanoVLM has them after v0.1:
+                (B, S), rows of the tokens of all `images` (N, 3, H, W), or -1. None: before it.
 
         Returns:
             Logits (B, S, V), and a scalar or None.
         """
-        hidden = self.hidden(input_ids, images, attention_mask)
+        hidden = self.hidden(input_ids, images, attention_mask, image_rows)
         logits = self.decoder.head(hidden[:, -input_ids.shape[1] :])
         if targets is None:
             return logits, None

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanovlm_fast.packing.documents import IGNORE, Sample
+from nanovlm_fast.packing.documents import IGNORE, Document, Sample
 from nanovlm_fast.packing.packer import Budget
 
 
@@ -159,13 +159,15 @@ def pack(samples: list[Sample], budget: Budget, image_tokens: int, image_size: i
 class PaddedBatch:
     """What the reference takes, B documents of S text tokens.
 
-    One row per document, its images repeated in each, text padded on the left as nanoVLM v0.1 does.
+    One row per document, its images repeated in each, padded on the left as nanoVLM does.
     """
 
     input_ids: Tensor  # (B, S) int64
-    images: Tensor  # (B, n, 3, H, W) uint8
+    images: Tensor  # (B, n, 3, H, W) uint8; with image_rows (N, 3, H, W), those of all rows
     attention_mask: Tensor  # (B, S) int64
     targets: Tensor  # (B, S) int64, -100 where there is no loss
+    # (B, S) int64, rows of the tokens of all images, -1 for text; None: images precede the text
+    image_rows: Tensor | None = None
 
 
 def pad(samples: list[Sample], length: int) -> PaddedBatch:
@@ -193,4 +195,29 @@ def pad(samples: list[Sample], length: int) -> PaddedBatch:
         images=torch.from_numpy(images),
         attention_mask=torch.from_numpy(mask),
         targets=torch.from_numpy(targets),
+    )
+
+
+def pad_whole(documents: list[tuple[Sample, Document]]) -> PaddedBatch:
+    """Documents with their image tokens where they stand, padded to the longest."""
+    shape = (len(documents), max(len(document) for _, document in documents))
+    input_ids = np.zeros(shape, np.int64)
+    mask = np.zeros(shape, np.int64)
+    targets = np.full(shape, IGNORE, np.int64)
+    image_rows = np.full(shape, -1, np.int64)
+    shown = 0  # image tokens of the rows before
+    for row, (_, document) in enumerate(documents):
+        start = shape[1] - len(document)
+        input_ids[row, start:] = document.input_ids
+        mask[row, start:] = 1
+        targets[row, start:] = document.labels
+        own = document.image_rows
+        image_rows[row, start:] = np.where(own >= 0, own + shown, -1)
+        shown += int((own >= 0).sum())
+    return PaddedBatch(
+        input_ids=torch.from_numpy(input_ids),
+        images=torch.from_numpy(np.concatenate([sample.images for sample, _ in documents])),
+        attention_mask=torch.from_numpy(mask),
+        targets=torch.from_numpy(targets),
+        image_rows=torch.from_numpy(image_rows),
     )
