@@ -8,6 +8,9 @@ any number of questions. Three cases are therefore measured: one question per im
 one length, where neither helps; one question per image in rows of 79 text tokens, as v0.1 trains;
 and ten questions per image. v0.1's own collator lays out its rows. A CPU gets two layers per tower.
 
+A checkout with tiles is first compared on whole conversations (bench/peers), and `--conversations`
+does nothing else.
+
 None of nanoVLM's code is here. A separate process imports it from the checkout;
 bench/peer_process.py says what it needs there. Two details of v0.1 differ from ours on padded rows:
 it counts positions through the padding, and masks the padding only where its attention kernel does.
@@ -40,6 +43,7 @@ from bench.harness.processes import in_a_process, peak_of
 from bench.harness.results import write
 from bench.harness.tables import Rows, lined_up
 from bench.harness.timing import Difference, difference, interleave, summary
+from bench.peers import conversations
 from bench.subjects.peer_process import NEEDED, serve
 from bench.subjects.variants import Packed, Recipe, Workbench
 from bench.subjects.workload import Work, cauldron_like, load_work
@@ -229,6 +233,8 @@ def compare(args: argparse.Namespace) -> dict:
         "nanovlm": {},
         "cases": cases,
     }
+    if conversations.has_conversations(args.nanovlm):
+        result["conversations"] = conversations.compare(args.nanovlm)
     with tqdm(total=4 * len(args.cases), leave=False) as bar:
 
         def progress(case: Case, what: str) -> None:
@@ -313,6 +319,8 @@ def table(result: dict) -> str:
         errors = f"loss {agreement['loss']:.1e}, worst gradient {agreement['gradient']:.1e}"
         lines.append(f"  {work['questions']} questions, {waste}; off by {errors} (relative, in")
         lines[-1] += " float32, without padding)"
+    if "conversations" in result:
+        lines.append(conversations.table(result["conversations"]))
     return "\n".join(lines)
 
 
@@ -350,6 +358,11 @@ def make_parser() -> Parser:
     )
     parser.add_argument(
         "--quick", action="store_true", help="few samples and repeats; on a CPU preset tiny"
+    )
+    parser.add_argument(
+        "--conversations",
+        action="store_true",
+        help="only compare conversations with tiles, which takes no times; main",
     )
     parser.add_argument("--preset", default="", help="default: nanovlm-222m")
     parser.add_argument(
@@ -410,6 +423,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 @reports_errors(RuntimeError)
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    if args.conversations:
+        if not conversations.has_conversations(args.nanovlm):
+            raise ValueError(f"--conversations: {args.nanovlm} is of a release without tiles")
+        print(conversations.table(conversations.compare(args.nanovlm)))
+        return 0
     result = compare(args)
     print(table(result))
     print(f"written: {write(result_name(args), torch.device(args.device), result, args.out)}")

@@ -19,6 +19,7 @@ from bench.subjects.peer_process import NanoVLM, unused
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.model.reference import VisionLanguageModel
 from nanovlm_fast.presets import PRESETS, preset
+from nanovlm_fast.weights.folder import FIELDS_AFTER_V01
 
 CONFIG = """
 import dataclasses
@@ -118,7 +119,7 @@ def checkout_of(folder: Path, model: str) -> Path:
     fields = {
         name: type(value).__name__
         for name, value in vars(VLMConfig()).items()
-        if name not in ("init", "prompt")
+        if name not in ("init", "prompt", *FIELDS_AFTER_V01)
     }
     fields |= {"mp_image_token_length": "int", "max_img_size": "int"} if "images" in model else {}
     lines = [f"{name}: {kind} = None" for name, kind in fields.items()]
