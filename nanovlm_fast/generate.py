@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovlm_fast.command import Parser, add_model_options, reports_errors, utf8
-from nanovlm_fast.data.images import load_image
-from nanovlm_fast.data.text import TextProcessor
+from nanovlm_fast.data.chat import make_text
+from nanovlm_fast.data.samples import load_tiles
 from nanovlm_fast.device import leave_busy_cores, pick_device
 from nanovlm_fast.model.attention import Attention, padded_slots
 from nanovlm_fast.model.packed import Rotate, VisionLanguageModel
@@ -281,14 +281,12 @@ def main(argv: list[str] | None = None) -> int:
     device = pick_device(args.device)
     leave_busy_cores(device)
     model, tokenizer = load_pretrained(args.checkpoint, device, args.lm_tokenizer)
-    size = model.config.vit_img_size
-    images = [load_image(at_home(file), size) for file in args.image]
-    text = TextProcessor(tokenizer, model.config.prompt, model.config.image_tokens)
-    prompts = [text.document([(prompt, "")], len(images)) for prompt in args.prompt]
-    stacked = np.stack(images) if images else np.zeros((0, 3, size, size), np.uint8)
+    tiles, grids = load_tiles([at_home(file) for file in args.image], model.config)
+    text = make_text(tokenizer, model.config, "independent")
+    prompts = [text.document([(prompt, "")], grids) for prompt in args.prompt]
     replies = generate(
         model.eval(),
-        torch.from_numpy(stacked).to(device),
+        torch.from_numpy(tiles).to(device),
         prompts,
         tokenizer.eos_id,
         args.max_new_tokens,

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from lmms_eval.api.model import lmms
 
-from nanovlm_fast.data.images import load_image
-from nanovlm_fast.data.text import TextProcessor
+from nanovlm_fast.data.chat import make_text
+from nanovlm_fast.data.samples import load_tiles
 from nanovlm_fast.device import autocast_to, pick_device, pick_dtype
 from nanovlm_fast.generate import generate, generator_of
 from nanovlm_fast.packing.documents import Document
@@ -63,7 +63,7 @@ class NanoVLMFast(lmms):
         self.model, self.tokenizer = load_pretrained(checkpoint, self.device, lm_tokenizer)
         self.model.eval()
         config = self.model.config
-        self.text = TextProcessor(self.tokenizer, config.prompt, config.image_tokens)
+        self.text = make_text(self.tokenizer, config, "independent")
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """Return the reply to each request.
@@ -90,24 +90,25 @@ class NanoVLMFast(lmms):
         """
         config = self.model.config
         images: list[np.ndarray] = []
+        shown = 0  # images, or tiles of them
         prompts: list[Document] = []
         limits: list[int] = []
         for _, (context, _, doc_to_visual, doc_id, task, split) in batch:
             visuals = doc_to_visual(self.task_dict[task][split][doc_id]) or []
             # Image tokens come first here, wherever the task's text marks them.
             question = context.replace("<image>", "").strip()
-            prompt = self.text.document([(question, "")], len(visuals))
+            tiles, grids = load_tiles(visuals, config)
+            prompt = self.text.document([(question, "")], grids)
             room = config.lm_max_position_embeddings - len(prompt)
             if room < 1:
                 what = f"a prompt of {len(prompt)} tokens is too long for the model"
                 print(f"warning: no reply to {task} {doc_id}: {what}", file=sys.stderr)
-            prompt.image_rows[prompt.image_rows >= 0] += len(images) * config.image_tokens
+            prompt.image_rows[prompt.image_rows >= 0] += shown * config.image_tokens
             prompts.append(prompt)
             limits.append(min(settings.get("max_new_tokens") or 64, max(room, 0)))
-            images += [load_image(visual, config.vit_img_size) for visual in visuals]
-        size = config.vit_img_size
-        stacked = np.stack(images) if images else np.zeros((0, 3, size, size), np.uint8)
-        pixels = torch.from_numpy(stacked).to(self.device)
+            images.append(tiles)
+            shown += len(tiles)
+        pixels = torch.from_numpy(np.concatenate(images)).to(self.device)
         sampling: dict[str, Any] = {}
         # Some tasks set only a temperature, and others only `do_sample`.
         if settings.get("do_sample", bool(settings.get("temperature"))):
