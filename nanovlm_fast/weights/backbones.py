@@ -75,6 +75,8 @@ def pretrained_fields(
             must |= fields
             own = defaults if name == defaults.get(source) else {}
             brought |= {key: own.get(key, value) for key, value in fields.items()}
+            if source == "language" and not own:  # the preset's tokens follow those of the model
+                brought["lm_vocab_size"] += len(defaults.get("vlm_extra_tokens", ()))
     return brought, must
 
 

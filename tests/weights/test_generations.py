@@ -20,6 +20,7 @@ from nanovlm_fast.cli import parse_config
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.weights.folder import save_pretrained
 from nanovlm_fast.weights.pretrained import load_model, load_pretrained
+from tests.support.backbones import start
 from tests.support.tiles import BASE, GENERATIONS, plain_tokenizer, token_names, write_generation
 
 
@@ -158,3 +159,18 @@ def test_transformers_export_is_refused_by_name(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "vlm_extra_tokens" in said and "--to nanovlm" in said and said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_backbones_get_rows_for_the_tokens_of_a_preset(backbones):
+    """New rows are drawn as nanoVLM draws them: N(0, 0.02)."""
+    places = f"--vision {backbones / 'vision'} --language {backbones / 'language'}"
+    sizes = "--vit-img-size 32 --max-img-size 256 --mp-pixel-shuffle-factor 2"
+    packed, _ = start(f"--preset nanovlm-230m {places} {sizes}")
+    trained = load_file(backbones / "language" / "model.safetensors")["model.embed_tokens.weight"]
+    table = packed.decoder.token_embedding.weight.detach()
+    assert len(table) == len(trained) + 66 == packed.config.lm_vocab_size
+    assert torch.equal(table[:-66], trained)
+    assert packed.decoder.head.weight is packed.decoder.token_embedding.weight
+    new = table[-66:]  # 3,168 numbers
+    assert new.std().item() == pytest.approx(0.02, rel=0.1)
+    assert abs(new.mean().item()) < 0.002
