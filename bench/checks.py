@@ -26,7 +26,7 @@ import torch
 from bench.harness.options import split_options
 from bench.harness.results import ROOT, facts, place, read, write
 from bench.harness.tables import Rows
-from bench.subjects.operators import KERNELS
+from bench.subjects.operators import ALL
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import pick_device
 from nanovlm_fast.ranges import Range
@@ -90,7 +90,7 @@ def counted(lines: list[str]) -> dict:
     }
     failures = [{"test": case["test"], "message": case["message"]} for case in by_outcome["failed"]]
     files = {Path(failure["test"].split("::")[0]).stem for failure in failures}
-    red = [kernel.name for kernel in KERNELS if f"test_{kernel.name}" in files]
+    red = [kernel.name for kernel in ALL if f"test_{kernel.name}" in files]
     slowest = sorted(cases.values(), key=lambda case: -case["seconds"])[:10]
     counts = {outcome: len(some) for outcome, some in by_outcome.items()}
     rows = [[case["test"], round(case["seconds"], 2)] for case in slowest]

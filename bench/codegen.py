@@ -30,7 +30,7 @@ from triton.compiler import ASTSource
 
 from bench.harness.results import ROOT, facts, write_file
 from bench.subjects.kernel_launches import DTYPES, PRESET
-from bench.subjects.operators import named
+from bench.subjects.operators import ALL, named
 from nanovlm_fast.command import Parser, reports_errors
 
 TARGETS = ("sm_90", "sm_80", "sm_75")
@@ -138,7 +138,7 @@ def compiled_rows(only: str, dtype: str, target: str, preset: str = PRESET) -> l
 
     Next to the assembler's output a row holds the launch: types, constants and alignment.
     """
-    kernels = {kernel.name: kernel for kernel in named(only)}
+    kernels = {kernel.name: kernel for kernel in named(only, ALL)}
     rows = []
     for launch in training_launches(dtype, preset):
         if launch["op"] not in kernels:

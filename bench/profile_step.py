@@ -22,7 +22,7 @@ from bench.harness.results import place, write
 from bench.harness.tables import Rows, lined_up
 from bench.harness.timing import interleave, summary, synchronize
 from bench.roofline import kind_of
-from bench.subjects.operators import KERNELS
+from bench.subjects.operators import ALL
 from bench.subjects.variants import Packed, Padded, Recipe, Step, Workbench
 from bench.subjects.workload import load_work
 from nanovlm_fast.command import Parser, reports_errors
@@ -36,7 +36,7 @@ KINDS = {  # kind -> what the names of its kernels contain; the first that match
     "optimizer": ("adam", "multi_tensor"),
     "copy": ("memcpy", "memset"),
 }
-OURS = tuple(f"_{kernel.name}" for kernel in KERNELS)
+OURS = tuple(f"_{kernel.name}" for kernel in ALL)
 # Spans around kernels that have rows of their own; counting both would double their time.
 REGIONS = ("Optimizer.", "ProfilerStep", "Torch-Compiled", "## ")
 KEPT = 60  # rows in the result file

@@ -14,7 +14,7 @@ from bench.harness.tables import Rows, markdown
 from bench.harness.timing import Difference, difference
 from bench.kernels import against_compile
 from bench.scaling import GPUS, NODE, reach
-from bench.subjects.operators import KERNELS, NOTHING
+from bench.subjects.operators import ALL, NOTHING
 
 
 # ---- kernels/README.md
@@ -25,7 +25,7 @@ def kernel_table(results: Path = ROOT) -> str:
     compiled = [
         row for file in results.glob("sm-90-*/codegen.json") for row in load(file)["kernels"]
     ]
-    for kernel in KERNELS:
+    for kernel in ALL:
         about = (kernel.module.__doc__ or "").split("\n\n")[0].replace("\n", " ").strip()
         cost = kernel.module.cost(**kernel.sizes, dtype=torch.bfloat16)
         passes = [cost[part] for part in ("forward", "backward")]

@@ -49,6 +49,8 @@ class Step:
     training: bool = True
     image_mean: float = 0.0
     max_seqlen: int = 128  # as in the preset
+    stream: str = "float32"
+    clip: float = 0.0
 
 
 STEPS = (
@@ -63,6 +65,9 @@ STEPS = (
     # One kernel rotates and attends in documents of up to 128 tokens; in longer ones they are two.
     Step(max_seqlen=64),
     Step(max_seqlen=1024),
+    Step(clip=1.0),
+    Step(stream="bfloat16"),
+    Step(stream="bfloat16", clip=1.0),
 )
 
 
@@ -82,23 +87,28 @@ def launches(dtype_name: str, preset_name: str = PRESET) -> list[dict[str, Any]]
     dtype = getattr(torch, dtype_name)
     found: dict[str, dict[str, Any]] = {}
     with recorded(lambda launch: found.setdefault(json.dumps(launch), launch)):
-        for step in STEPS:
+        for step in STEPS if dtype == torch.bfloat16 else STEPS[:-2]:
             run(step, dataclasses.replace(config, image_mean=step.image_mean), dtype)
     return list(found.values())
 
 
 def run(step: Step, config: VLMConfig, dtype: torch.dtype) -> None:
-    """Run the model forward, and backward if the step trains, on tensors without memory."""
+    """Run the model forward, and if the step trains backward and update, without memory."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from nanovlm_fast.model.ops import choose_ops
     from nanovlm_fast.model.packed import VisionLanguageModel
+    from nanovlm_fast.presets import preset
+    from nanovlm_fast.training.optim import apply_gradients, make_optimizers
 
+    _, train = preset("nanovlm-222m")
     with FakeTensorMode():
-        ops = choose_ops("all", "cuda", "auto", dtype, step.recompute)
+        ops = choose_ops("all", "cuda", "auto", dtype, step.recompute, stream=step.stream)
         with torch.device("cuda"):
             model = VisionLanguageModel(config, ops)
+            if step.stream == "bfloat16":
+                model.keep_masters()
             batch = empty_batch(config, step.max_seqlen)
         for part in step.frozen:
             getattr(model, part).requires_grad_(False)
@@ -107,6 +117,9 @@ def run(step: Step, config: VLMConfig, dtype: torch.dtype) -> None:
                 loss = model(batch)
             if step.training:
                 (loss / batch.n_labels).backward()
+        if step.training and not step.frozen:
+            with kernels_entered():
+                apply_gradients(model, make_optimizers(model, train), step.clip)
 
 
 def empty_batch(config: VLMConfig, max_seqlen: int) -> PackedBatch:

@@ -88,15 +88,23 @@ KERNELS = (
         also={"8192 rows": dict(rows=8192, vocabulary=49152, width=576)},
     ),
 )
+# The elements of every matrix of a vision and of a language block, and of the projector.
+VISION = (768 * 2304, 768 * 768, 768 * 3072, 3072 * 768)
+LANGUAGE = (576 * 960, 576 * 576, 576 * 3072, 1536 * 576)
+MATRICES = [*12 * VISION, *30 * LANGUAGE, 3072 * 576]
+# What is no function of the model, but updates weights in place: it has no gradient, and no rivals
+# that take the same arguments. It is timed in the step.
+UPDATES = (Kernel("adamw", dict(sizes=MATRICES), dict(sizes=[40, 5000])),)
+ALL = (*KERNELS, *UPDATES)
 
 
-def named(only: str) -> list[Kernel]:
+def named(only: str, among: tuple[Kernel, ...] = KERNELS) -> list[Kernel]:
     """The kernels of an --only option, all if it is empty. Raises ValueError for unknown names."""
     names = [name.strip() for name in only.split(",") if name.strip()]
-    if unknown := [name for name in names if name not in {kernel.name for kernel in KERNELS}]:
-        known = ", ".join(kernel.name for kernel in KERNELS)
+    if unknown := [name for name in names if name not in {kernel.name for kernel in among}]:
+        known = ", ".join(kernel.name for kernel in among)
         raise ValueError(f"--only {','.join(unknown)}: there are {known}")
-    return [kernel for kernel in KERNELS if kernel.name in names or not names]
+    return [kernel for kernel in among if kernel.name in names or not names]
 
 
 def with_heads(rotary: Callable) -> Callable:

@@ -11,7 +11,7 @@ import torch
 
 from bench.harness.passes import results_of
 from bench.harness.timing import synchronize
-from bench.subjects.operators import KERNELS
+from bench.subjects.operators import KERNELS, UPDATES
 from bench.subjects.rivals import ours
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import pick_device
@@ -44,6 +44,13 @@ def main(argv: list[str] | None = None) -> int:
         for dtype in (torch.bfloat16, torch.float32):
             inputs = kernel.module.make_inputs(**sizes, dtype=dtype, device=device.type)
             results_of(ours(kernel), inputs)
+            synchronize()
+        print(kernel.name, "ran")
+    for kernel in UPDATES:
+        for dtype in (torch.bfloat16, torch.float32):
+            inputs = kernel.module.make_inputs(**kernel.small, dtype=dtype, device=device.type)
+            # Without a GPU only the reference can run, as it does for the kernels above.
+            (kernel.call if device.type == "cuda" else kernel.reference)(**inputs)
             synchronize()
         print(kernel.name, "ran")
     return 0

@@ -40,6 +40,20 @@ class Masters:
     def of_all(self, parameters: Iterable[Tensor]) -> list[Tensor]:
         return [self.of(parameter) for parameter in parameters]
 
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        """Return the master's gradient, or the parameter's own, in its type, without one."""
+        summed = self.of(parameter).grad
+        return parameter.grad if summed is None else summed
+
+    def has_sums(self) -> bool:
+        """Whether masters hold gradients, so that those of the working weights must join them."""
+        return any(master.grad is not None for master in self.weights.values())
+
+    def drop_gradients(self) -> None:
+        """Forget what the working weights hold; a graph's next replay would overwrite it."""
+        for working in self.working.values():
+            working.grad = None
+
     @torch.no_grad()
     def add_gradients(self) -> None:
         """Move the gradients of working weights to their masters, adding in float32."""

@@ -53,7 +53,10 @@ KERNELS = (
     "pixel_shuffle_proj",
     "embed_splice",
     "linear_cross_entropy",
+    "adamw",
 )
+# Of these, what is no operation of the model: the optimizer runs it (`training/optim.py`).
+UPDATES = ("adamw",)
 
 # Device name -> the kernels that `--kernels auto` takes there. A kernel is listed only once the
 # whole training step was measured to be faster with it than with torch.compile alone; a kernel
@@ -240,6 +243,11 @@ class Ops:
     stream: str = "float32"  # type of the residual streams, see `in_stream`
     asleep: bool = False  # no GPU: the chosen kernels fall back to plain PyTorch
 
+    @property
+    def updated_by_kernel(self) -> bool:
+        """Whether the kernel `adamw` updates the weights, and not PyTorch's AdamW."""
+        return "adamw" in self.kernels and not self.asleep
+
     def in_stream(self, x: Tensor) -> Tensor:
         """Return x as what a residual stream begins with: in bfloat16, or as it is."""
         return x.bfloat16() if self.stream == "bfloat16" else x
@@ -283,7 +291,7 @@ def choose_ops(
     names = _kernel_names(kernels, device)
     backend, attend = choose_attention(attention, device, dtype)
     vision_backend, attend_to_image = choose_vision_attention(vision_attention, device, dtype)
-    chosen: dict[str, Any] = {name: _kernel(name) for name in names}
+    chosen: dict[str, Any] = {name: _kernel(name) for name in names if name not in UPDATES}
     if "document_attention" in names:
         from nanovlm_fast.kernels import document_attention
 

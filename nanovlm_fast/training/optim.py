@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovlm_fast.config import TrainConfig
-from nanovlm_fast.model.masters import masters_of
+from nanovlm_fast.model.masters import Masters, masters_of
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.training.parallel import whole
 
@@ -75,6 +75,70 @@ class Muon(torch.optim.Optimizer):
         return by_shape
 
 
+class KernelAdamW(torch.optim.AdamW):
+    """AdamW by `kernels/adamw.py`: all weights at once, and their working weights with them.
+
+    `factor` scales gradients, a float32 value on the device; None leaves them as they are. State,
+    groups and `found_inf` are as of the fused AdamW of PyTorch.
+    """
+
+    factor: Tensor | None = None
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        masters: Masters,
+        betas: tuple[float, float],
+        weight_decay: float,
+    ):
+        # `fused` keeps the step counts on the device when state is loaded.
+        super().__init__(groups, betas=betas, weight_decay=weight_decay, fused=True)
+        pairs = zip(masters.weights.values(), masters.working.values(), strict=True)
+        self.working: dict[Tensor, nn.Parameter] = dict(pairs)
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]  # no loss
+        """Update every weight that has a gradient; change nothing where `found_inf` is 1."""
+        # Imported here: Triton may be missing where this optimizer is not chosen.
+        from nanovlm_fast.kernels.adamw import adamw, on_device
+
+        # The kernel takes gradients of one type, and weights that all have working ones or none.
+        calls: dict[tuple[torch.dtype, bool], list[tuple[int, Tensor, Tensor]]] = defaultdict(list)
+        for number, group in enumerate(self.param_groups):
+            for weight in group["params"]:
+                working = self.working.get(weight)
+                grad = working.grad if weight.grad is None and working is not None else weight.grad
+                if grad is not None:
+                    calls[grad.dtype, working is not None].append((number, weight, grad))
+        values = [
+            (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+            for group in self.param_groups
+        ]
+        rates = on_device(values, torch.float64, self.param_groups[0]["params"][0].device)
+        for (_, has_working), rows in calls.items():
+            states = [self._state_of(weight) for _, weight, _ in rows]
+            adamw(
+                [grad.contiguous() for _, _, grad in rows],
+                [weight for _, weight, _ in rows],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [self.working[weight] for _, weight, _ in rows] if has_working else [],
+                [state["step"] for state in states],
+                rates,
+                [number for number, _, _ in rows],
+                getattr(self, "found_inf", None),
+                self.factor,
+            )
+
+    def _state_of(self, weight: Tensor) -> dict[str, Tensor]:
+        state = self.state[weight]
+        if not state:
+            state["step"] = torch.zeros((), device=weight.device)
+            state["exp_avg"] = torch.zeros_like(weight)
+            state["exp_avg_sq"] = torch.zeros_like(weight)
+        return state
+
+
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     """(n, rows, columns) -> nearly the closest semi-orthogonal ones (singular values about 1)."""
     dtype = matrices.dtype if matrices.device.type == "cpu" else torch.bfloat16
@@ -121,20 +185,31 @@ def make_optimizers(model: VisionLanguageModel, config: TrainConfig) -> list[tor
         raise ValueError("every learning rate is 0: there is nothing to train")
     optimizers: list[torch.optim.Optimizer] = []
     if adamw:
-        on_gpu = next(model.parameters()).is_cuda
-        betas = (0.9, config.beta2)
-        decay = config.weight_decay
-        # Fused reads `found_inf` on the device; capturable keeps the step count there too, so a
-        # skipped step is not counted without the host knowing that it was skipped.
-        optimizers.append(
-            torch.optim.AdamW(adamw, betas=betas, weight_decay=decay, fused=True, capturable=on_gpu)
-        )
+        optimizers.append(_adamw(model, adamw, (0.9, config.beta2), config.weight_decay))
     if muon:
         optimizers.append(Muon(muon, weight_decay=config.weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def _adamw(
+    model: VisionLanguageModel,
+    groups: list[dict[str, Any]],
+    betas: tuple[float, float],
+    weight_decay: float,
+) -> torch.optim.Optimizer:
+    """The kernel's AdamW if it is chosen, else PyTorch's fused one."""
+    first = next(model.parameters())
+    # Shards are no tensors with an address of their own.
+    if model.ops.updated_by_kernel and not hasattr(first, "full_tensor"):
+        return KernelAdamW(groups, model.masters, betas, weight_decay)
+    # Fused reads `found_inf` on the device; capturable keeps the step count there too, so a skipped
+    # step is not counted without the host knowing that it was skipped.
+    return torch.optim.AdamW(
+        groups, betas=betas, weight_decay=weight_decay, fused=True, capturable=first.is_cuda
+    )
 
 
 def matrices_of(model: VisionLanguageModel, part: str) -> dict[Tensor, list[int]]:
@@ -178,20 +253,40 @@ def apply_gradients(
     what trains.
     """
     masters = masters_of(model)
-    masters.add_gradients()
-    weights = masters.of_all(model.parameters())
-    gradients = [weight.grad for weight in weights if weight.grad is not None]
-    norm = whole(nn.utils.get_total_norm(gradients))
+    # The kernel reads bfloat16 gradients where they are, and rounds what it has updated itself.
+    kernels = [optimizer for optimizer in optimizers if isinstance(optimizer, KernelAdamW)]
+    by_kernel = len(kernels) == len(optimizers)
+    if not by_kernel or masters.has_sums():
+        masters.add_gradients()
+    found = [masters.gradient(parameter) for parameter in model.parameters()]
+    norm = whole(total_norm([gradient for gradient in found if gradient is not None]))
     # Clipping comes before the check: it divides by the norm, and a norm that is not finite makes
     # every gradient useless anyway; the check below is what keeps them out of the weights.
-    if clip:
-        nn.utils.clip_grads_with_norm_(weights, clip, norm)
+    if by_kernel:
+        for kernel in kernels:
+            kernel.factor = torch.clamp(clip / (norm + 1e-6), max=1.0) if clip else None
+    elif clip:
+        nn.utils.clip_grads_with_norm_(masters.of_all(model.parameters()), clip, norm)
     skipped = skip_if_not_finite(optimizers, norm)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=not keep_gradients)
-    masters.round()
+    masters.drop_gradients()
+    if not by_kernel:
+        masters.round()
     return Update(norm, skipped)
+
+
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """The 2-norm of all gradients, float32: a norm of bfloat16 ones would be rounded to theirs."""
+    narrow = [gradient for gradient in gradients if gradient.dtype == torch.bfloat16]
+    if not narrow:
+        return nn.utils.get_total_norm(gradients)
+    others = [gradient for gradient in gradients if gradient.dtype != torch.bfloat16]
+    norms = list(torch._foreach_norm(narrow, 2.0, dtype=torch.float32))
+    if others:
+        norms.append(nn.utils.get_total_norm(others))
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def skip_if_not_finite(optimizers: list[torch.optim.Optimizer], norm: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from bench.subjects.launches import (
 from bench.subjects.lowered import moves_only, spilled
 from bench.subjects.masked_loads import loads_of
 from bench.subjects.one_gpu import compute_of, floor_of
-from bench.subjects.operators import KERNELS
+from bench.subjects.operators import ALL
 from nanovlm_fast.config import TrainConfig
 from nanovlm_fast.kernels import pixel_shuffle_proj
 from nanovlm_fast.presets import preset
@@ -171,7 +171,7 @@ def test_a_budget_notices_both_ways():
 
 
 def test_every_pointer_of_our_kernels_is_read_or_written():
-    for kernel in KERNELS:
+    for kernel in ALL:
         found = [value for name, value in vars(kernel.module).items() if name.endswith("_kernel")]
         assert found, kernel.name
         for jitted in found:
@@ -347,7 +347,7 @@ def test_labels_say_what_differs_from_training():
     assert label_of(other) == "kernels all, stream bfloat16, combo_kernels=True"
     labels = [label_of(options) for options in compiled_step.variants_of(Options())]
     # none, all, each alone; none and all again with a bfloat16 stream
-    assert len(labels) == len(set(labels)) == 4 + len(KERNELS)
+    assert len(labels) == len(set(labels)) == 4 + len(ALL)
 
 
 # ---- the result file
@@ -397,7 +397,7 @@ def test_a_commit_made_meanwhile_keeps_the_variants(tmp_path, monkeypatch, capsy
     monkeypatch.setenv("NANOVLM_FAST_COMMIT", "before")
     assert compiled_step.main(["--variants", "--out", str(tmp_path)]) == 0
     result = read(compiled_step.result_file(Options(), tmp_path))
-    assert result["commit"] == "before" and len(result["variants"]) == 4 + len(KERNELS)
+    assert result["commit"] == "before" and len(result["variants"]) == 4 + len(ALL)
     assert "measured before" not in capsys.readouterr().out
 
 

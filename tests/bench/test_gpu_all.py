@@ -21,7 +21,7 @@ from bench import suites, train_step
 from bench.harness import stages
 from bench.harness.commit import VARIABLE
 from bench.harness.stages import allowance, command
-from bench.subjects.operators import KERNELS
+from bench.subjects.operators import ALL, KERNELS
 from bench.subjects.small_launches import LARGER
 from bench.subjects.variants import budget_of
 from bench.subjects.workload import load_work
@@ -325,6 +325,6 @@ def test_the_sanitizer_runs_every_kernel_under_every_tool(tmp_path):
     done = subprocess.run(call, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     program = "python -m bench.subjects.small_launches --device cuda"
-    ran = [f"{kernel.name} ran" for kernel in KERNELS]
+    ran = [f"{kernel.name} ran" for kernel in ALL]
     first = ["== memcheck", f"sanitizer --tool memcheck --error-exitcode 1 {program}"]
     assert done.stdout.splitlines() == [*first, *ran]

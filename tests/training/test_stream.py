@@ -14,11 +14,12 @@ from torch import Tensor
 
 from nanovlm_fast.config import TrainConfig
 from nanovlm_fast.device import autocast_to
-from nanovlm_fast.model.ops import Ops
+from nanovlm_fast.model.ops import Ops, choose_ops
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.packing.batch import PackedBatch
 from nanovlm_fast.presets import preset
-from nanovlm_fast.training.optim import apply_gradients, make_optimizers, set_lr
+from nanovlm_fast.training.checkpoint import tensors_of
+from nanovlm_fast.training.optim import KernelAdamW, apply_gradients, make_optimizers, set_lr
 from nanovlm_fast.training.parallel import unsharded
 from nanovlm_fast.training.steps import accumulate_gradients
 from nanovlm_fast.weights.folder import save_pretrained
@@ -165,6 +166,68 @@ def test_gradients_that_are_not_finite_change_nothing(small_config):
     an_update(model, clip=1.0)
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, before[name]), name
+
+
+# ---- the kernel `adamw`, in Triton's interpreter
+
+
+def updated(small_config, kernels: tuple[str, ...], stream: str, steps: list[int]) -> dict:
+    """Weights and optimizer state after steps of so many micro-batches, clipped."""
+    model = a_model(small_config, stream, working=stream == "bfloat16")
+    model.ops = dataclasses.replace(model.ops, kernels=kernels)
+    optimizers = make_optimizers(model, dataclasses.replace(preset("tiny")[1], optimizer="adamw"))
+    assert isinstance(optimizers[0], KernelAdamW) == bool(kernels)
+    for number, batches in enumerate(steps):
+        set_lr(optimizers, 0.1 * (number + 1))
+        gradients(model, *(a_batch(small_config, seed=seed) for seed in range(batches)))
+        # Gradients stay allocated in graphs whose steps have several micro-batches.
+        apply_gradients(model, optimizers, clip=0.5, keep_gradients=max(steps) > 1)
+        for name, weight in model.masters.weights.items():
+            rounded = weight.to(BF16)
+            working = model.get_parameter(name)
+            assert ((working - rounded).abs() <= rounded.abs() * 2**-7).all(), name
+        # Triton's interpreter truncates, from where gradients and updates would part.
+        model.masters.round()
+    tensors = tensors_of(model, optimizers)
+    return {**tensors.weights, **tensors.others}
+
+
+@pytest.mark.parametrize(
+    ("stream", "steps"), [("bfloat16", [1, 1, 1]), ("bfloat16", [2, 1]), ("float32", [1, 1])]
+)
+def test_the_kernels_updates_are_those_of_pytorch(small_config, stream, steps):
+    """The same names, shapes and types too: a run may change between them when it resumes."""
+    ours = updated(small_config, ("adamw",), stream, steps)
+    theirs = updated(small_config, (), stream, steps)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype and ours[name].shape == tensor.shape, name
+        if tensor.is_floating_point():
+            scale = 1e-6 * float(tensor.abs().max())
+            torch.testing.assert_close(
+                ours[name], tensor, rtol=1e-5, atol=scale, msg=lambda t, n=name: f"{n} {t}"
+            )
+
+
+def test_the_kernel_skips_what_is_not_finite(small_config):
+    model = a_model(small_config)
+    model.ops = dataclasses.replace(model.ops, kernels=("adamw",))
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    gradients(model, a_batch(small_config))["MP.proj.weight"][0] = float("inf")
+    (optimizer,) = an_update(model, clip=1.0)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name]), name
+    assert {float(slots["step"]) for slots in optimizer.state.values()} == {0.0}
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_where_kernels_are_asleep_it_is_pytorchs(small_config):
+    model = a_model(small_config, working=False)
+    model.ops = choose_ops("adamw", "cpu")
+    assert model.ops.updated_by_kernel  # in the interpreter
+    model.ops = dataclasses.replace(model.ops, asleep=True)
+    (optimizer,) = make_optimizers(model, dataclasses.replace(preset("tiny")[1], optimizer="adamw"))
+    assert type(optimizer) is torch.optim.AdamW
 
 
 # ---- what is saved and evaluated
