@@ -108,6 +108,7 @@ def test_matrix_products_take_bfloat16(small_config, kernels):
     products = 1 + 4 * small_config.vit_n_blocks + 1 + 4 * small_config.lm_n_blocks + 1
     inside = dict.fromkeys(PRODUCTS, 1)  # products that a kernel's operator hides
     inside["gelu_mlp"] = 2 * small_config.vit_n_blocks
+    inside["swiglu_mlp"] = 2 * small_config.lm_n_blocks
     products -= sum(inside.get(name, 0) for name in choose_ops(kernels).kernels)
     if kernels != "all":
         assert len(backward.named(*PRODUCT_OPS)) == 2 * products - 1

@@ -18,7 +18,7 @@ from nanovlm_fast.training.optim import make_optimizers
 from tests.model.test_parity import batch_of, mixed_samples
 from tests.support.kernel_checks import DEVICE
 
-MLPS = ("gelu_mlp",)
+MLPS = ("gelu_mlp", "swiglu_mlp")
 
 
 def gradients(
