@@ -48,6 +48,7 @@ class Step:
     training: bool = True
     image_mean: float = 0.0
     max_seqlen: int = 128  # as in the preset
+    kernels: str = "all"
 
 
 STEPS = (
@@ -62,6 +63,8 @@ STEPS = (
     # One kernel rotates and attends in documents of up to 128 tokens; in longer ones they are two.
     Step(max_seqlen=64),
     Step(max_seqlen=1024),
+    # With all kernels, `swiglu` is inside the language model's MLP.
+    Step(kernels="swiglu"),
 )
 
 
@@ -95,7 +98,7 @@ def run(step: Step, config: VLMConfig, dtype: torch.dtype) -> None:
     from nanovlm_fast.model.packed import VisionLanguageModel
 
     with FakeTensorMode():
-        ops = choose_ops("all", "cuda", "auto", dtype, step.recompute)
+        ops = choose_ops(step.kernels, "cuda", "auto", dtype, step.recompute)
         with torch.device("cuda"):
             model = VisionLanguageModel(config, ops)
             batch = empty_batch(config, step.max_seqlen)
