@@ -236,7 +236,10 @@ def gelu_mlp_fwd(
         _gelu_mlp_fwd_kernel[_grid(m, n, launch)](
             x, weight1, bias1, h, a, m, c, N=n, STORE_H=keep_h, **launch
         )
-    y = F.linear(a, weight2, None if bias2 is None else bias2.to(x.dtype))
+    if bias2 is None:
+        y = torch.mm(a, weight2.T)
+    else:
+        y = torch.addmm(bias2.to(x.dtype), a, weight2.T)
     return y, h, a if keep_a else x.new_empty(0)
 
 
@@ -294,11 +297,11 @@ def _backward(ctx, dy, _dh, _da):
         a = made if make_a else a
         dbias1 = dbias1.to(ctx.bias_dtypes[0]) if for_bias1 else None
     if for_x:
-        dx = dh @ weight1
+        dx = torch.mm(dh, weight1)
     if for_weight1:
-        dweight1 = dh.T @ x
+        dweight1 = torch.mm(dh.T, x)
     if for_weight2:
-        dweight2 = dy.T @ a
+        dweight2 = torch.mm(dy.T, a)
     if for_bias2:
         dbias2 = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtypes[1])
     return dx, dweight1, dbias1, dweight2, dbias2, None, None

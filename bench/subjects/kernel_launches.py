@@ -51,6 +51,7 @@ class Step:
     max_seqlen: int = 128  # as in the preset
     stream: str = "float32"
     clip: float = 0.0
+    kernels: str = "all"
 
 
 STEPS = (
@@ -68,6 +69,8 @@ STEPS = (
     Step(clip=1.0),
     Step(stream="bfloat16"),
     Step(stream="bfloat16", clip=1.0),
+    # With all kernels, `swiglu` is inside the language model's MLP.
+    Step(kernels="swiglu"),
 )
 
 
@@ -104,7 +107,7 @@ def run(step: Step, config: VLMConfig, dtype: torch.dtype) -> None:
 
     _, train = preset("nanovlm-222m")
     with FakeTensorMode():
-        ops = choose_ops("all", "cuda", "auto", dtype, step.recompute, stream=step.stream)
+        ops = choose_ops(step.kernels, "cuda", "auto", dtype, step.recompute, stream=step.stream)
         with torch.device("cuda"):
             model = VisionLanguageModel(config, ops)
             if step.stream == "bfloat16":

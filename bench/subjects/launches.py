@@ -411,6 +411,9 @@ def product_of(name: str, values: dict[str, Any]) -> tuple[int, ...]:
     """(m, k, n) of our kernels that are a matrix product themselves, () of all others."""
     if name.startswith("_gelu_mlp"):
         return values["M"], values["K"], values["N"]
+    if name.startswith("_swiglu_mlp"):  # N are the columns of gate alone
+        both = 1 if "dgate_up_ptr" in values else 2
+        return values["M"], values["K"], both * values["N"]
     if not name.startswith("_pixel_shuffle_proj"):
         return ()
     rows = values["M"]

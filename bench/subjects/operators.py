@@ -69,6 +69,13 @@ KERNELS = (
         dict(m=8, c=32, inner=64),
         matrix=True,
     ),
+    Kernel(
+        "swiglu_mlp",
+        dict(m=20736, c=576, inner=1536),
+        dict(m=8, c=32, inner=64),
+        matrix=True,
+        also={"nanovlm-460m": dict(m=20736, c=960, inner=2560)},
+    ),
     Kernel("embed_splice", dict(t=32768, v=49152, c=576, r=256 * 49), dict(t=40, v=50, c=32, r=8)),
     Kernel(
         "pixel_shuffle_proj",

@@ -28,7 +28,14 @@ def eager(kernel: Kernel) -> Callable:
         return rotary_then_attention
     if kernel.name == "image_attention":
         return bias_then_attention
+    if kernel.name == "swiglu_mlp":
+        return swiglu_between_products
     return getattr(ops, kernel.name)
+
+
+def swiglu_between_products(x: Tensor, gate_up_weight: Tensor, down_weight: Tensor) -> Tensor:
+    """What `swiglu_mlp` replaces."""
+    return F.linear(ops.swiglu(F.linear(x, gate_up_weight)), down_weight)
 
 
 def bias_then_attention(qkv: Tensor, bias: Tensor, n_heads: int) -> Tensor:

@@ -22,6 +22,7 @@ LARGER: dict[str, dict] = {
     "layer_norm": dict(m=2500, n=768, residual=torch.float32),
     "pixel_shuffle_proj": dict(batch=3, height=14, width=14, channels=192, n=576, factor=2),
     "gelu_mlp": dict(m=150, c=320, inner=256),
+    "swiglu_mlp": dict(m=150, c=320, inner=256),
     # Tiles of 128 and 256 keys, as in training; images of 196 patches end within a tile.
     "document_attention": dict(t=300, max_seqlen=128, n_q=9, n_kv=3, head_dim=64),
     "image_attention": dict(n=2, patches=196, n_heads=2, head_dim=64),

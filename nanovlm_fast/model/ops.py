@@ -16,6 +16,7 @@ width, V vocabulary.
 | `image_attention` | qkv (N, P, 3 C) and its bias (3 C,) | (N, P, C) |
 | `swiglu` | gate_up (T, 2 I) | (T, I) |
 | `gelu_mlp` | x (N, P, C), weights (I, C) and (C, I), biases (I,) and (C,) or none | (N, P, C) |
+| `swiglu_mlp` | x (T, C), weights (2 I, C) and (C, I) | (T, C) |
 | `pixel_shuffle_proj` | x (B, P, C), weight (N, factor^2 C) | (B, P / factor^2, N) |
 | `embed_splice` | input_ids (T,), table (V, C), image_rows (T,), image_tokens (R, C) | (T, C) |
 | `linear_cross_entropy` | h (T, C), weight (V, C), labels (T,) | two scalars |
@@ -50,6 +51,7 @@ KERNELS = (
     "image_attention",
     "swiglu",
     "gelu_mlp",
+    "swiglu_mlp",
     "pixel_shuffle_proj",
     "embed_splice",
     "linear_cross_entropy",
@@ -67,7 +69,7 @@ AUTO: dict[str, tuple[str, ...]] = {}
 # Kernels that contain a matrix product. They follow autocast as PyTorch's own products do: the
 # activations are cast to autocast's type. Their weights are not: each kernel rounds them itself,
 # and returns their gradients in the weights' own type.
-PRODUCTS = ("gelu_mlp", "pixel_shuffle_proj", "linear_cross_entropy")
+PRODUCTS = ("gelu_mlp", "swiglu_mlp", "pixel_shuffle_proj", "linear_cross_entropy")
 
 
 def rms_norm(
@@ -220,6 +222,8 @@ class Ops:
     rotary: Callable = rotary
     swiglu: Callable = swiglu
     gelu_mlp: Callable = gelu_mlp
+    # The language model's whole MLP, of which `swiglu` is the middle; then that one is not used.
+    swiglu_mlp: Callable | None = None
     pixel_shuffle_proj: Callable = pixel_shuffle_proj
     embed_splice: Callable = embed_splice
     linear_cross_entropy: Callable = linear_cross_entropy
@@ -300,9 +304,10 @@ def choose_ops(
         from nanovlm_fast.kernels import image_attention
 
         chosen["in_images"] = image_attention.fits
-    if recompute == "norms_and_activations" and "gelu_mlp" in names:
-        # The kernel's operator is a product, whose results are kept; GELU's is one of them.
-        chosen["gelu_mlp"] = functools.partial(chosen["gelu_mlp"], keep_activation=False)
+    if recompute == "norms_and_activations":
+        # The operators of these kernels are products, whose results are all kept.
+        for name in {"gelu_mlp", "swiglu_mlp"} & chosen.keys():
+            chosen[name] = functools.partial(chosen[name], keep_activation=False)
     # Triton's interpreter runs kernels on a CPU; the tests use it.
     asleep = bool(names) and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1"
     return Ops(
@@ -377,6 +382,7 @@ def _import_kernel(name: str) -> Callable:
         rms_norm,
         rotary,
         swiglu,
+        swiglu_mlp,
     )
 
     kernels: dict[str, Callable] = {
@@ -387,6 +393,7 @@ def _import_kernel(name: str) -> Callable:
         "image_attention": image_attention.image_attention,
         "swiglu": swiglu.swiglu,
         "gelu_mlp": gelu_mlp.gelu_mlp,
+        "swiglu_mlp": swiglu_mlp.swiglu_mlp,
         "pixel_shuffle_proj": pixel_shuffle_proj.pixel_shuffle_proj,
         "embed_splice": embed_splice.embed_splice,
         "linear_cross_entropy": linear_cross_entropy.linear_cross_entropy,

@@ -212,6 +212,8 @@ class LanguageMLP(nn.Module):
         self.down_proj = nn.Linear(config.lm_inter_dim, config.lm_hidden_dim, bias=False)
 
     def forward(self, ops: Ops, x: Tensor) -> Tensor:
+        if ops.swiglu_mlp:
+            return ops.swiglu_mlp(x, self.gate_up_proj.weight, self.down_proj.weight)
         return self.down_proj(ops.swiglu(self.gate_up_proj(x)))
 
 

@@ -40,6 +40,7 @@ KEPT_OPERATORS = frozenset(
         "nanovlm_fast::document_attention_fwd",
         "nanovlm_fast::image_attention_fwd",
         "nanovlm_fast::gelu_mlp_fwd",
+        "nanovlm_fast::swiglu_mlp_fwd",
     }
 )
 

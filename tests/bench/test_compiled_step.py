@@ -37,7 +37,7 @@ from bench.subjects.masked_loads import loads_of
 from bench.subjects.one_gpu import compute_of, floor_of
 from bench.subjects.operators import ALL
 from nanovlm_fast.config import TrainConfig
-from nanovlm_fast.kernels import pixel_shuffle_proj
+from nanovlm_fast.kernels import gelu_mlp, pixel_shuffle_proj, swiglu_mlp
 from nanovlm_fast.presets import preset
 from nanovlm_fast.reporting import plan
 from tests.support.processes import run_python
@@ -289,6 +289,35 @@ def test_our_projection_is_a_product_like_cublass():
     theirs = dataclasses.replace(ours, name="mm", kind="product")
     assert step_time.expected(ours) == step_time.expected(theirs)
     assert step_time.expected(ours) > 1.02 * ours.flops / step_time.PRODUCT
+
+
+def test_a_product_with_an_epilogue_is_a_little_slower_than_cublass():
+    m, c, inner = 290 * 196, 768, 3072
+    sizes = dict(M=m, K=c, N=inner)
+    for part in ("fwd", "bwd"):
+        name = f"_gelu_mlp_{part}_kernel"
+        assert sizes.keys() <= inspect.signature(getattr(gelu_mlp, name).fn).parameters.keys()
+        assert product_of(name, sizes) == (m, c, inner)
+    flops = 2 * m * c * inner
+    assert gelu_mlp.cost(m, c, inner, torch.bfloat16)["forward"][1] == 2 * flops
+    theirs = Launch("mm", "product", "forward", flops=flops, shape=(m, c, inner))
+    ours = dataclasses.replace(theirs, name="ours", kind="kernel", epilogue=True)
+    assert step_time.expected(ours) == pytest.approx(step_time.expected(theirs) / 0.92)
+    assert step_time.floor(ours) == step_time.floor(theirs)
+
+
+def test_swiglus_product_has_gate_and_up():
+    m, c, inner = 22528, 576, 1536
+    work = 0
+    for part, columns in (("fwd", 2 * inner), ("bwd", inner)):
+        name = f"_swiglu_mlp_{part}_kernel"
+        arguments = inspect.signature(getattr(swiglu_mlp, name).fn).parameters
+        shape = product_of(name, dict.fromkeys(arguments) | dict(M=m, K=c, N=inner))
+        assert shape == (m, c, columns)
+        work += 2 * math.prod(shape)
+    # With the product for y: the forward; without it and the backward's: half of the backward.
+    flops = swiglu_mlp.cost(m, c, inner, torch.bfloat16)
+    assert work == flops["forward"][1] == flops["backward"][1] // 2
 
 
 def test_our_attention_has_a_second_time():

@@ -99,7 +99,8 @@ def test_what_is_frozen_costs_nothing(monkeypatch):
         gelu_mlp(**inputs | {"x": inputs["x"].clone().requires_grad_()})
     run(gelu_mlp, inputs, TENSORS[1:])
     run(gelu_mlp, inputs)
-    assert asked == [(False, False), (True, False), (True, True)]
+    run(gelu_mlp, {**inputs, "keep_activation": False})
+    assert asked == [(False, False), (True, False), (True, True), (True, False)]
     _, h, a = gelu_mlp_fwd(*inputs.values(), False, False)
     assert h.numel() == a.numel() == 0
     _, a, dbias = gelu_mlp_bwd(

@@ -10,12 +10,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from nanovlm_fast.config import TrainConfig, VLMConfig
-from nanovlm_fast.model.ops import Ops
+from nanovlm_fast.model.ops import Ops, choose_ops
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.model.recompute import POLICIES
 from nanovlm_fast.packing.batch import PackedBatch
 from nanovlm_fast.training.optim import make_optimizers
 from tests.model.test_parity import batch_of, mixed_samples
+from tests.support.kernel_checks import DEVICE
+
+MLPS = ("gelu_mlp", "swiglu_mlp")
 
 
 def gradients(
@@ -45,6 +48,58 @@ def test_every_policy_gives_the_same_bits(small_config, policy, compiled):
         )
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("policy", "compiled"),
+    [
+        (POLICIES[1], False),
+        (POLICIES[2], False),
+        pytest.param(POLICIES[1], True, marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_with_products_give_the_same_bits(small_config, policy, compiled):
+    config = dataclasses.replace(small_config, vit_n_blocks=1, lm_n_blocks=1)
+    batch = batch_of(mixed_samples(config, 2, np.random.default_rng(0)), config).to(DEVICE)
+    found = []
+    for chosen in ("none", policy):
+        torch.manual_seed(0)
+        ops = choose_ops(",".join(MLPS), DEVICE, recompute=chosen)
+        model = VisionLanguageModel(config, ops).to(DEVICE)
+        found.append(gradients(model, batch, chosen, compiled and chosen == policy))
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(
+            again, plain, rtol=1e-5 if compiled else 0, atol=1e-7 if compiled else 0
+        )
+
+
+@pytest.mark.parametrize("kernel", MLPS)
+def test_kernels_with_products_do_not_keep_the_activation(small_config, kernel):
+    """The policy keeps what their operators return; the activation must not be among it."""
+    batch = batch_of(mixed_samples(small_config, 2, np.random.default_rng(0)), small_config)
+    ops = choose_ops(kernel, recompute="norms_and_activations")
+    keeping = dataclasses.replace(ops, **{kernel: getattr(choose_ops(kernel), kernel)})
+    model = VisionLanguageModel(small_config, ops)
+    kept = kept_bytes(model, batch)
+    model.ops = keeping
+    rows, inner, blocks = len(batch.input_ids), small_config.lm_inter_dim, small_config.lm_n_blocks
+    if kernel == "gelu_mlp":
+        rows = len(batch.images) * small_config.grid**2
+        inner = small_config.vit_inter_dim
+        blocks = small_config.vit_n_blocks
+    else:
+        blocks -= 1  # the last has labelled rows only
+    assert kept_bytes(model, batch) - kept >= 4 * rows * inner * blocks
+
+
+def kept_bytes(model: VisionLanguageModel, batch: PackedBatch) -> int:
+    """Bytes that a forward pass leaves for the backward: what was allocated and not freed."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        loss = model(batch)
+    kept = sum(event.self_cpu_memory_usage for event in trace.key_averages())
+    del loss
+    return kept
+
+
 def test_each_policy_keeps_less_for_the_backward(small_config):
     config = VLMConfig(**{**vars(small_config), "lm_n_blocks": 6, "vit_n_blocks": 6})
     model = VisionLanguageModel(config, Ops())
@@ -52,12 +107,7 @@ def test_each_policy_keeps_less_for_the_backward(small_config):
     kept = {}
     for policy in POLICIES:
         model.ops = dataclasses.replace(model.ops, recompute=policy)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-            loss = model(batch)
-        kept[policy] = sum(
-            event.self_cpu_memory_usage for event in trace.key_averages()
-        )  # bytes, freed ones taken off
-        del loss
+        kept[policy] = kept_bytes(model, batch)
     assert kept["blocks"] < 0.6 * kept["norms_and_activations"] < 0.6 * 0.9 * kept["none"]
 
 
