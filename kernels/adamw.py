@@ -55,9 +55,8 @@ def adamw_reference(
     """Plain PyTorch, in place, one weight after the other; same signature as `adamw`."""
     if found_inf is not None and bool(found_inf):
         return
-    copies = working or [None] * len(masters)
-    rows = zip(grads, masters, exp_avgs, exp_avg_sqs, copies, steps, groups, strict=True)
-    for grad, master, exp_avg, exp_avg_sq, copy, step, group in rows:
+    rows = zip(grads, masters, exp_avgs, exp_avg_sqs, steps, groups, strict=True)
+    for grad, master, exp_avg, exp_avg_sq, step, group in rows:
         lr, beta1, beta2, eps, weight_decay = rates[group].tolist()
         g = grad.float() if factor is None else grad.float() * factor
         step += 1
@@ -67,8 +66,8 @@ def adamw_reference(
         count = step.item()
         denominator = (exp_avg_sq.sqrt() / (1 - beta2**count) ** 0.5).add_(eps)
         master.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**count))
-        if copy is not None:
-            copy.copy_(master)
+    for copy, master in zip(working, masters, strict=bool(working)):
+        copy.copy_(master)
 
 
 @triton.jit

@@ -57,19 +57,25 @@ class Masters:
     @torch.no_grad()
     def add_gradients(self) -> None:
         """Move the gradients of working weights to their masters, adding in float32."""
-        pairs = zip(self.working.values(), self.weights.values(), strict=True)
-        moved = [(working, master) for working, master in pairs if working.grad is not None]
-        first = [pair for pair in moved if pair[1].grad is None]
-        more = [pair for pair in moved if pair[1].grad is not None]
-        if more:
-            torch._foreach_add_([m.grad for _, m in more], [w.grad for w, _ in more])
-        if first:
-            wide = [torch.empty_like(master) for _, master in first]
-            torch._foreach_copy_(wide, [working.grad for working, _ in first])
-            for (_, master), grad in zip(first, wide, strict=True):
-                master.grad = grad
-        for working, _ in moved:
-            working.grad = None
+        sums: list[Tensor] = []  # in float32, and what is added to each of them
+        more: list[Tensor] = []
+        empty: list[Tensor] = []  # new ones, and what they begin with
+        first: list[Tensor] = []
+        for working, master in zip(self.working.values(), self.weights.values(), strict=True):
+            if working.grad is None:
+                continue
+            if master.grad is not None:
+                sums.append(master.grad)
+                more.append(working.grad)
+            else:
+                master.grad = torch.empty_like(master)
+                empty.append(master.grad)
+                first.append(working.grad)
+        if sums:
+            torch._foreach_add_(sums, more)
+        if empty:
+            torch._foreach_copy_(empty, first)
+        self.drop_gradients()
 
     @torch.no_grad()
     def round(self) -> None:
@@ -83,11 +89,10 @@ def work_in_bfloat16(model: nn.Module) -> Masters:
 
     Their float32 memory becomes the masters'. The parameters stay the same objects.
     """
-    weights = {
-        f"{name}.weight": layer.weight
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and name != "decoder.head"
-    }
+    weights: dict[str, nn.Parameter] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and name != "decoder.head":
+            weights[f"{name}.weight"] = layer.get_parameter("weight")
     masters = Masters(weights)
     for weight in weights.values():
         weight.data = weight.data.bfloat16()
