@@ -177,8 +177,11 @@ def unsharded(model: VisionLanguageModel) -> VisionLanguageModel:
         return model
     # As `evaluate` computes it later: the checkpoint does not know the stream it was trained with.
     ops = dataclasses.replace(model.ops, stream="float32")
-    # Not type(model): `fully_shard` has replaced the class of the sharded one by its own subclass.
-    copy = VisionLanguageModel(model.config, ops).to(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    # An evaluation must not move the run's random state, from which initial weights are drawn.
+    with torch.random.fork_rng(devices=[]):
+        # Not type(model): `fully_shard` has replaced the class of the sharded one by a subclass.
+        copy = VisionLanguageModel(model.config, ops).to(device)
     copy.load_state_dict({name: whole(tensor) for name, tensor in model.state_dict().items()})
     copy.extra_config = model.extra_config
     return copy

@@ -242,7 +242,9 @@ def test_saved_and_evaluated_are_the_masters(small_config, tmp_path):
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
     down = stored["decoder.blocks.0.mlp.down_proj.weight"]
     assert (down != down.to(BF16)).any(), "rounded weights were saved"
+    random = torch.get_rng_state()
     evaluated = unsharded(model)
+    assert torch.equal(torch.get_rng_state(), random), "a resumed run would go on with another one"
     batch = a_batch(small_config)
     again = VisionLanguageModel(small_config)
     again.load_reference_state_dict(stored)
