@@ -15,8 +15,8 @@ and the host never waits.
 
 Weights lie where they are: the kernel gets a table with the addresses, sizes and groups of all
 weights, and a list of chunks (weight, number of the chunk in it). Two launches: a small one counts
-the steps and computes each weight's scalars in float64, as PyTorch does; the other updates. Address
-tables are made on the host and kept, since addresses repeat from step to step.
+the steps and computes each weight's scalars in float64, as PyTorch does; the other updates. Tables
+are made on the host and kept, since addresses repeat from step to step.
 
 Bytes per element: 2 or 4 for the gradient, 24 for master and moments, 2 for the working copy.
 
@@ -186,13 +186,21 @@ def on_device(values: object, dtype: torch.dtype, device: torch.device) -> Tenso
 
 
 @functools.lru_cache(maxsize=16)
-def _tables(rows: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The table of weights (n, COLUMNS) int64 and the list of chunks (chunks, 2) int32."""
-    chunks = []
-    for number, row in enumerate(rows):
-        chunks += [(number, chunk) for chunk in range(triton.cdiv(row[6], CHUNK))]
-    table = on_device(rows, torch.int64, device)
-    return table, on_device(chunks, torch.int32, device).view(-1, 2)
+def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """The table of weights (n, COLUMNS) int64."""
+    return on_device(rows, torch.int64, device)
+
+
+@functools.lru_cache(maxsize=16)
+def _chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """The list of chunks (chunks, 2) int32: 100,000 for nanoVLM, so that addresses do not matter.
+
+    Gradients may lie elsewhere at each step, and making the list takes longer than the update.
+    """
+    chunks: list[tuple[int, int]] = []
+    for number, size in enumerate(sizes):
+        chunks += [(number, chunk) for chunk in range(triton.cdiv(size, CHUNK))]
+    return on_device(chunks, torch.int32, device).view(-1, 2)
 
 
 def _check(name: str, tensors: list[Tensor], masters: list[Tensor], dtypes: tuple) -> None:
@@ -240,9 +248,10 @@ def adamw(
     lists = (grads, masters, exp_avgs, exp_avg_sqs, working or masters, steps)
     columns = [[_address_of(tensor) for tensor in tensors] for tensors in lists]
     aligned = all(address % ALIGNMENT == 0 for column in columns[:5] for address in column)
-    sizes = [master.numel() for master in masters]
+    sizes = tuple(master.numel() for master in masters)
     device = masters[0].device
-    table, chunks = _tables(tuple(zip(*columns, sizes, groups, strict=True)), device)
+    table = _table(tuple(zip(*columns, sizes, groups, strict=True)), device)
+    chunks = _chunks(sizes, device)
     scalars = rates.new_empty((len(masters), SCALARS.value), dtype=torch.float32)
     has_found_inf = found_inf is not None
     _adamw_scalars_kernel[(triton.cdiv(len(masters), 128),)](
