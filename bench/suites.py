@@ -273,7 +273,7 @@ SUITES = (
         of="train_run",
         by_hand=True,
     ),
-    Suite("loss_curves", "The same training four ways, relative to seeds.", by_hand=True),
+    Suite("loss_curves", "The same training five ways, relative to seeds.", by_hand=True),
     Suite(
         "peer",
         "huggingface/nanoVLM's own code and ours, on the same weights and samples.",
