@@ -14,6 +14,7 @@ from bench.compiled_step import expected_range
 from bench.harness.results import ROOT, load
 from bench.harness.tables import Rows, markdown
 from bench.harness.timing import difference
+from bench.loss_curves import VARIANTS
 from bench.pages.race import outcome
 
 
@@ -164,9 +165,10 @@ def curves_row(run: dict) -> tuple[str, ...]:
     what += f"float32 reference, as a share of what {run['seeds']} seeds differ by within "
     what += f"{run['smoothing']} steps"
     parts = []
-    for variant in ("packed float32", "packed bfloat16", "reference bfloat16"):
-        worst = max(row["share"] for row in run["rows"] if row["variant"] == variant)
-        parts.append(f"{variant} **{worst:.1%}**")
+    for variant in (*VARIANTS[2:], VARIANTS[1]):  # ours first; an older result has fewer
+        shares = [row["share"] for row in run["rows"] if row["variant"] == variant]
+        if shares:
+            parts.append(f"{variant} **{max(shares):.1%}**")
     command = "`python -m bench.loss_curves`"
     return what, " · ".join(parts), run["device"], run["commit"][:7], command
 
