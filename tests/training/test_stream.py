@@ -171,12 +171,15 @@ def test_gradients_that_are_not_finite_change_nothing(small_config):
 # ---- the kernel `adamw`, in Triton's interpreter
 
 
-def updated(small_config, kernels: tuple[str, ...], stream: str, steps: list[int]) -> dict:
+def updated(
+    small_config, kernels: tuple[str, ...], stream: str, steps: list[int], optimizer: str
+) -> dict:
     """Weights and optimizer state after steps of so many micro-batches, clipped."""
     model = a_model(small_config, stream, working=stream == "bfloat16")
     model.ops = dataclasses.replace(model.ops, kernels=kernels)
-    optimizers = make_optimizers(model, dataclasses.replace(preset("tiny")[1], optimizer="adamw"))
+    optimizers = make_optimizers(model, dataclasses.replace(preset("tiny")[1], optimizer=optimizer))
     assert isinstance(optimizers[0], KernelAdamW) == bool(kernels)
+    assert len(optimizers) == (2 if optimizer == "muon" else 1)
     for number, batches in enumerate(steps):
         set_lr(optimizers, 0.1 * (number + 1))
         gradients(model, *(a_batch(small_config, seed=seed) for seed in range(batches)))
@@ -193,12 +196,18 @@ def updated(small_config, kernels: tuple[str, ...], stream: str, steps: list[int
 
 
 @pytest.mark.parametrize(
-    ("stream", "steps"), [("bfloat16", [1, 1, 1]), ("bfloat16", [2, 1]), ("float32", [1, 1])]
+    ("stream", "steps", "optimizer"),
+    [
+        ("bfloat16", [1, 1], "adamw"),
+        ("bfloat16", [2, 1], "adamw"),
+        ("bfloat16", [1], "muon"),
+        ("float32", [1, 1], "adamw"),
+    ],
 )
-def test_the_kernels_updates_are_those_of_pytorch(small_config, stream, steps):
+def test_the_kernels_updates_are_those_of_pytorch(small_config, stream, steps, optimizer):
     """The same names, shapes and types too: a run may change between them when it resumes."""
-    ours = updated(small_config, ("adamw",), stream, steps)
-    theirs = updated(small_config, (), stream, steps)
+    ours = updated(small_config, ("adamw",), stream, steps, optimizer)
+    theirs = updated(small_config, (), stream, steps, optimizer)
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert ours[name].dtype == tensor.dtype and ours[name].shape == tensor.shape, name
