@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bench.peers.main_process import NEW
-from nanovlm_fast.config import CHATML, VLMConfig
+from nanovlm_fast.config import CHATML, TokenNames, VLMConfig
 from nanovlm_fast.data.chat import END, START, make_text
 from nanovlm_fast.data.images import grid_of
 from nanovlm_fast.data.samples import make_sample
@@ -79,7 +79,7 @@ CONFIG = VLMConfig(
     lm_tokenizer="train",
     mp_pixel_shuffle_factor=2,
     max_img_size=128,
-    vlm_extra_tokens=position_tokens(8),
+    vlm_extra_tokens=TokenNames(position_tokens(8)),
     lm_chat_template=CHATML,
 )
 

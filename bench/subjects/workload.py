@@ -217,11 +217,11 @@ def finevision_like(
     if not config.max_img_size:
         raise ValueError("finevision_like cuts images into tiles, which this model does not take")
     rng = np.random.default_rng(seed)
-    sizes = list(PIXELS)
+    sizes: list[tuple[int, int]] = list(PIXELS)
     samples = []
     for i in range(count):
         number = int(rng.choice(list(IMAGES), p=list(IMAGES.values())))
-        drawn = rng.choice(len(sizes), number, p=list(PIXELS.values()))
+        drawn = rng.choice(len(sizes), number, p=list(PIXELS.values())).tolist()
         grids = [grid_of(*sizes[which], config) for which in drawn]
         document = conversation(rng, config, grids)
         size = config.vit_img_size

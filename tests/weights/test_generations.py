@@ -152,15 +152,6 @@ def test_a_run_starts_from_one(tmp_path):
     assert list(model.vlm_extra_tokens) == list(values["vlm_extra_tokens"])
 
 
-def test_transformers_export_is_refused_by_name(tmp_path, capsys):
-    write_generation(tmp_path, "230M-8k")
-    options = ["--checkpoint", str(tmp_path / "model"), "--to", "transformers"]
-    assert exporting.main([*options, "--out", str(tmp_path / "out")]) == 1
-    said = capsys.readouterr().err
-    assert "vlm_extra_tokens" in said and "--to nanovlm" in said and said.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
 def test_backbones_get_rows_for_the_tokens_of_a_preset(backbones):
     """New rows are drawn as nanoVLM draws them: N(0, 0.02)."""
     places = f"--vision {backbones / 'vision'} --language {backbones / 'language'}"
