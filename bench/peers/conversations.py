@@ -179,8 +179,8 @@ def make_case(
 
 def run_theirs(checkout: Path, folder: Path) -> None:
     """Run the other process. Raises ValueError with its last line if it fails."""
-    module = "bench.peers.main_process"
-    command = [sys.executable, "-m", module, str(checkout.resolve()), str(folder)]
+    call = "import sys; from bench.peers.main_process import run; run(*sys.argv[1:])"
+    command = [sys.executable, "-c", call, str(checkout.resolve()), str(folder)]
     paths = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
