@@ -109,12 +109,21 @@ def compare(checkout: Path) -> dict[str, dict[str, float]]:
     """Differences by case, and of the pack. Raises ValueError if one is over what is allowed.
 
     Once with pictures that keep their size and once with pictures that are enlarged to the most
-    tiles, as the models on the hub take them.
+    tiles, as the models on the hub take them; and text alone with a model of one extra token, as
+    450M's, whose pictures today's main no longer takes.
     """
     plain = compare_model(checkout, CONFIG, CASES)
     enlarged = dataclasses.replace(CONFIG, resize_to_max_side_len=True)
     more = compare_model(checkout, enlarged, CASES[3:])
-    return plain | {f"{name}, enlarged": found for name, found in more.items()}
+    one_token = dataclasses.replace(
+        CONFIG,
+        max_img_size=0,
+        vlm_extra_tokens=TokenNames({"image_token": "<|image|>"}),
+        lm_vocab_size=CONFIG.lm_vocab_size - 65,
+    )
+    text = compare_model(checkout, one_token, CASES[:1])
+    named = {f"{name}, enlarged": found for name, found in more.items()}
+    return plain | named | {"no image, one extra token": text[CASES[0].name]}
 
 
 def compare_model(

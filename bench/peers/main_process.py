@@ -67,7 +67,8 @@ def _run(checkout: str, folder: Path) -> None:
         save_file(tensors, folder / f"theirs-{number}.safetensors")
         found.append(outcome)
         samples.append({**sample, "pixels": pixels})
-    shown = torch.cat([sample["pixels"] for sample in samples if len(sample["pixels"])])
+    several = [sample["pixels"] for sample in samples if len(sample["pixels"])]
+    shown = torch.cat(several) if several else torch.zeros(0)
     outcome, tensors = step(model, packed(tokenizer, maker, samples), shown)
     save_file(tensors, folder / "theirs-pack.safetensors")
     (folder / "theirs.json").write_text(json.dumps({"cases": found, "pack": outcome}))
