@@ -32,6 +32,7 @@ from bench.harness.results import ROOT, facts, write_file
 from bench.subjects.kernel_launches import DTYPES, PRESET
 from bench.subjects.operators import ALL, named
 from nanovlm_fast.command import Parser, reports_errors
+from nanovlm_fast.presets import preset
 
 TARGETS = ("sm_90", "sm_80", "sm_75")
 PROJECT = Path(__file__).resolve().parents[1]
@@ -120,9 +121,9 @@ def occupancy(registers: int, warps: int, shared: int) -> float:
     return min(by_registers, by_shared, BLOCKS_PER_SM, WARPS_PER_SM // warps) * warps / WARPS_PER_SM
 
 
-def training_launches(dtype: str, preset: str = PRESET) -> list[dict[str, Any]]:
+def training_launches(dtype: str, preset_name: str = PRESET) -> list[dict[str, Any]]:
     """What `kernel_launches` finds. Raises RuntimeError, with its last line, if it fails."""
-    options = ["--dtype", dtype, "--preset", preset]
+    options = ["--dtype", dtype, "--preset", preset_name]
     command = [sys.executable, "-m", "bench.subjects.kernel_launches", *options]
     # Not in Triton's interpreter, which has no launches to look at.
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
@@ -133,14 +134,16 @@ def training_launches(dtype: str, preset: str = PRESET) -> list[dict[str, Any]]:
     return json.loads(done.stdout)
 
 
-def compiled_rows(only: str, dtype: str, target: str, preset: str = PRESET) -> list[dict[str, Any]]:
+def compiled_rows(
+    only: str, dtype: str, target: str, preset_name: str = PRESET
+) -> list[dict[str, Any]]:
     """One row per launch of the kernels of an --only option, an `error` where one does not compile.
 
     Next to the assembler's output a row holds the launch: types, constants and alignment.
     """
     kernels = {kernel.name: kernel for kernel in named(only, ALL)}
     rows = []
-    for launch in training_launches(dtype, preset):
+    for launch in training_launches(dtype, preset_name):
         if launch["op"] not in kernels:
             continue
         module = importlib.import_module(f"nanovlm_fast.kernels.{launch['op']}")
@@ -198,6 +201,7 @@ def make_parser() -> Parser:
 @reports_errors(RuntimeError)
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
+    preset(args.preset)  # raises for an unknown one
     rows = compiled_rows(args.only, args.dtype, args.target, args.preset)
     print(json.dumps(rows) if args.json else table(rows))
     if args.write:

@@ -9,7 +9,8 @@ one length, where neither helps; one question per image in rows of 79 text token
 and ten questions per image. v0.1's own collator lays out its rows. A CPU gets two layers per tower.
 
 A checkout with tiles is first compared on whole conversations (bench/peers), and `--conversations`
-does nothing else.
+does nothing else. With a preset that cuts images into tiles, its rows are a pack as main makes it:
+documents see each other, and each question of an image brings the image again.
 
 None of nanoVLM's code is here. A separate process imports it from the checkout;
 bench/peer_process.py says what it needs there. Two details of v0.1 differ from ours on padded rows:
@@ -46,14 +47,15 @@ from bench.harness.timing import Difference, difference, interleave, summary
 from bench.peers import conversations
 from bench.subjects.peer_process import NEEDED, serve
 from bench.subjects.variants import Packed, Recipe, Workbench
-from bench.subjects.workload import Work, cauldron_like, load_work
+from bench.subjects.workload import Work, cauldron_like, finevision_like, load_work
 from nanovlm_fast.command import Parser, keeping_interrupts, reports_errors
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.device import pick_device, pick_dtype
 from nanovlm_fast.model import reference
 from nanovlm_fast.model.flops import peak_flops
 from nanovlm_fast.packing.batch import pad
-from nanovlm_fast.packing.documents import Document, Sample
+from nanovlm_fast.packing.documents import IGNORE, Document, Sample
+from nanovlm_fast.presets import preset
 from nanovlm_fast.ranges import Range
 
 PARITY_QUESTIONS = 4  # few, because float32 needs more memory than the timed steps
@@ -73,6 +75,8 @@ class Case:
     def work(self, args: argparse.Namespace) -> Work:
         config = load_work(args.preset, "cauldron_like", 1, args.layers).config
         images = max(1, round(args.samples / self.questions))
+        if config.max_img_size:
+            return Work(config, finevision_like(config, images, questions=self.questions))
         samples = cauldron_like(config, images, questions=self.questions, even=self.even)
         if self.even:
             text = len(samples[0].documents[0]) - config.image_tokens
@@ -146,7 +150,9 @@ def commit_of(checkout: Path) -> str:
 
 
 def rows_of(work: Work, length: int) -> dict[str, np.ndarray]:
-    """Left-padded rows of `length` text tokens, with float images."""
+    """Left-padded rows of `length` text tokens, with float images; with tiles, a pack."""
+    if work.interleaved:
+        return pack_of(work)
     batch = pad(work.samples, length)
     config = work.config
     pixels = reference.normalise(batch.images[:, 0], config)
@@ -159,8 +165,37 @@ def rows_of(work: Work, length: int) -> dict[str, np.ndarray]:
     return {name: tensor.numpy() for name, tensor in rows.items()}
 
 
+def pack_of(work: Work) -> dict[str, np.ndarray]:
+    """One row of all documents as main packs them: a pad token behind each, and its own images."""
+    ids: list[int] = []
+    mask: list[int] = []
+    targets: list[int] = []
+    pixels = []
+    for sample in work.samples:
+        for document in sample.documents:
+            ids += [*document.input_ids.tolist(), 0]
+            mask += [1] * len(document) + [0]
+            targets += [*document.labels.tolist(), IGNORE]
+            pixels.append(torch.from_numpy(sample.images))
+    image_token = work.config.lm_vocab_size - len(work.config.vlm_extra_tokens)
+    return {
+        "input_ids": np.array([ids]),
+        "attention_mask": np.array([mask]),
+        "targets": np.array([targets]),
+        "pixels": reference.normalise(torch.cat(pixels), work.config).numpy(),
+        "image_token": np.array(image_token),
+    }
+
+
 def of_one_length(work: Work) -> Work:
-    """The first samples, with the fronts of their texts cut to the length of the shortest."""
+    """The first samples, with the fronts of their texts cut to the length of the shortest.
+
+    Of conversations with tiles the first document alone: in a pack theirs see each other.
+    """
+    if work.interleaved:
+        first = work.samples[0]
+        alone = dataclasses.replace(first, documents=first.documents[:1])
+        return dataclasses.replace(work, samples=[alone])
     shown = work.config.image_tokens
     samples: list[Sample] = []
     for sample in work.samples:
@@ -289,7 +324,9 @@ def measure(args: argparse.Namespace, case: Case, progress: Callable[[str], obje
             "peak_mib": peaks[variant],
             "loss": losses[variant],
         }
+    tiles = {"tiles": work.counts["images"]} if work.interleaved else {}
     return {
+        **tiles,
         "nanovlm": {"commit": commit_of(args.nanovlm), "interface": peer.interface},
         "dtype": str(bench.dtype).removeprefix("torch."),
         "work": work.as_result(),
@@ -316,6 +353,8 @@ def table(result: dict) -> str:
         interval = f"({gain.low:.2f}-{gain.high:.2f})"
         lines.append(f"{name}: ours is {gain.ratio:.2f} times as fast {interval}")
         waste = f"{work['padded_waste']:.0%} of nanoVLM's rows are padding"
+        if "tiles" in case:
+            waste = f"{case['tiles']} tiles, one pack"
         errors = f"loss {agreement['loss']:.1e}, worst gradient {agreement['gradient']:.1e}"
         lines.append(f"  {work['questions']} questions, {waste}; off by {errors} (relative, in")
         lines[-1] += " float32, without padding)"
@@ -411,6 +450,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.device = str(pick_device(args.device))
     on_gpu = args.device.startswith("cuda")
     args.preset = args.preset or ("tiny" if args.quick and not on_gpu else "nanovlm-222m")
+    if preset(args.preset)[0].max_img_size:
+        args.cases = [case for case in args.cases if not case.even]  # lengths are as drawn
     args.layers = args.layers if args.layers >= 0 else 0 if on_gpu else 2
     args.samples = args.samples or ((16 if on_gpu else 4) if args.quick else 128 if on_gpu else 10)
     args.repeats = args.repeats or (3 if args.quick else 15)

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bench.peers.main_process import NEW
-from nanovlm_fast.config import CHATML, VLMConfig
+from nanovlm_fast.config import CHATML, TokenNames, VLMConfig
 from nanovlm_fast.data.chat import END, START, make_text
 from nanovlm_fast.data.images import grid_of
 from nanovlm_fast.data.samples import make_sample
@@ -79,7 +79,7 @@ CONFIG = VLMConfig(
     lm_tokenizer="train",
     mp_pixel_shuffle_factor=2,
     max_img_size=128,
-    vlm_extra_tokens=position_tokens(8),
+    vlm_extra_tokens=TokenNames(position_tokens(8)),
     lm_chat_template=CHATML,
 )
 
@@ -109,12 +109,21 @@ def compare(checkout: Path) -> dict[str, dict[str, float]]:
     """Differences by case, and of the pack. Raises ValueError if one is over what is allowed.
 
     Once with pictures that keep their size and once with pictures that are enlarged to the most
-    tiles, as the models on the hub take them.
+    tiles, as the models on the hub take them; and text alone with a model of one extra token, as
+    450M's, whose pictures today's main no longer takes.
     """
     plain = compare_model(checkout, CONFIG, CASES)
     enlarged = dataclasses.replace(CONFIG, resize_to_max_side_len=True)
     more = compare_model(checkout, enlarged, CASES[3:])
-    return plain | {f"{name}, enlarged": found for name, found in more.items()}
+    one_token = dataclasses.replace(
+        CONFIG,
+        max_img_size=0,
+        vlm_extra_tokens=TokenNames({"image_token": "<|image|>"}),
+        lm_vocab_size=CONFIG.lm_vocab_size - 65,
+    )
+    text = compare_model(checkout, one_token, CASES[:1])
+    named = {f"{name}, enlarged": found for name, found in more.items()}
+    return plain | named | {"no image, one extra token": text[CASES[0].name]}
 
 
 def compare_model(
@@ -179,8 +188,8 @@ def make_case(
 
 def run_theirs(checkout: Path, folder: Path) -> None:
     """Run the other process. Raises ValueError with its last line if it fails."""
-    module = "bench.peers.main_process"
-    command = [sys.executable, "-m", module, str(checkout.resolve()), str(folder)]
+    call = "import sys; from bench.peers.main_process import run; run(*sys.argv[1:])"
+    command = [sys.executable, "-c", call, str(checkout.resolve()), str(folder)]
     paths = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True)

@@ -1,10 +1,10 @@
 """The process that runs huggingface/nanoVLM's `main` on conversations, from a checkout.
 
-    python -m bench.peers.main_process CHECKOUT FOLDER
-
-FOLDER holds `model/`, written by `export --to nanovlm`, and `cases.json`: for each case its turns
-and the files of its pictures; `tiles.safetensors` has our tiles. Written are `theirs.json` and, for
-each case, `theirs-N.safetensors`. All that is compared comes from the checkout's own classes:
+`run(CHECKOUT, FOLDER)` is called in a process of its own, because the checkout's modules are named
+`models` and `data`. FOLDER holds `model/`, written by `export --to nanovlm`, and `cases.json`: for
+each case its turns and the files of its pictures; `tiles.safetensors` has our tiles. Written are
+`theirs.json` and, for each case, `theirs-N.safetensors`. All that is compared comes from the
+checkout's own classes:
 
 | from | what |
 | --- | --- |
@@ -33,8 +33,13 @@ from torch import Tensor
 NEW = 12  # tokens of a reply
 
 
-def main(checkout: str, place: str) -> None:
-    folder = Path(place)
+def run(checkout: str, place: str) -> None:
+    """Write what the checkout makes of the cases in the folder `place`."""
+    with contextlib.redirect_stdout(io.StringIO()):  # the checkout's code prints
+        _run(checkout, Path(place))
+
+
+def _run(checkout: str, folder: Path) -> None:
     sys.path.insert(0, checkout)
     torch.set_num_threads(1)
     models = importlib.import_module("models.vision_language_model")
@@ -62,7 +67,8 @@ def main(checkout: str, place: str) -> None:
         save_file(tensors, folder / f"theirs-{number}.safetensors")
         found.append(outcome)
         samples.append({**sample, "pixels": pixels})
-    shown = torch.cat([sample["pixels"] for sample in samples if len(sample["pixels"])])
+    several = [sample["pixels"] for sample in samples if len(sample["pixels"])]
+    shown = torch.cat(several) if several else torch.zeros(0)
     outcome, tensors = step(model, packed(tokenizer, maker, samples), shown)
     save_file(tensors, folder / "theirs-pack.safetensors")
     (folder / "theirs.json").write_text(json.dumps({"cases": found, "pack": outcome}))
@@ -132,9 +138,3 @@ def packed(tokenizer: Any, maker: Any, samples: list[dict[str, Any]]) -> dict[st
     packer = advanced.ConstantLengthDataset(maker, seq_length=length)
     pack = packer._pack_one_group(range(len(rows)), rows, length)
     return dict(zip(("input_ids", "labels", "attention_mask", "images"), pack, strict=True))
-
-
-if __name__ == "__main__":
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):  # the checkout's code prints
-        main(*sys.argv[1:])

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.subjects import fake_h100
 from nanovlm_fast.command import Parser, reports_errors
+from nanovlm_fast.presets import preset
 
 if TYPE_CHECKING:
     import torch
@@ -83,8 +84,6 @@ def launches(dtype_name: str, preset_name: str = PRESET) -> list[dict[str, Any]]
     """
     fake_h100.pretend()
     import torch
-
-    from nanovlm_fast.presets import preset
 
     config = dataclasses.replace(preset(preset_name)[0], vit_n_blocks=LAYERS, lm_n_blocks=LAYERS)
     dtype = getattr(torch, dtype_name)
@@ -230,6 +229,7 @@ def make_parser() -> Parser:
 @reports_errors()
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
+    preset(args.preset)  # raises for an unknown one
     print(json.dumps(launches(args.dtype, args.preset)))
     return 0
 

@@ -124,6 +124,8 @@ class NanoVLM:
         if self.collator:
             return collated(self.collator, **tensors)
         pixels = tensors.pop("pixels")
+        if "image_token" in tensors:  # rows that hold their image tokens already
+            return {**tensors, "images": pixels}
         ids = tensors["input_ids"]
         token = unused(ids, self.model.decoder.token_embedding.num_embeddings)
         fill = {"input_ids": token, "attention_mask": 1, "targets": -100}

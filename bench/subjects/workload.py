@@ -207,35 +207,41 @@ def noise(rng: np.random.Generator, config: VLMConfig, prompt: int, answer: int)
 
 
 def finevision_like(
-    config: VLMConfig, count: int, seed: int = 0, blank: bool = False
+    config: VLMConfig, count: int, seed: int = 0, questions: int = 0, blank: bool = False
 ) -> list[Sample]:
     """`count` conversations about images that are cut into tiles; deterministic.
 
-    Raises ValueError for a model without tokens for tiles. `blank`: pixels are zeros without
-    memory, to draw many samples whose sizes alone matter.
+    With `questions`, every sample has one image and so many documents of one turn about it.
+    `blank`: pixels are zeros without memory, to draw many samples whose sizes alone matter. Raises
+    ValueError for a model without tokens for tiles.
     """
     if not config.max_img_size:
         raise ValueError("finevision_like cuts images into tiles, which this model does not take")
     rng = np.random.default_rng(seed)
-    sizes = list(PIXELS)
+    sizes: list[tuple[int, int]] = list(PIXELS)
     samples = []
     for i in range(count):
-        number = int(rng.choice(list(IMAGES), p=list(IMAGES.values())))
+        number = 1 if questions else int(rng.choice(list(IMAGES), p=list(IMAGES.values())))
         drawn = rng.choice(len(sizes), number, p=list(PIXELS.values()))
-        grids = [grid_of(*sizes[which], config) for which in drawn]
-        document = conversation(rng, config, grids)
+        grids = [grid_of(*sizes[int(which)], config) for which in drawn]
+        if questions:
+            documents = [conversation(rng, config, grids, 1) for _ in range(questions)]
+        else:
+            documents = [conversation(rng, config, grids, int(rng.geometric(1 / TURNS)))]
         size = config.vit_img_size
         shape = (sum(tiles_of(grid, config) for grid in grids), 3, size, size)
         zeros = np.broadcast_to(np.zeros((), np.uint8), shape)
         tiles = zeros if blank else rng.integers(0, 256, shape, dtype=np.uint8)
-        samples.append(Sample(f"finevision_like/{i}", tiles, [document]))
+        samples.append(Sample(f"finevision_like/{i}", tiles, documents))
     return samples
 
 
-def conversation(rng: np.random.Generator, config: VLMConfig, grids: list[Grid]) -> Document:
+def conversation(
+    rng: np.random.Generator, config: VLMConfig, grids: list[Grid], turns: int
+) -> Document:
     """Tiles behind the tokens of their places, then turns of random text with labelled replies.
 
-    As many turns as the model has positions for, at least one.
+    At most as many turns as the model has positions for; the first is cut to them.
     """
     base = config.lm_vocab_size - len(config.vlm_extra_tokens)
     ids_of = {name: base + number for number, name in enumerate(config.vlm_extra_tokens)}
@@ -249,12 +255,15 @@ def conversation(rng: np.random.Generator, config: VLMConfig, grids: list[Grid])
                 name = f"r{place // columns + 1}c{place % columns + 1}"
                 ids += [ids_of[name], *tile]
     labelled = [False] * len(ids)
-    for turn in range(int(rng.geometric(1 / TURNS))):
+    for turn in range(turns):
         medians = np.array([QUESTION, REPLY])
         lengths = np.rint(rng.lognormal(np.log(medians[:, 0]), medians[:, 1])).astype(int)
         asked, said = lengths.clip(1, 2048) + MARKS
-        if turn and len(ids) + asked + said > config.lm_max_position_embeddings:
+        room = config.lm_max_position_embeddings - len(ids)
+        if turn and asked + said > room:
             break
+        asked = min(asked, room // 2)
+        said = min(said, room - asked)
         ids += rng.integers(0, base, asked + said).tolist()
         labelled += [False] * asked + [True] * said
     input_ids = np.array(ids, np.int64)

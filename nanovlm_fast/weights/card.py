@@ -18,6 +18,7 @@ from nanovlm_fast.data.text import is_hub_name
 from nanovlm_fast.files import read_json
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.weights.folder import fields_to_store
+from nanovlm_fast.weights.tiled_usage import cut, image_string
 
 
 def measured(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -77,6 +78,46 @@ In training, special tokens that a question spells out (`<|endoftext|>`) were te
 takes them for control tokens; pass `split_special_tokens=True` for a question that may hold some,
 and put the image token before it yourself."""
 
+TILES_USAGE = """```python
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+
+TO_RGB
+
+
+CUT
+
+
+IMAGE_STRING
+
+
+model = AutoModelForImageTextToText.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+names = NAMES
+pictures = [to_rgb(Image.open(file)) for file in ["picture.png"]]
+shown = [cut(picture, SIZES) for picture in pictures]
+text = image_string([grid for _, grid in shown], names, TOKENS) + "What is it?"
+inputs = tokenizer.apply_chat_template(
+    [{"role": "user", "content": text}],
+    add_generation_prompt=True,
+    return_dict=True,
+    return_tensors="pt",
+)
+pixels = torch.cat([tiles for tiles, _ in shown])[None]
+reply = model.generate(**inputs, pixel_values=pixels)[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(reply, skip_special_tokens=True))
+```
+
+transformers has no processor that cuts pictures as this model was trained to read them, so the
+functions above do it. Text alone needs no `pixel_values`. A question that holds special tokens
+(`<|im_end|>`) would forge them: leave such text out."""
+
 NANOVLM_USAGE = """```python
 from models.vision_language_model import VisionLanguageModel  # github.com/huggingface/nanoVLM, TAG
 
@@ -104,6 +145,8 @@ TO_RGB
 def usage(target: str, config: VLMConfig, name: str) -> str:
     """Return how a model that is loaded by `name` is used from the library of `target`."""
     text = {"transformers": TRANSFORMERS_USAGE, "nanovlm": NANOVLM_USAGE}[target]
+    if target == "transformers" and config.vlm_extra_tokens:
+        text = TILES_USAGE
     if Path(config.lm_tokenizer).is_absolute():
         tokenizer = (
             "nanoVLM loads the tokenizer by `lm_tokenizer` in `config.json`, which is the folder "
@@ -113,7 +156,14 @@ def usage(target: str, config: VLMConfig, name: str) -> str:
         name_there = f"`{config.lm_tokenizer}`"
         tokenizer = f"nanoVLM loads the tokenizer by its name in `config.json`, {name_there}."
     prompt = "<image>" + config.prompt.format(question="What is it?")
+    sizes = config.vit_img_size, config.max_img_size, config.resize_to_max_side_len
     replacements = {
+        # First: the sources below may hold any of the words that follow.
+        "SIZES": ", ".join(map(str, (*sizes, config.has_global_tile))),
+        "TOKENS)": f"{config.image_tokens})",
+        "NAMES": json.dumps(dict(config.vlm_extra_tokens), ensure_ascii=False, indent=4),
+        "CUT": inspect.getsource(cut).strip(),
+        "IMAGE_STRING": inspect.getsource(image_string).strip(),
         "TO_RGB": inspect.getsource(to_rgb).strip(),
         "TOKENIZER": tokenizer,
         "TAG": "main" if config.vlm_extra_tokens else "v0.1",

@@ -4,6 +4,8 @@ transformers' SmolVLM architecture (Marafioti et al., 2025) is the same function
 SigLIP tower, pixel shuffle, linear projector, Llama decoder. SmolVLM's own processor puts tokens
 around an image that this model was never trained on; the processor written here repeats `<image>`
 and nothing else. See weights/README.md for two details in which transformers differs.
+
+Models with tiles are exported with a tokenizer and without a processor: see tiled_usage.py.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nanovlm_fast.config import VLMConfig
+from nanovlm_fast.data.chat import make_text
 from nanovlm_fast.data.text import Tokenizer
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.weights.names import LANGUAGE_FIELDS, VISION_FIELDS, language_names, vision_names
@@ -32,26 +35,70 @@ def to_transformers(folder: Path, model: VisionLanguageModel, tokenizer: Tokeniz
     """
     from transformers import GenerationConfig, SmolVLMForConditionalGeneration
 
-    if model.config.vlm_extra_tokens:
-        raise ValueError(
-            "a model with tokens that stand for images (vlm_extra_tokens) cannot be exported to "
-            "transformers: export --to nanovlm"
-        )
-    wrapped = transformers_tokenizer(tokenizer)
-    image_id = wrapped.convert_tokens_to_ids(IMAGE_TOKEN)
-    rows = max(model.config.lm_vocab_size, image_id + 1)  # the embedding may be full
-    theirs = SmolVLMForConditionalGeneration(
-        transformers_config(model.config, rows, image_id, tokenizer.eos_id)
+    config = model.config
+    tiled = bool(config.vlm_extra_tokens)
+    wrapped = (
+        conversation_tokenizer(tokenizer, config) if tiled else transformers_tokenizer(tokenizer)
     )
-    theirs.load_state_dict(transformers_state(model, rows))
-    check_positions(theirs.model.vision_model.embeddings, model.config)
+    image_token = config.vlm_extra_tokens["image_token"] if tiled else IMAGE_TOKEN
+    image_id = wrapped.convert_tokens_to_ids(image_token)
+    rows = max(config.lm_vocab_size, image_id + 1)  # the embedding may be full
+    theirs = SmolVLMForConditionalGeneration(
+        transformers_config(config, rows, image_id, tokenizer.eos_id)
+    )
+    state = transformers_state(model, rows)
+    if tiled:
+        start_pixels_above_zero(state, config)
+    theirs.load_state_dict(state)
+    check_positions(theirs.model.vision_model.embeddings, config)
     eos = tokenizer.eos_id
     # The row of `<image>` is zero, hence its logit 0, which may be the largest: it is suppressed.
+    # That of a model with tiles has been trained as any other.
+    suppressed = None if tiled else [image_id]
     theirs.generation_config = GenerationConfig(
-        eos_token_id=eos, pad_token_id=eos, suppress_tokens=[image_id]
+        eos_token_id=eos, pad_token_id=eos, suppress_tokens=suppressed
     )
     theirs.save_pretrained(folder)
-    transformers_processor(model.config, wrapped, tokenizer.eos).save_pretrained(folder)
+    if tiled:
+        wrapped.save_pretrained(folder)
+    else:
+        transformers_processor(config, wrapped, tokenizer.eos).save_pretrained(folder)
+
+
+def conversation_tokenizer(tokenizer: Tokenizer, config: VLMConfig) -> Any:
+    """Return a PreTrainedTokenizerFast with the model's chat template and names for its tokens.
+
+    Raises ValueError for a model without the one template that conversations are written with.
+    """
+    from tokenizers import Tokenizer as BaseTokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    make_text(tokenizer, config, "chat")  # raises for another template, or none of its tokens
+    if not config.lm_chat_template:
+        raise ValueError(
+            "a model with tokens for images (vlm_extra_tokens) and without an lm_chat_template "
+            "cannot be exported to transformers: export --to nanovlm"
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=BaseTokenizer.from_str(tokenizer.base.to_str()),
+        eos_token=tokenizer.eos,
+        pad_token=tokenizer.eos,
+        padding_side="left",
+        chat_template=config.lm_chat_template,
+        extra_special_tokens=dict(config.vlm_extra_tokens),
+    )
+
+
+def start_pixels_above_zero(state: dict[str, Tensor], config: VLMConfig) -> None:
+    """Change the patch embedding so that it takes pixels as `tiled_usage.cut` makes them.
+
+    With e = 1 / 255: W ((x - e) - mean) / std + b = (W / std) x + (b - (e + mean) / std * sum(W)).
+    """
+    place = "model.vision_model.embeddings.patch_embedding"
+    weight = state[f"{place}.weight"]
+    offset = (1 / 255 + config.image_mean) / config.image_std * weight.sum((1, 2, 3))
+    state[f"{place}.bias"] = state[f"{place}.bias"] - offset
+    state[f"{place}.weight"] = weight / config.image_std
 
 
 def transformers_tokenizer(tokenizer: Tokenizer) -> Any:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench.peer import pack_of
 from bench.subjects.variants import Judge, Packed, Padded, Recipe, Workbench
 from bench.subjects.workload import Work, default_data, finevision_like
 from nanovlm_fast.config import VLMConfig, fields_of
@@ -67,3 +68,22 @@ def test_our_step_on_tiles_is_the_reference_s(recipe):
     assert judge(Packed(bench, recipe))["passed"]
     loss, _ = padded.gradients()  # all rows at once, padded, against one row at a time
     assert loss == pytest.approx(judge.loss, rel=1e-5)
+
+
+def test_several_questions_share_an_image_here_and_bring_their_own_to_main():
+    (sample,) = finevision_like(CONFIG, 1, seed=2, questions=8)
+    assert len(sample.documents) == 8 and len(sample.images) > 1
+    work = Work(CONFIG, [sample])
+    rows = pack_of(work)
+    assert rows["input_ids"].shape == (1, work.counts["tokens"] + 8)
+    assert (rows["attention_mask"] == 0).sum() == 8
+    assert (rows["targets"] >= 0).sum() == work.counts["labels"]
+    assert rows["pixels"].shape[0] == 8 * len(sample.images) == 8 * work.counts["images"]
+    shown = (rows["input_ids"] == rows["image_token"]).sum()
+    assert shown == rows["pixels"].shape[0] * CONFIG.image_tokens
+
+
+def test_a_document_fits_the_models_positions():
+    small = dataclasses.replace(CONFIG, lm_max_position_embeddings=140)
+    lengths = [sample.tokens for sample in finevision_like(small, 40, seed=3, questions=1)]
+    assert max(lengths) <= 140

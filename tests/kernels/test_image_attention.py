@@ -128,3 +128,9 @@ def test_wrong_arguments_are_named(change, error, message):
     inputs = {**make_inputs(2, 4, 2, 32, torch.float32, "cpu"), **change}
     with pytest.raises(error, match=message):
         image_attention_fwd(**inputs)
+
+
+def test_tiles_of_512_pixels_are_left_to_the_attention_backend():
+    """1,024 patches: their scores do not fit the registers of a program."""
+    assert fits(196, 64, torch.bfloat16)
+    assert not fits(1024, 64, torch.bfloat16)

@@ -20,6 +20,7 @@ from nanovlm_fast.cli import parse_config
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.weights.folder import save_pretrained
 from nanovlm_fast.weights.pretrained import load_model, load_pretrained
+from tests.support import forks
 from tests.support.backbones import start
 from tests.support.tiles import BASE, GENERATIONS, plain_tokenizer, token_names, write_generation
 
@@ -152,15 +153,6 @@ def test_a_run_starts_from_one(tmp_path):
     assert list(model.vlm_extra_tokens) == list(values["vlm_extra_tokens"])
 
 
-def test_transformers_export_is_refused_by_name(tmp_path, capsys):
-    write_generation(tmp_path, "230M-8k")
-    options = ["--checkpoint", str(tmp_path / "model"), "--to", "transformers"]
-    assert exporting.main([*options, "--out", str(tmp_path / "out")]) == 1
-    said = capsys.readouterr().err
-    assert "vlm_extra_tokens" in said and "--to nanovlm" in said and said.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
 def test_backbones_get_rows_for_the_tokens_of_a_preset(backbones):
     """New rows are drawn as nanoVLM draws them: N(0, 0.02)."""
     places = f"--vision {backbones / 'vision'} --language {backbones / 'language'}"
@@ -174,3 +166,25 @@ def test_backbones_get_rows_for_the_tokens_of_a_preset(backbones):
     new = table[-66:]  # 3,168 numbers
     assert new.std().item() == pytest.approx(0.02, rel=0.1)
     assert abs(new.mean().item()) < 0.002
+
+
+@pytest.mark.slow
+def test_one_trains_on_and_goes_back(tmp_path):
+    """train.py from its folder, on pictures cut into tiles; the run's export is as the folder."""
+    values = write_generation(tmp_path, "230M-8k")
+    options = "--data synthetic:32 --turns chat --device cpu --max-steps 2 --tokens-per-batch 2048"
+    options += " --look-ahead 8 --val-samples 4 --no-final-eval --workers 0"
+    place = f"--start-from {tmp_path / 'model'} --out {tmp_path / 'run'}"
+    result = forks.run(*f"train.py {place} {options}".split())
+    assert result.returncode == 0, result.stderr
+    assert "UserWarning" not in result.stderr
+    out = tmp_path / "out"
+    options = ["--checkpoint", str(tmp_path / "run"), "--to", "nanovlm", "--out", str(out)]
+    assert exporting.main(options) == 0
+    written = json.loads((out / "config.json").read_text())
+    assert written == {**values, "lm_tokenizer": str(out)}
+    before = load_file(tmp_path / "model" / "model.safetensors")
+    after = load_file(out / "model.safetensors")
+    assert {name: t.shape for name, t in before.items()} == {n: t.shape for n, t in after.items()}
+    assert not torch.equal(before["MP.proj.weight"], after["MP.proj.weight"])
+    assert their_ids(out, written) == list(range(BASE, values["lm_vocab_size"]))
