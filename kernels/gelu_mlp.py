@@ -261,9 +261,9 @@ def gelu_mlp_fwd(
             x, weight1, bias1, h, a, m, c, N=n, STORE_H=keep_h, **launch
         )
     if bias2 is None:
-        y = torch.mm(a, weight2.T)
+        y = torch.mm(a, weight2.t())
     else:
-        y = torch.addmm(bias2.to(x.dtype), a, weight2.T)
+        y = torch.addmm(bias2.to(x.dtype), a, weight2.t())
     return y, h, a if keep_a else x.new_empty(0)
 
 
@@ -323,9 +323,9 @@ def _backward(ctx, dy, _dh, _da):
     if for_x:
         dx = torch.mm(dh, weight1)
     if for_weight1:
-        dweight1 = torch.mm(dh.T, x)
+        dweight1 = torch.mm(dh.t(), x)
     if for_weight2:
-        dweight2 = torch.mm(dy.T, a)
+        dweight2 = torch.mm(dy.t(), a)
     if for_bias2:
         dbias2 = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtypes[1])
     return dx, dweight1, dbias1, dweight2, dbias2, None, None

@@ -231,7 +231,7 @@ def swiglu_mlp_fwd(
         _swiglu_mlp_fwd_kernel[_grid(m, n, launch)](
             x, gate_up_weight, gate_up, a, m, c, N=n, STORE_GATE_UP=keep_gate_up, **launch
         )
-    y = torch.mm(a, down_weight.T)
+    y = torch.mm(a, down_weight.t())
     return y, gate_up, a if keep_a else x.new_empty(0)
 
 
@@ -286,9 +286,9 @@ def _backward(ctx, dy, _dgate_up, _da):
     if for_x:
         dx = torch.mm(dgate_up, gate_up_weight)
     if for_gate_up:
-        dgate_up_weight = torch.mm(dgate_up.T, x)
+        dgate_up_weight = torch.mm(dgate_up.t(), x)
     if for_down:
-        ddown_weight = torch.mm(dy.T, a)
+        ddown_weight = torch.mm(dy.t(), a)
     return dx, dgate_up_weight, ddown_weight, None, None
 
 
