@@ -22,10 +22,11 @@ again.
 Bytes per row: the epilogues save reading gate_up (2 I) forward, and writing and reading da (2 I)
 backward. FLOPs: 6 M C I forward, 12 M C I backward.
 
-What the products cost against cuBLAS's must be measured on a GPU. Predicted: 92% of its rate where
-the epilogue hides behind other tiles. They pay as long as they keep 61% of it forward: at 20,700
-rows of 576 and 1536 a product alone should take 105 us, SwiGLU after it 67 us. The backward's is
-bound by memory: its 52 us of product and 112 us of SwiGLU's gradient become 280 MB, 95 us.
+What the products cost against cuBLAS's is not measured; it takes a GPU. At 20,700 rows of 576 and
+1536 the forward's product alone should take 105 us and SwiGLU after it 67 us, so it pays as long as
+it keeps 61% of cuBLAS's rate. Predicted are 92% if the epilogue hides behind other tiles, and by
+counting instructions of what does not hide, 70%. The backward's product is bound by memory: 52 us
+of product and 112 us of SwiGLU's gradient become 280 MB, 95 us.
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ def _swiglu_mlp_bwd_kernel(
         dy = tl.load(dy_ptr + start + dy_offsets)
         weight = tl.load(weight_ptr + tl.cast(start, tl.int64) * N + weight_offsets)
         da = tl.dot(dy, weight, da, input_precision="ieee")
-    # In quarters: beside the sums of all columns there are registers for only so much of gate_up.
+    # In quarters, which take fewer registers at a time for gate, up and their gradients.
     QUARTER: tl.constexpr = BLOCK_N // 4
     left, right = _halves(da, BLOCK_M, BLOCK_N)
     first, second = _halves(left, BLOCK_M, BLOCK_N // 2)
@@ -164,18 +165,21 @@ def _swiglu_mlp_bwd_kernel(
     _swiglu_gradient(fourth, gate_up_ptr, dgate_up_ptr, a_ptr, rows, columns, M, N, WITH_A)
 
 
-def _launch(n: int, k: int, dtype: torch.dtype, columns: int) -> dict[str, int]:
+def _launch(n: int, k: int, dtype: torch.dtype, backward: bool) -> dict[str, int]:
     """Tiles, warps and stages of a product with n columns and a sum over k.
 
-    A program has at most `columns` of them: 128 of gate and of up each forward, 256 backward. So
-    both multiply 128 x 256 on two warpgroups, four stages of 48 KB. float32 products are made of
-    FMA instructions and want small tiles. Tiles of columns and steps of the sum divide n and k.
+    16-bit: 128 columns. Forward they are 128 of gate and 128 of up, on two warpgroups with four
+    stages of 48 KB. The backward is bound by memory: two programs fit a multiprocessor (at most 128
+    registers, three stages of 32 KB), so that one loads and stores while the other multiplies.
+
+    float32 products are made of FMA instructions and want small tiles. Tiles of columns and steps
+    of the sum divide n and k.
     """
     if dtype == torch.float32:
-        tile = {"BLOCK_M": 64, "BLOCK_N": math.gcd(columns // 4, n), "BLOCK_K": math.gcd(32, k)}
+        tile = {"BLOCK_M": 64, "BLOCK_N": math.gcd(32, n), "BLOCK_K": math.gcd(32, k)}
         return {**tile, "GROUP": 8, "num_warps": 4, "num_stages": 2}
-    tile = {"BLOCK_M": 128, "BLOCK_N": math.gcd(columns, n), "BLOCK_K": math.gcd(64, k)}
-    return {**tile, "GROUP": 8, "num_warps": 8, "num_stages": 4}
+    tile = {"BLOCK_M": 128, "BLOCK_N": math.gcd(128, n), "BLOCK_K": math.gcd(64, k)}
+    return {**tile, "GROUP": 8, "num_warps": 8, "num_stages": 3 if backward else 4}
 
 
 def _grid(m: int, n: int, launch: dict[str, int]) -> tuple[int]:
@@ -223,11 +227,11 @@ def swiglu_mlp_fwd(
     gate_up = x.new_empty(m, 2 * n) if keep_gate_up else x.new_empty(0)
     a = x.new_empty(m, n)
     if m:
-        launch = _launch(n, c, x.dtype, columns=128)
+        launch = _launch(n, c, x.dtype, backward=False)
         _swiglu_mlp_fwd_kernel[_grid(m, n, launch)](
             x, gate_up_weight, gate_up, a, m, c, N=n, STORE_GATE_UP=keep_gate_up, **launch
         )
-    y = torch.mm(a, down_weight.T)
+    y = torch.mm(a, down_weight.t())
     return y, gate_up, a if keep_a else x.new_empty(0)
 
 
@@ -250,7 +254,7 @@ def swiglu_mlp_bwd(
     dgate_up = torch.empty_like(gate_up)
     a = gate_up.new_empty(m, n) if with_a else gate_up.new_empty(0)
     if m:
-        launch = _launch(n, c, gate_up.dtype, columns=256)
+        launch = _launch(n, c, gate_up.dtype, backward=True)
         _swiglu_mlp_bwd_kernel[_grid(m, n, launch)](
             dy, down_weight, gate_up, dgate_up, a, m, c, N=n, WITH_A=with_a, **launch
         )
@@ -282,9 +286,9 @@ def _backward(ctx, dy, _dgate_up, _da):
     if for_x:
         dx = torch.mm(dgate_up, gate_up_weight)
     if for_gate_up:
-        dgate_up_weight = torch.mm(dgate_up.T, x)
+        dgate_up_weight = torch.mm(dgate_up.t(), x)
     if for_down:
-        ddown_weight = torch.mm(dy.T, a)
+        ddown_weight = torch.mm(dy.t(), a)
     return dx, dgate_up_weight, ddown_weight, None, None
 
 
