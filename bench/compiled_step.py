@@ -2,15 +2,16 @@
 
     python -m bench.compiled_step                        the whole nanovlm-222m, plain PyTorch
     python -m bench.compiled_step --layers 2 --kernels all
-    python -m bench.compiled_step --variants             also kernels all, each alone, and streams
-    python -m bench.compiled_step --inductor combo_kernels=True
+    python -m bench.compiled_step --variants             kernels, streams, Inductor's own options
+    python -m bench.compiled_step --templates --inductor combo_kernels=True
+    python -m bench.compiled_step --variants --tokens-per-batch 20736 --images-per-batch 256
 
 PyTorch compiles for a device that is not there (`subjects/fake_h100.py`). The generated code is
 then run on tensors without memory, and every launch is entered with its bytes and FLOPs. The step
 is `train.py`'s, with padding, gradient norm and optimizer. Nothing is timed: floor and expected
 time are predictions, and `subjects/step_time.py` says what they assume.
 
-The whole model takes three minutes on one core, and a variant is kept in the result file as soon as
+The whole model takes a minute on one idle core, and a variant is kept in the result file as soon as
 it is done: a run that was interrupted goes on where it stopped.
 """
 
@@ -58,6 +59,10 @@ def result_file(options: Options, out: Path | None = None) -> Path:
         name += f"_{options.preset}"
     if options.language_layers:
         name += f"_{options.language_layers}layers"
+    if options.tokens_per_batch:
+        name += f"_{options.tokens_per_batch}tokens"
+    if options.images_per_batch:
+        name += f"_{options.images_per_batch}images"
     return (out or ROOT) / FOLDER / f"{name}.json"
 
 
@@ -68,17 +73,29 @@ def label_of(options: Options) -> str:
         value = getattr(options, name)
         if value != getattr(Options, name):
             parts.append(f"{name.replace('_', ' ')} {value}")
+    if options.templates:
+        parts.append("templates")
     parts += [f"{name}={value!r}" for name, value in options.inductor.items()]
     return ", ".join(parts)
 
 
 def variants_of(base: Options) -> Iterator[Options]:
-    """The side by side table: kernels none, all, both with bfloat16 streams, and each alone."""
+    """The side by side table: kernels none and all with both streams and each alone; Inductor's.
+
+    Inductor's options are shown on the narrow stream, whose working weights leave it the fewest
+    conversions to merge. Options that change neither bytes nor launches have no row: PDL, and
+    searches for tiles.
+    """
+    base = dataclasses.replace(base, machine_code=False)
     for stream in STREAMS:
         for kernels in ("none", "all"):
-            yield dataclasses.replace(base, kernels=kernels, stream=stream, machine_code=False)
+            yield dataclasses.replace(base, kernels=kernels, stream=stream)
     for kernels in KERNELS:
-        yield dataclasses.replace(base, kernels=kernels, machine_code=False)
+        yield dataclasses.replace(base, kernels=kernels)
+    for kernels in ("none", "all"):
+        narrow = dataclasses.replace(base, kernels=kernels, stream="bfloat16")
+        yield dataclasses.replace(narrow, inductor={"combo_kernels": True})
+        yield dataclasses.replace(narrow, templates=True)
 
 
 def run(*steps: Options) -> list[dict[str, Any]]:
@@ -417,6 +434,16 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--inductor", action="append", default=[], metavar="NAME=VALUE", help="may be repeated"
     )
+    parser.add_argument(
+        "--templates", action="store_true", help="products as Triton templates, with epilogues"
+    )
+    for name, most in (("tokens", 2**20), ("images", 2**14)):
+        parser.add_argument(
+            f"--{name}-per-batch",
+            type=Range(int, most=most),
+            default=0,
+            help="as of train.py; 0: as a run of the preset has it",
+        )
     parser.add_argument("--variants", action="store_true", help="the table of variants")
     parser.add_argument(
         "--budget", action="store_true", help="measure one block in each tower; lower its budget"
@@ -478,6 +505,9 @@ def base_of(args: argparse.Namespace) -> Options:
         attention=args.attention,
         vision_attention=args.vision_attention,
         inductor=parse_inductor(args.inductor),
+        templates=args.templates,
+        tokens_per_batch=args.tokens_per_batch,
+        images_per_batch=args.images_per_batch,
         machine_code=True,
     )
 

@@ -95,6 +95,20 @@ def test_the_flops_are_the_models(measured):
 
 
 @pytest.mark.slow
+def test_templates_compute_the_same_products_and_fuse_more(measured):
+    options = Options(vision_layers=1, language_layers=1, templates=True)
+    (templates,) = run(options)
+    plain = measured[0]
+    assert templates["tflop"] == pytest.approx(plain["tflop"], rel=1e-9)
+    assert templates["launches"] < plain["launches"]
+    assert templates["floor_ms"] < plain["floor_ms"]
+    for direction in ("forward", "backward"):
+        products = (step["by_kind"][direction]["product"] for step in (templates, plain))
+        ours, theirs = (row["launches"] for row in products)
+        assert ours == theirs
+
+
+@pytest.mark.slow
 def test_one_vision_block_by_hand(measured):
     """Bytes of one more block of nanovlm-222m's vision tower, in multiples of its stream's rows."""
     one, two = measured[0]["by_kind"], measured[1]["by_kind"]
@@ -200,19 +214,24 @@ def test_our_kernels_move_what_their_cost_says():
     assert read + written == moved + 4 * n  # cost leaves out the weight
 
 
-def test_what_moves_nothing_is_not_counted():
-    """A conversion to the type that a tensor has; the tensor whose shape alone a fill takes."""
+def test_what_an_operator_calls_is_counted_by_what_it_launches():
+    """Inside operators PyTorch hands on whole what autograd would have taken apart."""
     recorder = Recorder([])
     x = torch.empty(4, 4)
     aten = torch.ops.aten
     for function, *arguments in (
-        (aten.to.dtype, torch.float32),
+        (aten.to.dtype, torch.float32),  # its type already: no launch
         (aten.to.dtype, torch.bfloat16),
-        (aten.new_zeros.default, [8]),
+        (aten.new_zeros.default, [8]),  # of x it takes the type alone
+        (aten.linear.default, x),  # a product
     ):
         recorder.__torch_dispatch__(function, (), (x, *arguments))
-    entered = [(launch.name, launch.read, launch.written) for launch in recorder.launches]
-    assert entered == [("to", 64, 32), ("new_zeros", 0, 32)]
+    entered = [(la.name, la.kind, la.read, la.written, la.flops) for la in recorder.launches]
+    assert entered == [
+        ("_to_copy", "other", 64, 32, 0),
+        ("new_zeros", "other", 0, 32, 0),
+        ("mm 4x4x4", "product", 128, 64, 128),
+    ]
 
 
 CONCATENATION = """
@@ -375,8 +394,18 @@ def test_labels_say_what_differs_from_training():
     other = Options(kernels="all", stream="bfloat16", inductor={"combo_kernels": True})
     assert label_of(other) == "kernels all, stream bfloat16, combo_kernels=True"
     labels = [label_of(options) for options in compiled_step.variants_of(Options())]
-    # none, all, each alone; none and all again with a bfloat16 stream
-    assert len(labels) == len(set(labels)) == 4 + len(ALL)
+    # none, all, each alone; none and all again with a bfloat16 stream, by itself and in two ways
+    assert len(labels) == len(set(labels)) == 4 + len(ALL) + 4
+    assert labels[-1] == "kernels all, stream bfloat16, templates"
+
+
+def test_another_size_of_the_batch_is_another_file():
+    files = {
+        compiled_step.result_file(Options(tokens_per_batch=t, images_per_batch=i)).name
+        for t in (0, 20736)
+        for i in (0, 256)
+    }
+    assert len(files) == 4 and "compiled_step_20736tokens_256images.json" in files
 
 
 # ---- the result file
