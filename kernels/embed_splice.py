@@ -5,7 +5,7 @@
 Shapes and dtypes:
     input_ids (T,) int64, image_rows (T,) int32
     table (V, C), image_tokens (R, C) with R >= 0: bf16, fp16 or fp32
-    h (T, C) in the table's dtype
+    h (T, C) in the table's dtype, or the one that is asked for
 Ids at or above V and rows at or above R are not checked: the host would have to wait for the
 device to see them.
 
@@ -51,7 +51,11 @@ CHUNK = 16  # sorted positions per chunk; a constant, so that sums are always ad
 
 
 def embed_splice_reference(
-    input_ids: Tensor, table: Tensor, image_rows: Tensor, image_tokens: Tensor
+    input_ids: Tensor,
+    table: Tensor,
+    image_rows: Tensor,
+    image_tokens: Tensor,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Plain PyTorch, same signature and dtypes as `embed_splice`.
 
@@ -59,9 +63,9 @@ def embed_splice_reference(
     """
     text = F.embedding(input_ids, table)
     if len(image_tokens) == 0:  # then there is no row 0 for the clamped rows to read
-        return text
+        return text.to(dtype or table.dtype)
     shown = F.embedding(image_rows.clamp(min=0), image_tokens).to(table.dtype)
-    return torch.where(image_rows[:, None] >= 0, shown, text)
+    return torch.where(image_rows[:, None] >= 0, shown, text).to(dtype or table.dtype)
 
 
 @triton.jit
@@ -85,7 +89,7 @@ def _embed_splice_fwd_kernel(
     # The masks exclude each other, so every element is read once, from one of the two tables.
     shown = tl.load(image_ptr + (rows[:, None] * C + columns[None, :]), mask=image, other=0.0)
     read = tl.load(table_ptr + (ids[:, None] * C + columns[None, :]), mask=text, other=0.0)
-    h = tl.where(image, shown.to(h_ptr.dtype.element_ty), read)
+    h = tl.where(image, shown.to(h_ptr.dtype.element_ty), read.to(h_ptr.dtype.element_ty))
     tl.store(h_ptr + (tokens[:, None] * C + columns[None, :]), h, mask=inside)
 
 
@@ -232,10 +236,17 @@ def _check(name: str, tensor: Tensor, like: Tensor, shape: tuple[int, ...], dtyp
 
 @torch.library.custom_op("nanovlm_fast::embed_splice_fwd", mutates_args=())
 def embed_splice_fwd(
-    input_ids: Tensor, table: Tensor, image_rows: Tensor, image_tokens: Tensor
+    input_ids: Tensor,
+    table: Tensor,
+    image_rows: Tensor,
+    image_tokens: Tensor,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return h (T, C) in the table's dtype and keys (T,) int32; check every argument first."""
+    """Return h (T, C) in `dtype` or the table's, and keys (T,) int32; check every argument."""
     _check("table", table, table, table.shape, DTYPES)
+    if dtype not in (None, *DTYPES):
+        expected = ", ".join(map(str, DTYPES))
+        raise TypeError(f"embed_splice: dtype is {dtype}, expected one of {expected}")
     if table.dim() != 2 or 0 in table.shape:
         raise ValueError(
             f"embed_splice: table has shape {tuple(table.shape)}, expected (V, C) with V, C > 0"
@@ -254,7 +265,7 @@ def embed_splice_fwd(
     _check("input_ids", input_ids, table, (input_ids.numel(),), (torch.int64,))
     _check("image_rows", image_rows, table, input_ids.shape, (torch.int32,))
     t = len(input_ids)
-    h = table.new_empty(t, c)
+    h = table.new_empty(t, c, dtype=dtype)
     keys = torch.empty_like(image_rows)
     if t:
         grid = (triton.cdiv(c, FORWARD["BLOCK_C"]) * triton.cdiv(t, FORWARD["BLOCK_T"]),)
@@ -265,22 +276,28 @@ def embed_splice_fwd(
 
 
 @embed_splice_fwd.register_fake
-def _(input_ids, table, image_rows, image_tokens):
-    return table.new_empty(input_ids.shape[0], table.shape[1]), torch.empty_like(image_rows)
+def _(input_ids, table, image_rows, image_tokens, dtype=None):
+    h = table.new_empty(input_ids.shape[0], table.shape[1], dtype=dtype)
+    return h, torch.empty_like(image_rows)
 
 
 @torch.library.custom_op("nanovlm_fast::embed_splice_bwd", mutates_args=())
 def embed_splice_bwd(
-    dh: Tensor, keys: Tensor, table_rows: int, image_rows: int, image_dtype: torch.dtype
+    dh: Tensor,
+    keys: Tensor,
+    table_rows: int,
+    image_rows: int,
+    table_dtype: torch.dtype,
+    image_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Return d table (table_rows, C) in dh's dtype and d image_tokens (image_rows, C).
+    """Return d table (table_rows, C) in table_dtype and d image_tokens (image_rows, C).
 
     d image_tokens has image_dtype. The module docstring describes the two passes.
     """
     _check("dh", dh, dh, (len(keys), dh.shape[-1]), DTYPES)
     t, c = dh.shape
     # Zeros, not empty: rows that no position shows are never written.
-    dtable = dh.new_zeros(table_rows, c)
+    dtable = dh.new_zeros(table_rows, c, dtype=table_dtype)
     dimage = dh.new_zeros(image_rows, c, dtype=image_dtype)
     if t:
         keys, order = keys.sort(stable=True)  # stable: equal keys keep one order of summation
@@ -298,31 +315,35 @@ def embed_splice_bwd(
 
 
 @embed_splice_bwd.register_fake
-def _(dh, keys, table_rows, image_rows, image_dtype):
-    dtable = dh.new_empty(table_rows, dh.shape[1])
+def _(dh, keys, table_rows, image_rows, table_dtype, image_dtype):
+    dtable = dh.new_empty(table_rows, dh.shape[1], dtype=table_dtype)
     dimage = dh.new_empty(image_rows, dh.shape[1], dtype=image_dtype)
     return dtable, dimage
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _, table, _, image_tokens = inputs
+    _, table, _, image_tokens, _ = inputs
     ctx.save_for_backward(output[1])
-    ctx.sizes = len(table), len(image_tokens), image_tokens.dtype
+    ctx.sizes = len(table), len(image_tokens), table.dtype, image_tokens.dtype
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, dh, _dkeys):
     dtable, dimage = embed_splice_bwd(dh.contiguous(), *ctx.saved_tensors, *ctx.sizes)
-    return None, dtable, None, dimage
+    return None, dtable, None, dimage, None
 
 
 embed_splice_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
 def embed_splice(
-    input_ids: Tensor, table: Tensor, image_rows: Tensor, image_tokens: Tensor
+    input_ids: Tensor,
+    table: Tensor,
+    image_rows: Tensor,
+    image_tokens: Tensor,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return h (T, C) in the table's dtype.
+    """Return h (T, C) in `dtype`, by default the table's.
 
     h[t] is image_tokens[image_rows[t]] where that row is not -1, and table[input_ids[t]] elsewhere.
     Differentiable in table and image_tokens; the ids at image positions are ignored. Inputs that
@@ -330,9 +351,9 @@ def embed_splice(
     TRITON_INTERPRET=1). Raises TypeError or ValueError that names the argument.
     """
     if not (table.is_cuda or INTERPRET):
-        return embed_splice_reference(input_ids, table, image_rows, image_tokens)
+        return embed_splice_reference(input_ids, table, image_rows, image_tokens, dtype)
     inputs = (tensor.contiguous() for tensor in (input_ids, table, image_rows, image_tokens))
-    return embed_splice_fwd(*inputs)[0]
+    return embed_splice_fwd(*inputs, dtype)[0]
 
 
 def make_inputs(

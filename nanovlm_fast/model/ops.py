@@ -173,19 +173,23 @@ def pixel_shuffle_proj(
 
 
 def embed_splice(
-    input_ids: Tensor, table: Tensor, image_rows: Tensor, image_tokens: Tensor
+    input_ids: Tensor,
+    table: Tensor,
+    image_rows: Tensor,
+    image_tokens: Tensor,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return (T, C): each token's embedding, or its row of image_tokens.
+    """Return (T, C): each token's embedding, or its row of image_tokens, in `dtype` or the table's.
 
     image_rows (T,) holds that row, or -1 for a text token.
     """
     text = F.embedding(input_ids, table)
     if len(image_tokens) == 0:
-        return text
+        return text.to(dtype or text.dtype)
     # Widened before the gather, not after: the gradients of all documents that show an image are
     # added up in the type of the gather's input, and bfloat16 would round every addition.
     shown = F.embedding(image_rows.clamp(min=0), image_tokens.to(text.dtype))
-    return torch.where(image_rows[:, None] >= 0, shown, text)
+    return torch.where(image_rows[:, None] >= 0, shown, text).to(dtype or text.dtype)
 
 
 def linear_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -244,7 +248,7 @@ class Ops:
     vision_attention: VisionAttention = F.scaled_dot_product_attention
     vision_backend: str = "sdpa"
     recompute: str = "none"
-    stream: str = "float32"  # type of the residual streams, see `in_stream`
+    stream: str = "float32"  # type of the residual streams, see `stream_type`
     asleep: bool = False  # no GPU: the chosen kernels fall back to plain PyTorch
 
     @property
@@ -252,9 +256,10 @@ class Ops:
         """Whether the kernel `adamw` updates the weights, and not PyTorch's AdamW."""
         return "adamw" in self.kernels and not self.asleep
 
-    def in_stream(self, x: Tensor) -> Tensor:
-        """Return x as what a residual stream begins with: in bfloat16, or as it is."""
-        return x.bfloat16() if self.stream == "bfloat16" else x
+    @property
+    def stream_type(self) -> torch.dtype | None:
+        """The type in which residual streams begin: bfloat16, or None for that of the weights."""
+        return torch.bfloat16 if self.stream == "bfloat16" else None
 
     def __str__(self) -> str:
         kernels = ", ".join(self.kernels) or "none, plain PyTorch"

@@ -139,7 +139,8 @@ class VisionTransformer(nn.Module):
         self.layer_norm = nn.LayerNorm(config.vit_hidden_dim, eps=config.vit_ln_eps)
 
     def forward(self, ops: Ops, images: Tensor) -> Tensor:
-        x = ops.in_stream(self.patch_embedding(images))
+        x = self.patch_embedding(images)
+        x = x.to(ops.stream_type or x.dtype)
         delta = None
         bias = None
         for block in self.blocks:
@@ -323,8 +324,8 @@ class VisionLanguageModel(nn.Module):
         """
         table = self.decoder.token_embedding.weight
         images_of_tokens = self.encode_images(images)
-        x = self.ops.embed_splice(input_ids, table, image_rows, images_of_tokens)
-        return self.ops.in_stream(x)
+        dtype = self.ops.stream_type
+        return self.ops.embed_splice(input_ids, table, image_rows, images_of_tokens, dtype)
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Return (L, C): normalised hidden states at batch.label_index.
