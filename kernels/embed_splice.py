@@ -31,8 +31,10 @@ synchronises. Rows that no position shows keep the zeros of a memset. The gradie
 because the table is also the head's weight matrix, whose gradient is dense.
 
 Bytes, forward: read T rows, write T rows. Backward: read dh, write both gradients (rows in use
-twice: once by the memset). Giving every program the same amount of work, rather than one run, is
-the idea of segmented reduction (Blelloch; CUB); PyTorch's embedding backward sorts as well.
+twice: once by the memset). Where the head shares the table (`embed_splice_tied`), d table is added
+to the head's gradient: rows in use are read and written, and no others. Giving every program the
+same amount of work, rather than one run, is the idea of segmented reduction (Blelloch; CUB);
+PyTorch's embedding backward sorts as well.
 """
 
 from __future__ import annotations
@@ -97,6 +99,7 @@ def _embed_splice_fwd_kernel(
 def _embed_splice_bwd_chunks_kernel(
     dh_ptr, keys_ptr, order_ptr, dtable_ptr, dimage_ptr, parts_ptr, T, V, chunks,
     C: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    ADD: tl.constexpr,
 ):  # fmt: skip
     """Walk ROWS chunks side by side: keys (T,) sorted, order (T,) where each key came from."""
     chunk = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -133,11 +136,13 @@ def _embed_splice_bwd_chunks_kernel(
         done = ends & ~came_in
         row = key.to(tl.int64)
         # Both stores are masked: a row is a row of the table or of the image tokens, never both.
-        tl.store(
-            dtable_ptr + (row[:, None] * C + columns[None, :]),
-            total.to(dtable_ptr.dtype.element_ty),
-            mask=(done & (row < V))[:, None] & inside,
-        )
+        into = dtable_ptr + (row[:, None] * C + columns[None, :])
+        text = (done & (row < V))[:, None] & inside
+        if ADD:  # to a row that this program alone reads and writes
+            old = tl.load(into, mask=text, other=0.0).to(tl.float32)
+            tl.store(into, (old + total).to(dtable_ptr.dtype.element_ty), mask=text)
+        else:
+            tl.store(into, total.to(dtable_ptr.dtype.element_ty), mask=text)
         tl.store(
             dimage_ptr + ((row - V)[:, None] * C + columns[None, :]),
             total.to(dimage_ptr.dtype.element_ty),
@@ -172,6 +177,7 @@ def _embed_splice_bwd_chunks_kernel(
 def _embed_splice_bwd_parts_kernel(
     keys_ptr, dtable_ptr, dimage_ptr, parts_ptr, T, V, chunks,
     C: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr, BLOCK_C: tl.constexpr,
+    ADD: tl.constexpr,
 ):  # fmt: skip
     """If a run begins in this chunk and continues into the next, sum all partials of that run."""
     chunk = tl.program_id(0).to(tl.int64)
@@ -202,16 +208,18 @@ def _embed_splice_bwd_parts_kernel(
             more = tl.max(same.to(tl.int32), axis=0)
         row = key.to(tl.int64)
         if row < V:
-            dtable = total.to(dtable_ptr.dtype.element_ty)
-            tl.store(dtable_ptr + row * C + columns, dtable, mask=inside)
+            into = dtable_ptr + row * C + columns
+            if ADD:
+                total += tl.load(into, mask=inside, other=0.0).to(tl.float32)
+            tl.store(into, total.to(dtable_ptr.dtype.element_ty), mask=inside)
         else:
             dimage = total.to(dimage_ptr.dtype.element_ty)
             tl.store(dimage_ptr + (row - V) * C + columns, dimage, mask=inside)
 
 
 # Blocks of 64 columns are whole 128-byte lines and leave no lane idle at widths such as 576, which
-# is 9 * 64. In training dh is float32 and T is about 20,000: all 729 programs of CHUNKS are then
-# resident at once on an H100, where seven fit on a multiprocessor, with 28 KB of dh in flight.
+# is 9 * 64. In training T is about 20,000: all 729 programs of CHUNKS are then resident at once on
+# an H100, where six fit on a multiprocessor, with 24 KB of a float32 dh in flight.
 FORWARD = {"BLOCK_T": 32, "BLOCK_C": 64, "num_warps": 4}
 CHUNKS = {"CHUNK": CHUNK, "ROWS": 16, "BLOCK_C": 64, "num_warps": 4}
 # One warp: most of these programs find no run that crosses their chunk and return at once.
@@ -294,10 +302,32 @@ def embed_splice_bwd(
 
     d image_tokens has image_dtype. The module docstring describes the two passes.
     """
+    # Zeros, not empty: rows that no position shows are never written.
+    dtable = dh.new_zeros(table_rows, dh.shape[-1], dtype=table_dtype)
+    return dtable, _sum_rows(dh, keys, dtable, image_rows, image_dtype, add=False)
+
+
+@torch.library.custom_op("nanovlm_fast::embed_splice_bwd_add", mutates_args=("dtable",))
+def embed_splice_bwd_add(
+    dh: Tensor, keys: Tensor, dtable: Tensor, image_rows: int, image_dtype: torch.dtype
+) -> Tensor:
+    """As `embed_splice_bwd`, with d table added to `dtable` (V, C); return d image_tokens."""
+    _check("dtable", dtable, dh, (len(dtable), dh.shape[-1]), DTYPES)
+    return _sum_rows(dh, keys, dtable, image_rows, image_dtype, add=True)
+
+
+@embed_splice_bwd_add.register_fake
+def _(dh, keys, dtable, image_rows, image_dtype):
+    return dh.new_empty(image_rows, dh.shape[1], dtype=image_dtype)
+
+
+def _sum_rows(
+    dh: Tensor, keys: Tensor, dtable: Tensor, image_rows: int, image_dtype: torch.dtype, add: bool
+) -> Tensor:
+    """Write d table into `dtable`, or add it there; return d image_tokens."""
     _check("dh", dh, dh, (len(keys), dh.shape[-1]), DTYPES)
     t, c = dh.shape
-    # Zeros, not empty: rows that no position shows are never written.
-    dtable = dh.new_zeros(table_rows, c, dtype=table_dtype)
+    table_rows = len(dtable)
     dimage = dh.new_zeros(image_rows, c, dtype=image_dtype)
     if t:
         keys, order = keys.sort(stable=True)  # stable: equal keys keep one order of summation
@@ -305,13 +335,13 @@ def embed_splice_bwd(
         parts = dh.new_empty(2, chunks, c, dtype=torch.float32)
         grid = (triton.cdiv(chunks, CHUNKS["ROWS"]), triton.cdiv(c, CHUNKS["BLOCK_C"]))
         _embed_splice_bwd_chunks_kernel[grid](
-            dh, keys, order, dtable, dimage, parts, t, table_rows, chunks, C=c, **CHUNKS
+            dh, keys, order, dtable, dimage, parts, t, table_rows, chunks, C=c, ADD=add, **CHUNKS
         )
         if chunks > 1:  # a run that crosses chunks begins in any chunk but the last
             _embed_splice_bwd_parts_kernel[(chunks - 1, triton.cdiv(c, PARTS["BLOCK_C"]))](
-                keys, dtable, dimage, parts, t, table_rows, chunks, C=c, **PARTS
+                keys, dtable, dimage, parts, t, table_rows, chunks, C=c, ADD=add, **PARTS
             )
-    return dtable, dimage
+    return dimage
 
 
 @embed_splice_bwd.register_fake
@@ -354,6 +384,42 @@ def embed_splice(
         return embed_splice_reference(input_ids, table, image_rows, image_tokens, dtype)
     inputs = (tensor.contiguous() for tensor in (input_ids, table, image_rows, image_tokens))
     return embed_splice_fwd(*inputs, dtype)[0]
+
+
+class _Tied(torch.autograd.Function):
+    """`embed_splice_tied`. A custom operator may not return its input, hence the other form."""
+
+    @staticmethod
+    def forward(ctx, input_ids, table, image_rows, image_tokens, dtype):
+        h, keys = embed_splice_fwd(input_ids, table, image_rows, image_tokens, dtype)
+        ctx.save_for_backward(keys)
+        ctx.sizes = len(image_tokens), image_tokens.dtype
+        return h, table.view_as(table)
+
+    @staticmethod
+    def backward(ctx, dh, dtable):
+        # What arrives may be others' too. The compiler knows, and copies only where that is so.
+        dtable = dtable.contiguous() if torch.compiler.is_compiling() else dtable.clone()
+        dimage = embed_splice_bwd_add(dh.contiguous(), *ctx.saved_tensors, dtable, *ctx.sizes)
+        return None, dtable, None, dimage, None
+
+
+def embed_splice_tied(
+    input_ids: Tensor,
+    table: Tensor,
+    image_rows: Tensor,
+    image_tokens: Tensor,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return `embed_splice`'s h and the table, for the head that shares it.
+
+    The table's gradient from there then arrives here, and d table is added to it where it is: two
+    gradients of a large table would cost a memset, a second buffer and a pass over both.
+    """
+    if not (table.is_cuda or INTERPRET):
+        return embed_splice_reference(input_ids, table, image_rows, image_tokens, dtype), table
+    inputs = (tensor.contiguous() for tensor in (input_ids, table, image_rows, image_tokens))
+    return _Tied.apply(*inputs, dtype)
 
 
 def make_inputs(

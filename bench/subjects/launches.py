@@ -42,7 +42,7 @@ COPIES = frozenset("copy_ clone _to_copy cat stack contiguous".split())
 FILLS = frozenset("new_zeros new_ones new_full zeros_like ones_like full_like".split())
 PRODUCTS = frozenset(("mm", "addmm", "bmm"))
 
-# Our kernels that look up rows: pointer -> the pointer whose size bounds the rows that move.
+# Our kernels that look up rows: pointer -> the pointer whose elements bound those that move.
 ROWS_OF = {
     "_embed_splice_fwd_kernel": {"table_ptr": "h_ptr", "image_ptr": "h_ptr"},
     "_embed_splice_bwd_chunks_kernel": {"dtable_ptr": "dh_ptr", "dimage_ptr": "dh_ptr"},
@@ -344,7 +344,7 @@ def traffic_of(name: str, uses: dict[str, set[str]], values: dict[str, Any]) -> 
             continue
         count = size(value)
         if bound := bounds.get(pointer):
-            count = min(count, size(values[bound]))
+            count = min(count, values[bound].numel() * value.element_size())
         times = 2 if (name, pointer) in READ_TWICE else 1
         read += count * times * (pointer in uses["load"])
         written += count * (pointer in uses["store"])

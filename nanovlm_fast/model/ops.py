@@ -231,6 +231,9 @@ class Ops:
     pixel_shuffle_proj: Callable = pixel_shuffle_proj
     embed_splice: Callable = embed_splice
     linear_cross_entropy: Callable = linear_cross_entropy
+    # `embed_splice` that hands the table on to the head that shares it, with the table's gradient
+    # in one buffer. Plain PyTorch has none: autograd adds the two gradients.
+    embed_splice_tied: Callable | None = None
     # Whether `layer_norm` adds the bias of the projection before it. The kernel does, and its
     # backward gives the bias's gradient, which a projection would read its own output's gradient
     # again for. The compiler's norm would only read more.
@@ -309,6 +312,10 @@ def choose_ops(
         from nanovlm_fast.kernels import image_attention
 
         chosen["in_images"] = image_attention.fits
+    if "embed_splice" in names:
+        from nanovlm_fast.kernels import embed_splice
+
+        chosen["embed_splice_tied"] = embed_splice.embed_splice_tied
     if recompute == "norms_and_activations":
         # The operators of these kernels are products, whose results are all kept.
         for name in {"gelu_mlp", "swiglu_mlp"} & chosen.keys():

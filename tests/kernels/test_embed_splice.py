@@ -9,8 +9,10 @@ from nanovlm_fast.kernels.embed_splice import (
     CHUNK,
     embed_splice,
     embed_splice_bwd,
+    embed_splice_bwd_add,
     embed_splice_fwd,
     embed_splice_reference,
+    embed_splice_tied,
     make_inputs,
 )
 from tests.support.kernel_checks import (
@@ -194,6 +196,33 @@ def test_compile_and_opcheck():
     inputs["table"].requires_grad_()
     inputs["image_tokens"].requires_grad_()
     opcheck(embed_splice_fwd, *inputs.values())
+
+
+@on_the_gpu_too
+@pytest.mark.parametrize("tokens", [0, 40, 400])
+def test_a_table_of_two_uses_has_one_gradient(tokens):
+    """What arrives for it is left as it is: somebody else may hold it."""
+
+    def plain(**inputs):
+        table = inputs["table"]
+        return embed_splice_reference(**inputs), table.view_as(table)
+
+    inputs = make_inputs(tokens, 30, 16, 9, DTYPES[0], DEVICE)
+    check_parity(embed_splice_tied, plain, inputs)
+    inputs["table"].requires_grad_()
+    outputs = embed_splice_tied(**inputs)
+    gradients = [torch.ones_like(output) for output in outputs]
+    torch.autograd.backward(outputs, gradients)
+    assert gradients[1].eq(1).all()
+
+
+@on_the_gpu_too
+def test_compile_and_opcheck_of_a_table_of_two_uses():
+    inputs = make_inputs(40, 30, 16, 9, DTYPES[0], DEVICE)
+    check_compile(embed_splice_tied, inputs)
+    _, keys = embed_splice_fwd(**inputs)
+    dh = torch.randn(40, 16, device=DEVICE, dtype=DTYPES[0])
+    opcheck(embed_splice_bwd_add, dh, keys, inputs["table"].clone(), 9, torch.float32)
 
 
 @pytest.mark.parametrize("image_tokens", [4, 0])
