@@ -2,15 +2,16 @@
 
     python -m bench.compiled_step                        the whole nanovlm-222m, plain PyTorch
     python -m bench.compiled_step --layers 2 --kernels all
-    python -m bench.compiled_step --variants             also kernels all, each alone, and streams
-    python -m bench.compiled_step --inductor combo_kernels=True
+    python -m bench.compiled_step --variants             kernels, streams, Inductor's own options
+    python -m bench.compiled_step --templates --inductor combo_kernels=True
+    python -m bench.compiled_step --variants --tokens-per-batch 20736 --images-per-batch 256
 
 PyTorch compiles for a device that is not there (`subjects/fake_h100.py`). The generated code is
 then run on tensors without memory, and every launch is entered with its bytes and FLOPs. The step
 is `train.py`'s, with padding, gradient norm and optimizer. Nothing is timed: floor and expected
 time are predictions, and `subjects/step_time.py` says what they assume.
 
-The whole model takes three minutes on one core, and a variant is kept in the result file as soon as
+The whole model takes a minute on one idle core, and a variant is kept in the result file as soon as
 it is done: a run that was interrupted goes on where it stopped.
 """
 
@@ -32,10 +33,10 @@ from typing import Any
 import torch
 
 from bench.harness.results import ROOT, facts, read, write_file
+from bench.harness.step_tables import report, variants_table
 from bench.subjects.fake_h100 import VISION_ATTENTION, built_library
-from bench.subjects.lowered import spilled
 from bench.subjects.step_process import STREAMS, Options
-from bench.subjects.step_time import H100, OURS_AT_LEAST, POINTWISE, PRODUCT, REDUCTION
+from bench.subjects.step_time import H100, POINTWISE, PRODUCT, REDUCTION
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.model.attention import BACKENDS
 from nanovlm_fast.model.ops import KERNELS
@@ -58,6 +59,10 @@ def result_file(options: Options, out: Path | None = None) -> Path:
         name += f"_{options.preset}"
     if options.language_layers:
         name += f"_{options.language_layers}layers"
+    if options.tokens_per_batch:
+        name += f"_{options.tokens_per_batch}tokens"
+    if options.images_per_batch:
+        name += f"_{options.images_per_batch}images"
     return (out or ROOT) / FOLDER / f"{name}.json"
 
 
@@ -68,17 +73,29 @@ def label_of(options: Options) -> str:
         value = getattr(options, name)
         if value != getattr(Options, name):
             parts.append(f"{name.replace('_', ' ')} {value}")
+    if options.templates:
+        parts.append("templates")
     parts += [f"{name}={value!r}" for name, value in options.inductor.items()]
     return ", ".join(parts)
 
 
 def variants_of(base: Options) -> Iterator[Options]:
-    """The side by side table: kernels none, all, both with bfloat16 streams, and each alone."""
+    """The side by side table: kernels none and all with both streams and each alone; Inductor's.
+
+    Inductor's options are shown on the narrow stream, whose working weights leave it the fewest
+    conversions to merge. Options that change neither bytes nor launches have no row: PDL, and
+    searches for tiles.
+    """
+    base = dataclasses.replace(base, machine_code=False)
     for stream in STREAMS:
         for kernels in ("none", "all"):
-            yield dataclasses.replace(base, kernels=kernels, stream=stream, machine_code=False)
+            yield dataclasses.replace(base, kernels=kernels, stream=stream)
     for kernels in KERNELS:
-        yield dataclasses.replace(base, kernels=kernels, machine_code=False)
+        yield dataclasses.replace(base, kernels=kernels)
+    for kernels in ("none", "all"):
+        narrow = dataclasses.replace(base, kernels=kernels, stream="bfloat16")
+        yield dataclasses.replace(narrow, inductor={"combo_kernels": True})
+        yield dataclasses.replace(narrow, templates=True)
 
 
 def run(*steps: Options) -> list[dict[str, Any]]:
@@ -312,94 +329,6 @@ def hold_budget(may_rise: bool) -> None:
     print(f"written: {BUDGET}")
 
 
-# ---- tables
-
-
-def kinds_table(variant: dict[str, Any]) -> str:
-    head = f"{'direction':9} {'kind':10} {'launches':>8} {'distinct':>8} {'GB read':>8}"
-    lines = [f"{head} {'written':>8} {'TFLOP':>7} {'floor ms':>9} {'predicted':>9}"]
-    for direction, kinds in variant["by_kind"].items():
-        for kind, row in kinds.items():
-            counts = f"{row['launches']:>8,} {row['distinct']:>8,}"
-            moved = f"{row['read_gb']:>8.2f} {row['written_gb']:>8.2f} {row['tflop']:>7.2f}"
-            times = f"{row['floor_ms']:>9.2f} {row['expected_ms']:>9.2f}"
-            lines.append(f"{direction:9} {kind:10} {counts} {moved} {times}")
-    return "\n".join(lines)
-
-
-def dearest_table(variant: dict[str, Any]) -> str:
-    head = f"{'predicted':>9} {'floor':>7} {'calls':>5} {'MB read':>8} {'written':>8}"
-    lines = [f"{head}  in all calls of a kernel"]
-    for row in variant["dearest"]:
-        moved = f"{row['read_mb']:>8.1f} {row['written_mb']:>8.1f}"
-        flags = " ".join(name for name in ("atomic", "moves_only") if row[name])
-        times = f"{row['expected_ms']:>9.3f} {row['floor_ms']:>7.3f} {row['calls']:>5}"
-        lines.append(f"{times} {moved}  {row['direction']} {row['name'][:70]} {flags}".rstrip())
-        if row["where"]:
-            lines.append(f"{'':42}at {row['where']}")
-    return "\n".join(lines)
-
-
-def expected_range(variant: dict[str, Any], form: str) -> str:
-    """A variant's predicted milliseconds, a range where our own attention may be slower."""
-    least = f"{variant['expected_ms']:{form}}"
-    # Older files have no second number.
-    most = f"{variant.get('expected_ms_slow', variant['expected_ms']):{form}}"
-    return least if most == least else f"{least} to {most}"
-
-
-def variants_table(variants: dict[str, Any]) -> str:
-    width = max(map(len, variants))
-    head = f"{'variant':{width}} {'launches':>8} {'GB':>7} {'floor ms':>9} {'predicted':>14}"
-    lines = [f"{head} {'tokens/s':>9} {'MFU':>6} {'peak GB':>8}"]
-    for label, row in variants.items():
-        moved = f"{row['launches']:>8,} {row['read_gb'] + row['written_gb']:>7.1f}"
-        times = f"{row['floor_ms']:>9.2f} {expected_range(row, '.1f'):>14}"
-        rates = f"{row['predicted']['tokens_per_s']:>9,.0f} {row['predicted']['mfu']:>6.1%}"
-        lines.append(f"{label:{width}} {moved} {times} {rates} {row['peak_gb']:>8.1f}")
-    return "\n".join(lines)
-
-
-def machine_code_line(kernels: dict[str, dict[str, int]]) -> str:
-    """Generated kernels in one line: how many compile, spill, and what they take at most."""
-    rows = kernels.values()
-    tried = sum(row["configurations"] for row in rows)
-    failed = sum(row["failed"] for row in rows)
-    spills = [name for name, row in kernels.items() if spilled(row)]
-    most = max((row["registers"] for row in rows), default=0)
-    shared = max((row["shared"] for row in rows), default=0)
-    counts = f"{len(kernels)} generated kernels in {tried} configurations"
-    found = f"{failed} do not compile, {len(spills)} kernels spill {' '.join(spills)}".rstrip()
-    return f"{counts}: {found}; at most {most} registers and {shared:,} bytes of shared memory"
-
-
-def report(result: dict[str, Any], label: str) -> str:
-    """What the command prints about one variant."""
-    row = result["variants"][label]
-    work = result["work"]
-    vision, language = result["layers"]
-    predicted = row["predicted"]
-    lines = [
-        f"{result['preset']}, {vision} + {language} layers, {label}: {row['graphs']} graphs, "
-        f"{row['graph_breaks']} graph breaks; {work['images']} images, {work['tokens']:,} tokens, "
-        f"{work['labels']:,} labels in a budget of {result['budget']['images']} images",
-        kinds_table(row),
-        f"moves only: {row['moves_only']} launches, {row['moves_only_gb']:.1f} GB, "
-        f"{row['moves_only_ms']:.2f} ms; atomics in {row['atomics']} launches; memory: "
-        f"{row['resident_gb']:.2f} GB held, {row['peak_gb']:.2f} GB at the peak",
-    ]
-    if "machine_code" in row:
-        lines += [machine_code_line(row["machine_code"]), dearest_table(row)]
-    lines.append(
-        f"floor {row['floor_ms']:.2f} ms; predicted, not measured: {predicted['step_ms']:.1f} ms, "
-        f"{predicted['tokens_per_s']:,.0f} tokens/s, {predicted['mfu']:.1%} MFU"
-    )
-    if "expected_ms_slow" in row:
-        slow = f"{OURS_AT_LEAST:.0%} of FlashAttention's rate"
-        lines.append(f"{row['expected_ms_slow']:.1f} ms if our own attention computes at {slow}")
-    return "\n".join(lines)
-
-
 # ---- the command
 
 
@@ -417,6 +346,16 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--inductor", action="append", default=[], metavar="NAME=VALUE", help="may be repeated"
     )
+    parser.add_argument(
+        "--templates", action="store_true", help="products as Triton templates, with epilogues"
+    )
+    for name, most in (("tokens", 2**20), ("images", 2**14)):
+        parser.add_argument(
+            f"--{name}-per-batch",
+            type=Range(int, most=most),
+            default=0,
+            help="as of train.py; 0: as a run of the preset has it",
+        )
     parser.add_argument("--variants", action="store_true", help="the table of variants")
     parser.add_argument(
         "--budget", action="store_true", help="measure one block in each tower; lower its budget"
@@ -478,6 +417,9 @@ def base_of(args: argparse.Namespace) -> Options:
         attention=args.attention,
         vision_attention=args.vision_attention,
         inductor=parse_inductor(args.inductor),
+        templates=args.templates,
+        tokens_per_batch=args.tokens_per_batch,
+        images_per_batch=args.images_per_batch,
         machine_code=True,
     )
 

@@ -169,7 +169,7 @@ def by_reference(models: Models, prompts: Prompts, new: int) -> Tensor:
 def by_transformers(models: Models, prompts: Prompts, new: int) -> Tensor:
     packed = prompts.packed
     batch = prompts.batch
-    embedded = models.ours.embed(packed.input_ids, packed.image_rows, packed.images)
+    embedded, _ = models.ours.embed(packed.input_ids, packed.image_rows, packed.images)
     rows = embedded.new_zeros(batch, prompts.longest, embedded.shape[1])
     mask = packed.input_ids.new_zeros(batch, prompts.longest)
     rows[prompts.row, prompts.right] = embedded

@@ -5,7 +5,7 @@
 Shapes and dtypes:
     input_ids (T,) int64, image_rows (T,) int32
     table (V, C), image_tokens (R, C) with R >= 0: bf16, fp16 or fp32
-    h (T, C) in the table's dtype
+    h (T, C) in the table's dtype, or the one that is asked for
 Ids at or above V and rows at or above R are not checked: the host would have to wait for the
 device to see them.
 
@@ -31,8 +31,10 @@ synchronises. Rows that no position shows keep the zeros of a memset. The gradie
 because the table is also the head's weight matrix, whose gradient is dense.
 
 Bytes, forward: read T rows, write T rows. Backward: read dh, write both gradients (rows in use
-twice: once by the memset). Giving every program the same amount of work, rather than one run, is
-the idea of segmented reduction (Blelloch; CUB); PyTorch's embedding backward sorts as well.
+twice: once by the memset). Where the head shares the table (`embed_splice_tied`), d table is added
+to the head's gradient: rows in use are read and written, and no others. Giving every program the
+same amount of work, rather than one run, is the idea of segmented reduction (Blelloch; CUB);
+PyTorch's embedding backward sorts as well.
 """
 
 from __future__ import annotations
@@ -51,7 +53,11 @@ CHUNK = 16  # sorted positions per chunk; a constant, so that sums are always ad
 
 
 def embed_splice_reference(
-    input_ids: Tensor, table: Tensor, image_rows: Tensor, image_tokens: Tensor
+    input_ids: Tensor,
+    table: Tensor,
+    image_rows: Tensor,
+    image_tokens: Tensor,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Plain PyTorch, same signature and dtypes as `embed_splice`.
 
@@ -59,9 +65,9 @@ def embed_splice_reference(
     """
     text = F.embedding(input_ids, table)
     if len(image_tokens) == 0:  # then there is no row 0 for the clamped rows to read
-        return text
+        return text.to(dtype or table.dtype)
     shown = F.embedding(image_rows.clamp(min=0), image_tokens).to(table.dtype)
-    return torch.where(image_rows[:, None] >= 0, shown, text)
+    return torch.where(image_rows[:, None] >= 0, shown, text).to(dtype or table.dtype)
 
 
 @triton.jit
@@ -85,7 +91,7 @@ def _embed_splice_fwd_kernel(
     # The masks exclude each other, so every element is read once, from one of the two tables.
     shown = tl.load(image_ptr + (rows[:, None] * C + columns[None, :]), mask=image, other=0.0)
     read = tl.load(table_ptr + (ids[:, None] * C + columns[None, :]), mask=text, other=0.0)
-    h = tl.where(image, shown.to(h_ptr.dtype.element_ty), read)
+    h = tl.where(image, shown.to(h_ptr.dtype.element_ty), read.to(h_ptr.dtype.element_ty))
     tl.store(h_ptr + (tokens[:, None] * C + columns[None, :]), h, mask=inside)
 
 
@@ -93,6 +99,7 @@ def _embed_splice_fwd_kernel(
 def _embed_splice_bwd_chunks_kernel(
     dh_ptr, keys_ptr, order_ptr, dtable_ptr, dimage_ptr, parts_ptr, T, V, chunks,
     C: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    ADD: tl.constexpr,
 ):  # fmt: skip
     """Walk ROWS chunks side by side: keys (T,) sorted, order (T,) where each key came from."""
     chunk = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -129,11 +136,13 @@ def _embed_splice_bwd_chunks_kernel(
         done = ends & ~came_in
         row = key.to(tl.int64)
         # Both stores are masked: a row is a row of the table or of the image tokens, never both.
-        tl.store(
-            dtable_ptr + (row[:, None] * C + columns[None, :]),
-            total.to(dtable_ptr.dtype.element_ty),
-            mask=(done & (row < V))[:, None] & inside,
-        )
+        into = dtable_ptr + (row[:, None] * C + columns[None, :])
+        text = (done & (row < V))[:, None] & inside
+        if ADD:  # to a row that this program alone reads and writes
+            old = tl.load(into, mask=text, other=0.0).to(tl.float32)
+            tl.store(into, (old + total).to(dtable_ptr.dtype.element_ty), mask=text)
+        else:
+            tl.store(into, total.to(dtable_ptr.dtype.element_ty), mask=text)
         tl.store(
             dimage_ptr + ((row - V)[:, None] * C + columns[None, :]),
             total.to(dimage_ptr.dtype.element_ty),
@@ -168,6 +177,7 @@ def _embed_splice_bwd_chunks_kernel(
 def _embed_splice_bwd_parts_kernel(
     keys_ptr, dtable_ptr, dimage_ptr, parts_ptr, T, V, chunks,
     C: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr, BLOCK_C: tl.constexpr,
+    ADD: tl.constexpr,
 ):  # fmt: skip
     """If a run begins in this chunk and continues into the next, sum all partials of that run."""
     chunk = tl.program_id(0).to(tl.int64)
@@ -198,16 +208,18 @@ def _embed_splice_bwd_parts_kernel(
             more = tl.max(same.to(tl.int32), axis=0)
         row = key.to(tl.int64)
         if row < V:
-            dtable = total.to(dtable_ptr.dtype.element_ty)
-            tl.store(dtable_ptr + row * C + columns, dtable, mask=inside)
+            into = dtable_ptr + row * C + columns
+            if ADD:
+                total += tl.load(into, mask=inside, other=0.0).to(tl.float32)
+            tl.store(into, total.to(dtable_ptr.dtype.element_ty), mask=inside)
         else:
             dimage = total.to(dimage_ptr.dtype.element_ty)
             tl.store(dimage_ptr + (row - V) * C + columns, dimage, mask=inside)
 
 
 # Blocks of 64 columns are whole 128-byte lines and leave no lane idle at widths such as 576, which
-# is 9 * 64. In training dh is float32 and T is about 20,000: all 729 programs of CHUNKS are then
-# resident at once on an H100, where seven fit on a multiprocessor, with 28 KB of dh in flight.
+# is 9 * 64. In training T is about 20,000: all 729 programs of CHUNKS are then resident at once on
+# an H100, where six fit on a multiprocessor, with 24 KB of a float32 dh in flight.
 FORWARD = {"BLOCK_T": 32, "BLOCK_C": 64, "num_warps": 4}
 CHUNKS = {"CHUNK": CHUNK, "ROWS": 16, "BLOCK_C": 64, "num_warps": 4}
 # One warp: most of these programs find no run that crosses their chunk and return at once.
@@ -232,10 +244,17 @@ def _check(name: str, tensor: Tensor, like: Tensor, shape: tuple[int, ...], dtyp
 
 @torch.library.custom_op("nanovlm_fast::embed_splice_fwd", mutates_args=())
 def embed_splice_fwd(
-    input_ids: Tensor, table: Tensor, image_rows: Tensor, image_tokens: Tensor
+    input_ids: Tensor,
+    table: Tensor,
+    image_rows: Tensor,
+    image_tokens: Tensor,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return h (T, C) in the table's dtype and keys (T,) int32; check every argument first."""
+    """Return h (T, C) in `dtype` or the table's, and keys (T,) int32; check every argument."""
     _check("table", table, table, table.shape, DTYPES)
+    if dtype not in (None, *DTYPES):
+        expected = ", ".join(map(str, DTYPES))
+        raise TypeError(f"embed_splice: dtype is {dtype}, expected one of {expected}")
     if table.dim() != 2 or 0 in table.shape:
         raise ValueError(
             f"embed_splice: table has shape {tuple(table.shape)}, expected (V, C) with V, C > 0"
@@ -254,7 +273,7 @@ def embed_splice_fwd(
     _check("input_ids", input_ids, table, (input_ids.numel(),), (torch.int64,))
     _check("image_rows", image_rows, table, input_ids.shape, (torch.int32,))
     t = len(input_ids)
-    h = table.new_empty(t, c)
+    h = table.new_empty(t, c, dtype=dtype)
     keys = torch.empty_like(image_rows)
     if t:
         grid = (triton.cdiv(c, FORWARD["BLOCK_C"]) * triton.cdiv(t, FORWARD["BLOCK_T"]),)
@@ -265,22 +284,50 @@ def embed_splice_fwd(
 
 
 @embed_splice_fwd.register_fake
-def _(input_ids, table, image_rows, image_tokens):
-    return table.new_empty(input_ids.shape[0], table.shape[1]), torch.empty_like(image_rows)
+def _(input_ids, table, image_rows, image_tokens, dtype=None):
+    h = table.new_empty(input_ids.shape[0], table.shape[1], dtype=dtype)
+    return h, torch.empty_like(image_rows)
 
 
 @torch.library.custom_op("nanovlm_fast::embed_splice_bwd", mutates_args=())
 def embed_splice_bwd(
-    dh: Tensor, keys: Tensor, table_rows: int, image_rows: int, image_dtype: torch.dtype
+    dh: Tensor,
+    keys: Tensor,
+    table_rows: int,
+    image_rows: int,
+    table_dtype: torch.dtype,
+    image_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Return d table (table_rows, C) in dh's dtype and d image_tokens (image_rows, C).
+    """Return d table (table_rows, C) in table_dtype and d image_tokens (image_rows, C).
 
     d image_tokens has image_dtype. The module docstring describes the two passes.
     """
+    # Zeros, not empty: rows that no position shows are never written.
+    dtable = dh.new_zeros(table_rows, dh.shape[-1], dtype=table_dtype)
+    return dtable, _sum_rows(dh, keys, dtable, image_rows, image_dtype, add=False)
+
+
+@torch.library.custom_op("nanovlm_fast::embed_splice_bwd_add", mutates_args=("dtable",))
+def embed_splice_bwd_add(
+    dh: Tensor, keys: Tensor, dtable: Tensor, image_rows: int, image_dtype: torch.dtype
+) -> Tensor:
+    """As `embed_splice_bwd`, with d table added to `dtable` (V, C); return d image_tokens."""
+    _check("dtable", dtable, dh, (len(dtable), dh.shape[-1]), DTYPES)
+    return _sum_rows(dh, keys, dtable, image_rows, image_dtype, add=True)
+
+
+@embed_splice_bwd_add.register_fake
+def _(dh, keys, dtable, image_rows, image_dtype):
+    return dh.new_empty(image_rows, dh.shape[1], dtype=image_dtype)
+
+
+def _sum_rows(
+    dh: Tensor, keys: Tensor, dtable: Tensor, image_rows: int, image_dtype: torch.dtype, add: bool
+) -> Tensor:
+    """Write d table into `dtable`, or add it there; return d image_tokens."""
     _check("dh", dh, dh, (len(keys), dh.shape[-1]), DTYPES)
     t, c = dh.shape
-    # Zeros, not empty: rows that no position shows are never written.
-    dtable = dh.new_zeros(table_rows, c)
+    table_rows = len(dtable)
     dimage = dh.new_zeros(image_rows, c, dtype=image_dtype)
     if t:
         keys, order = keys.sort(stable=True)  # stable: equal keys keep one order of summation
@@ -288,41 +335,45 @@ def embed_splice_bwd(
         parts = dh.new_empty(2, chunks, c, dtype=torch.float32)
         grid = (triton.cdiv(chunks, CHUNKS["ROWS"]), triton.cdiv(c, CHUNKS["BLOCK_C"]))
         _embed_splice_bwd_chunks_kernel[grid](
-            dh, keys, order, dtable, dimage, parts, t, table_rows, chunks, C=c, **CHUNKS
+            dh, keys, order, dtable, dimage, parts, t, table_rows, chunks, C=c, ADD=add, **CHUNKS
         )
         if chunks > 1:  # a run that crosses chunks begins in any chunk but the last
             _embed_splice_bwd_parts_kernel[(chunks - 1, triton.cdiv(c, PARTS["BLOCK_C"]))](
-                keys, dtable, dimage, parts, t, table_rows, chunks, C=c, **PARTS
+                keys, dtable, dimage, parts, t, table_rows, chunks, C=c, ADD=add, **PARTS
             )
-    return dtable, dimage
+    return dimage
 
 
 @embed_splice_bwd.register_fake
-def _(dh, keys, table_rows, image_rows, image_dtype):
-    dtable = dh.new_empty(table_rows, dh.shape[1])
+def _(dh, keys, table_rows, image_rows, table_dtype, image_dtype):
+    dtable = dh.new_empty(table_rows, dh.shape[1], dtype=table_dtype)
     dimage = dh.new_empty(image_rows, dh.shape[1], dtype=image_dtype)
     return dtable, dimage
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _, table, _, image_tokens = inputs
+    _, table, _, image_tokens, _ = inputs
     ctx.save_for_backward(output[1])
-    ctx.sizes = len(table), len(image_tokens), image_tokens.dtype
+    ctx.sizes = len(table), len(image_tokens), table.dtype, image_tokens.dtype
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, dh, _dkeys):
     dtable, dimage = embed_splice_bwd(dh.contiguous(), *ctx.saved_tensors, *ctx.sizes)
-    return None, dtable, None, dimage
+    return None, dtable, None, dimage, None
 
 
 embed_splice_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
 def embed_splice(
-    input_ids: Tensor, table: Tensor, image_rows: Tensor, image_tokens: Tensor
+    input_ids: Tensor,
+    table: Tensor,
+    image_rows: Tensor,
+    image_tokens: Tensor,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return h (T, C) in the table's dtype.
+    """Return h (T, C) in `dtype`, by default the table's.
 
     h[t] is image_tokens[image_rows[t]] where that row is not -1, and table[input_ids[t]] elsewhere.
     Differentiable in table and image_tokens; the ids at image positions are ignored. Inputs that
@@ -330,9 +381,45 @@ def embed_splice(
     TRITON_INTERPRET=1). Raises TypeError or ValueError that names the argument.
     """
     if not (table.is_cuda or INTERPRET):
-        return embed_splice_reference(input_ids, table, image_rows, image_tokens)
+        return embed_splice_reference(input_ids, table, image_rows, image_tokens, dtype)
     inputs = (tensor.contiguous() for tensor in (input_ids, table, image_rows, image_tokens))
-    return embed_splice_fwd(*inputs)[0]
+    return embed_splice_fwd(*inputs, dtype)[0]
+
+
+class _Tied(torch.autograd.Function):
+    """`embed_splice_tied`. A custom operator may not return its input, hence the other form."""
+
+    @staticmethod
+    def forward(ctx, input_ids, table, image_rows, image_tokens, dtype):
+        h, keys = embed_splice_fwd(input_ids, table, image_rows, image_tokens, dtype)
+        ctx.save_for_backward(keys)
+        ctx.sizes = len(image_tokens), image_tokens.dtype
+        return h, table.view_as(table)
+
+    @staticmethod
+    def backward(ctx, dh, dtable):
+        # What arrives may be others' too. The compiler knows, and copies only where that is so.
+        dtable = dtable.contiguous() if torch.compiler.is_compiling() else dtable.clone()
+        dimage = embed_splice_bwd_add(dh.contiguous(), *ctx.saved_tensors, dtable, *ctx.sizes)
+        return None, dtable, None, dimage, None
+
+
+def embed_splice_tied(
+    input_ids: Tensor,
+    table: Tensor,
+    image_rows: Tensor,
+    image_tokens: Tensor,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return `embed_splice`'s h and the table, for the head that shares it.
+
+    The table's gradient from there then arrives here, and d table is added to it where it is: two
+    gradients of a large table would cost a memset, a second buffer and a pass over both.
+    """
+    if not (table.is_cuda or INTERPRET):
+        return embed_splice_reference(input_ids, table, image_rows, image_tokens, dtype), table
+    inputs = (tensor.contiguous() for tensor in (input_ids, table, image_rows, image_tokens))
+    return _Tied.apply(*inputs, dtype)
 
 
 def make_inputs(

@@ -98,7 +98,7 @@ def prefill(
     config = model.config
     batch = pack([sample], budget, config.image_tokens, config.vit_img_size).to(images.device)
     cache = KVCache(batch, len(prompts), room, model.ops.attention)
-    x = model.embed(batch.input_ids, batch.image_rows, images)
+    x, _ = model.embed(batch.input_ids, batch.image_rows, images)
     # Only each prompt's last token passes the last MLP and the head.
     last = batch.cu_seqlens[1 : len(prompts) + 1].long() - 1
     return cache, model.decoder(model.ops, x, batch.position_ids, cache.prefill, last)

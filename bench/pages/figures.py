@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.compiled_step import expected_range
 from bench.harness.results import load
+from bench.harness.step_tables import expected_range
 from bench.optimizers import smoothed
 
 WIDTH = 9.0  # inches; a README is about 900 pixels wide

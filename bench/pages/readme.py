@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.compiled_step import expected_range
 from bench.harness.results import ROOT, load
+from bench.harness.step_tables import expected_range
 from bench.harness.tables import Rows, markdown
 from bench.harness.timing import difference
 from bench.loss_curves import VARIANTS

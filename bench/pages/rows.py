@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from bench.compiled_step import expected_range
 from bench.dataloader import RATE, workers_for
 from bench.harness.results import ROOT, load, measurements
+from bench.harness.step_tables import expected_range
 from bench.harness.tables import Rows, markdown
 from bench.harness.timing import Difference, difference
 from bench.kernels import against_compile

@@ -37,12 +37,12 @@ FREE = frozenset(
     "split split_with_sizes unbind lift_fresh set_ resize_ _local_scalar_dense is_pinned device "
     "_record_function_enter_new _record_function_exit".split()
 )
-COPIES = frozenset("copy_ clone _to_copy to cat stack contiguous".split())
+COPIES = frozenset("copy_ clone _to_copy cat stack contiguous".split())
 # They take a tensor for its shape alone.
 FILLS = frozenset("new_zeros new_ones new_full zeros_like ones_like full_like".split())
 PRODUCTS = frozenset(("mm", "addmm", "bmm"))
 
-# Our kernels that look up rows: pointer -> the pointer whose size bounds the rows that move.
+# Our kernels that look up rows: pointer -> the pointer whose elements bound those that move.
 ROWS_OF = {
     "_embed_splice_fwd_kernel": {"table_ptr": "h_ptr", "image_ptr": "h_ptr"},
     "_embed_splice_bwd_chunks_kernel": {"dtable_ptr": "dh_ptr", "dimage_ptr": "dh_ptr"},
@@ -137,14 +137,16 @@ class Recorder(TorchDispatchMode):
             return None
         if func.namespace == "nanovlm_fast" and not self._inside:
             return self._taken_apart(name, args, kwargs)
+        if name not in FREE and func._can_decompose():
+            # As `linear` and `to`, which autograd takes apart, are still whole inside operators.
+            with self:
+                return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
         results = tensors_in(out)
         self.hold(results)
         if name in FREE or (name == "_to_copy" and not results):
             return out
         inputs = tensors_in((args, kwargs))
-        if name == "to" and results[0] is inputs[0]:  # it has that type already
-            return out
         # A result that is an input, written in place, is read only if the operator says so.
         written_in_place = {_place(t) for t in results}
         distinct = {id(t): t for t in inputs}.values()
@@ -271,6 +273,10 @@ def _our_adamw(args: tuple) -> dict[str, int]:
     return {"read": state + gradients, "written": state + working}
 
 
+def _copy(args: tuple) -> dict[str, int]:
+    return {"read": _all_of(args[1]), "written": _all_of(args[0])}
+
+
 def _scale(args: tuple) -> dict[str, int]:
     return {"read": _all_of(args), "written": _all_of(args[0])}
 
@@ -280,6 +286,7 @@ MUTATING: dict[str, Callable[[tuple], dict[str, int]]] = {
     "zero_": _zero,
     "fill_": _zero,
     "_fused_adamw_": _adamw,
+    "_foreach_copy_": _copy,
     "_foreach_mul_": _scale,
     "_foreach_add_": _scale,
     "_foreach_sub_": _scale,
@@ -337,7 +344,7 @@ def traffic_of(name: str, uses: dict[str, set[str]], values: dict[str, Any]) -> 
             continue
         count = size(value)
         if bound := bounds.get(pointer):
-            count = min(count, size(values[bound]))
+            count = min(count, values[bound].numel() * value.element_size())
         times = 2 if (name, pointer) in READ_TWICE else 1
         read += count * times * (pointer in uses["load"])
         written += count * (pointer in uses["store"])

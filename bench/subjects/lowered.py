@@ -42,6 +42,36 @@ class Graph:
     kernels: dict[str, str] = field(default_factory=dict)  # name -> source
 
 
+# Tile and warps of the templates. With 128 x 256, three products with epilogues spill.
+TEMPLATE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
+WITH_TEMPLATES = {
+    "max_autotune_gemm": True,
+    "max_autotune_gemm_backends": "TRITON",
+    "triton.num_decompose_k_splits": 0,  # graphs inside the graph, which are not followed here
+}
+
+
+@contextlib.contextmanager
+def template_chosen() -> Iterator[None]:
+    """Inductor takes the template nearest to `TEMPLATE` for every product, and times none."""
+    from torch._inductor.select_algorithm import AlgorithmSelectorCache, TritonTemplateCaller
+
+    select = AlgorithmSelectorCache.__call__
+
+    def unlikeness(choice: Any) -> list[int]:
+        text = f"{choice.description}, "
+        found = {name: re.search(rf"{name}=(\d+)", text) for name in TEMPLATE}
+        return [abs(int(m.group(1)) - TEMPLATE[n]) if m else 10**6 for n, m in found.items()]
+
+    def choose(self: Any, name: str, choices: list[Any], *args: Any, **kwargs: Any) -> Any:
+        templates = [one for one in choices if isinstance(one, TritonTemplateCaller)]
+        chosen = [min(templates, key=unlikeness)] if templates else choices[:1]
+        return select(self, name, chosen, *args, **kwargs)
+
+    with mock.patch.object(AlgorithmSelectorCache, "__call__", choose):
+        yield
+
+
 @contextlib.contextmanager
 def collected(recorder: Recorder) -> Iterator[list[Graph]]:
     """Hook into Inductor; the list gets every graph that is lowered inside the context."""
@@ -105,22 +135,35 @@ def _launch(
     lowering: Any, direction: str, name: str, node: Any, loaded: dict[str, float]
 ) -> Launch:
     read, written, atomic = traffic(lowering, node, loaded)
+    flops = int(node.estimate_flops() or 0)
+    shape = _product_of(lowering, node, flops)
     origins = [fx for n in node.get_nodes() if n.node is not None for fx in n.node.origins]
     operators = Counter(filter(None, (_operator(fx) for fx in origins)))
     lines = Counter(filter(None, (source_line(fx) for fx in origins)))
     return Launch(
         name,
-        "generated",
+        "product" if shape else "generated",
         direction,
         read=read,
         written=written,
-        flops=int(node.estimate_flops() or 0),  # of a product that became a Triton template
+        flops=flops,
+        shape=shape,
+        epilogue=bool(shape),
         detail=" ".join(f"{k} x{n}" if n > 1 else k for k, n in operators.most_common(14)),
         where=", ".join(line for line, _ in lines.most_common(4)),
         atomic=atomic,
         moves_only=moves_only(set(operators)),
         reduces=name.startswith(("triton_per", "triton_red", "triton_mix")),
     )
+
+
+def _product_of(lowering: Any, node: Any, flops: int) -> tuple[int, ...]:
+    """(m, k, n) of a product that became a Triton template, () of all other kernels."""
+    template = node.get_template_node()
+    if template is None or not flops:
+        return ()
+    m, n = (int(lowering.sizevars.optimization_hint(size)) for size in template.get_size()[-2:])
+    return m, flops // (2 * m * n), n
 
 
 def _operator(fx: Any) -> str:

@@ -47,6 +47,9 @@ class Options:
     attention: str = "torch"  # what `auto` takes where the package flash-attn is not installed
     vision_attention: str = "flash"
     inductor: dict[str, Any] = field(default_factory=dict)
+    templates: bool = False  # Triton templates in place of cuBLAS, with epilogues
+    tokens_per_batch: int = 0  # 0: the preset's
+    images_per_batch: int = 0  # 0: measured, as a run does
     machine_code: bool = False  # registers and spills of every generated kernel
 
 
@@ -68,12 +71,13 @@ def measure(options: Options) -> dict[str, Any]:
     """
     began = time.perf_counter()
     from bench.subjects import step_time
-    from bench.subjects.lowered import by_kernel, machine_code
+    from bench.subjects.lowered import WITH_TEMPLATES, by_kernel, machine_code, template_chosen
 
-    _configure_inductor(options.inductor)
+    _configure_inductor((WITH_TEMPLATES if options.templates else {}) | options.inductor)
     config, train = _configs(options)
-    budget, batch = _budget_and_batch(options.preset, config, train)
-    step = compile_step(options, config, train, batch)
+    budget, batch = _budget_and_batch(options, config, train)
+    with template_chosen() if options.templates else contextlib.nullcontext():
+        step = compile_step(options, config, train, batch)
     seconds = time.perf_counter() - began
     result: dict[str, Any] = {
         "options": dataclasses.asdict(options),
@@ -120,13 +124,20 @@ def _configs(options: Options) -> tuple[VLMConfig, TrainConfig]:
     config, train = preset(options.preset)
     vision = options.vision_layers or config.vit_n_blocks
     language = options.language_layers or config.lm_n_blocks
-    return dataclasses.replace(config, vit_n_blocks=vision, lm_n_blocks=language), train
+    tokens = options.tokens_per_batch or train.tokens_per_batch
+    return (
+        dataclasses.replace(config, vit_n_blocks=vision, lm_n_blocks=language),
+        dataclasses.replace(train, tokens_per_batch=tokens),
+    )
 
 
 def _budget_and_batch(
-    preset_name: str, config: VLMConfig, train: TrainConfig
+    options: Options, config: VLMConfig, train: TrainConfig
 ) -> tuple[Budget, PackedBatch]:
-    """The budgets that a run measures on its data, and one real batch that was packed for them."""
+    """The budgets that a run measures on its data, and one real batch that was packed for them.
+
+    Raises ValueError if a sample does not fit into what the options say.
+    """
     from bench.subjects.workload import finevision_like, load_work
     from nanovlm_fast.data.budget import LABEL_MULTIPLE
     from nanovlm_fast.packing.batch import pack
@@ -135,11 +146,13 @@ def _budget_and_batch(
     if config.max_img_size:
         samples = finevision_like(config, DRAWN, blank=True)
     else:
-        samples = load_work(preset_name, samples=DRAWN).samples
+        samples = load_work(options.preset, samples=DRAWN).samples
     longest = train.max_seqlen or config.lm_max_position_embeddings
     fitting = [s for s in samples if max(map(len, s.documents)) <= longest]
     multiple = LABEL_MULTIPLE["cuda"]
     budget = Budget.measure(fitting, train.tokens_per_batch, longest, label_multiple=multiple)
+    if options.images_per_batch:
+        budget = dataclasses.replace(budget, images=options.images_per_batch)
     packer = Packer(budget)
     for sample in fitting:
         packer.add(sample)

@@ -173,19 +173,23 @@ def pixel_shuffle_proj(
 
 
 def embed_splice(
-    input_ids: Tensor, table: Tensor, image_rows: Tensor, image_tokens: Tensor
+    input_ids: Tensor,
+    table: Tensor,
+    image_rows: Tensor,
+    image_tokens: Tensor,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return (T, C): each token's embedding, or its row of image_tokens.
+    """Return (T, C): each token's embedding, or its row of image_tokens, in `dtype` or the table's.
 
     image_rows (T,) holds that row, or -1 for a text token.
     """
     text = F.embedding(input_ids, table)
     if len(image_tokens) == 0:
-        return text
+        return text.to(dtype or text.dtype)
     # Widened before the gather, not after: the gradients of all documents that show an image are
     # added up in the type of the gather's input, and bfloat16 would round every addition.
     shown = F.embedding(image_rows.clamp(min=0), image_tokens.to(text.dtype))
-    return torch.where(image_rows[:, None] >= 0, shown, text)
+    return torch.where(image_rows[:, None] >= 0, shown, text).to(dtype or text.dtype)
 
 
 def linear_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,6 +231,9 @@ class Ops:
     pixel_shuffle_proj: Callable = pixel_shuffle_proj
     embed_splice: Callable = embed_splice
     linear_cross_entropy: Callable = linear_cross_entropy
+    # `embed_splice` that hands the table on to the head that shares it, with the table's gradient
+    # in one buffer. Plain PyTorch has none: autograd adds the two gradients.
+    embed_splice_tied: Callable | None = None
     # Whether `layer_norm` adds the bias of the projection before it. The kernel does, and its
     # backward gives the bias's gradient, which a projection would read its own output's gradient
     # again for. The compiler's norm would only read more.
@@ -244,7 +251,7 @@ class Ops:
     vision_attention: VisionAttention = F.scaled_dot_product_attention
     vision_backend: str = "sdpa"
     recompute: str = "none"
-    stream: str = "float32"  # type of the residual streams, see `in_stream`
+    stream: str = "float32"  # type of the residual streams, see `stream_type`
     asleep: bool = False  # no GPU: the chosen kernels fall back to plain PyTorch
 
     @property
@@ -252,9 +259,10 @@ class Ops:
         """Whether the kernel `adamw` updates the weights, and not PyTorch's AdamW."""
         return "adamw" in self.kernels and not self.asleep
 
-    def in_stream(self, x: Tensor) -> Tensor:
-        """Return x as what a residual stream begins with: in bfloat16, or as it is."""
-        return x.bfloat16() if self.stream == "bfloat16" else x
+    @property
+    def stream_type(self) -> torch.dtype | None:
+        """The type in which residual streams begin: bfloat16, or None for that of the weights."""
+        return torch.bfloat16 if self.stream == "bfloat16" else None
 
     def __str__(self) -> str:
         kernels = ", ".join(self.kernels) or "none, plain PyTorch"
@@ -304,6 +312,10 @@ def choose_ops(
         from nanovlm_fast.kernels import image_attention
 
         chosen["in_images"] = image_attention.fits
+    if "embed_splice" in names:
+        from nanovlm_fast.kernels import embed_splice
+
+        chosen["embed_splice_tied"] = embed_splice.embed_splice_tied
     if recompute == "norms_and_activations":
         # The operators of these kernels are products, whose results are all kept.
         for name in {"gelu_mlp", "swiglu_mlp"} & chosen.keys():

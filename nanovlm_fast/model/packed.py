@@ -139,7 +139,8 @@ class VisionTransformer(nn.Module):
         self.layer_norm = nn.LayerNorm(config.vit_hidden_dim, eps=config.vit_ln_eps)
 
     def forward(self, ops: Ops, images: Tensor) -> Tensor:
-        x = ops.in_stream(self.patch_embedding(images))
+        x = self.patch_embedding(images)
+        x = x.to(ops.stream_type or x.dtype)
         delta = None
         bias = None
         for block in self.blocks:
@@ -316,18 +317,22 @@ class VisionLanguageModel(nn.Module):
         """(N, 3, H, W) uint8 -> (N * image_tokens, C)."""
         return self.MP(self.ops, self.vision_encoder(self.ops, images))
 
-    def embed(self, input_ids: Tensor, image_rows: Tensor, images: Tensor) -> Tensor:
-        """Return (T, C): each token's embedding, or its row of the encoded images.
+    def embed(self, input_ids: Tensor, image_rows: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (T, C), each token's embedding or its row of the encoded images; the head (V, C).
 
-        image_rows (T,) holds that row, or -1 for a text token.
+        image_rows (T,) holds that row, or -1 for a text token. The head's weight is returned for
+        its gradient: where it is the table, a kernel adds that of the embedding to it.
         """
         table = self.decoder.token_embedding.weight
         images_of_tokens = self.encode_images(images)
-        x = self.ops.embed_splice(input_ids, table, image_rows, images_of_tokens)
-        return self.ops.in_stream(x)
+        rest = image_rows, images_of_tokens, self.ops.stream_type
+        tied = self.ops.embed_splice_tied
+        if tied and self.config.lm_tie_weights and table.requires_grad:
+            return tied(input_ids, table, *rest)
+        return self.ops.embed_splice(input_ids, table, *rest), self.decoder.head.weight
 
-    def hidden(self, batch: PackedBatch) -> Tensor:
-        """Return (L, C): normalised hidden states at batch.label_index.
+    def hidden(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Return (L, C), normalised hidden states at batch.label_index; the head, see `embed`.
 
         Raises ValueError for a document of more tokens than there are positions.
         """
@@ -337,7 +342,7 @@ class VisionLanguageModel(nn.Module):
         if batch.max_seqlen > limit and (longest := int(batch.cu_seqlens.diff().max())) > limit:
             room = f"lm_max_position_embeddings is {limit}"
             raise ValueError(f"a document of {longest} tokens: {room}")
-        x = self.embed(batch.input_ids, batch.image_rows, batch.images)
+        x, head = self.embed(batch.input_ids, batch.image_rows, batch.images)
 
         documents = batch.cu_seqlens, batch.max_seqlen
         config = self.config
@@ -350,11 +355,12 @@ class VisionLanguageModel(nn.Module):
                 return kernel(qkv, rope.cos, rope.sin, batch.position_ids, *documents, *heads)
             return self.ops.attention(*rotate(qkv), *documents, True).flatten(1)
 
-        return self.decoder(self.ops, x, batch.position_ids, attend, batch.label_index)
+        h = self.decoder(self.ops, x, batch.position_ids, attend, batch.label_index)
+        return h, head
 
     def logits(self, batch: PackedBatch) -> Tensor:
         """Return (L, V): the logits at batch.label_index."""
-        return self.decoder.head(self.hidden(batch))
+        return self.decoder.head(self.hidden(batch)[0])
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Return the float32 cross-entropy, summed over the labelled tokens.
@@ -362,9 +368,8 @@ class VisionLanguageModel(nn.Module):
         A sum and not a mean: the caller divides by the labelled tokens of the whole optimizer step,
         so that micro-batches and ranks count by their tokens.
         """
-        return self.ops.linear_cross_entropy(
-            self.hidden(batch), self.decoder.head.weight, batch.labels
-        )[0]
+        h, head = self.hidden(batch)
+        return self.ops.linear_cross_entropy(h, head, batch.labels)[0]
 
     def fused_parts(self) -> dict[str, dict[str, int]]:
         """Map each fused weight's name to the reference's weights in it, and their rows."""

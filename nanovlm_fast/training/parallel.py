@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nanovlm_fast.model.packed import VisionLanguageModel
+from nanovlm_fast.model.packed import VisionBlock, VisionLanguageModel
 from nanovlm_fast.packing.batch import PackedBatch
 
 
@@ -41,6 +41,7 @@ def shard_model(model: VisionLanguageModel, compile_blocks: bool) -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
     for block in model.vision_encoder.blocks:
+        assert isinstance(block, VisionBlock)
         block.keeps_last_bias = True
     # From the inside out: the outermost call takes the parameters that no block has taken.
     for block in blocks:

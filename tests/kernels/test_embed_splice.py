@@ -9,13 +9,16 @@ from nanovlm_fast.kernels.embed_splice import (
     CHUNK,
     embed_splice,
     embed_splice_bwd,
+    embed_splice_bwd_add,
     embed_splice_fwd,
     embed_splice_reference,
+    embed_splice_tied,
     make_inputs,
 )
 from tests.support.kernel_checks import (
     DEVICE,
     DTYPES,
+    GPU,
     check_compile,
     check_parity,
     check_reference_gradients,
@@ -58,6 +61,15 @@ def test_image_tokens_of_another_dtype():
 
 
 @on_the_gpu_too
+def test_a_result_of_another_type():
+    """A narrow stream from a float32 table, whose gradient is float32 all the same."""
+    narrow = DTYPES[0] if GPU else torch.float16  # the interpreter truncates to bfloat16
+    inputs = make_inputs(40, 30, 16, 9, torch.float32, DEVICE, narrow) | {"dtype": narrow}
+    assert embed_splice(**inputs).dtype == narrow
+    check_parity(embed_splice, embed_splice_reference, inputs)
+
+
+@on_the_gpu_too
 def test_no_images():
     """The reference gives image_tokens no gradient then; the operator gives an empty one."""
     inputs = make_inputs(40, 30, 16, 0, DTYPES[0], DEVICE)
@@ -88,7 +100,9 @@ def sums_exactly(keys: torch.Tensor, table_rows: int, image_rows: int, c: int = 
     dh = torch.randint(-8, 9, (len(keys), c), device=DEVICE).float()
     expected = torch.zeros(table_rows + image_rows, c, device=DEVICE).index_add_(0, keys.long(), dh)
     with poisoned():
-        table, image = embed_splice_bwd(dh, keys, table_rows, image_rows, torch.float32)
+        table, image = embed_splice_bwd(
+            dh, keys, table_rows, image_rows, torch.float32, torch.float32
+        )
     assert torch.equal(table, expected[:table_rows]) and torch.equal(image, expected[table_rows:])
 
 
@@ -137,7 +151,7 @@ def test_a_gradient_that_is_not_finite_stays_in_its_row():
     keys = torch.tensor([0, 1, 1, 2] * CHUNK, dtype=torch.int32, device=DEVICE)
     dh = torch.ones(len(keys), 8, device=DEVICE)
     dh[1] = float("inf")
-    table, _ = embed_splice_bwd(dh, keys, 4, 0, torch.float32)
+    table, _ = embed_splice_bwd(dh, keys, 4, 0, torch.float32, torch.float32)
     assert table[1].isinf().all() and torch.equal(
         table[[0, 2, 3], 0].cpu(), torch.tensor([CHUNK, CHUNK, 0.0])
     )
@@ -177,10 +191,38 @@ def test_compile_and_opcheck():
         30,
         9,
         torch.float32,
+        torch.float32,
     )
     inputs["table"].requires_grad_()
     inputs["image_tokens"].requires_grad_()
     opcheck(embed_splice_fwd, *inputs.values())
+
+
+@on_the_gpu_too
+@pytest.mark.parametrize("tokens", [0, 40, 400])
+def test_a_table_of_two_uses_has_one_gradient(tokens):
+    """What arrives for it is left as it is: somebody else may hold it."""
+
+    def plain(**inputs):
+        table = inputs["table"]
+        return embed_splice_reference(**inputs), table.view_as(table)
+
+    inputs = make_inputs(tokens, 30, 16, 9, DTYPES[0], DEVICE)
+    check_parity(embed_splice_tied, plain, inputs)
+    inputs["table"].requires_grad_()
+    outputs = embed_splice_tied(**inputs)
+    gradients = [torch.ones_like(output) for output in outputs]
+    torch.autograd.backward(outputs, gradients)
+    assert gradients[1].eq(1).all()
+
+
+@on_the_gpu_too
+def test_compile_and_opcheck_of_a_table_of_two_uses():
+    inputs = make_inputs(40, 30, 16, 9, DTYPES[0], DEVICE)
+    check_compile(embed_splice_tied, inputs)
+    _, keys = embed_splice_fwd(**inputs)
+    dh = torch.randn(40, 16, device=DEVICE, dtype=DTYPES[0])
+    opcheck(embed_splice_bwd_add, dh, keys, inputs["table"].clone(), 9, torch.float32)
 
 
 @pytest.mark.parametrize("image_tokens", [4, 0])
@@ -209,6 +251,7 @@ def test_reference_gradients(image_tokens):
         ({"input_ids": torch.zeros(2, 2, dtype=torch.int64)}, ValueError, "input_ids has shape"),
         ({"image_rows": torch.zeros(4, dtype=torch.int64)}, TypeError, "image_rows is torch.int64"),
         ({"image_rows": torch.zeros(5, dtype=torch.int32)}, ValueError, "image_rows has shape"),
+        ({"dtype": torch.int32}, TypeError, "dtype is torch.int32"),
     ],
 )
 def test_wrong_arguments_are_named(change, error, message):

@@ -227,10 +227,13 @@ def test_sharding_and_muon_are_refused_together(tmp_path):
 
 
 def test_sharded_blocks_leave_no_bias_to_the_next(small_config):
-    """A norm that is a kernel adds the bias before it, which a sharded block has freed by then."""
+    """A norm that is a kernel adds the bias before it, which a sharded block has freed by then.
+
+    The table of two uses is freed after both.
+    """
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        whole = VisionLanguageModel(small_config, choose_ops("layer_norm"))
+        whole = VisionLanguageModel(small_config, choose_ops("layer_norm,embed_splice"))
         assert whole.ops.bias_in_norm
         sharded = copy.deepcopy(whole)
         shard_model(sharded, compile_blocks=False)
