@@ -219,6 +219,8 @@ KINDS = {  # kind -> what the names of its PyTorch operators contain; the first 
         "aten::addmm",
         "aten::bmm",
         "pixel_shuffle_proj",
+        "gelu_mlp",
+        "swiglu_mlp",
         "linear_cross_entropy",
         "log_softmax",
     ),

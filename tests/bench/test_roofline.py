@@ -90,6 +90,8 @@ def test_a_profiled_step_falls_into_the_kinds(small_config: VLMConfig):
     } <= kinds.keys()
     assert all(seconds > 0 for seconds in kinds.values())
     assert kind_of("nanovlm_fast::rms_norm_fwd") == "norm" and kind_of("aten::copy_") == "other"
+    assert kind_of("nanovlm_fast::swiglu_mlp_fwd") == "product"
+    assert kind_of("nanovlm_fast::swiglu_fwd") == "activation"
 
 
 def test_the_command(tmp_path, capsys):
