@@ -13,12 +13,12 @@ import torch
 from bench import compare, compiled_step, roofline
 from bench.compiled_step import (
     Options,
-    block_costs,
+    budgeted,
+    budgeted_costs,
     changes,
     kept_variants,
     label_of,
     run,
-    slices,
 )
 from bench.harness.results import read
 from bench.pages.readme import predictions
@@ -46,10 +46,8 @@ CONFIG, TRAIN = preset(Options.preset)
 
 @pytest.fixture(scope="module")
 def measured() -> list[dict[str, Any]]:
-    """1 + 1 layers, 2 + 1, 1 + 2; and 1 + 1 with all kernels."""
-    one, vision, language = slices(Options(machine_code=True))
-    all_kernels = dataclasses.replace(vision, vision_layers=1, kernels="all")
-    return run(one, vision, language, all_kernels)
+    """1 + 1 layers, 2 + 1, 1 + 2, in plain PyTorch; then with all kernels and narrow streams."""
+    return run(*budgeted(Options(machine_code=True)))
 
 
 @pytest.mark.slow
@@ -163,7 +161,7 @@ def test_a_block_keeps_to_its_budget(measured):
     budget = json.loads(compiled_step.BUDGET.read_text())
     if not torch.__version__.startswith(budget["torch"] + "."):
         pytest.skip(f"the budget is of PyTorch {budget['torch']}; another version fuses otherwise")
-    risen, fell = changes(block_costs(measured[:3]), budget)
+    risen, fell = changes(budgeted_costs(measured), budget)
     assert not risen, "over the budget (python -m bench.compiled_step --budget --raise-budget)"
     assert not fell, "lower the budget: run python -m bench.compiled_step --budget"
 
