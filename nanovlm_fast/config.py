@@ -7,6 +7,7 @@ its range of values.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
@@ -37,16 +38,20 @@ CHATML = (
 )
 
 
+class BadTokenNames(ValueError, argparse.ArgumentTypeError):
+    """Not an object of names and tokens. argparse prints the message of the latter class only."""
+
+
 class TokenNames(dict[str, str]):
     """Names of special tokens and their text, in the order of their ids; as an option, JSON."""
 
     def __init__(self, names: Any = ()):
         try:
             super().__init__(json.loads(names) if isinstance(names, str) else names)
-        except (TypeError, RecursionError) as error:  # json raises ValueError by itself
-            raise ValueError("an object of names and tokens is needed") from error
+        except (TypeError, ValueError, RecursionError) as error:
+            raise BadTokenNames(f"a JSON object is needed, got {names!r:.40}") from error
         if not all(isinstance(part, str) for item in self.items() for part in item):
-            raise ValueError("names and tokens must be text")
+            raise BadTokenNames(f"names and tokens must be text, got {names!r:.40}")
 
 
 @dataclass

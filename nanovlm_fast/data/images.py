@@ -72,7 +72,7 @@ def load_image(source: Path | str | bytes | np.ndarray | Image.Image, size: int)
 def split_image(
     source: Path | str | bytes | Image.Image, config: VLMConfig
 ) -> tuple[np.ndarray, Grid]:
-    """The image as the model sees it: (n, S, S)-sized tiles and their grid (rows, columns).
+    """The image as the model sees it: its tiles, and their grid (rows, columns).
 
     Tiles are (n, 3, S, S) uint8 with S = vit_img_size, row by row, and before them, if there are
     several and the model has a token for it, the whole image squashed to S x S. Without

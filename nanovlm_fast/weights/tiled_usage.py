@@ -20,7 +20,7 @@ from PIL import Image
 def cut(
     image: Image.Image, tile: int, limit: int, enlarge: bool, whole: bool
 ) -> tuple[torch.Tensor, tuple[int, int]]:
-    """Tiles of an RGB picture, (n, 3, tile, tile) from 1 / 255 on, and how many rows and columns."""
+    """Tiles of an RGB picture, (n, 3, tile, tile) from 1 / 255 on, and the rows and columns."""
     if not limit:
         pixels = torch.from_numpy(np.array(image.resize((tile, tile), Image.Resampling.BILINEAR)))
         return pixels.permute(2, 0, 1)[None].float().add(1) / 255, (1, 1)
