@@ -85,7 +85,8 @@ class Tokenizer:
         self._make_special(tokens)
         for cached in ("special_tokens", "special_ids"):  # before these were among them
             self.__dict__.pop(cached, None)
-        return [self.base.token_to_id(token) for token in tokens]
+        known: dict[str, int] = self.base.get_vocab()
+        return [known[token] for token in tokens]
 
     def __len__(self) -> int:
         """Rows that an embedding of its ids needs.
