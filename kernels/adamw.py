@@ -37,7 +37,7 @@ from torch import Tensor
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 GRADIENTS = (torch.bfloat16, torch.float32)
-CHUNK = 2048  # elements per program: 16 per thread, in loads of 16 bytes
+CHUNK = 2048  # elements per program: 8 per thread, in loads of 16 bytes
 ALIGNMENT = 16  # bytes; PyTorch's allocator gives more, and a view may have less
 # Columns of the table: addresses of grad, master, m, v, working (0: none) and step, size, group.
 COLUMNS = tl.constexpr(8)
@@ -262,7 +262,7 @@ def adamw(
             table, chunks, scalars, found_inf, factor,
             NARROW=grads[0].dtype == torch.bfloat16, HAS_WORKING=bool(working),
             HAS_FOUND_INF=has_found_inf, HAS_FACTOR=factor is not None, ALIGNED=aligned,
-            CHUNK=CHUNK, num_warps=4,
+            CHUNK=CHUNK, num_warps=8,
         )  # fmt: skip
 
 
