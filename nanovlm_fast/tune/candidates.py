@@ -7,7 +7,7 @@ A new kernel is one name in a line of `GPU_GROUPS`; a test holds that every kern
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,14 +101,14 @@ class Group:
 
     part: str
     kernels: tuple[str, ...] = ()
-    options: tuple[tuple[str, str], ...] = ()  # (field of Choice, value)
+    backends: str = ""  # the option whose backends are rivals too
 
 
 # In the order of expected gain (bench/NOTES.md). Within a group each is tried over the winner so
 # far, and a kernel takes the place of the others of its group.
 GPU_GROUPS = (
-    Group("language", ("document_attention", "rotary"), (("attention", "torch"),)),
-    Group("vision", ("image_attention",), (("vision_attention", "cudnn"),)),
+    Group("language", ("document_attention", "rotary"), "attention"),
+    Group("vision", ("image_attention",), "vision_attention"),
     Group("vision", ("gelu_mlp",)),
     Group("language", ("swiglu_mlp", "swiglu")),
     Group("vision", ("layer_norm",)),
@@ -122,7 +122,7 @@ INDUCTOR_SECONDS = {"max_autotune": 240.0}
 
 
 def gpu_candidates(
-    free: frozenset[str], compiled: bool, backends: Sequence[str] = ()
+    free: frozenset[str], compiled: bool, backends: Mapping[str, Sequence[str]] | None = None
 ) -> list[Candidate]:
     """The candidates on a GPU, in their order.
 
@@ -130,7 +130,8 @@ def gpu_candidates(
         free: the options that may be chosen: kernels, attention, vision_attention, inductor,
             compile. What the user has set is not among them.
         compiled: whether the model is compiled, which Inductor's options need.
-        backends: of --attention, those that can run here beside the one that `auto` takes.
+        backends: of `attention` and of `vision_attention`, those that can run here beside the one
+            that `auto` takes.
     """
     found = []
     for group in GPU_GROUPS:
@@ -138,10 +139,10 @@ def gpu_candidates(
             if kernel in KERNELS and "kernels" in free:
                 others = tuple(name for name in group.kernels if name != kernel)
                 found.append(Candidate(kernel, group.part, (), kernel, others))
-        for option, value in group.options:
-            values = backends if option == "attention" else (value,)
-            if option in free:
-                found += [Candidate(f"{option} {v}", group.part, ((option, v),)) for v in values]
+        option = group.backends
+        if option in free:
+            values = (backends or {}).get(option, ())
+            found += [Candidate(f"{option} {v}", group.part, ((option, v),)) for v in values]
     if compiled and "inductor" in free:
         for name in INDUCTOR:
             seconds = INDUCTOR_SECONDS.get(name, 0.0)
@@ -151,6 +152,23 @@ def gpu_candidates(
         change = (("compile", "reduce-overhead"),)
         found.append(Candidate("CUDA graphs", "launches", change, gated=False))
     return found
+
+
+def seen_by(part: str, choice: Choice) -> Choice:
+    """What of a choice a tower or the ends compute by; all of it in other parts.
+
+    What is compiled for a part is kept while choices elsewhere change.
+    """
+    kernels = {kernel for group in GPU_GROUPS if group.part == part for kernel in group.kernels}
+    if not kernels:
+        return choice
+    usual = Choice()
+    return dataclasses.replace(
+        choice,
+        kernels=tuple(name for name in choice.kernels if name in kernels),
+        attention=choice.attention if part == "language" else usual.attention,
+        vision_attention=choice.vision_attention if part == "vision" else usual.vision_attention,
+    )
 
 
 def cpu_candidates(free: frozenset[str], cores: int) -> list[Candidate]:

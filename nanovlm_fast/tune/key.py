@@ -22,7 +22,16 @@ from nanovlm_fast.threads import WAITING, cores_of
 # Raised when the tuner itself changes what it measures.
 TUNER = 1
 # Fields of the model that change no shape and no operation.
-UNTIMED = ("prompt", "lm_tokenizer", "init", "lm_max_length", "image_mean", "image_std")
+UNTIMED = (
+    "prompt",
+    "lm_tokenizer",
+    "lm_chat_template",
+    "vlm_extra_tokens",
+    "init",
+    "lm_max_length",
+    "image_mean",
+    "image_std",
+)
 PACKAGES = ("triton", "flash-attn", "flash-attn-4", "quack-kernels")  # what candidates run on
 
 
@@ -45,7 +54,7 @@ def key_of(
         "model": sizes,
         "budget": dataclasses.asdict(budget) if budget else train.tokens_per_batch,
         "dtype": str(dtype).removeprefix("torch."),
-        "stream": getattr(train, "stream", "float32"),
+        "stream": train.stream,
         "recompute": train.recompute,
         "trained": [name for name in ("projector", "vision", "language") if rate(train, name) > 0],
         "optimizer": train.optimizer,

@@ -33,8 +33,11 @@ class Bench(Protocol):
     def compare(self, base: Choice, choice: Choice, part: str, level: float) -> Comparison:
         """Time both in a part of the step. Raises `Fails` if the choice does not run."""
 
-    def weight(self, part: str, seconds: float) -> float:
-        """The share of the whole step that so many seconds of a part stand for."""
+    def needs(self, part: str) -> float:
+        """Seconds without which a comparison in a part is not worth beginning."""
+
+    def share(self, part: str, gain: float, base: float) -> float:
+        """The share of the whole step that is gained by `gain` of `base` seconds of a part."""
 
 
 @dataclass
@@ -152,7 +155,7 @@ def judged(row: Row, compared: Comparison, bench: Bench) -> Row:
     row.base = compared.base
     row.low = compared.low
     row.high = compared.high
-    row.of_step = bench.weight(row.part, compared.base * (1 - compared.ratio))
+    row.of_step = bench.share(row.part, compared.base * (1 - compared.ratio), compared.base)
     if compared.faster and row.of_step >= LEAST_GAIN:
         row.verdict = TAKEN
     elif compared.faster:
@@ -168,7 +171,7 @@ def check_whole(plain: Choice, found: Found, bench: Bench, limits: Limits, level
         return
     row = Row("all that was taken", WHOLE, NOT_MEASURED)
     left = limits.deadline - limits.now()
-    if left <= 0:
+    if left <= bench.needs(WHOLE):
         row.why = no_time(left)
     elif wrong := bench.gate(found.choice, WHOLE):
         row.verdict = LEFT_OUT

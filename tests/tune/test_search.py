@@ -36,6 +36,7 @@ from nanovlm_fast.tune.search import (
 )
 
 ALL = frozenset({"kernels", "attention", "vision_attention", "inductor", "compile"})
+BACKENDS = {"attention": ("torch", "flash_attn"), "vision_attention": ("cudnn",)}
 PLAIN = Choice(compile="auto")
 PARTS = {"language": 30.0, "vision": 40.0, "ends": 10.0}  # milliseconds of the step
 
@@ -82,8 +83,11 @@ class Simulated:
         self.timed += [name for name in self.new_in(choice) if name not in before]
         return compare(lambda: self.read(base, part), lambda: self.read(choice, part), level)
 
-    def weight(self, part: str, seconds: float) -> float:
-        return seconds / 0.08
+    def needs(self, part: str) -> float:
+        return 0.0
+
+    def share(self, part: str, gain: float, base: float) -> float:
+        return gain / 0.08
 
 
 def run(
@@ -95,14 +99,14 @@ def run(
         notes.append(Found(found.choice, list(found.rows), found.measuring, found.done))
 
     limits = Limits(lambda: bench.time, budget, note)
-    candidates = gpu_candidates(ALL, compiled=True, backends=("torch", "flash_attn"))
+    candidates = gpu_candidates(ALL, compiled=True, backends=BACKENDS)
     return search(PLAIN, candidates, bench, limits, left_out), notes
 
 
 def test_every_kernel_and_option_is_a_candidate_once():
     named = [kernel for group in GPU_GROUPS for kernel in group.kernels if kernel in KERNELS]
     assert sorted(named) == sorted(KERNELS)
-    names = [c.name for c in gpu_candidates(ALL, True, ("torch",))]
+    names = [c.name for c in gpu_candidates(ALL, True, BACKENDS)]
     assert len(set(names)) == len(names) and set(INDUCTOR) <= set(names)
     # What the user has set, and what needs a compiler, is not tried.
     assert not gpu_candidates(frozenset(), compiled=True)

@@ -1,0 +1,167 @@
+"""What a run computes with: what its options say and, where they say `auto`, what was measured.
+
+| --tune | on a GPU | on a CPU |
+| --- | --- | --- |
+| `auto` | from the cache; measured now if it is not there | from the cache, else plain |
+| `off` | plain PyTorch | plain PyTorch |
+| `again` | measured now | measured now, in processes of its own |
+
+A resumed run on the device of its start repeats what its config.json notes, whatever the cache
+says by now. `--deterministic` takes nothing from a cache: the same command must give the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nanovlm_fast.command import one_line
+from nanovlm_fast.config import TrainConfig, VLMConfig
+from nanovlm_fast.packing.packer import Budget
+from nanovlm_fast.ranks import World
+from nanovlm_fast.tune import cache
+from nanovlm_fast.tune.cache import Entry
+from nanovlm_fast.tune.candidates import Choice
+from nanovlm_fast.tune.key import AUTOS, key_of
+from nanovlm_fast.tune.parts import Job
+from nanovlm_fast.tune.report import options_of, summary
+from nanovlm_fast.tune.tuner import tune
+
+Measure = Callable[[dict[str, Any], Choice, Entry | None], Entry]
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A choice, where it comes from, and what config.json notes of it (`record`)."""
+
+    choice: Choice
+    device: str
+    tuned: bool = False
+    how: str = ""  # a line for people; empty if there is nothing to say
+
+    @property
+    def record(self) -> dict[str, Any]:
+        choice = self.choice.to_json() if self.tuned else None
+        return {"device": self.device, "choice": choice}
+
+    def apply(self, config: TrainConfig) -> TrainConfig:
+        """The configuration with every `auto` replaced by what is chosen."""
+        chosen = {
+            "kernels": self.choice.kernel_option,
+            "attention": self.choice.attention,
+            "vision_attention": self.choice.vision_attention,
+            "inductor": ",".join(self.choice.inductor) or "none",
+            "compile": self.choice.compile,
+            "workers": self.choice.workers,
+        }
+        free = {name: chosen[name] for name, auto in AUTOS.items() if getattr(config, name) == auto}
+        return dataclasses.replace(config, **free)
+
+
+def plain_choice(config: TrainConfig, device: torch.device) -> Choice:
+    """What `auto` means where nothing was measured."""
+    compiled = config.compile
+    if compiled == "auto":
+        compiled = "default" if device.type == "cuda" else "none"
+    return Choice(compile=compiled)
+
+
+def settle(
+    config: TrainConfig,
+    device: torch.device,
+    world: World,
+    key: dict[str, Any],
+    measure: Measure,
+    record: dict[str, Any] | None = None,
+) -> Settled:
+    """Decide for all ranks, which must all call it; the first one looks and measures.
+
+    Args:
+        key: what a choice depends on, see `key_of`.
+        measure: measures for the key, over a plain choice, knowing an earlier entry.
+        record: of a resumed run, what its config.json notes ({} if it notes nothing).
+    """
+    plain = Settled(plain_choice(config, device), key["device"])
+    if config.tune != "again":
+        if record is not None and record.get("device", key["device"]) == key["device"]:
+            return repeated(plain, record)
+        if config.tune == "off" or config.deterministic:
+            return plain
+    if config.deterministic:
+        raise ValueError("--deterministic takes nothing that is measured: leave out --tune again")
+    found: dict[str, Any] | None = None
+    if world.first:
+        found = look_or_measure(config, device, key, plain.choice, measure)
+    found = world.gather(found)[0]
+    if found is None:
+        return plain
+    return dataclasses.replace(
+        plain, choice=Choice.from_json(found["choice"]), tuned=True, how=found["how"]
+    )
+
+
+def repeated(plain: Settled, record: dict[str, Any]) -> Settled:
+    """What a resumed run has noted; plain if it noted nothing that is still known here."""
+    if record.get("choice") is None:
+        return plain
+    try:
+        choice = Choice.from_json(record["choice"])
+    except ValueError as error:
+        print(f"warning: config.json notes a choice of another version ({error}): plain PyTorch")
+        return plain
+    how = f"as this run was tuned: {options_of(choice)}"
+    return dataclasses.replace(plain, choice=choice, tuned=True, how=how)
+
+
+def look_or_measure(
+    config: TrainConfig,
+    device: torch.device,
+    key: dict[str, Any],
+    plain: Choice,
+    measure: Measure,
+) -> dict[str, Any] | None:
+    """On the first rank: {"choice": ..., "how": ...}, or None for plain."""
+    before = cache.read(key)
+    if config.tune == "auto":
+        if before and before.done:
+            how = f"tuned on {before.date}: {options_of(before.choice)}"
+            return {"choice": before.choice.to_json(), "how": how}
+        if device.type != "cuda" or not anything_free(key):
+            return None
+    try:
+        entry = measure(key, plain, before)
+    # A run must not end because something faster was not found; the other ranks wait for an answer.
+    except (RuntimeError, ValueError, OSError) as error:
+        print(f"warning: --tune failed, plain PyTorch takes its place: {one_line(error)}")
+        return None
+    print(summary(entry), flush=True)
+    return {"choice": entry.choice.to_json(), "how": f"tuned now: {options_of(entry.choice)}"}
+
+
+def anything_free(key: dict[str, Any]) -> bool:
+    """Whether an option that matters on a GPU is left to the tuner."""
+    return any(key["set"][name] == auto for name, auto in AUTOS.items() if name != "workers")
+
+
+def settle_on_a_gpu(
+    model: VLMConfig,
+    config: TrainConfig,
+    budget: Budget,
+    place: tuple[torch.device, torch.dtype],
+    world: World,
+    record: dict[str, Any] | None,
+) -> Settled:
+    """`settle` for a run that computes on a GPU, once its budgets are known."""
+    job = Job.of(model, config, budget, *place)
+    key = key_of(model, config, budget, *place, world.size > 1)
+
+    def measure(key: dict[str, Any], plain: Choice, before: Entry | None) -> Entry:
+        limit = f"at most about {config.tune_seconds:.0f} s"
+        print(f"measuring what computes fastest on this device, {limit} (--tune off: not)")
+        return tune(job, key, plain, config.tune_seconds, before)
+
+    return settle(config, place[0], world, key, measure, record)

@@ -1,0 +1,208 @@
+"""Tunes a model for this device: candidates, gate, timing and search put together."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from nanovlm_fast.command import one_line
+from nanovlm_fast.model.attention import (
+    BACKENDS,
+    VISION_BACKENDS,
+    choose_attention,
+    choose_vision_attention,
+)
+from nanovlm_fast.tune import cache
+from nanovlm_fast.tune.cache import Entry
+from nanovlm_fast.tune.candidates import Choice, gpu_candidates, seen_by
+from nanovlm_fast.tune.launcher import Launcher
+from nanovlm_fast.tune.measure import PAIRS, Comparison, Read, compare
+from nanovlm_fast.tune.parts import LAUNCHES, Job, Parts
+from nanovlm_fast.tune.search import WHOLE, Fails, Found, Limits, search
+from nanovlm_fast.tune.timing import reader
+
+SERVE = "from nanovlm_fast.tune.gate import serve; serve()"
+GATE_SECONDS = 60.0  # for one candidate: it compiles, and runs a dozen times
+PLAIN_READINGS = 5
+# What holds the time of a step apart from its blocks, and the blocks of the towers.
+STEP = ("vision", "language", "ends")
+# As training runs them: with the host's launches.
+UNCAPTURED = (LAUNCHES, WHOLE)
+
+
+class DeviceBench:
+    """`search.Bench` on the device of a job. `pairs` are those of a comparison."""
+
+    def __init__(self, job: Job, launcher: Launcher, pairs: int):
+        self.job = job
+        self.parts = Parts(job)
+        self.launcher = launcher
+        self.pairs = pairs
+        self.plain: dict[str, float] = {}  # seconds of plain PyTorch in the parts of the step
+        # Part -> the choice that others are compared with there, compiled once.
+        self.bases: dict[str, tuple[Choice, Read]] = {}
+        self.preparing = 0.0  # seconds of the longest compilation so far
+
+    def gate(self, choice: Choice, part: str) -> str | None:
+        answer, silent = self.launcher.ask({"choice": choice.to_json(), "part": part})
+        return silent or answer["wrong"]
+
+    def time_plain(self, plain: Choice) -> None:
+        """Time the parts of the step, which are what a gain is a share of."""
+        for part in STEP:
+            read = self.read_of(part, plain)
+            self.plain[part] = statistics.median(read().seconds for _ in range(PLAIN_READINGS))
+
+    def compare(self, base: Choice, choice: Choice, part: str, level: float) -> Comparison:
+        first = self.read_of(part, base)
+        try:
+            second = self.read_of(part, choice)
+            compared = compare(first, second, level, self.pairs)
+        # RuntimeError: what CUDA, Triton and the compiler raise; memory that is not enough too.
+        except (RuntimeError, ValueError, ImportError) as error:
+            raise Fails(f"{type(error).__name__}: {one_line(error)[:300]}") from error
+        # Whether it is taken is not decided here: if not, the base is compiled again.
+        if compared.faster:
+            self.bases[part] = (seen_by(part, choice), second)
+        return compared
+
+    def read_of(self, part: str, choice: Choice) -> Read:
+        """What takes a reading of a part; of the base there, without compiling again."""
+        choice = seen_by(part, choice)
+        kept = self.bases.get(part)
+        if kept and kept[0] == choice:
+            return kept[1]
+        began = time.monotonic()
+        captured = part not in UNCAPTURED
+        graphs = choice.compile == "reduce-overhead"
+        # Two recordings cannot lie in each other, and one holds what the other would.
+        mode = "default" if graphs and captured else choice.compile
+        call = self.parts.call(part, choice, mode=mode)
+        with torch.random.fork_rng():
+            read = reader(call, self.parts.device, captured)
+        self.preparing = max(self.preparing, time.monotonic() - began)
+        self.bases.setdefault(part, (choice, read))
+        return read
+
+    def share(self, part: str, gain: float, base: float) -> float:
+        # The other parts are a step as they are, if a shallow one.
+        return gain * self.scale(part) / self.step_seconds() if part in STEP else gain / base
+
+    def scale(self, part: str) -> float:
+        """How many times a part is in the step."""
+        vision, language = self.job.layers(part)
+        blocks = {
+            "vision": self.job.model.vit_n_blocks / vision,
+            "language": self.job.model.lm_n_blocks / language,
+        }
+        return blocks.get(part, 1.0)
+
+    def step_seconds(self) -> float:
+        """The step in plain PyTorch, put together from its parts."""
+        return sum(self.plain[part] * self.scale(part) for part in STEP)
+
+    def needs(self, part: str) -> float:
+        """Seconds that compiling both sides of a comparison in a part may take."""
+        if part != WHOLE:
+            return 0.0
+        blocks = sum(self.job.layers(WHOLE)) / sum(self.job.layers("blocks"))
+        return 2 * self.preparing * blocks
+
+
+def backends_for(job: Job) -> dict[str, list[str]]:
+    """The attention backends that run here, beside those that `auto` takes, by their option."""
+    where = torch.device(job.device), job.type
+    found: dict[str, list[str]] = {}
+    for option, names, choose in (
+        ("attention", BACKENDS, choose_attention),
+        ("vision_attention", VISION_BACKENDS, choose_vision_attention),
+    ):
+        # Padding each document is what the others were written to spare.
+        known = ("sdpa", choose("auto", *where)[0])
+        found[option] = []
+        for name in names:
+            with contextlib.suppress(ValueError):
+                if name not in known:
+                    found[option].append(choose(name, *where)[0])
+    return found
+
+
+def tune(
+    job: Job,
+    key: dict[str, Any],
+    plain: Choice,
+    seconds: float,
+    before: Entry | None = None,
+    say: Callable[[str], None] = print,
+) -> Entry:
+    """Measure for at most about `seconds`; the entry is in the cache when this returns.
+
+    `before` is what an earlier measurement for this key knows of candidates that fail. Raises
+    ValueError if plain PyTorch itself does not run in a process of its own.
+    """
+    began = time.monotonic()
+    free = frozenset(name for name, value in key["set"].items() if value in ("auto", -1))
+    candidates = gpu_candidates(free, plain.compile != "none", backends_for(job))
+    note = Notebook(key, plain, began, say)
+    with Launcher(SERVE, job.to_json(), GATE_SECONDS) as launcher:
+        bench = DeviceBench(job, launcher, PAIRS)
+        # Whatever is wrong with plain is wrong with the process, and no candidate's fault.
+        if wrong := bench.gate(plain, "ends"):
+            raise ValueError(f"plain PyTorch fails in a process of its own: {wrong}")
+        bench.time_plain(plain)
+        limits = Limits(time.monotonic, began + seconds, note)
+        try:
+            found = search(plain, candidates, bench, limits, before.left_out() if before else None)
+        except KeyboardInterrupt:
+            # No candidate's death: it would be left out the next time.
+            note.interrupted()
+            raise
+        finally:
+            forget(bench)
+    return Entry.of(key, plain, found, time.monotonic() - began)
+
+
+class Notebook:
+    """Writes what was found so far into the cache; an unwritable one is one warning."""
+
+    def __init__(
+        self, key: dict[str, Any], plain: Choice, began: float, say: Callable[[str], None]
+    ):
+        self.key = key
+        self.plain = plain
+        self.began = began
+        self.say = say
+        self.writable = True
+        self.last = Found(plain)
+
+    def __call__(self, found: Found) -> None:
+        self.last = found
+        if not self.writable:
+            return
+        entry = Entry.of(self.key, self.plain, found, time.monotonic() - self.began)
+        try:
+            cache.write(entry)
+        except OSError as error:
+            self.writable = False
+            self.say(f"warning: what was measured is not kept: {one_line(error)}")
+
+    def interrupted(self) -> None:
+        self.last.measuring = ""
+        self(self.last)
+
+
+def forget(bench: DeviceBench) -> None:
+    """Free the memory of models, graphs and compiled code."""
+    bench.bases.clear()
+    bench.parts.models.clear()
+    bench.parts.batches.clear()
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
