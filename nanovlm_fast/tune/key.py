@@ -17,7 +17,7 @@ import nanovlm_fast.kernels
 from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.device import device_name
 from nanovlm_fast.packing.packer import Budget
-from nanovlm_fast.threads import WAITING, cores_of
+from nanovlm_fast.threads import OPENMP, WAITING, cores_of
 
 # Raised when the tuner itself changes what it measures.
 TUNER = 1
@@ -61,19 +61,35 @@ def key_of(
         "several_processes": several,
         "sharded": train.shard and several,
         # What the user has set is not chosen, and what is chosen depends on it.
-        "set": {name: getattr(train, name) for name in AUTOS},
+        "set": {name: getattr(train, name) for name in autos(device)},
     }
 
 
 # The options that the tuner may choose, and the value by which each says so.
-AUTOS: dict[str, Any] = {
+GPU_AUTOS: dict[str, Any] = {
     "kernels": "auto",
     "attention": "auto",
     "vision_attention": "auto",
     "inductor": "auto",
     "compile": "auto",
-    "workers": -1,
 }
+CPU_AUTOS: dict[str, Any] = {"compile": "auto", "workers": -1}
+
+
+def autos(device: torch.device) -> dict[str, Any]:
+    return GPU_AUTOS if device.type == "cuda" else CPU_AUTOS
+
+
+def free_in(key: dict[str, Any]) -> frozenset[str]:
+    """The options that the key leaves to the tuner; on a CPU also what its environment does."""
+    known = {**GPU_AUTOS, **CPU_AUTOS}
+    free = {name for name, value in key["set"].items() if value == known[name]}
+    # Our commands bound the waiting by themselves: that is no wish of the user's.
+    if "openmp" in key:
+        given = {name: value for name, value in key["openmp"].items() if value}
+        free |= set() if given.pop("OMP_NUM_THREADS", "") else {"threads"}
+        free |= {"waiting"} if given in ({}, OPENMP) else set()
+    return frozenset(free)
 
 
 def rate(train: TrainConfig, part: str) -> float:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,7 +26,8 @@ from nanovlm_fast.ranks import World
 from nanovlm_fast.tune import cache
 from nanovlm_fast.tune.cache import Entry
 from nanovlm_fast.tune.candidates import Choice
-from nanovlm_fast.tune.key import AUTOS, key_of
+from nanovlm_fast.tune.cpu import tune_cpu
+from nanovlm_fast.tune.key import GPU_AUTOS, free_in, key_of
 from nanovlm_fast.tune.parts import Job
 from nanovlm_fast.tune.report import options_of, summary
 from nanovlm_fast.tune.tuner import tune
@@ -58,7 +59,8 @@ class Settled:
             "compile": self.choice.compile,
             "workers": self.choice.workers,
         }
-        free = {name: chosen[name] for name, auto in AUTOS.items() if getattr(config, name) == auto}
+        autos = {**GPU_AUTOS, "workers": -1 if self.choice.workers >= 0 else None}
+        free = {name: chosen[name] for name, auto in autos.items() if getattr(config, name) == auto}
         return dataclasses.replace(config, **free)
 
 
@@ -130,7 +132,7 @@ def look_or_measure(
         if before and before.done:
             how = f"tuned on {before.date}: {options_of(before.choice)}"
             return {"choice": before.choice.to_json(), "how": how}
-        if device.type != "cuda" or not anything_free(key):
+        if device.type != "cuda" or not free_in(key):
             return None
     try:
         entry = measure(key, plain, before)
@@ -142,26 +144,32 @@ def look_or_measure(
     return {"choice": entry.choice.to_json(), "how": f"tuned now: {options_of(entry.choice)}"}
 
 
-def anything_free(key: dict[str, Any]) -> bool:
-    """Whether an option that matters on a GPU is left to the tuner."""
-    return any(key["set"][name] == auto for name, auto in AUTOS.items() if name != "workers")
+class Place(NamedTuple):
+    """Where a run computes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    world: World
 
 
-def settle_on_a_gpu(
+def settle_run(
     model: VLMConfig,
     config: TrainConfig,
-    budget: Budget,
-    place: tuple[torch.device, torch.dtype],
-    world: World,
-    record: dict[str, Any] | None,
+    place: Place,
+    budget: Budget | None,
+    record: dict[str, Any] | None = None,
 ) -> Settled:
-    """`settle` for a run that computes on a GPU, once its budgets are known."""
-    job = Job.of(model, config, budget, *place)
-    key = key_of(model, config, budget, *place, world.size > 1)
+    """`settle` for a run: on a CPU without its budgets, on a GPU with them."""
+    several = place.world.size > 1
+    key = key_of(model, config, budget, place.device, place.dtype, several)
 
     def measure(key: dict[str, Any], plain: Choice, before: Entry | None) -> Entry:
         limit = f"at most about {config.tune_seconds:.0f} s"
+        if budget is None:
+            print(f"no GPU: measuring threads, waiting, workers and --compile, {limit}")
+            return tune_cpu(model, config, key, plain, before)
         print(f"measuring what computes fastest on this device, {limit} (--tune off: not)")
+        job = Job.of(model, config, budget, place.device, place.dtype)
         return tune(job, key, plain, config.tune_seconds, before)
 
-    return settle(config, place[0], world, key, measure, record)
+    return settle(config, place.device, place.world, key, measure, record)

@@ -18,13 +18,14 @@ from nanovlm_fast.model.attention import (
     choose_attention,
     choose_vision_attention,
 )
-from nanovlm_fast.tune import cache
 from nanovlm_fast.tune.cache import Entry
 from nanovlm_fast.tune.candidates import Choice, gpu_candidates, seen_by
+from nanovlm_fast.tune.key import free_in
 from nanovlm_fast.tune.launcher import Launcher
 from nanovlm_fast.tune.measure import PAIRS, Comparison, Read, compare
+from nanovlm_fast.tune.notebook import Notebook
 from nanovlm_fast.tune.parts import LAUNCHES, Job, Parts
-from nanovlm_fast.tune.search import WHOLE, Fails, Found, Limits, search
+from nanovlm_fast.tune.search import WHOLE, Fails, Limits, search
 from nanovlm_fast.tune.timing import reader
 
 SERVE = "from nanovlm_fast.tune.gate import serve; serve()"
@@ -147,8 +148,7 @@ def tune(
     ValueError if plain PyTorch itself does not run in a process of its own.
     """
     began = time.monotonic()
-    free = frozenset(name for name, value in key["set"].items() if value in ("auto", -1))
-    candidates = gpu_candidates(free, plain.compile != "none", backends_for(job))
+    candidates = gpu_candidates(free_in(key), plain.compile != "none", backends_for(job))
     note = Notebook(key, plain, began, say)
     with Launcher(SERVE, job.to_json(), GATE_SECONDS) as launcher:
         bench = DeviceBench(job, launcher, PAIRS)
@@ -157,44 +157,13 @@ def tune(
             raise ValueError(f"plain PyTorch fails in a process of its own: {wrong}")
         bench.time_plain(plain)
         limits = Limits(time.monotonic, began + seconds, note)
+        known = before.left_out() if before else None
         try:
-            found = search(plain, candidates, bench, limits, before.left_out() if before else None)
-        except KeyboardInterrupt:
-            # No candidate's death: it would be left out the next time.
-            note.interrupted()
-            raise
+            with note.interruptible():
+                found = search(plain, candidates, bench, limits, known)
         finally:
             forget(bench)
     return Entry.of(key, plain, found, time.monotonic() - began)
-
-
-class Notebook:
-    """Writes what was found so far into the cache; an unwritable one is one warning."""
-
-    def __init__(
-        self, key: dict[str, Any], plain: Choice, began: float, say: Callable[[str], None]
-    ):
-        self.key = key
-        self.plain = plain
-        self.began = began
-        self.say = say
-        self.writable = True
-        self.last = Found(plain)
-
-    def __call__(self, found: Found) -> None:
-        self.last = found
-        if not self.writable:
-            return
-        entry = Entry.of(self.key, self.plain, found, time.monotonic() - self.began)
-        try:
-            cache.write(entry)
-        except OSError as error:
-            self.writable = False
-            self.say(f"warning: what was measured is not kept: {one_line(error)}")
-
-    def interrupted(self) -> None:
-        self.last.measuring = ""
-        self(self.last)
 
 
 def forget(bench: DeviceBench) -> None:

@@ -83,9 +83,12 @@ def test_each_field_of_the_key_changed_is_a_miss():
         {"kernels": "none"},
         {"compile": "default"},
         {"inductor": "none"},
+        {"workers": 3},
+        {"stream": "bfloat16"},
     ],
 )
-def test_how_the_model_is_trained_is_in_the_key(changes):
+def test_how_the_model_is_trained_is_in_the_key(changes, monkeypatch):
+    monkeypatch.setattr(key, "autos", lambda device: {**key.GPU_AUTOS, **key.CPU_AUTOS})
     cache.write(an_entry())
     assert cache.read(a_key(**changes)) is None
 

@@ -13,7 +13,7 @@ from nanovlm_fast.config import TrainConfig
 from nanovlm_fast.model.ops import KERNELS
 from nanovlm_fast.tune import cache, tuner
 from nanovlm_fast.tune.candidates import Choice
-from nanovlm_fast.tune.key import key_of
+from nanovlm_fast.tune.key import GPU_AUTOS, key_of
 from nanovlm_fast.tune.measure import Comparison
 from nanovlm_fast.tune.search import LEFT_OUT, TAKEN
 from nanovlm_fast.tune.tuner import DeviceBench, tune
@@ -47,7 +47,9 @@ def caches(tmp_path, monkeypatch) -> Path:
 
 
 def a_key() -> dict[str, Any]:
-    return key_of(job().model, TrainConfig(), BUDGET, torch.device("cpu"), torch.float32, False)
+    """A GPU's, as far as the options go that are left to the tuner."""
+    place = torch.device("cpu"), torch.float32
+    return {**key_of(job().model, TrainConfig(), BUDGET, *place, False), "set": {**GPU_AUTOS}}
 
 
 @pytest.mark.slow
