@@ -29,7 +29,7 @@ from nanovlm_fast.tune import cache
 from nanovlm_fast.tune.report import for_an_issue
 from nanovlm_fast.tune.settle import Place, settle_run
 
-SECONDS = {"cuda": 300.0, "cpu": 105.0}
+SECONDS = {"cuda": 300.0, "cpu": 110.0}
 
 
 def expected_budget(model: VLMConfig, config: TrainConfig) -> Budget:
@@ -75,7 +75,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--seconds",
         type=Range(float, above=0, most=1e6),
-        help="after which no further measurement begins; default: 300 on a GPU, 105 on a CPU",
+        help="after which no further measurement begins; default: 300 on a GPU, 110 on a CPU",
     )
     parser.add_argument(
         "--report", action="store_true", help="only print what was measured last, as Markdown"

@@ -20,7 +20,6 @@ from nanovlm_fast.threads import OPENMP, WAITING
 WAITS = {
     "bounded": dict(OPENMP),
     "passive": {"OMP_WAIT_POLICY": "passive"},
-    "short": {"GOMP_SPINCOUNT": "1000"},
     "long": {"GOMP_SPINCOUNT": "300000"},  # GNU OpenMP's own
 }
 
@@ -40,7 +39,8 @@ class Choice:
     workers: int = -1
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
     @classmethod
     def from_json(cls, values: Any) -> Choice:

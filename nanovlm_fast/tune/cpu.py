@@ -24,7 +24,7 @@ from nanovlm_fast.tune.notebook import Notebook
 from nanovlm_fast.tune.search import Fails, Limits, search
 
 SERVE = "from nanovlm_fast.tune.cpu_process import serve; serve()"
-READING_SECONDS = 0.6  # of training in one reading, in whole steps
+READING_SECONDS = 0.4  # of training in one reading, in whole steps
 START_SECONDS = 180.0  # data, model, and compiling it
 MORE_PAIRS = 2  # than the fewest that can show anything
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nanovlm_fast.tune.cache import Entry
-from nanovlm_fast.tune.candidates import Choice
+from nanovlm_fast.tune.candidates import WAITS, Choice
 from nanovlm_fast.tune.search import Row
 
 HEADS = ("candidate", "timed in", "ms", "of what it replaces", "of the step", "verdict")
@@ -44,23 +44,22 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def options_of(choice: Choice) -> str:
-    """The choice as options of train.py, after the environment that a CPU needs."""
-    options = [f"--kernels {choice.kernel_option}"] if choice.kernels else []
-    for name in ("attention", "vision_attention"):
-        if (value := getattr(choice, name)) != "auto":
-            options.append(f"--{name.replace('_', '-')} {value}")
-    if choice.inductor:
-        options.append(f"--inductor {','.join(choice.inductor)}")
-    if choice.compile != "none":
-        options.append(f"--compile {choice.compile}")
-    if choice.workers >= 0:
-        options.append(f"--workers {choice.workers}")
-    environment = ""
-    if choice.threads:
-        set_ = {name: value for name, value in choice.environment().items() if value}
-        environment = "".join(f"{name}={value} " for name, value in sorted(set_.items()))
-    return environment + (" ".join(options) or "plain PyTorch")
+def options_of(choice: Choice, plain: Choice | None = None) -> str:
+    """What of a choice differs from plain, as a user gives it to train.py."""
+    plain = plain or Choice(compile=choice.compile)
+    words = []
+    if choice.threads not in (0, plain.threads):
+        words.append(f"OMP_NUM_THREADS={choice.threads}")
+    if choice.waiting != plain.waiting:
+        words += [f"{name}={value}" for name, value in WAITS[choice.waiting].items()]
+    if choice.kernels != plain.kernels:
+        words.append(f"--kernels {choice.kernel_option}")
+    if choice.inductor != plain.inductor:
+        words.append(f"--inductor {','.join(choice.inductor) or 'none'}")
+    for name in ("attention", "vision_attention", "compile", "workers"):
+        if (value := getattr(choice, name)) != getattr(plain, name):
+            words.append(f"--{name.replace('_', '-')} {value}")
+    return " ".join(words) or "what train.py does by itself"
 
 
 def summary(entry: Entry) -> str:
@@ -69,7 +68,7 @@ def summary(entry: Entry) -> str:
     lines = [
         f"tuned for {entry.key['device']} on {entry.date}, in {entry.seconds:.0f} s{done}:",
         table(entry.rows),
-        f"chosen: {options_of(entry.choice)}",
+        f"chosen: {options_of(entry.choice, entry.plain)}",
     ]
     return "\n".join(lines)
 
@@ -88,5 +87,5 @@ def for_an_issue(entry: Entry) -> str:
             lines.append(f"- {name}: {shown}")
     sizes = ", ".join(f"{k} {v}" for k, v in key["model"].items())
     lines += [f"- model: {sizes}", f"- measured: {entry.date}, in {entry.seconds:.0f} s", ""]
-    lines += [markdown(entry.rows), "", f"Chosen: `{options_of(entry.choice)}`"]
+    lines += [markdown(entry.rows), "", f"Chosen: `{options_of(entry.choice, entry.plain)}`"]
     return "\n".join(lines)

@@ -88,13 +88,15 @@ def settle(
         record: of a resumed run, what its config.json notes ({} if it notes nothing).
     """
     plain = Settled(plain_choice(config, device), key["device"])
-    if config.tune != "again":
-        if record is not None and record.get("device", key["device"]) == key["device"]:
-            return repeated(plain, record)
-        if config.tune == "off" or config.deterministic:
-            return plain
-    if config.deterministic:
+    if config.deterministic and config.tune == "again":
         raise ValueError("--deterministic takes nothing that is measured: leave out --tune again")
+    if config.tune == "off":
+        return plain
+    same_device = record is not None and record.get("device", key["device"]) == key["device"]
+    if config.tune == "auto" and record is not None and same_device:
+        return repeated(plain, record)
+    if config.deterministic:
+        return plain
     found: dict[str, Any] | None = None
     if world.first:
         found = look_or_measure(config, device, key, plain.choice, measure)
@@ -130,7 +132,7 @@ def look_or_measure(
     before = cache.read(key)
     if config.tune == "auto":
         if before and before.done:
-            how = f"tuned on {before.date}: {options_of(before.choice)}"
+            how = f"tuned on {before.date}: {options_of(before.choice, before.plain)}"
             return {"choice": before.choice.to_json(), "how": how}
         if device.type != "cuda" or not free_in(key):
             return None
@@ -141,7 +143,10 @@ def look_or_measure(
         print(f"warning: --tune failed, plain PyTorch takes its place: {one_line(error)}")
         return None
     print(summary(entry), flush=True)
-    return {"choice": entry.choice.to_json(), "how": f"tuned now: {options_of(entry.choice)}"}
+    return {
+        "choice": entry.choice.to_json(),
+        "how": f"tuned now: {options_of(entry.choice, entry.plain)}",
+    }
 
 
 class Place(NamedTuple):

@@ -231,7 +231,7 @@ def test_a_cpu_has_its_own_candidates():
     assert names[0] == "1 threads" and "0 workers" in names and names[-1] == "compiled"
     assert "2 workers" not in names and "2 workers" in [c.name for c in cpu_candidates(free, 4)]
     settings = cpu_candidates(frozenset({"waiting"}), cores=2)
-    assert [c.name for c in settings] == ["waiting passive", "waiting short", "waiting long"]
+    assert [c.name for c in settings] == ["waiting passive", "waiting long"]
     environment = settings[0].apply(Choice(threads=2)).environment()
     assert environment == {
         "GOMP_SPINCOUNT": None,
