@@ -289,8 +289,8 @@ class TrainConfig:
     )
     inductor: str = option(
         "auto",
-        "options of the compiler: auto (what --tune finds fastest) | none | "
-        "combo_kernels,dependent_launch,coordinate_descent,max_autotune",
+        "options of the compiler: auto (what --tune finds fastest) | none | name,name of "
+        "combo_kernels, dependent_launch, coordinate_descent, max_autotune",
     )
     tune: Literal["auto", "off", "again"] = option(
         "auto",

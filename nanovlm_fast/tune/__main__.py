@@ -26,8 +26,9 @@ from nanovlm_fast.presets import COUNTS
 from nanovlm_fast.ranges import Range
 from nanovlm_fast.ranks import World
 from nanovlm_fast.tune import cache
-from nanovlm_fast.tune.report import for_an_issue
-from nanovlm_fast.tune.settle import Place, settle_run
+from nanovlm_fast.tune.cache import Entry
+from nanovlm_fast.tune.report import for_an_issue, summary
+from nanovlm_fast.tune.settle import Place, measure_now
 
 SECONDS = {"cuda": 300.0, "cpu": 110.0}
 
@@ -65,6 +66,18 @@ def budget_of(model: VLMConfig, config: TrainConfig) -> Budget:
     return measure_budget(SampleLoader(source, model, config, text), config)
 
 
+def measured(argv: list[str], seconds: float | None) -> Entry:
+    """Measure for the run that options of train.py describe."""
+    # What is left to the tuner unless it is given: train.py compiles only when it is told to.
+    model, config = parse_config(["--compile", "auto", *argv])
+    device = pick_device(config.device)
+    limit = seconds or SECONDS[device.type]
+    config = dataclasses.replace(config, tune_seconds=limit)
+    place = Place(device, pick_dtype(config.dtype, device), World())
+    budget = budget_of(model, config) if device.type == "cuda" else None
+    return measure_now(model, config, place, budget)
+
+
 def make_parser() -> Parser:
     parser = Parser(
         prog="python -m nanovlm_fast.tune",
@@ -91,23 +104,14 @@ def report() -> int:
     return 0
 
 
-@reports_errors()
+@reports_errors(RuntimeError)
 def main(argv: list[str] | None = None) -> int:
     args, others = make_parser().parse_known_args(argv)
     if args.report:
         if others:
             raise UsageError(f"--report takes no other option, got {others[0]}")
         return report()
-    # What is left to the tuner unless it is given: train.py compiles only when it is told to.
-    model, config = parse_config(["--compile", "auto", *others])
-    device = pick_device(config.device)
-    seconds = args.seconds or SECONDS[device.type]
-    config = dataclasses.replace(config, tune="again", tune_seconds=seconds)
-    place = Place(device, pick_dtype(config.dtype, device), World())
-    budget = budget_of(model, config) if device.type == "cuda" else None
-    settled = settle_run(model, config, place, budget)
-    if not settled.tuned:
-        return 1  # what went wrong is printed
+    print(summary(measured(others, args.seconds)))
     print("python -m nanovlm_fast.tune --report prints this for an issue: it would help others")
     return 0
 

@@ -14,10 +14,13 @@ import datetime
 import json
 import os
 import re
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nanovlm_fast.command import one_line
 from nanovlm_fast.files import read_json, write_whole
 from nanovlm_fast.tune.candidates import Choice
 from nanovlm_fast.tune.key import hash_of_key
@@ -142,3 +145,42 @@ def newest() -> Entry | None:
         with contextlib.suppress(OSError, ValueError):
             return read_entry(file)
     return None
+
+
+class Notebook:
+    """The `note` of a search: its end loses nothing. An unwritable cache is one warning."""
+
+    def __init__(
+        self,
+        key: dict[str, Any],
+        plain: Choice,
+        began: float,
+        say: Callable[[str], None] = print,
+    ):
+        self.key = key
+        self.plain = plain
+        self.began = began
+        self.say = say
+        self.writable = True
+        self.last = Found(plain)
+
+    def __call__(self, found: Found) -> None:
+        self.last = found
+        if not self.writable:
+            return
+        entry = Entry.of(self.key, self.plain, found, time.monotonic() - self.began)
+        try:
+            write(entry)
+        except OSError as error:
+            self.writable = False
+            self.say(f"warning: what was measured is not kept: {one_line(error)}")
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Around a search: Ctrl-C is no death of the candidate that is being timed."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.last.measuring = ""
+            self(self.last)
+            raise

@@ -15,17 +15,18 @@ from typing import Any
 
 from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.threads import cores_of
-from nanovlm_fast.tune.cache import Entry
+from nanovlm_fast.tune.cache import Entry, Notebook
 from nanovlm_fast.tune.candidates import Choice, cpu_candidates
 from nanovlm_fast.tune.key import free_in
 from nanovlm_fast.tune.launcher import Launcher
 from nanovlm_fast.tune.measure import Comparison, Read, Reading, compare, least_pairs
-from nanovlm_fast.tune.notebook import Notebook
 from nanovlm_fast.tune.search import Fails, Limits, search
 
 SERVE = "from nanovlm_fast.tune.cpu_process import serve; serve()"
 READING_SECONDS = 0.4  # of training in one reading, in whole steps
+ANSWER_SECONDS = 60.0
 START_SECONDS = 180.0  # data, model, and compiling it
+EPOCHS = 1e5  # the data must not end
 MORE_PAIRS = 2  # than the fewest that can show anything
 
 
@@ -56,25 +57,31 @@ class CpuBench:
             environment = choice.environment() if "waiting" in self.free else {}
             if "threads" in self.free:
                 environment["OMP_NUM_THREADS"] = str(choice.threads)
-            config = dataclasses.replace(
-                self.config,
-                out=str(self.folder / f"run-{len(list(self.folder.iterdir()))}"),
-                compile=choice.compile,
-                workers=choice.workers,
-                tune="off",
-                curriculum="",  # its first batches are nearly empty
-                resume=False,
-                overwrite=False,
-                wandb=False,
-                eval="",
-            )
+            config = self.config_of(choice)
             first = {"model": dataclasses.asdict(self.model), "train": dataclasses.asdict(config)}
-            self.processes[choice] = Launcher(SERVE, first, START_SECONDS, environment)
+            self.processes[choice] = Launcher(SERVE, first, environment, START_SECONDS)
         return self.processes[choice]
+
+    def config_of(self, choice: Choice) -> TrainConfig:
+        """The run by a choice: without end, and in a folder of its own."""
+        changes: dict[str, Any] = {
+            "out": str(self.folder / f"run-{len(list(self.folder.iterdir()))}"),
+            "compile": choice.compile,
+            "workers": choice.workers,
+            "tune": "off",
+            "curriculum": "",  # its first batches are nearly empty
+            "epochs": EPOCHS,
+            "max_steps": 0,
+            "eval": "",
+        }
+        # About one command, and what has no place beside a clock.
+        for name in ("resume", "overwrite", "auto_resume", "wandb"):
+            changes[name] = False
+        return dataclasses.replace(self.config, **changes)
 
     def ask(self, choice: Choice, question: dict[str, Any]) -> dict[str, Any]:
         """The answer of the process of a choice. Raises Fails if there is none."""
-        answer, silent = self.process_of(choice).ask(question)
+        answer, silent = self.process_of(choice).ask(question, ANSWER_SECONDS)
         if silent:
             raise Fails(silent)
         return answer

@@ -45,9 +45,8 @@ class Training:
         """One optimizer step; the real tokens in it."""
         run = self.run
         step = next_batches(self.feed, run.accumulate, run.state, self.meter, run.journal)
-        if not step.batches:  # all epochs are over: begin again, without waiting for workers
-            self.feed = Feed(batches_of(run.stream), run.device, trim=self.feed.trim)
-            return 0
+        if not step.batches:
+            raise RuntimeError("the data has no batch to train on")
         labels = sum(batch.n_labels for batch in step.batches)
         accumulate_gradients(run.forward, run.step_model, step.batches, labels, run.autocast)
         apply_gradients(run.model, run.optimizers, run.config.clip, run.keep_gradients)

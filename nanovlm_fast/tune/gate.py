@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from nanovlm_fast.command import one_line
 from nanovlm_fast.ranks import end_with_parent
 from nanovlm_fast.tune.candidates import Choice
-from nanovlm_fast.tune.parts import LAUNCHES, Job, Parts, Results
+from nanovlm_fast.tune.parts import LAUNCHES, UPDATE, Job, Parts, Results
 from nanovlm_fast.tune.search import WHOLE
 
 # Shares of the float32 result by which results may be off in any case. In float32 plain has no
@@ -46,6 +46,8 @@ class Gate:
         cases = [("odd", torch.float32, "none"), ("real", run_type, self.mode(choice))]
         if run_type != torch.float32:
             cases.insert(1, ("odd", run_type, "none"))
+        if part == UPDATE:  # which has no rows
+            cases = [case for case in cases if case[0] == "odd"]
         for size, dtype, mode in cases:
             if wrong := self.judge(choice, part, size, dtype, mode):
                 return wrong
@@ -64,18 +66,30 @@ class Gate:
             choice = Choice(choice.kernels)
         truth = self.plain(part, size, torch.float32)
         plain = self.plain(part, size, dtype)
-        call = self.parts.call(part, choice, size, dtype, mode)
-        with poisoned():
-            ours = call()
-            again = call()
+        call = self.call(part, choice, size, dtype, mode)
+        if mode == "none":
+            with poisoned():
+                ours = call()
+                again = call()
+        else:
+            # As it is timed and trained. The compiler's own additions are atomic on a GPU, with
+            # any kernels; asked for a fixed order it would make other code.
+            ours = again = call()
         where = f"{part}, {size} sizes, {str(dtype).removeprefix('torch.')}"
         wrong = difference(ours, again, plain, truth, dtype)
         return f"{wrong} ({where})" if wrong else None
 
+    def call(
+        self, part: str, choice: Choice, size: str, dtype: torch.dtype, mode: str = "none"
+    ) -> Callable[[], Results]:
+        if part == UPDATE:
+            return self.parts.update(choice, size, dtype)
+        return self.parts.call(part, choice, size, dtype, mode)
+
     def plain(self, part: str, size: str, dtype: torch.dtype) -> Results:
         key = (part, size, dtype)
         if key not in self.kept:
-            self.kept[key] = self.parts.call(part, PLAIN, size, dtype)()
+            self.kept[key] = self.call(part, PLAIN, size, dtype)()
         return self.kept[key]
 
 

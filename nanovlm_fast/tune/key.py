@@ -58,6 +58,7 @@ def key_of(
         "recompute": train.recompute,
         "trained": [name for name in ("projector", "vision", "language") if rate(train, name) > 0],
         "optimizer": train.optimizer,
+        "clipped": train.clip > 0,
         "several_processes": several,
         "sharded": train.shard and several,
         # What the user has set is not chosen, and what is chosen depends on it.

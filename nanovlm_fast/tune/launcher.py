@@ -20,11 +20,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import nanovlm_fast
 from nanovlm_fast.command import keeping_interrupts
 
 START_LIMIT = 120.0  # seconds until a process has read its first line and imported torch
-ANSWER_LIMIT = 60.0
 
 
 class Launcher:
@@ -38,13 +36,11 @@ class Launcher:
         self,
         code: str,
         first: dict[str, Any],
-        limit: float = ANSWER_LIMIT,
         environment: Mapping[str, str | None] | None = None,
         start_limit: float = START_LIMIT,
     ):
         self.command = [sys.executable, "-c", code]
         self.first = first
-        self.limit = limit
         self.start_limit = start_limit
         self.environment = environment_with(environment or {})
         self.process: subprocess.Popen[bytes] | None = None
@@ -55,9 +51,8 @@ class Launcher:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def ask(self, question: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-        """The answer, and None; or nothing, and why there is no answer."""
-        limit = self.limit
+    def ask(self, question: dict[str, Any], limit: float) -> tuple[dict[str, Any], str | None]:
+        """The answer, and None; or nothing, and why there is no answer within `limit` seconds."""
         if self.process is None:
             self._start()
             limit += self.start_limit
@@ -151,6 +146,6 @@ def keeping_signals() -> contextlib.AbstractContextManager[None]:
 def environment_with(changes: Mapping[str, str | None]) -> dict[str, str]:
     """This process's environment with changes (None: unset), in which this package is found."""
     values: dict[str, str | None] = {**os.environ, **changes}
-    root = str(Path(nanovlm_fast.__file__).resolve().parents[1])
+    root = str(Path(__file__).resolve().parents[2])
     values["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     return {name: value for name, value in values.items() if value is not None}

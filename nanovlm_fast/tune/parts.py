@@ -6,7 +6,8 @@
 | `language` | `BLOCKS` language blocks on embeddings, the last norm |
 | `ends` | projector, token embedding with the images in it, head and loss |
 | `blocks` | all of these: a step of a shallow model |
-| `whole step` | the model with all its blocks |
+| `update` | gradient norm, clip and optimizer, over the weights of all blocks |
+| `whole step` | the model with all its blocks, and the update |
 
 Shapes: T packed tokens, N images, P patches, C channels.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from nanovlm_fast.model.ops import choose_ops
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.packing.batch import PackedBatch
 from nanovlm_fast.packing.packer import Budget
+from nanovlm_fast.training.optim import apply_gradients, make_optimizers
 from nanovlm_fast.training.warmup import full_batch
 from nanovlm_fast.tune.candidates import Choice
 from nanovlm_fast.tune.search import WHOLE
@@ -36,6 +38,18 @@ from nanovlm_fast.tune.search import WHOLE
 # The first block has no residual to add, and the others do: two show both.
 BLOCKS = 2
 LAUNCHES = "launches"  # `blocks` as the host launches it, not replayed as one CUDA graph
+UPDATE = "update"
+# What of a TrainConfig an update depends on.
+UPDATES = (
+    "optimizer",
+    "muon_scale",
+    "beta2",
+    "weight_decay",
+    "clip",
+    "lr_projector",
+    "lr_vision",
+    "lr_language",
+)
 TOWERS = {"vision": "vision_encoder", "language": "decoder", "projector": "MP"}
 
 
@@ -50,6 +64,7 @@ class Job:
     recompute: str = "none"
     stream: str = "float32"
     frozen: tuple[str, ...] = ()  # of `TOWERS`
+    update: dict[str, Any] = field(default_factory=dict)  # `UPDATES`, as the run has them
 
     @classmethod
     def of(
@@ -62,7 +77,9 @@ class Job:
     ) -> Job:
         frozen = tuple(name for name in TOWERS if getattr(train, f"lr_{name}") == 0)
         name = str(dtype).removeprefix("torch.")
-        return cls(model, budget, str(device), name, train.recompute, train.stream, frozen)
+        update = {name: getattr(train, name) for name in UPDATES}
+        stream = train.stream
+        return cls(model, budget, str(device), name, train.recompute, stream, frozen, update)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -81,7 +98,9 @@ class Job:
     def layers(self, part: str) -> tuple[int, int]:
         """Vision and language blocks of the model that the part is taken from."""
         wanted = self.model.vit_n_blocks, self.model.lm_n_blocks
-        return wanted if part == WHOLE else (min(BLOCKS, wanted[0]), min(BLOCKS, wanted[1]))
+        return (
+            wanted if part in (WHOLE, UPDATE) else (min(BLOCKS, wanted[0]), min(BLOCKS, wanted[1]))
+        )
 
 
 @dataclass
@@ -105,6 +124,8 @@ class Parts:
         self.device = torch.device(job.device)
         self.models: dict[tuple[int, int, str], VisionLanguageModel] = {}
         self.batches: dict[str, PackedBatch] = {}
+        if self.device.index is not None:
+            torch.cuda.set_device(self.device)  # Triton launches on the current one
         # Every choice compiles the same functions anew.
         torch._dynamo.config.recompile_limit = 256
 
@@ -135,8 +156,10 @@ class Parts:
             stream,
         )
         data = self.data(size, dtype)
-        leaves = {f"d {name}": p for name, p in model.named_parameters() if p.requires_grad}
-        leaves |= {"d x": data.x, "d seen": data.seen}
+        leaves: dict[str, Tensor] = {"d x": data.x, "d seen": data.seen}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                leaves[f"d {name}"] = parameter
         run = compiled(FORWARDS.get(part, step), mode, choice.inductor)
         autocast = autocast_to(dtype, self.device)
         upstream: list[Tensor] = []
@@ -159,6 +182,48 @@ class Parts:
             return results
 
         return call
+
+    def update(
+        self, choice: Choice, size: str = "real", dtype: torch.dtype | None = None
+    ) -> Callable[[], Results]:
+        """A function that takes an optimizer step on given gradients.
+
+        With `size` "odd" it takes two of them from the start, on few blocks, and returns by how
+        much the weights have moved. Otherwise it goes on, on all blocks, and returns nothing.
+        """
+        stream = self.job.stream if dtype in (None, self.job.type) else "float32"
+        # A copy, because the weights move; they are those of all other parts.
+        model = copy.deepcopy(self.model("blocks" if size == "odd" else UPDATE, stream))
+        model.ops = choose_ops(choice.kernel_option, self.device, stream=stream)
+        config = TrainConfig(**self.job.update)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        grads = [random_like(parameter) for parameter in trained]
+        begun = {name: weight.clone() for name, weight in model.state_dict().items()}
+        optimizers = make_optimizers(model, config)
+
+        def go_on() -> Results:
+            for parameter, grad in zip(trained, grads, strict=True):
+                parameter.grad = grad
+            apply_gradients(model, optimizers, config.clip)
+            return {}
+
+        def from_the_start() -> Results:
+            nonlocal optimizers
+            # Masters where there are any: they are what the state dict holds.
+            with torch.no_grad():
+                for name, weight in model.state_dict().items():
+                    weight.copy_(begun[name])
+            model.masters.round()
+            optimizers = make_optimizers(model, config)
+            # A copy each time: a clip scales gradients where they are.
+            for _ in range(2):
+                for parameter, grad in zip(trained, grads, strict=True):
+                    parameter.grad = grad.clone()
+                apply_gradients(model, optimizers, config.clip)
+            moved = model.state_dict().items()
+            return {f"moved {name}": weight - begun[name] for name, weight in moved}
+
+        return from_the_start if size == "odd" else go_on
 
     def model(self, part: str, stream: str) -> VisionLanguageModel:
         """The model that a part is taken from, with weights that hide nothing."""

@@ -51,7 +51,7 @@ class Settled:
 
     def apply(self, config: TrainConfig) -> TrainConfig:
         """The configuration with every `auto` replaced by what is chosen."""
-        chosen = {
+        chosen: dict[str, Any] = {
             "kernels": self.choice.kernel_option,
             "attention": self.choice.attention,
             "vision_attention": self.choice.vision_attention,
@@ -157,6 +157,26 @@ class Place(NamedTuple):
     world: World
 
 
+def measure_run(
+    model: VLMConfig, config: TrainConfig, place: Place, budget: Budget | None = None
+) -> tuple[dict[str, Any], Measure]:
+    """The key of a run, and what measures for it: on a CPU without its budgets, else with them."""
+    several = place.world.size > 1
+    key = key_of(model, config, budget, place.device, place.dtype, several)
+
+    def measure(key: dict[str, Any], plain: Choice, before: Entry | None) -> Entry:
+        limit = f"at most about {config.tune_seconds:.0f} s"
+        if budget is None:
+            print(f"no GPU: measuring threads, waiting, workers and --compile, {limit}", flush=True)
+            return tune_cpu(model, config, key, plain, before)
+        how = f"{limit} (--tune off: not)"
+        print(f"measuring what computes fastest on this device, {how}", flush=True)
+        job = Job.of(model, config, budget, place.device, place.dtype)
+        return tune(job, key, plain, config.tune_seconds, before)
+
+    return key, measure
+
+
 def settle_run(
     model: VLMConfig,
     config: TrainConfig,
@@ -164,17 +184,14 @@ def settle_run(
     budget: Budget | None,
     record: dict[str, Any] | None = None,
 ) -> Settled:
-    """`settle` for a run: on a CPU without its budgets, on a GPU with them."""
-    several = place.world.size > 1
-    key = key_of(model, config, budget, place.device, place.dtype, several)
-
-    def measure(key: dict[str, Any], plain: Choice, before: Entry | None) -> Entry:
-        limit = f"at most about {config.tune_seconds:.0f} s"
-        if budget is None:
-            print(f"no GPU: measuring threads, waiting, workers and --compile, {limit}")
-            return tune_cpu(model, config, key, plain, before)
-        print(f"measuring what computes fastest on this device, {limit} (--tune off: not)")
-        job = Job.of(model, config, budget, place.device, place.dtype)
-        return tune(job, key, plain, config.tune_seconds, before)
-
+    """`settle` for a run."""
+    key, measure = measure_run(model, config, place, budget)
     return settle(config, place.device, place.world, key, measure, record)
+
+
+def measure_now(
+    model: VLMConfig, config: TrainConfig, place: Place, budget: Budget | None
+) -> Entry:
+    """Measure for a run whatever the cache holds. Raises what measuring raises."""
+    key, measure = measure_run(model, config, place, budget)
+    return measure(key, plain_choice(config, place.device), cache.read(key))

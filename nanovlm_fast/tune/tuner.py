@@ -18,13 +18,12 @@ from nanovlm_fast.model.attention import (
     choose_attention,
     choose_vision_attention,
 )
-from nanovlm_fast.tune.cache import Entry
-from nanovlm_fast.tune.candidates import Choice, gpu_candidates, seen_by
+from nanovlm_fast.tune.cache import Entry, Notebook
+from nanovlm_fast.tune.candidates import INDUCTOR_SECONDS, Choice, gpu_candidates, seen_by
 from nanovlm_fast.tune.key import free_in
 from nanovlm_fast.tune.launcher import Launcher
 from nanovlm_fast.tune.measure import PAIRS, Comparison, Read, compare
-from nanovlm_fast.tune.notebook import Notebook
-from nanovlm_fast.tune.parts import LAUNCHES, Job, Parts
+from nanovlm_fast.tune.parts import LAUNCHES, UPDATE, Job, Parts
 from nanovlm_fast.tune.search import WHOLE, Fails, Limits, search
 from nanovlm_fast.tune.timing import reader
 
@@ -32,9 +31,9 @@ SERVE = "from nanovlm_fast.tune.gate import serve; serve()"
 GATE_SECONDS = 60.0  # for one candidate: it compiles, and runs a dozen times
 PLAIN_READINGS = 5
 # What holds the time of a step apart from its blocks, and the blocks of the towers.
-STEP = ("vision", "language", "ends")
+STEP = ("vision", "language", "ends", UPDATE)
 # As training runs them: with the host's launches.
-UNCAPTURED = (LAUNCHES, WHOLE)
+UNCAPTURED = (LAUNCHES, UPDATE, WHOLE)
 
 
 class DeviceBench:
@@ -51,7 +50,10 @@ class DeviceBench:
         self.preparing = 0.0  # seconds of the longest compilation so far
 
     def gate(self, choice: Choice, part: str) -> str | None:
-        answer, silent = self.launcher.ask({"choice": choice.to_json(), "part": part})
+        # Some options of the compiler take minutes, which is no hang.
+        limit = max([GATE_SECONDS, *(INDUCTOR_SECONDS.get(name, 0.0) for name in choice.inductor)])
+        question = {"choice": choice.to_json(), "part": part}
+        answer, silent = self.launcher.ask(question, limit)
         return silent or answer["wrong"]
 
     def time_plain(self, plain: Choice) -> None:
@@ -84,12 +86,20 @@ class DeviceBench:
         graphs = choice.compile == "reduce-overhead"
         # Two recordings cannot lie in each other, and one holds what the other would.
         mode = "default" if graphs and captured else choice.compile
-        call = self.parts.call(part, choice, mode=mode)
-        with torch.random.fork_rng():
-            read = reader(call, self.parts.device, captured)
+        call = self.call_of(part, choice, mode)
+        read = reader(call, self.parts.device, captured)
         self.preparing = max(self.preparing, time.monotonic() - began)
         self.bases.setdefault(part, (choice, read))
         return read
+
+    def call_of(self, part: str, choice: Choice, mode: str) -> Callable[[], object]:
+        if part == UPDATE:
+            return self.parts.update(choice)
+        call = self.parts.call(part, choice, mode=mode)
+        if part != WHOLE:
+            return call
+        update = self.parts.update(choice)
+        return lambda: (call(), update())
 
     def share(self, part: str, gain: float, base: float) -> float:
         # The other parts are a step as they are, if a shallow one.
@@ -150,7 +160,7 @@ def tune(
     began = time.monotonic()
     candidates = gpu_candidates(free_in(key), plain.compile != "none", backends_for(job))
     note = Notebook(key, plain, began, say)
-    with Launcher(SERVE, job.to_json(), GATE_SECONDS) as launcher:
+    with Launcher(SERVE, job.to_json()) as launcher:
         bench = DeviceBench(job, launcher, PAIRS)
         # Whatever is wrong with plain is wrong with the process, and no candidate's fault.
         if wrong := bench.gate(plain, "ends"):

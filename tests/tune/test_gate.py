@@ -6,6 +6,7 @@ interpreter.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable
 
@@ -16,7 +17,6 @@ from torch import Tensor
 from nanovlm_fast.kernels import layer_norm, linear_cross_entropy, rms_norm, swiglu
 from nanovlm_fast.kernels import pixel_shuffle_proj as projector
 from nanovlm_fast.model import ops
-from nanovlm_fast.model.ops import KERNELS
 from nanovlm_fast.tune.candidates import Choice, gpu_candidates
 from nanovlm_fast.tune.gate import Gate, difference
 from nanovlm_fast.tune.parts import Parts, odd_batch
@@ -43,14 +43,21 @@ def test_the_odd_batch_has_what_kernels_get_wrong():
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("part", ["vision", "language", "ends", "blocks", WHOLE])
+@pytest.mark.parametrize("part", ["vision", "language", "ends", "update", "blocks", WHOLE])
 def test_plain_passes(part, dtype, gates):
     """Compared with itself, in each type: what is wrong later is the candidate's fault."""
     assert gates[dtype](Choice(), part) is None
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_every_kernel_passes(name, gates):
+@pytest.mark.parametrize("part", ["vision", "language", "ends", "update", "blocks"])
+def test_plain_passes_with_a_bfloat16_stream(part):
+    with_masters = dataclasses.replace(job("bfloat16"), stream="bfloat16")
+    assert Gate(Parts(with_masters))(Choice(), part) is None
+
+
+# All kernels pass in `test_real_kernels_in_the_interpreter`, which takes longer.
+@pytest.mark.parametrize("name", ["rotary", "layer_norm"])
+def test_a_real_kernel_passes(name, gates):
     (candidate,) = (c for c in gpu_candidates(frozenset({"kernels"}), False) if c.name == name)
     assert gates["float32"](candidate.apply(Choice()), candidate.part) is None
 

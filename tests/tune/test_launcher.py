@@ -36,14 +36,14 @@ for line in sys.stdin:
 
 @pytest.fixture
 def launcher():
-    with Launcher(SERVE, {"job": 1}, limit=1.0, start_limit=20.0) as made:
+    with Launcher(SERVE, {"job": 1}, start_limit=20.0) as made:
         yield made
 
 
 def test_answers_come_from_one_process_that_ends_with_the_block():
-    with Launcher(SERVE, {"job": 1}, limit=20.0) as launcher:
+    with Launcher(SERVE, {"job": 1}) as launcher:
         assert launcher.process is None, "started before it was asked"
-        answers = [launcher.ask({"do": name})[0] for name in ("one", "two")]
+        answers = [launcher.ask({"do": name}, 20.0)[0] for name in ("one", "two")]
         pid = answers[0]["pid"]
         assert [answer["did"] for answer in answers] == ["one", "two"]
         assert answers[0]["first"] == {"job": 1} and answers[1]["pid"] == pid != os.getpid()
@@ -62,15 +62,15 @@ def alive_in(group: int) -> list[str]:
 
 
 def test_a_process_that_hangs_is_ended_and_replaced(launcher):
-    before, _ = launcher.ask({"do": "begin"})
+    before, _ = launcher.ask({"do": "begin"}, 1.0)
     began = time.monotonic()
-    answer, why = launcher.ask({"do": "hang beside a child"})
+    answer, why = launcher.ask({"do": "hang beside a child"}, 1.0)
     assert (answer, why) == ({}, "no answer within 1 s") and time.monotonic() - began < 5
     until = time.monotonic() + 10
     while alive_in(before["pid"]) and time.monotonic() < until:
         time.sleep(0.01)  # they were killed, and only the first was waited for
     assert not alive_in(before["pid"])
-    after, why = launcher.ask({"do": "go on"})
+    after, why = launcher.ask({"do": "go on"}, 1.0)
     assert why is None and after["pid"] != before["pid"] and after["first"] == {"job": 1}
 
 
@@ -83,14 +83,14 @@ def test_a_process_that_hangs_is_ended_and_replaced(launcher):
     ],
 )
 def test_how_a_process_died_is_told(do, reason, launcher):
-    answer, why = launcher.ask({"do": do})
+    answer, why = launcher.ask({"do": do}, 1.0)
     assert answer == {} and why.startswith(reason)
-    assert launcher.ask({"do": "go on"})[1] is None
+    assert launcher.ask({"do": "go on"}, 1.0)[1] is None
 
 
 def test_a_process_that_cannot_start_is_told_too():
-    with Launcher("raise SystemExit('no such device')", {}, limit=20.0) as launcher:
-        assert launcher.ask({}) == ({}, "ended with 1: no such device")
+    with Launcher("raise SystemExit('no such device')", {}) as launcher:
+        assert launcher.ask({}, 20.0) == ({}, "ended with 1: no such device")
 
 
 def test_the_environment_is_this_ones_with_changes(monkeypatch):

@@ -38,7 +38,7 @@ from nanovlm_fast.tune.search import (
 ALL = frozenset({"kernels", "attention", "vision_attention", "inductor", "compile"})
 BACKENDS = {"attention": ("torch", "flash_attn"), "vision_attention": ("cudnn",)}
 PLAIN = Choice(compile="auto")
-PARTS = {"language": 30.0, "vision": 40.0, "ends": 10.0}  # milliseconds of the step
+PARTS = {"language": 30.0, "vision": 40.0, "ends": 10.0, "update": 3.0}  # milliseconds of the step
 
 
 class Simulated:
@@ -191,11 +191,11 @@ def test_equal_candidates_rarely_switch():
     assert switched <= 10
     # With the level of a single comparison it would be many more, so the test can fail.
     loose = 0
-    for seed in range(200):
+    for seed in range(50):
         bench = Simulated({}, 0.03, seed)
         compared = [bench.compare(PLAIN, PLAIN, "vision", 0.9) for _ in range(12)]
         loose += any(each.faster for each in compared)
-    assert loose > 20
+    assert loose > 10
 
 
 def test_pairs_at_other_clocks_are_thrown_away():

@@ -17,6 +17,8 @@ import torch
 
 from nanovlm_fast.cli import parse_config
 from nanovlm_fast.config import TrainConfig, VLMConfig
+from nanovlm_fast.model.compiling import INDUCTOR, compiled, inductor_names
+from nanovlm_fast.model.ops import choose_ops
 from nanovlm_fast.ranks import World
 from nanovlm_fast.runs import load_run_config
 from nanovlm_fast.training.setup import Run
@@ -144,6 +146,24 @@ def test_a_noted_choice_that_is_not_known_here_is_a_warning(capsys):
     record = {"device": "an H100", "choice": {**FAST.to_json(), "kernels": ["of_tomorrow"]}}
     assert settled(Measuring(), record=record).choice == Choice(compile="default")
     assert "it names of_tomorrow" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", INDUCTOR)
+def test_this_torch_knows_every_option_of_the_compiler(name):
+    """torch.compile refuses an unknown one when it is called."""
+    assert compiled(torch.neg, "default", (name,)) is not torch.neg
+    assert compiled(torch.neg, "none", (name,)) is torch.neg
+    (field,) = (f for f in dataclasses.fields(TrainConfig) if f.name == "inductor")
+    assert name in field.metadata["help"] and inductor_names(f"{name},{name}") == (name,)
+    with pytest.raises(ValueError, match="--inductor fast: there are auto, none, combo_kernels"):
+        inductor_names(f"fast,{name}")
+
+
+def test_a_kernel_without_triton_says_what_to_do(monkeypatch):
+    monkeypatch.delitem(sys.modules, "nanovlm_fast.kernels.swiglu", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ValueError, match=r"--kernels swiglu needs Triton.*or --kernels none"):
+        choose_ops("swiglu")
 
 
 # ---- in real runs

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nanovlm_fast.config import TrainConfig
+from nanovlm_fast.model import ops
 from nanovlm_fast.model.ops import KERNELS
 from nanovlm_fast.tune import cache, tuner
 from nanovlm_fast.tune.candidates import Choice
@@ -72,8 +73,6 @@ def test_bad_kernels_are_left_out_named_and_remembered(monkeypatch):
 
 
 def only_good(name: str) -> Any:
-    from nanovlm_fast.model import ops
-
     assert name not in BAD, f"{name} ran in the process that tunes"
     return getattr(ops, name, None)
 
@@ -96,11 +95,12 @@ def test_real_kernels_in_the_interpreter(monkeypatch):
 class Answers:
     """A launcher whose process finds nothing wrong."""
 
-    def ask(self, question: dict[str, Any]) -> tuple[dict[str, Any], None]:
+    def ask(self, question: dict[str, Any], limit: float) -> tuple[dict[str, Any], None]:
         return {"wrong": None}, None
 
 
 def test_readings_of_a_part_are_compiled_once_and_weighed_by_the_step(monkeypatch):
+    monkeypatch.setattr("nanovlm_fast.kernels.layer_norm.layer_norm", ops.layer_norm)
     made: list[tuple[str, Choice]] = []
     call = tuner.Parts.call
 
@@ -111,10 +111,11 @@ def test_readings_of_a_part_are_compiled_once_and_weighed_by_the_step(monkeypatc
     monkeypatch.setattr(tuner.Parts, "call", noted)
     bench = DeviceBench(job(), Answers(), 9)  # type: ignore[arg-type]  # only asked
     bench.time_plain(Choice())
+    # The update is no call of a part.
     assert [part for part, _ in made] == ["vision", "language", "ends"]
     # 2 of 4 language blocks: the part is in the step twice.
     assert (bench.scale("vision"), bench.scale("language"), bench.scale("ends")) == (1, 2, 1)
-    bench.plain = {"vision": 1.0, "language": 2.0, "ends": 5.0}
+    bench.plain = {"vision": 1.0, "language": 2.0, "ends": 4.0, "update": 1.0}
     assert bench.step_seconds() == 10.0
     assert bench.share("language", 0.5, 2.0) == pytest.approx(0.1)
     assert bench.share("blocks", 0.5, 2.0) == 0.25
