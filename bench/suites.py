@@ -221,9 +221,9 @@ SUITES = (
         # The seconds are those after which it begins no further measurement; the last one, and a
         # comparison of whole steps, follow.
         stage=Stage(
-            least=150,
-            limit=480,
-            options=("--preset", "nanovlm-222m", "--seconds", "240"),
+            least=200,
+            limit=540,
+            options=("--preset", "nanovlm-222m", "--seconds", "400"),
             quick=("--preset", "tiny", "--seconds", "1"),
         ),
     ),

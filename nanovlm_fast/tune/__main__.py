@@ -30,7 +30,7 @@ from nanovlm_fast.tune.cache import Entry
 from nanovlm_fast.tune.report import for_an_issue, summary
 from nanovlm_fast.tune.settle import Place, measure_now
 
-SECONDS = {"cuda": 300.0, "cpu": 110.0}
+SECONDS = {"cuda": 480.0, "cpu": 110.0}
 
 
 def expected_budget(model: VLMConfig, config: TrainConfig) -> Budget:
@@ -88,7 +88,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--seconds",
         type=Range(float, above=0, most=1e6),
-        help="after which no further measurement begins; default: 300 on a GPU, 110 on a CPU",
+        help="after which no further measurement begins; default: 480 on a GPU, 110 on a CPU",
     )
     parser.add_argument(
         "--report", action="store_true", help="only print what was measured last, as Markdown"

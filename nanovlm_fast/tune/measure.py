@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 CLOCKS_APART = 0.02  # pairs at clocks that differ by more are thrown away
 SETTLING = 2  # uncounted pairs: caches, and clocks that rise
+# Five pairs, all at least this much slower, end a comparison: what is not taken needs no interval.
+HOPELESS = 1.2
+HOPELESS_PAIRS = 5
 # An interval needs as many pairs as make its level possible, and more to be narrow.
 PAIRS = 40
 
@@ -42,6 +45,10 @@ class Reading:
 
     seconds: float
     clock: float | None = None
+
+
+class Unsettled(Exception):
+    """Too few pairs of readings were taken at one clock."""
 
 
 Read = Callable[[], Reading]
@@ -84,7 +91,7 @@ def least_pairs(level: float) -> int:
 def compare(base: Read, candidate: Read, level: float, pairs: int = PAIRS) -> Comparison:
     """Take readings in turns, the order of a pair changing, and compare them.
 
-    Raises ValueError if too few pairs were at one clock.
+    Raises Unsettled if too few pairs were at one clock.
     """
     kept = []
     for number in range(SETTLING + pairs):
@@ -96,18 +103,34 @@ def compare(base: Read, candidate: Read, level: float, pairs: int = PAIRS) -> Co
             second = candidate()
         if number >= SETTLING and same_clock(first, second):
             kept.append((first.seconds, second.seconds))
+        if hopeless(kept):
+            return slower_by(kept)
     if len(kept) < min(least_pairs(level), pairs):
-        raise ValueError(f"the clock changed within {pairs - len(kept)} of {pairs} pairs")
-    ratios = [second / first for first, second in kept]
+        raise Unsettled(f"the clock changed within {pairs - len(kept)} of {pairs} pairs")
+    ratios = ratios_of(kept)
     low, high = interval(ratios, level) if len(kept) >= least_pairs(level) else (0.0, math.inf)
-    return Comparison(
-        statistics.median(first for first, _ in kept),
-        statistics.median(second for _, second in kept),
-        statistics.median(ratios),
-        low,
-        high,
-        len(kept),
-    )
+    return comparison(kept, low, high)
+
+
+def hopeless(kept: list[tuple[float, float]]) -> bool:
+    """Whether a few pairs already show a candidate that no further one would make the faster."""
+    return len(kept) == HOPELESS_PAIRS and min(ratios_of(kept)) > HOPELESS
+
+
+def slower_by(kept: list[tuple[float, float]]) -> Comparison:
+    """Of few pairs, that the candidate is slower: it is left at that, and not at how much."""
+    ratios = ratios_of(kept)
+    return comparison(kept, min(ratios), max(ratios))
+
+
+def ratios_of(kept: list[tuple[float, float]]) -> list[float]:
+    return [second / first for first, second in kept]
+
+
+def comparison(kept: list[tuple[float, float]], low: float, high: float) -> Comparison:
+    base = statistics.median(first for first, _ in kept)
+    candidate = statistics.median(second for _, second in kept)
+    return Comparison(base, candidate, statistics.median(ratios_of(kept)), low, high, len(kept))
 
 
 def same_clock(first: Reading, second: Reading) -> bool:

@@ -127,6 +127,7 @@ class Parts:
         if self.device.index is not None:
             torch.cuda.set_device(self.device)  # Triton launches on the current one
         # Every choice compiles the same functions anew.
+        self.limit_before = torch._dynamo.config.recompile_limit
         torch._dynamo.config.recompile_limit = 256
 
     def call(
@@ -198,7 +199,9 @@ class Parts:
         config = TrainConfig(**self.job.update)
         trained = [p for p in model.parameters() if p.requires_grad]
         grads = [random_like(parameter) for parameter in trained]
-        begun = {name: weight.clone() for name, weight in model.state_dict().items()}
+        begun: Results = {}
+        if size == "odd":
+            begun = {name: weight.clone() for name, weight in model.state_dict().items()}
         optimizers = make_optimizers(model, config)
 
         def go_on() -> Results:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from nanovlm_fast.tune.candidates import Candidate, Choice
-from nanovlm_fast.tune.measure import Comparison, level_for
+from nanovlm_fast.tune.measure import Comparison, Unsettled, level_for
 
 LEAST_GAIN = 0.003  # of the step; what gains less is not worth another code path
 TAKEN = "taken"
@@ -135,18 +135,24 @@ def no_time(left: float) -> str:
 def try_one(candidate: Candidate, found: Found, bench: Bench, limits: Limits, level: float) -> Row:
     """Gate a candidate over the winner so far, then time the two."""
     wanted = candidate.apply(found.choice)
-    row = Row(candidate.name, candidate.part, LEFT_OUT)
     if candidate.gated and (wrong := bench.gate(wanted, candidate.part)):
-        row.why = wrong
-        return row
+        return Row(candidate.name, candidate.part, LEFT_OUT, wrong)
     found.measuring = candidate.name
     limits.note(found)
+    return timed(Row(candidate.name, candidate.part, ""), (found.choice, wanted), bench, level)
+
+
+def timed(row: Row, pair: tuple[Choice, Choice], bench: Bench, level: float) -> Row:
+    """Time two choices in the row's part, and fill in what came out."""
     try:
-        compared = bench.compare(found.choice, wanted, candidate.part, level)
+        return judged(row, bench.compare(*pair, row.part, level), bench)
     except Fails as error:
+        row.verdict = LEFT_OUT
         row.why = str(error)
-        return row
-    return judged(row, compared, bench)
+    except Unsettled as error:  # the device's fault, and not the candidate's
+        row.verdict = NOT_MEASURED
+        row.why = str(error)
+    return row
 
 
 def judged(row: Row, compared: Comparison, bench: Bench) -> Row:
@@ -177,16 +183,7 @@ def check_whole(plain: Choice, found: Found, bench: Bench, limits: Limits, level
         row.verdict = LEFT_OUT
         row.why = f"together: {wrong}"
     else:
-        row = whole_row(row, plain, found, bench, level)
+        row = timed(row, (plain, found.choice), bench, level)
     found.rows.append(row)
     if row.verdict not in (TAKEN, NOT_MEASURED):
         found.choice = plain
-
-
-def whole_row(row: Row, plain: Choice, found: Found, bench: Bench, level: float) -> Row:
-    try:
-        return judged(row, bench.compare(plain, found.choice, WHOLE, level), bench)
-    except Fails as error:
-        row.verdict = LEFT_OUT
-        row.why = str(error)
-        return row

@@ -22,7 +22,7 @@ from nanovlm_fast.tune.cache import Entry, Notebook
 from nanovlm_fast.tune.candidates import INDUCTOR_SECONDS, Choice, gpu_candidates, seen_by
 from nanovlm_fast.tune.key import free_in
 from nanovlm_fast.tune.launcher import Launcher
-from nanovlm_fast.tune.measure import PAIRS, Comparison, Read, compare
+from nanovlm_fast.tune.measure import PAIRS, Comparison, Read, Unsettled, compare
 from nanovlm_fast.tune.parts import LAUNCHES, UPDATE, Job, Parts
 from nanovlm_fast.tune.search import WHOLE, Fails, Limits, search
 from nanovlm_fast.tune.timing import reader
@@ -30,8 +30,9 @@ from nanovlm_fast.tune.timing import reader
 SERVE = "from nanovlm_fast.tune.gate import serve; serve()"
 GATE_SECONDS = 60.0  # for one candidate: it compiles, and runs a dozen times
 PLAIN_READINGS = 5
-# What holds the time of a step apart from its blocks, and the blocks of the towers.
-STEP = ("vision", "language", "ends", UPDATE)
+# What the time of a step is put together from. The update, a few percent, is timed only when its
+# kernel is: it takes seconds to make all the weights.
+STEP = ("vision", "language", "ends")
 # As training runs them: with the host's launches.
 UNCAPTURED = (LAUNCHES, UPDATE, WHOLE)
 
@@ -59,28 +60,35 @@ class DeviceBench:
     def time_plain(self, plain: Choice) -> None:
         """Time the parts of the step, which are what a gain is a share of."""
         for part in STEP:
-            read = self.read_of(part, plain)
+            read = self.base_in(part, plain)
             self.plain[part] = statistics.median(read().seconds for _ in range(PLAIN_READINGS))
 
     def compare(self, base: Choice, choice: Choice, part: str, level: float) -> Comparison:
-        first = self.read_of(part, base)
         try:
+            first = self.base_in(part, base)
             second = self.read_of(part, choice)
             compared = compare(first, second, level, self.pairs)
-        # RuntimeError: what CUDA, Triton and the compiler raise; memory that is not enough too.
-        except (RuntimeError, ValueError, ImportError) as error:
+        except Unsettled:
+            raise
+        except Exception as error:  # whatever CUDA, Triton or the compiler raises
             raise Fails(f"{type(error).__name__}: {one_line(error)[:300]}") from error
         # Whether it is taken is not decided here: if not, the base is compiled again.
         if compared.faster:
             self.bases[part] = (seen_by(part, choice), second)
         return compared
 
-    def read_of(self, part: str, choice: Choice) -> Read:
-        """What takes a reading of a part; of the base there, without compiling again."""
+    def base_in(self, part: str, choice: Choice) -> Read:
+        """What takes a reading of the base in a part, without compiling it again."""
         choice = seen_by(part, choice)
         kept = self.bases.get(part)
-        if kept and kept[0] == choice:
-            return kept[1]
+        if kept is None or kept[0] != choice:
+            self.bases.pop(part, None)  # its memory first
+            self.bases[part] = (choice, self.read_of(part, choice))
+        return self.bases[part][1]
+
+    def read_of(self, part: str, choice: Choice) -> Read:
+        """Compile a part, and return what takes a reading of it."""
+        choice = seen_by(part, choice)
         began = time.monotonic()
         captured = part not in UNCAPTURED
         graphs = choice.compile == "reduce-overhead"
@@ -89,7 +97,6 @@ class DeviceBench:
         call = self.call_of(part, choice, mode)
         read = reader(call, self.parts.device, captured)
         self.preparing = max(self.preparing, time.monotonic() - began)
-        self.bases.setdefault(part, (choice, read))
         return read
 
     def call_of(self, part: str, choice: Choice, mode: str) -> Callable[[], object]:
@@ -102,8 +109,11 @@ class DeviceBench:
         return lambda: (call(), update())
 
     def share(self, part: str, gain: float, base: float) -> float:
-        # The other parts are a step as they are, if a shallow one.
-        return gain * self.scale(part) / self.step_seconds() if part in STEP else gain / base
+        if part in STEP:
+            return gain * self.scale(part) / self.step_seconds()
+        if part == UPDATE:
+            return gain / (self.step_seconds() + base)
+        return gain / base  # a step as it is, if a shallow one
 
     def scale(self, part: str) -> float:
         """How many times a part is in the step."""
@@ -115,7 +125,7 @@ class DeviceBench:
         return blocks.get(part, 1.0)
 
     def step_seconds(self) -> float:
-        """The step in plain PyTorch, put together from its parts."""
+        """Forward and backward of a step in plain PyTorch, put together from the parts."""
         return sum(self.plain[part] * self.scale(part) for part in STEP)
 
     def needs(self, part: str) -> float:
@@ -158,7 +168,10 @@ def tune(
     ValueError if plain PyTorch itself does not run in a process of its own.
     """
     began = time.monotonic()
-    candidates = gpu_candidates(free_in(key), plain.compile != "none", backends_for(job))
+    free = free_in(key)
+    if key["several_processes"]:
+        free -= {"compile"}  # CUDA graphs are for one process
+    candidates = gpu_candidates(free, plain.compile != "none", backends_for(job))
     note = Notebook(key, plain, began, say)
     with Launcher(SERVE, job.to_json()) as launcher:
         bench = DeviceBench(job, launcher, PAIRS)
@@ -181,6 +194,7 @@ def forget(bench: DeviceBench) -> None:
     bench.bases.clear()
     bench.parts.models.clear()
     bench.parts.batches.clear()
+    torch._dynamo.config.recompile_limit = bench.parts.limit_before
     torch._dynamo.reset()
     gc.collect()
     if torch.cuda.is_initialized():

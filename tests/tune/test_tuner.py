@@ -111,20 +111,20 @@ def test_readings_of_a_part_are_compiled_once_and_weighed_by_the_step(monkeypatc
     monkeypatch.setattr(tuner.Parts, "call", noted)
     bench = DeviceBench(job(), Answers(), 9)  # type: ignore[arg-type]  # only asked
     bench.time_plain(Choice())
-    # The update is no call of a part.
     assert [part for part, _ in made] == ["vision", "language", "ends"]
     # 2 of 4 language blocks: the part is in the step twice.
     assert (bench.scale("vision"), bench.scale("language"), bench.scale("ends")) == (1, 2, 1)
-    bench.plain = {"vision": 1.0, "language": 2.0, "ends": 4.0, "update": 1.0}
+    bench.plain = {"vision": 1.0, "language": 2.0, "ends": 5.0}
     assert bench.step_seconds() == 10.0
     assert bench.share("language", 0.5, 2.0) == pytest.approx(0.1)
     assert bench.share("blocks", 0.5, 2.0) == 0.25
+    assert bench.share("update", 1.2, 2.0) == pytest.approx(0.1)
     bench.compare(Choice(), Choice(("layer_norm",)), "vision", 0.9)
     assert [part for part, _ in made] == ["vision", "language", "ends", "vision"]
-    # A choice elsewhere changes nothing in the language blocks: nothing is built again.
+    # A choice elsewhere changes nothing in the language blocks: the base is not built again.
     taken = Choice(("layer_norm",))
     compared = bench.compare(taken, taken, "language", 0.9)
-    assert isinstance(compared, Comparison) and len(made) == 4
+    assert isinstance(compared, Comparison) and len(made) == 5
 
 
 def test_the_whole_step_is_only_begun_with_the_time_to_compile_it():
@@ -138,6 +138,20 @@ def test_a_plain_model_that_does_not_run_in_its_process_is_no_candidates_fault(m
     with pytest.raises(ValueError, match="plain PyTorch fails in a process of its own: ended"):
         tune(job(), a_key(), Choice(), seconds=10.0)
     assert cache.read(a_key()) is None
+
+
+def test_several_processes_are_not_offered_cuda_graphs(monkeypatch):
+    offered: list[frozenset[str]] = []
+
+    def noted(free: frozenset[str], *_: Any) -> list[Any]:
+        offered.append(free)
+        return []
+
+    monkeypatch.setattr(tuner, "Launcher", lambda *_: FreeLauncher())
+    monkeypatch.setattr(tuner, "gpu_candidates", noted)
+    for several in (False, True):
+        tune(job(), {**a_key(), "several_processes": several}, Choice(), seconds=10.0)
+    assert [("compile" in free) for free in offered] == [True, False]
 
 
 def test_an_unwritable_cache_is_one_warning_and_measuring_goes_on(tmp_path, monkeypatch):
