@@ -63,6 +63,7 @@ def serve() -> None:
     model = VLMConfig(**first["model"])
     run = Run(model, TrainConfig(**first["train"]))
     training = Training(run)
+    print("{}", file=answers, flush=True)  # ready
     for line in sys.stdin:
         print(json.dumps(answer(training, model, json.loads(line))), file=answers, flush=True)
 

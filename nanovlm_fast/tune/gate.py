@@ -151,6 +151,7 @@ def serve() -> None:
     os.dup2(2, 1)
     job = Job.from_json(json.loads(sys.stdin.readline()))
     gate = Gate(Parts(job))
+    print("{}", file=answers, flush=True)  # ready
     for line in sys.stdin:
         question = json.loads(line)
         wrong = judged(gate, Choice.from_json(question["choice"]), question["part"])

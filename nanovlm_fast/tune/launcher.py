@@ -22,14 +22,14 @@ from typing import Any
 
 from nanovlm_fast.command import keeping_interrupts
 
-START_LIMIT = 120.0  # seconds until a process has read its first line and imported torch
+START_LIMIT = 120.0  # seconds until a process is ready: it imports torch
 
 
 class Launcher:
     """Questions to a process, each a JSON object on a line, and so is each answer.
 
-    The process gets `first` as its first line. One that hung or died is replaced by the next
-    question. Closing it, as the end of a `with` does, ends it.
+    The process gets `first` as its first line, and writes a line when it is ready. One that hung or
+    died is replaced by the next question. Closing it, as the end of a `with` does, ends it.
     """
 
     def __init__(
@@ -55,16 +55,21 @@ class Launcher:
         """The answer, and None; or nothing, and why there is no answer within `limit` seconds."""
         if self.process is None:
             self._start()
-            limit += self.start_limit
-        line = b""
-        try:
+            # Importing torch is no part of an answer: what hangs is seen as soon as it should be.
+            _, silent = self._next_line(self.start_limit)
+            if silent:
+                return {}, silent
+        with contextlib.suppress(OSError):  # it may be dead: then there is no answer either
             self._write(question)
+        return self._next_line(limit)
+
+    def _next_line(self, limit: float) -> tuple[dict[str, Any], str | None]:
+        """The next line of the process, or why there is none; then it is ended."""
+        try:
             line = self._read(time.monotonic() + limit)
-        except TimeoutError:  # which is an OSError too
+        except TimeoutError:
             self.close()
             return {}, f"no answer within {limit:.0f} s"
-        except OSError:
-            pass  # it died before it could read
         try:
             return json.loads(line), None
         except ValueError:

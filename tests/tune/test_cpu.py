@@ -40,6 +40,7 @@ with open(os.environ["NOTES"], "a") as notes:
 seconds = 0.7 if started["OMP_NUM_THREADS"] == "1" else 1.0
 seconds *= 0.9 if train["workers"] == 0 else 1.0
 seconds *= 1.2 if started["OMP_WAIT_POLICY"] else 1.0
+print("{}", flush=True)
 for line in sys.stdin:
     question = json.loads(line)
     answer = {"seconds": seconds * random.uniform(0.99, 1.01), "tokens": 512}
@@ -120,7 +121,7 @@ def test_real_training_in_real_processes(tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    said = command("-m", "nanovlm_fast.tune", "--seconds", "5", *options)
+    said = command("-m", "nanovlm_fast.tune", "--seconds", "20", *options)
     assert said.startswith("no GPU: measuring threads, waiting, workers and --compile")
     entry = cache.newest()
     assert entry.done and entry.rows[0].seconds > 0

@@ -17,6 +17,7 @@ from nanovlm_fast.tune.launcher import Launcher, environment_with
 SERVE = """
 import ctypes, json, os, subprocess, sys, time
 first = json.loads(sys.stdin.readline())
+print("{}", flush=True)
 for line in sys.stdin:
     do = json.loads(line)["do"]
     if do == "hang":
