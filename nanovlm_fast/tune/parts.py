@@ -314,16 +314,16 @@ def vision(model: VisionLanguageModel, data: Data) -> tuple[Tensor, ...]:
 
 
 def language(model: VisionLanguageModel, data: Data) -> tuple[Tensor, ...]:
-    return (model.decode(model.ops.in_stream(data.x), data.batch),)
+    x = data.x.to(model.ops.stream_type or data.x.dtype)
+    return (model.decode(x, data.batch),)
 
 
 def ends(model: VisionLanguageModel, data: Data) -> tuple[Tensor, ...]:
     batch = data.batch
-    table = model.decoder.token_embedding.weight
     shown = model.MP(model.ops, data.seen)
-    x = model.ops.embed_splice(batch.input_ids, table, batch.image_rows, shown)
+    x, head = model.splice(batch.input_ids, batch.image_rows, shown)
     rows = data.x.index_select(0, batch.label_index).to(shown.dtype)
-    loss, _ = model.ops.linear_cross_entropy(rows, model.decoder.head.weight, batch.labels)
+    loss, _ = model.ops.linear_cross_entropy(rows, head, batch.labels)
     return x, loss
 
 
