@@ -111,6 +111,10 @@ second reading shows no gain. Our own attention is assumed to compute at FlashAt
 which nobody has shown; the second number of a range assumes 40% of it, and tokens/s and MFU belong
 to the first. The stream is `--stream` of `train.py`, with bfloat16 working weights."""
 
+TUNE_DETAILS = """What `train.py --tune auto` takes on this device. Each candidate was compared with
+what was taken before it, in pairs of readings. It is taken if the interval of the ratio excludes 1
+and the gain is at least 0.3% of the step. [How it decides](../nanovlm_fast/tune/README.md)."""
+
 # As many samples as fill the preset's budget of 22,528 tokens, with 78 of a sample on average. What
 # is measured then has the padded sizes of training and of the prediction in compiled_step.
 GPU_STEP = ("--preset", "nanovlm-222m", "--samples", "288")
@@ -207,6 +211,21 @@ SUITES = (
         "Greedy generation on the same weights.",
         quick=("--quick", "--preset", "tiny"),
         stage=Stage(least=60),
+    ),
+    Suite(
+        "tune",
+        "What the tuner finds fastest on this device.",
+        TUNE_DETAILS,
+        of="harness.tune",
+        by_hand=True,
+        # The seconds are those after which it begins no further measurement; the last one, and a
+        # comparison of whole steps, follow.
+        stage=Stage(
+            least=200,
+            limit=540,
+            options=("--preset", "nanovlm-222m", "--seconds", "400"),
+            quick=("--preset", "tiny", "--seconds", "1"),
+        ),
     ),
     Suite(
         "train_step_ablation",

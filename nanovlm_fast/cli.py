@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 # shapes of weights, and the order of the data that its position refers to.
 RESUMABLE = frozenset(
     "out resume data_changed overwrite dry_run device dtype stream kernels attention "
-    "vision_attention compile recompute epochs max_steps max_bad_samples lr_projector lr_vision "
-    "lr_language warmup min_lr weight_decay muon_scale beta2 clip log_every eval eval_style "
-    "eval_every save_every final_eval wandb wandb_project auto_resume shard deterministic "
-    "keep_checkpoints on_save_error max_skipped_steps hang_timeout".split()
+    "vision_attention compile inductor tune tune_seconds recompute epochs max_steps "
+    "max_bad_samples lr_projector lr_vision lr_language warmup min_lr weight_decay muon_scale "
+    "beta2 clip log_every eval eval_style eval_every save_every final_eval wandb wandb_project "
+    "auto_resume shard deterministic keep_checkpoints on_save_error max_skipped_steps "
+    "hang_timeout".split()
 )
 
 

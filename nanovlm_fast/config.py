@@ -271,7 +271,7 @@ class TrainConfig:
         "float32 masters that are updated and saved (needs --dtype bfloat16)",
     )
     kernels: str = option(
-        "auto", "Triton kernels: auto (the measured best on this device) | none | all | name,name"
+        "auto", "Triton kernels: auto (what --tune finds fastest here) | none | all | name,name"
     )
     attention: str = option(
         "auto",
@@ -282,10 +282,23 @@ class TrainConfig:
         "attention of the vision tower: auto (flash on a GPU that has it, else PyTorch's own) | "
         "flash | cudnn",
     )
-    compile: Literal["none", "default", "reduce-overhead"] = option(
+    compile: Literal["none", "auto", "default", "reduce-overhead"] = option(
         "none",
         "torch.compile the model into one graph of static shapes; reduce-overhead: replay it as "
-        "CUDA graphs",
+        "CUDA graphs; auto: what --tune finds fastest, else default on a GPU and none on a CPU",
+    )
+    inductor: str = option(
+        "auto",
+        "options of the compiler: auto (what --tune finds fastest) | none | name,name of "
+        "combo_kernels, dependent_launch, coordinate_descent, max_autotune",
+    )
+    tune: Literal["auto", "off", "again"] = option(
+        "auto",
+        "who decides what is auto: auto (what was measured on this device before; on a GPU it is "
+        "measured now if nothing was) | off (plain PyTorch) | again (measure anew, on a CPU too)",
+    )
+    tune_seconds: Annotated[float, Range(float, above=0, most=1e6)] = option(
+        75.0, "seconds after which --tune begins no further measurement"
     )
     recompute: Literal["none", "norms_and_activations", "blocks"] = option(
         "none", "recompute activations in the backward pass: less memory, more time"

@@ -65,7 +65,7 @@ class World:
             raise ValueError(
                 f"--device {device}: each of {size} processes has a GPU of its own: --device cuda"
             )
-        _end_with_parent()
+        end_with_parent()
         on_gpu = device != "cpu" and torch.cuda.is_available()
         if on_gpu:
             if local >= torch.cuda.device_count():
@@ -174,7 +174,7 @@ def _store_of_this_start(rank: int, size: int) -> dist.Store:
     return dist.PrefixStore(mine, store)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Have the kernel kill this process when torchrun dies (Linux).
 
     A rank that outlived its torchrun would still write in the run's folder at the next start.

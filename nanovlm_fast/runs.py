@@ -324,12 +324,24 @@ def load_run_config(run: Path) -> dict[str, Any]:
     return {**fields_of(VLMConfig, values), **fields_of(TrainConfig, values)}
 
 
-def save_run_config(run: Path, model: VLMConfig, train: TrainConfig) -> None:
-    """Write RUN/config.json."""
+def tuned_in(run: Path) -> dict[str, Any]:
+    """What a run's config.json notes of how it was tuned; empty if it notes nothing."""
+    noted = read_json(run / "config.json").get("tuned")
+    return noted if isinstance(noted, dict) else {}
+
+
+def save_run_config(
+    run: Path, model: VLMConfig, train: TrainConfig, tuned: dict[str, Any] | None = None
+) -> None:
+    """Write RUN/config.json; `tuned` is what a resume on the same device repeats."""
     values = {**dataclasses.asdict(model), **dataclasses.asdict(train)}
     # They are about one command: a resume must not overwrite because the first start did.
     once = ("resume", "data_changed", "auto_resume", "overwrite", "dry_run")
     values |= dict.fromkeys(once, False)
+    if values["tune"] == "again":
+        values["tune"] = "auto"
+    if tuned is not None:
+        values["tuned"] = tuned
     write_whole(run / "config.json", json.dumps(values, indent=2) + "\n")
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bench.harness.machine import WATCH
+from nanovlm_fast.tune.measure import interval
 
 AGAIN = "self-check"  # the name under which the first variant is timed a second time
 
@@ -96,25 +97,6 @@ def summary(seconds: list[float], noise: float | None = None) -> dict[str, float
         "p95": cuts[18],
     }
     return values if noise is None else {**values, "noise": noise}
-
-
-def interval(seconds: list[float], level: float = 0.95) -> tuple[float, float]:
-    """(low, high) that holds the true median with probability `level`: two order statistics.
-
-    The true median lies below the k-th smallest of n independent values with the probability that
-    n throws of a coin show fewer than k heads. Where n is too small for the level, the smallest and
-    the largest value are returned; below three values, 0 and inf.
-    """
-    ordered = sorted(seconds)
-    n = len(seconds)
-    if n < 3:
-        return 0.0, math.inf
-    k = 1
-    below = 0.5**n  # the probability of fewer than k heads
-    while k < n // 2 and 2 * (below + math.comb(n, k) * 0.5**n) <= 1 - level:
-        below += math.comb(n, k) * 0.5**n
-        k += 1
-    return ordered[k - 1], ordered[n - k]
 
 
 @dataclass(frozen=True)

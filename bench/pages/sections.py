@@ -12,6 +12,7 @@ from bench.cpu_threads import cpu_threads_rows
 from bench.device_facts import facts_rows
 from bench.harness.results import ROOT, load
 from bench.harness.tables import Rows, markdown
+from bench.harness.tune import tune_rows
 from bench.pages.figures import THEMES, Figure, figures
 from bench.pages.race import race_rows
 from bench.pages.readme import shown_command
@@ -54,6 +55,7 @@ ROWS: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "tests": check_rows,
     "train_step": train_step_rows,
     "train_tiny": training_rows,
+    "tune": tune_rows,
 }
 
 

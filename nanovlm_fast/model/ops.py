@@ -60,12 +60,6 @@ KERNELS = (
 # Of these, what is no operation of the model: the optimizer runs it (`training/optim.py`).
 UPDATES = ("adamw",)
 
-# Device name -> the kernels that `--kernels auto` takes there. A kernel is listed only once the
-# whole training step was measured to be faster with it than with torch.compile alone; a kernel
-# that wins in isolation may still lose there, because it ends a fusion of the compiler's. The
-# table is empty until bench/results holds such a measurement.
-AUTO: dict[str, tuple[str, ...]] = {}
-
 # Kernels that contain a matrix product. They follow autocast as PyTorch's own products do: the
 # activations are cast to autocast's type. Their weights are not: each kernel rounds them itself,
 # and returns their gradients in the weights' own type.
@@ -289,8 +283,8 @@ def choose_ops(
     """Choose the operations of a model that computes in `dtype` on `device`.
 
     Args:
-        kernels: "auto" (those of `AUTO` for this device), "none", "all", or names separated by
-            commas.
+        kernels: "none", "all", or names separated by commas. "auto" is none: a run's tuner
+            (`tune/`) has put names in its place where any were measured to be faster.
         attention: see `choose_attention`.
         recompute: see `recompute.py`.
         vision_attention: see `choose_vision_attention`.
@@ -300,7 +294,7 @@ def choose_ops(
         ValueError: for an unknown name, and for an attention backend that cannot run here.
     """
     device = torch.device(device)
-    names = _kernel_names(kernels, device)
+    names = _kernel_names(kernels)
     backend, attend = choose_attention(attention, device, dtype)
     vision_backend, attend_to_image = choose_vision_attention(vision_attention, device, dtype)
     chosen: dict[str, Any] = {name: _kernel(name) for name in names if name not in UPDATES}
@@ -336,11 +330,9 @@ def choose_ops(
     )
 
 
-def _kernel_names(kernels: str, device: torch.device) -> tuple[str, ...]:
+def _kernel_names(kernels: str) -> tuple[str, ...]:
     """Return the names that a value of --kernels stands for."""
-    if kernels == "auto":
-        return AUTO.get(torch.cuda.get_device_name(device), ()) if device.type == "cuda" else ()
-    if kernels == "none":
+    if kernels in ("auto", "none"):
         return ()
     if kernels == "all":
         return KERNELS
@@ -355,7 +347,13 @@ def _kernel_names(kernels: str, device: torch.device) -> tuple[str, ...]:
 
 def _kernel(name: str) -> Callable:
     """Return a kernel, with its activations cast under autocast if it contains a product."""
-    function = _import_kernel(name)
+    try:
+        function = _import_kernel(name)
+    except ImportError as error:
+        raise ValueError(
+            f"--kernels {name} needs Triton, which does not load here ({error}): pip install "
+            "triton, or --kernels none"
+        ) from error
     if name not in PRODUCTS:
         return function
 

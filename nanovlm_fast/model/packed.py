@@ -323,9 +323,14 @@ class VisionLanguageModel(nn.Module):
         image_rows (T,) holds that row, or -1 for a text token. The head's weight is returned for
         its gradient: where it is the table, a kernel adds that of the embedding to it.
         """
+        return self.splice(input_ids, image_rows, self.encode_images(images))
+
+    def splice(
+        self, input_ids: Tensor, image_rows: Tensor, image_tokens: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return what `embed` does, of image tokens (R, C)."""
         table = self.decoder.token_embedding.weight
-        images_of_tokens = self.encode_images(images)
-        rest = image_rows, images_of_tokens, self.ops.stream_type
+        rest = image_rows, image_tokens, self.ops.stream_type
         tied = self.ops.embed_splice_tied
         if tied and self.config.lm_tie_weights and table.requires_grad:
             return tied(input_ids, table, *rest)
@@ -343,7 +348,10 @@ class VisionLanguageModel(nn.Module):
             room = f"lm_max_position_embeddings is {limit}"
             raise ValueError(f"a document of {longest} tokens: {room}")
         x, head = self.embed(batch.input_ids, batch.image_rows, batch.images)
+        return self.decode(x, batch, batch.label_index), head
 
+    def decode(self, x: Tensor, batch: PackedBatch, rows: Tensor | None = None) -> Tensor:
+        """Embeddings (T, C) -> normalised hidden states (T, C), or (L, C) of `rows` alone."""
         documents = batch.cu_seqlens, batch.max_seqlen
         config = self.config
         rope = self.decoder.rotary_embd
@@ -355,8 +363,7 @@ class VisionLanguageModel(nn.Module):
                 return kernel(qkv, rope.cos, rope.sin, batch.position_ids, *documents, *heads)
             return self.ops.attention(*rotate(qkv), *documents, True).flatten(1)
 
-        h = self.decoder(self.ops, x, batch.position_ids, attend, batch.label_index)
-        return h, head
+        return self.decoder(self.ops, x, batch.position_ids, attend, rows)
 
     def logits(self, batch: PackedBatch) -> Tensor:
         """Return (L, V): the logits at batch.label_index."""

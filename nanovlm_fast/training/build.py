@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nanovlm_fast.config import TrainConfig, VLMConfig
+from nanovlm_fast.model.compiling import compiled, inductor_names
 from nanovlm_fast.model.ops import choose_ops
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.packing.batch import PackedBatch
@@ -46,6 +47,7 @@ def build(
         raise ValueError(
             "--compile reduce-overhead is for one process; several take --compile default"
         )
+    inductor = inductor_names(config.inductor)  # before weights are read: it may name nonsense
     # The same seed on all ranks: they must start from the same weights.
     torch.manual_seed(config.seed)
     ops = choose_ops(
@@ -59,7 +61,7 @@ def build(
     )
     if ops.asleep and world.first:
         kernels = f"warning: --kernels {config.kernels}: Triton kernels need a GPU"
-        print(f"{kernels}; plain PyTorch takes their place")
+        print(f"{kernels}; plain PyTorch takes their place (--kernels none says so too)")
     model = VisionLanguageModel(model_config, ops).to(device)
     # Weights before sharding, since a file holds whole tensors.
     if checkpoint:
@@ -80,7 +82,7 @@ def build(
     # reduced while backward still runs.
     step_model: Callable[[PackedBatch], Tensor] = model
     if config.compile != "none" and not sharded:
-        step_model = torch.compile(model, fullgraph=True, dynamic=False, mode=config.compile)
+        step_model = compiled(model, config.compile, inductor)
     if world.size > 1 and model.masters:
         step_model = Averaging(model, step_model)
     elif world.size > 1 and not sharded:

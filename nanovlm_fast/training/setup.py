@@ -40,12 +40,21 @@ from nanovlm_fast.packing.waves import wave_fill
 from nanovlm_fast.ranks import World
 from nanovlm_fast.reporting.journal import Journal
 from nanovlm_fast.reporting.metrics import Meter, StepStats
-from nanovlm_fast.runs import RunState, beginning, check_run_folder, save_run_config
+from nanovlm_fast.runs import (
+    RunState,
+    beginning,
+    check_run_folder,
+    save_run_config,
+    standing,
+    tuned_in,
+)
 from nanovlm_fast.training.build import build
 from nanovlm_fast.training.checkpoint import Checkpointer, newest_state
 from nanovlm_fast.training.signals import Signals
 from nanovlm_fast.training.warmup import warm_up
 from nanovlm_fast.training.watchdog import Watchdog
+from nanovlm_fast.tune.key import GPU_AUTOS
+from nanovlm_fast.tune.settle import Place, settle_run
 
 
 class Run:
@@ -75,6 +84,11 @@ class Run:
         self.benchmark = load_source(config.eval, "test") if config.eval else None
 
         self._prepare_device(config)
+        # What a resume on the same device repeats. The options stay `auto` in config.json: another
+        # device may have another choice.
+        self.noted = tuned_in(standing(self.run)) if config.resume else None
+        wanted = config
+        config = self._settle(model_config, config)
 
         # Before the data is dealt: a worker reads a shard of its own, and all ranks must have as
         # many of them. The number is the run's from here on.
@@ -89,7 +103,8 @@ class Run:
         self.watchdog.beat("measuring the budgets on the data")
         budget = measure_budget(load, config)
         self.watchdog.pause()
-        self.config = config = with_sizes(config, budget)
+        config = with_sizes(config, budget)
+        self.config = config = self._settle(model_config, config, budget)
 
         # The model after the state, because a state that these ranks cannot share should be an
         # error before gigabytes of weights are read.
@@ -120,7 +135,9 @@ class Run:
         self.world.barrier()
         with beginning(self.run, config.resume, self.world):
             if self.world.first:
-                save_run_config(self.run, model_config, config)
+                as_given = {name: getattr(wanted, name) for name in GPU_AUTOS}
+                kept = dataclasses.replace(config, **as_given)
+                save_run_config(self.run, model_config, kept, self.settled.record)
                 self.tokenizer.save(self.run)
             self.journal = Journal(self.run, model_config, config, self.state, self.world)
         # An error that names the last checkpoint must first wait until it is written.
@@ -146,6 +163,23 @@ class Run:
         if config.deterministic:
             be_deterministic()
 
+    def _settle(
+        self, model: VLMConfig, config: TrainConfig, budget: Budget | None = None
+    ) -> TrainConfig:
+        """Replace every `auto` by what is chosen.
+
+        On a CPU before the data is dealt, because that depends on the number of workers; on a GPU
+        once the budgets are known, because speeds depend on them.
+        """
+        if (self.device.type == "cpu") == (budget is None):
+            place = Place(self.device, self.dtype, self.world)
+            self.settled = settle_run(model, config, place, budget, self.noted)
+            # Other processes may have taken cores by now, which then are theirs.
+            if self.settled.choice.threads and not self.beside:
+                torch.set_num_threads(self.settled.choice.threads)
+            return self.settled.apply(config)
+        return config
+
     def _load_tokenizer(self, model: VLMConfig, config: TrainConfig) -> Tokenizer:
         """The tokenizer of a resumed run, or a new one: a retrained one may number tokens anew."""
         if config.resume and (self.run / "tokenizer.json").exists():
@@ -162,6 +196,8 @@ class Run:
         self.journal.say(f"device: {describe(self.device)}, {how}")
         if self.beside:
             self.journal.say(self.beside)
+        if self.settled.how:
+            self.journal.say(self.settled.how)
         workers = len(self.stream.states) if self.config.workers else 0
         each = " per process" if self.world.size > 1 else ""
         self.journal.say(f"loader workers: {workers}{each} · cores: {usable_cores()}")

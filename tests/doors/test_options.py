@@ -242,6 +242,14 @@ def test_walk_prepare(few, here):
     assert not found, "\n".join(found)
 
 
+def test_walk_tune(here, monkeypatch):
+    """Every number is refused before anything is measured; --report measures nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(here))
+    module = importlib.import_module("nanovlm_fast.tune.__main__")
+    found = walk(module.main, list(options_of(module.make_parser())), ["--report"])
+    assert not found, "\n".join(found)
+
+
 @pytest.mark.parametrize("name", BENCHES)
 def test_walk_bench(name, here):
     """Numbers are read; every unknown name is refused before anything is measured."""

@@ -25,6 +25,7 @@ FOLDERS = (
     "nanovlm_fast/model",
     "nanovlm_fast/weights",
     "nanovlm_fast/training",
+    "nanovlm_fast/tune",
     "nanovlm_fast/reporting",
     "kernels",
     "bench",

@@ -1,0 +1,1 @@
+"""Finds by measuring, on the device at hand, how the model computes fastest."""

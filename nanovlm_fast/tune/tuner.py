@@ -1,0 +1,201 @@
+"""Tunes a model for this device: candidates, gate, timing and search put together."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from nanovlm_fast.command import one_line
+from nanovlm_fast.model.attention import (
+    BACKENDS,
+    VISION_BACKENDS,
+    choose_attention,
+    choose_vision_attention,
+)
+from nanovlm_fast.tune.cache import Entry, Notebook
+from nanovlm_fast.tune.candidates import INDUCTOR_SECONDS, Choice, gpu_candidates, seen_by
+from nanovlm_fast.tune.key import free_in
+from nanovlm_fast.tune.launcher import Launcher
+from nanovlm_fast.tune.measure import PAIRS, Comparison, Read, Unsettled, compare
+from nanovlm_fast.tune.parts import LAUNCHES, UPDATE, Job, Parts
+from nanovlm_fast.tune.search import WHOLE, Fails, Limits, search
+from nanovlm_fast.tune.timing import reader
+
+SERVE = "from nanovlm_fast.tune.gate import serve; serve()"
+GATE_SECONDS = 60.0  # for one candidate: it compiles, and runs a dozen times
+PLAIN_READINGS = 5
+# What the time of a step is put together from. The update, a few percent, is timed only when its
+# kernel is: it takes seconds to make all the weights.
+STEP = ("vision", "language", "ends")
+# As training runs them: with the host's launches.
+UNCAPTURED = (LAUNCHES, UPDATE, WHOLE)
+
+
+class DeviceBench:
+    """`search.Bench` on the device of a job. `pairs` are those of a comparison."""
+
+    def __init__(self, job: Job, launcher: Launcher, pairs: int):
+        self.job = job
+        self.parts = Parts(job)
+        self.launcher = launcher
+        self.pairs = pairs
+        self.plain: dict[str, float] = {}  # seconds of plain PyTorch in the parts of the step
+        # Part -> the choice that others are compared with there, compiled once.
+        self.bases: dict[str, tuple[Choice, Read]] = {}
+        self.preparing = 0.0  # seconds of the longest compilation so far
+
+    def gate(self, choice: Choice, part: str) -> str | None:
+        # Some options of the compiler take minutes, which is no hang.
+        limit = max([GATE_SECONDS, *(INDUCTOR_SECONDS.get(name, 0.0) for name in choice.inductor)])
+        question = {"choice": choice.to_json(), "part": part}
+        answer, silent = self.launcher.ask(question, limit)
+        return silent or answer["wrong"]
+
+    def time_plain(self, plain: Choice) -> None:
+        """Time the parts of the step, which are what a gain is a share of."""
+        for part in STEP:
+            read = self.base_in(part, plain)
+            self.plain[part] = statistics.median(read().seconds for _ in range(PLAIN_READINGS))
+
+    def compare(self, base: Choice, choice: Choice, part: str, level: float) -> Comparison:
+        try:
+            first = self.base_in(part, base)
+            second = self.read_of(part, choice)
+            compared = compare(first, second, level, self.pairs)
+        except Unsettled:
+            raise
+        except Exception as error:  # whatever CUDA, Triton or the compiler raises
+            raise Fails(f"{type(error).__name__}: {one_line(error)[:300]}") from error
+        # Whether it is taken is not decided here: if not, the base is compiled again.
+        if compared.faster:
+            self.bases[part] = (seen_by(part, choice), second)
+        return compared
+
+    def base_in(self, part: str, choice: Choice) -> Read:
+        """What takes a reading of the base in a part, without compiling it again."""
+        choice = seen_by(part, choice)
+        kept = self.bases.get(part)
+        if kept is None or kept[0] != choice:
+            self.bases.pop(part, None)  # its memory first
+            self.bases[part] = (choice, self.read_of(part, choice))
+        return self.bases[part][1]
+
+    def read_of(self, part: str, choice: Choice) -> Read:
+        """Compile a part, and return what takes a reading of it."""
+        choice = seen_by(part, choice)
+        began = time.monotonic()
+        captured = part not in UNCAPTURED
+        graphs = choice.compile == "reduce-overhead"
+        # Two recordings cannot lie in each other, and one holds what the other would.
+        mode = "default" if graphs and captured else choice.compile
+        call = self.call_of(part, choice, mode)
+        read = reader(call, self.parts.device, captured)
+        self.preparing = max(self.preparing, time.monotonic() - began)
+        return read
+
+    def call_of(self, part: str, choice: Choice, mode: str) -> Callable[[], object]:
+        if part == UPDATE:
+            return self.parts.update(choice)
+        call = self.parts.call(part, choice, mode=mode)
+        if part != WHOLE:
+            return call
+        update = self.parts.update(choice)
+        return lambda: (call(), update())
+
+    def share(self, part: str, gain: float, base: float) -> float:
+        if part in STEP:
+            return gain * self.scale(part) / self.step_seconds()
+        if part == UPDATE:
+            return gain / (self.step_seconds() + base)
+        return gain / base  # a step as it is, if a shallow one
+
+    def scale(self, part: str) -> float:
+        """How many times a part is in the step."""
+        vision, language = self.job.layers(part)
+        blocks = {
+            "vision": self.job.model.vit_n_blocks / vision,
+            "language": self.job.model.lm_n_blocks / language,
+        }
+        return blocks.get(part, 1.0)
+
+    def step_seconds(self) -> float:
+        """Forward and backward of a step in plain PyTorch, put together from the parts."""
+        return sum(self.plain[part] * self.scale(part) for part in STEP)
+
+    def needs(self, part: str) -> float:
+        """Seconds that compiling both sides of a comparison in a part may take."""
+        if part != WHOLE:
+            return 0.0
+        blocks = sum(self.job.layers(WHOLE)) / sum(self.job.layers("blocks"))
+        return 2 * self.preparing * blocks
+
+
+def backends_for(job: Job) -> dict[str, list[str]]:
+    """The attention backends that run here, beside those that `auto` takes, by their option."""
+    where = torch.device(job.device), job.type
+    found: dict[str, list[str]] = {}
+    for option, names, choose in (
+        ("attention", BACKENDS, choose_attention),
+        ("vision_attention", VISION_BACKENDS, choose_vision_attention),
+    ):
+        # Padding each document is what the others were written to spare.
+        known = ("sdpa", choose("auto", *where)[0])
+        found[option] = []
+        for name in names:
+            with contextlib.suppress(ValueError):
+                if name not in known:
+                    found[option].append(choose(name, *where)[0])
+    return found
+
+
+def tune(
+    job: Job,
+    key: dict[str, Any],
+    plain: Choice,
+    seconds: float,
+    before: Entry | None = None,
+    say: Callable[[str], None] = print,
+) -> Entry:
+    """Measure for at most about `seconds`; the entry is in the cache when this returns.
+
+    `before` is what an earlier measurement for this key knows of candidates that fail. Raises
+    ValueError if plain PyTorch itself does not run in a process of its own.
+    """
+    began = time.monotonic()
+    free = free_in(key)
+    if key["several_processes"]:
+        free -= {"compile"}  # CUDA graphs are for one process
+    candidates = gpu_candidates(free, plain.compile != "none", backends_for(job))
+    note = Notebook(key, plain, began, say)
+    with Launcher(SERVE, job.to_json()) as launcher:
+        bench = DeviceBench(job, launcher, PAIRS)
+        # Whatever is wrong with plain is wrong with the process, and no candidate's fault.
+        if wrong := bench.gate(plain, "ends"):
+            raise ValueError(f"plain PyTorch fails in a process of its own: {wrong}")
+        bench.time_plain(plain)
+        limits = Limits(time.monotonic, began + seconds, note)
+        known = before.left_out() if before else None
+        try:
+            with note.interruptible():
+                found = search(plain, candidates, bench, limits, known)
+        finally:
+            forget(bench)
+    return Entry.of(key, plain, found, time.monotonic() - began)
+
+
+def forget(bench: DeviceBench) -> None:
+    """Free the memory of models, graphs and compiled code."""
+    bench.bases.clear()
+    bench.parts.models.clear()
+    bench.parts.batches.clear()
+    torch._dynamo.config.recompile_limit = bench.parts.limit_before
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -1,0 +1,176 @@
+"""The gate: right kernels pass, and one that is wrong in any way does not.
+
+Mutants are plain functions, put where the model imports its kernels from. Kernels run in Triton's
+interpreter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanovlm_fast.kernels import layer_norm, linear_cross_entropy, rms_norm, swiglu
+from nanovlm_fast.kernels import pixel_shuffle_proj as projector
+from nanovlm_fast.model import ops
+from nanovlm_fast.tune.candidates import Choice, gpu_candidates
+from nanovlm_fast.tune.gate import Gate, difference
+from nanovlm_fast.tune.parts import Parts, odd_batch
+from nanovlm_fast.tune.search import WHOLE
+from tests.support.tuning import BUDGET, job
+
+TYPES = ("float32", "bfloat16")
+
+
+@pytest.fixture(scope="module")
+def gates() -> dict[str, Gate]:
+    """For each type; what plain computes is shared by all tests."""
+    return {dtype: Gate(Parts(job(dtype))) for dtype in TYPES}
+
+
+def test_the_odd_batch_has_what_kernels_get_wrong():
+    config = job().model
+    batch = odd_batch(BUDGET, config)
+    lengths = batch.cu_seqlens.diff()
+    assert len(batch.input_ids) % 2 and len(batch.labels) % 2 and len(batch.images) % 2
+    assert lengths[1] == 0 and lengths[0] > 0 and lengths[2] > 0, "no empty document in the middle"
+    assert lengths[-1] == 0 and lengths.sum() == len(batch.input_ids)
+    assert (batch.labels == -100).any() and (batch.labels >= 0).any()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("part", ["vision", "language", "ends", "update", "blocks", WHOLE])
+def test_plain_passes(part, dtype, gates):
+    """Compared with itself, in each type: what is wrong later is the candidate's fault."""
+    assert gates[dtype](Choice(), part) is None
+
+
+@pytest.mark.parametrize("part", ["vision", "language", "ends", "update", "blocks"])
+def test_plain_passes_with_a_bfloat16_stream(part):
+    with_masters = dataclasses.replace(job("bfloat16"), stream="bfloat16")
+    assert Gate(Parts(with_masters))(Choice(), part) is None
+
+
+# All kernels pass in `test_real_kernels_in_the_interpreter`, which takes longer.
+@pytest.mark.parametrize("name", ["rotary", "layer_norm"])
+def test_a_real_kernel_passes(name, gates):
+    (candidate,) = (c for c in gpu_candidates(frozenset({"kernels"}), False) if c.name == name)
+    assert gates["float32"](candidate.apply(Choice()), candidate.part) is None
+
+
+class Transposed(torch.autograd.Function):
+    """x unchanged; its gradient, square in the last two dimensions, transposed."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        square = grad[..., : grad.shape[-2], : grad.shape[-1]]
+        return square.mT.contiguous() if square.shape[-1] == square.shape[-2] else grad.flip(-1)
+
+
+def without_residual(x, weight, eps, residual=None):
+    y = ops.rms_norm(x, weight, eps)
+    return y if residual is None else (y, residual)
+
+
+def without_the_sum(x, weight, eps, residual=None):
+    if residual is None:
+        return ops.rms_norm(x, weight, eps)
+    return ops.rms_norm(x, weight, eps, residual)[0], residual
+
+
+def wrong_eps(x, weight, eps, residual=None):
+    return ops.rms_norm(x, weight, 10 * eps, residual)
+
+
+def wrong_eps_of_layer_norm(x, weight, bias, eps, residual=None, delta_bias=None):
+    return ops.layer_norm(x, weight, bias, 10 * eps, residual, delta_bias)
+
+
+def without_bias(x, weight, bias, eps, residual=None, delta_bias=None):
+    return ops.layer_norm(x, weight, torch.zeros_like(bias), eps, residual, delta_bias)
+
+
+def off_by_one_percent(x, weight, eps, residual=None):
+    y = ops.rms_norm(x, weight, eps, residual)
+    return 1.01 * y if residual is None else (1.01 * y[0], y[1])
+
+
+def transposed_gradient(x, weight, factor, bias=None, grid=None):
+    return ops.pixel_shuffle_proj(x, Transposed.apply(weight), factor, bias, grid)
+
+
+def swapped(gate_up):
+    return ops.swiglu(gate_up.roll(gate_up.shape[-1] // 2, -1))
+
+
+def never_written(gate_up):
+    out = ops.swiglu(gate_up)
+    hole = torch.empty_like(out)
+    hole[:-1] = 0
+    return out + hole
+
+
+def other_bits(gate_up):
+    noise = 1 + 1e-6 * torch.randn(gate_up.shape[0], 1)
+    return ops.swiglu(gate_up) * noise
+
+
+def counts_ignored_labels(h, weight, labels):
+    return ops.linear_cross_entropy(h, weight, labels.clamp(min=0))
+
+
+MUTANTS: list[tuple[object, Callable, str]] = [
+    (rms_norm, without_residual, "language"),
+    (rms_norm, without_the_sum, "language"),
+    (rms_norm, wrong_eps, "language"),
+    (rms_norm, off_by_one_percent, "language"),
+    (layer_norm, wrong_eps_of_layer_norm, "vision"),
+    (layer_norm, without_bias, "vision"),
+    (projector, transposed_gradient, "ends"),
+    (swiglu, swapped, "language"),
+    (swiglu, never_written, "language"),
+    (swiglu, other_bits, "language"),
+    (linear_cross_entropy, counts_ignored_labels, "ends"),
+]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    ("module", "mutant", "part"), MUTANTS, ids=lambda v: getattr(v, "__name__", "")
+)
+def test_a_mutated_kernel_never_passes(module, mutant, part, dtype, gates, monkeypatch):
+    name = module.__name__.rpartition(".")[2]
+    monkeypatch.setattr(importlib.import_module(module.__name__), name, mutant)
+    wrong = gates[dtype](Choice((name,)), part)
+    assert wrong is not None
+    # Together with everything else it does not pass either.
+    assert gates[dtype](Choice((name,)), WHOLE) is not None
+
+
+@pytest.mark.parametrize("module", [rms_norm, layer_norm, swiglu])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_plain_function_in_a_kernels_place_passes(module, dtype, gates, monkeypatch):
+    """So the mutants above fail for their mutation."""
+    name = module.__name__.rpartition(".")[2]
+    monkeypatch.setattr(module, name, getattr(ops, name))
+    assert gates[dtype](Choice((name,)), "blocks") is None
+
+
+def test_results_that_are_missing_or_of_another_shape_do_not_pass():
+    exact = {"out0": torch.ones(3), "d x": torch.ones(2, 2)}
+
+    def against(ours: dict[str, Tensor]) -> str | None:
+        return difference(ours, ours, exact, exact, torch.float32)
+
+    assert against(exact) is None
+    assert "d x is missing" in against({"out0": torch.ones(3)})
+    assert "shape (3,), not (2, 2)" in against({**exact, "d x": torch.ones(3)})
+    assert "out0" in against({**exact, "out0": torch.full((3,), 1.01)})
