@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,9 @@ class Trainer(Run):
         state.capacity += agreed.taken.capacity
         before = state.filled or {}  # none in a checkpoint of an older version
         state.filled = {n: before.get(n, 0) + more for n, more in agreed.taken.filled.items()}
+        dropped = Counter(state.dropped or {})
+        dropped.update(agreed.taken.dropped)
+        state.dropped = {reason: count for reason, count in dropped.items() if count} or None
         self.stopping = agreed.signals > 0
         # Naming them is a collective too: every rank comes here if any has one.
         if agreed.pending_skips:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,37 +25,41 @@ from nanovlm_fast.reporting.metrics import read_metrics
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 
-def measure(name: str, options: list[str], device: torch.device, out: Path | None) -> Path:
-    """Run train.py in its own process and write the result file; return the file.
+def train(run: Path, options: list[str]) -> dict[str, Any]:
+    """Run train.py in its own process; return what a result file says of the run.
 
     Raises RuntimeError if the run fails.
     """
+    code = subprocess.run([sys.executable, str(TRAIN), "--out", str(run), *options]).returncode
+    if code:
+        raise RuntimeError(f"train.py {' '.join(options)} failed with exit code {code}")
+    final = json.loads((run / "result.json").read_text())
+    lines = read_metrics(run)
+    losses = [line for line in lines if line.get("loss") is not None]
+    rates = [line["tokens_per_s"] for line in lines if "tokens_per_s" in line]
+    return {
+        "options": options,
+        "train_command": " ".join(["python train.py", *options]),
+        "sees": final["seeing"]["accuracy"],
+        "blind": final["blind"]["accuracy"],
+        "questions": final["seeing"]["questions"],
+        "by_kind": final["seeing"]["by_kind"],
+        "train_seconds": final["seconds"],
+        "steps": final["step"],
+        "packing": final["tokens"] / max(final["capacity"], 1),
+        "data_wait": _mean([line["data_wait"] for line in lines if "data_wait" in line]),
+        # The last 20 lines: the first ones include compilation and the start of the workers.
+        "tokens_per_s": _mean(rates[-20:]),
+        "loss": [[line["seconds"], round(line["loss"], 5)] for line in losses],
+        "curve": [[line["seconds"], line["accuracy"]] for line in lines if "accuracy" in line],
+    }
+
+
+def measure(name: str, options: list[str], device: torch.device, out: Path | None) -> Path:
+    """Train and write the result file; return the file. Raises RuntimeError if the run fails."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / name
-        code = subprocess.run([sys.executable, str(TRAIN), "--out", str(run), *options]).returncode
-        if code:
-            raise RuntimeError(f"train.py {' '.join(options)} failed with exit code {code}")
-        final = json.loads((run / "result.json").read_text())
-        lines = read_metrics(run)
-        losses = [line for line in lines if line.get("loss") is not None]
-        rates = [line["tokens_per_s"] for line in lines if "tokens_per_s" in line]
-        result = {
-            "options": options,
-            "train_command": " ".join(["python train.py", *options]),
-            "sees": final["seeing"]["accuracy"],
-            "blind": final["blind"]["accuracy"],
-            "questions": final["seeing"]["questions"],
-            "by_kind": final["seeing"]["by_kind"],
-            "train_seconds": final["seconds"],
-            "steps": final["step"],
-            "packing": final["tokens"] / max(final["capacity"], 1),
-            "data_wait": _mean([line["data_wait"] for line in lines if "data_wait" in line]),
-            # The last 20 lines: the first ones include compilation and the start of the workers.
-            "tokens_per_s": _mean(rates[-20:]),
-            "loss": [[line["seconds"], round(line["loss"], 5)] for line in losses],
-            "curve": [[line["seconds"], line["accuracy"]] for line in lines if "accuracy" in line],
-        }
-        file = write(name, device, result, out)
+        file = write(name, device, train(run, options), out)
         # The README shows these pictures; those of other runs are not kept.
         for picture in ("curves", "samples") if name == "train_tiny" else ():
             shutil.copy(run / f"{picture}.png", file.with_name(f"{name}_{picture}.png"))

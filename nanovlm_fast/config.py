@@ -20,6 +20,7 @@ Size = Annotated[int, Range(int, least=1)]
 Workers = Annotated[int, Range(int, least=-1, most=1024)]
 LookAhead = Annotated[int, Range(int, least=1, most=2**16)]  # all of them lie in memory
 MAX_TILES_PER_SIDE = 8  # the position tokens of nanoVLM's models reach that far
+Rating = Annotated[int, Range(int, most=5)]
 Positive = Annotated[float, Range(float, above=0)]
 Share = Annotated[float, Range(float, least=0, most=1)]
 ShareBelowOne = Annotated[float, Range(float, least=0, below=1)]
@@ -210,7 +211,8 @@ class TrainConfig:
     preset: str = option("tiny", "named defaults for the model and for all options below")
     data: str = option(
         "easy_vqa",
-        "easy_vqa | synthetic | jsonl:FOLDER (train.jsonl, test.jsonl and the images) | "
+        "easy_vqa | easy_vqa_canvas | synthetic | jsonl:FOLDER (train.jsonl, test.jsonl and the "
+        "images) | finevision, or finevision: and a hub name or folder of its schema | "
         "HuggingFaceM4/the_cauldron:all45, or any hub name or folder of its schema, with "
         ":CONFIG,CONFIG for parts of it | prepared:FOLDER",
     )
@@ -219,6 +221,19 @@ class TrainConfig:
         "first: only the first image and question (nanoVLM's recipe); independent: every question "
         "is a document of its own on the shared image; chat: one conversation",
     )
+    streaming: bool = option(
+        False,
+        "read --data in order as it arrives, storing no copy; with --max-steps, as its length is "
+        "not known; rows are shuffled as --shuffle-buffer says",
+    )
+    shuffle_buffer: LookAhead = option(
+        256, "with --streaming: rows that each worker holds, to shuffle them"
+    )
+    max_images: int = option(0, "leave out examples of more images than this; 0: any number")
+    min_rating_relevance: Rating = option(1, "drop turns that FineVision rates below this")
+    min_rating_image_correspondence: Rating = option(1, "the same for the image correspondence")
+    min_rating_visual_dependency: Rating = option(1, "the same for the visual dependency")
+    min_rating_formatting: Rating = option(1, "the same for the formatting")
     questions_per_image: int = option(0, "questions drawn per image, again in each epoch; 0: all")
     curriculum: str = option(
         "", "train only on questions with this text for --curriculum-share of the run"
@@ -403,9 +418,17 @@ class TrainConfig:
                 "--shard splits float32 weights and keeps no masters beside them: use --stream "
                 "float32"
             )
+        self._check_streaming()
         if self.start_from and (self.vision or self.language):
             raise ValueError("--start-from has both towers: leave out --vision and --language")
         return self
+
+    def _check_streaming(self) -> None:
+        """Raise ValueError for options that need to know all of the data."""
+        if self.streaming and not self.max_steps:
+            raise ValueError("--streaming: how many rows there are is not known, give --max-steps")
+        if self.streaming and self.curriculum:
+            raise ValueError("--streaming reads every row as it comes: give no --curriculum")
 
 
 def fields_of(config_class: type, values: dict[str, Any]) -> dict[str, Any]:

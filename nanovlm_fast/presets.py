@@ -22,8 +22,8 @@ def position_tokens(side: int) -> dict[str, str]:
 
 
 # What nanoVLM's models with tiles have in common. A step is 16 packs of 8,192 tokens, as there in
-# its runs of that length, but one at a time: the compiled step of 230M needs 34 GB for a pack of 73
-# tiles, and a pack may hold 126.
+# its runs of that length; two packs at a time, as there, would fill an H100's memory with the
+# activations of 250 tiles.
 TILES_OF_512: dict[str, Any] = dict(
     vision="google/siglip2-base-patch16-512",
     vit_img_size=512,
@@ -37,13 +37,16 @@ TILES_OF_512: dict[str, Any] = dict(
     lm_vocab_size=49152 + 66,
     lm_max_length=8192,
     # the run
-    data="HuggingFaceM4/FineVision_concat_shuffled_2",
+    data="finevision",
+    streaming=True,
     turns="chat",
+    max_images=8,
     max_steps=80_100,
     tokens_per_batch=8192,
     accumulate=16,
     max_seqlen=8192,
-    look_ahead=512,
+    # A picture is 10 MB of tiles: what the packer looks at lies in memory, in every worker
+    look_ahead=48,
     lr_projector=5.12e-3,
     lr_vision=5e-5,
     lr_language=5e-5,
@@ -93,6 +96,52 @@ PRESETS: dict[str, dict[str, Any]] = {
         eval_every=250,
         save_every=250,
     ),
+    # tiny with tiles and conversations, as nanoVLM's models of 512 pixels have them. It learns
+    # easy-VQA on large canvases, where an object is only legible in a tile.
+    "tiny-split": dict(
+        # vision tower
+        vit_img_size=64,
+        vit_patch_size=8,
+        vit_hidden_dim=64,
+        vit_inter_dim=256,
+        vit_n_heads=4,
+        vit_n_blocks=4,
+        # tiles: up to 4 x 4 of them, and one of the whole
+        max_img_size=256,
+        vlm_extra_tokens=position_tokens(4),
+        # language model; its tokenizer is made from the data
+        lm_hidden_dim=64,
+        lm_inter_dim=192,
+        lm_n_heads=4,
+        lm_n_kv_heads=4,
+        lm_n_blocks=2,
+        lm_vocab_size=400,
+        lm_re_base=10000.0,
+        lm_max_position_embeddings=512,
+        lm_max_length=128,
+        lm_tokenizer="train",
+        lm_chat_template=CHATML,
+        mp_pixel_shuffle_factor=4,
+        image_mean=0.875,
+        image_std=0.25,
+        init="scratch",
+        # the run: an epoch has ten canvases of every picture
+        data="easy_vqa_canvas",
+        epochs=1.0,
+        questions_per_image=5,
+        tokens_per_batch=10240,
+        val_samples=20,
+        optimizer="muon",
+        lr_projector=2e-3,
+        lr_vision=2e-3,
+        lr_language=2e-3,
+        beta2=0.98,
+        min_lr=0.0,
+        warmup=0.04,
+        clip=1.0,
+        eval_every=500,
+        save_every=500,
+    ),
     # nanoVLM v0.1's recipe. Its 256 samples per step are 20,736 packed tokens; 22,528, 278 samples,
     # is the budget near it that fills an H100's waves of tiles best (packing/waves.py). The packer
     # looks at more samples than a batch holds, or it could not fill it. Samples of more than 128
@@ -140,7 +189,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 # surrounds an answer, the question included, 24 tokens.
 COUNTS: dict[tuple[str, str], tuple[int, float, float, float]] = {
     ("HuggingFaceM4/the_cauldron:all45", "first"): (1_670_000, 1.0, 81.0, 12.0),
-    ("HuggingFaceM4/FineVision_concat_shuffled_2", "chat"): (
+    ("finevision", "chat"): (
         24_000_000,
         17 / 24 * 13,
         17 / 24 * 13 * 65 + 10_000 / 24 + 90 / 24 * 24,
@@ -153,6 +202,7 @@ COUNTS: dict[tuple[str, str], tuple[int, float, float, float]] = {
 # both.
 RECIPES: dict[str, dict[str, Any]] = {
     "easy_vqa": dict(curriculum="what shape", augment="shift"),
+    "easy_vqa_canvas": dict(curriculum="what shape"),
 }
 
 

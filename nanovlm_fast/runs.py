@@ -63,6 +63,7 @@ class RunState:
     tokens: int = 0  # real tokens in the batches since the curriculum ended
     capacity: int = 0  # tokens that these batches had room for
     filled: dict[str, int] | None = None  # the same for images and labels, see `steps.FILLED`
+    dropped: dict[str, int] | None = None  # by the run's options, see `samples.DROPPED`
     evaluated: int = 0  # the step that was evaluated last
     best_step: int | None = None
     best_accuracy: float = -1.0  # below any accuracy, so that the first evaluation is the best
@@ -94,8 +95,8 @@ class RunState:
 
 
 # Checkpoints of the first versions have no `data` and no `filled`; `eval` is there once --eval was
-# scored.
-OPTIONAL = {"data", "eval", "filled"}
+# scored, and `dropped` once something was.
+OPTIONAL = {"data", "eval", "filled", "dropped"}
 
 
 # ---- one command at a time

@@ -24,7 +24,7 @@ from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.data.chat import make_text
 from nanovlm_fast.data.images import Grid, grid_of, tiles_of
 from nanovlm_fast.data.samples import SampleLoader
-from nanovlm_fast.data.sources.registry import load_source, make_tokenizer
+from nanovlm_fast.data.sources.registry import is_local, load_source, make_tokenizer
 from nanovlm_fast.model.flops import step_flops
 from nanovlm_fast.packing.documents import IGNORE, Document, Sample
 from nanovlm_fast.presets import preset
@@ -151,7 +151,7 @@ def load_work(
 def default_data(preset_name: str) -> str:
     """What a preset trains on here: data that ships with a package, else documents like its own."""
     config, train = preset(preset_name)
-    if not train.data.startswith("HuggingFaceM4/"):
+    if is_local(train.data):
         return train.data
     return "finevision_like" if config.max_img_size else "cauldron_like"
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from itertools import islice
 
 import numpy as np
 
 from nanovlm_fast.config import TrainConfig
 from nanovlm_fast.data.samples import SampleLoader, TooLong
 from nanovlm_fast.device import pick_device
+from nanovlm_fast.model.flops import step_flops
 from nanovlm_fast.packing.documents import Sample
-from nanovlm_fast.packing.packer import Budget
+from nanovlm_fast.packing.packer import Budget, Packer
 
 # The head's products have a row per label. On a GPU they run in tiles of 128 rows, and a number of
 # rows that is no multiple of 8 makes torch.compile copy the head's inputs to pad them.
@@ -28,7 +31,9 @@ def even_draw(load: SampleLoader, count: int = 1000) -> list[Sample]:
     # unique: of a data set smaller than `count`, each example is read once
     for position in np.unique(np.linspace(0, max(len(load.source) - 1, 0), count).astype(int)):
         try:
-            samples.append(load(int(position)))
+            sample = load(int(position))
+            if sample.documents:  # not all of its turns are rated too low
+                samples.append(sample)
         except ValueError as error:
             first = first or error
     if not samples and first:
@@ -50,6 +55,45 @@ def check_memory(budget: Budget, image_size: int) -> None:
             f"--tokens-per-batch {budget.tokens} with {budget.images} images takes "
             f"{needed / 2**30:,.0f} GiB, this machine has {memory / 2**30:,.0f}: take fewer"
         )
+
+
+# Places for images to try, as shares of what batches need on average. With as many as that, tokens
+# and images end a batch in turn, and neither is full
+SHARES = (1.0, 0.975, 0.95, 0.925, 0.9, 0.875, 0.85)
+
+
+def with_best_images(
+    budget: Budget, samples: list[Sample], look_ahead: int, image_cost: float
+) -> Budget:
+    """The budget with as many places for images as let a batch compute the least on padding.
+
+    `image_cost` is what a place for an image costs, in tokens. Places that hold tiles of 512 pixels
+    cost hundreds of tokens each, so it pays to leave a few tokens empty to have these full.
+    """
+    fitting = [sample for sample in samples if not budget.misfit(sample)]
+    most = max((len(sample.images) for sample in fitting), default=0)
+    sizes = {max(most, round(share * budget.images)) for share in SHARES}
+    budgets = [dataclasses.replace(budget, images=size) for size in sorted(sizes, reverse=True)]
+    return max(budgets, key=lambda one: useful_share(one, fitting, look_ahead, image_cost))
+
+
+def useful_share(
+    budget: Budget, samples: list[Sample], look_ahead: int, image_cost: float
+) -> float:
+    """How much of what batches of this budget compute is not padding, by packing the samples."""
+    packer = Packer(budget)
+    waiting = iter(samples)
+    useful = 0.0
+    batches = 0
+    while True:
+        packer.buffer += islice(waiting, look_ahead - len(packer.buffer))
+        # What remains at the end is no fair draw, and makes batches that are not full
+        if len(packer.buffer) < look_ahead and batches:
+            break
+        batch = packer.next()
+        useful += sum(sample.tokens + image_cost * len(sample.images) for sample in batch)
+        batches += 1
+    return useful / (batches * (budget.tokens + image_cost * budget.images))
 
 
 def measure_budget(load: SampleLoader, train: TrainConfig, probe: int = 1000) -> Budget:
@@ -76,6 +120,9 @@ def measure_budget(load: SampleLoader, train: TrainConfig, probe: int = 1000) ->
         raise ValueError(f"{nothing} {samples[0].name}: {document}, {option}")
     multiple = LABEL_MULTIPLE[pick_device(train.device).type]
     measured = Budget.measure(fitting, train.tokens_per_batch, room, label_multiple=multiple)
+    if any(len(sample.images) > 1 for sample in fitting):
+        cost = step_flops(load.model, 1, 0, 0, 0) / step_flops(load.model, 0, 1, 0, 0)
+        measured = with_best_images(measured, fitting, train.look_ahead, cost)
     budget = Budget(
         tokens=train.tokens_per_batch,
         documents=train.documents_per_batch or measured.documents,

@@ -20,6 +20,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,11 @@ from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.data.chat import make_text
 from nanovlm_fast.data.places import absolute_paths
-from nanovlm_fast.data.samples import make_sample
+from nanovlm_fast.data.samples import TooLong, chosen, make_sample
 from nanovlm_fast.data.sources import shards
 from nanovlm_fast.data.sources.cauldron import read_streaming
 from nanovlm_fast.data.sources.example import Example, Source
-from nanovlm_fast.data.sources.registry import load_source, make_tokenizer
+from nanovlm_fast.data.sources.registry import load_source, make_tokenizer, streamable
 from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.data.workers import as_is, begin_worker
 from nanovlm_fast.files import read_json
@@ -57,9 +58,18 @@ class ShardMaker(Dataset):
     A data set, so that the workers of a data loader can run it: these end with their parent.
     """
 
-    def __init__(self, source: Source | None, model: VLMConfig, text: TextProcessor, folder: Path):
+    def __init__(
+        self,
+        source: Source | None,
+        model: VLMConfig,
+        train: TrainConfig,
+        text: TextProcessor,
+        folder: Path,
+    ):
         self.source = source  # None for a streamed source, whose tasks hold the examples themselves
         self.model = model
+        self.train = train
+        self.tiled = bool(model.max_img_size)
         self.text = text
         self.folder = folder
 
@@ -73,7 +83,8 @@ class ShardMaker(Dataset):
             except ValueError as error:
                 skipped.append(str(error))
         try:
-            entry = shards.write_shard(self.folder / f"shard-{number:05d}.arrow", rows)
+            file = self.folder / f"shard-{number:05d}.arrow"
+            entry = shards.write_shard(file, rows, self.tiled)
             entry |= {"number": number, "examples": len(rows) + len(skipped), "skipped": skipped}
             # After the shard: a note stands for a whole shard, wherever the command is killed
             note = self.folder / f"shard-{number:05d}.json"
@@ -90,9 +101,16 @@ class ShardMaker(Dataset):
         if not isinstance(item, Example):
             assert self.source is not None, "numbers of examples, and no source"
             item = self.source[item]
-        # Here too, and not in make_sample alone: the row keeps the turns as well
-        example = item.first() if self.text.mode == "first" else item
-        return shards.row_of(make_sample(example, self.model, self.text), example.turns)
+        try:
+            example, _ = chosen(item, self.train, self.text.mode)
+        except TooLong:
+            example = item.keep([])
+        if not example.turns:
+            # A row without a document, which training passes over: nothing here is unreadable
+            example = replace(example, images=[])
+        sample = make_sample(example, self.model, self.text)
+        sample.documents = sample.documents if example.turns else []
+        return shards.row_of(sample, example.turns, list(sample.tiles) if self.tiled else None)
 
 
 def finished(folder: Path, plan: dict[str, Any]) -> dict[int, dict[str, Any]]:
@@ -182,14 +200,15 @@ def prepare(model: VLMConfig, train: TrainConfig, args: argparse.Namespace) -> d
         "examples": None if source is None else len(source),
         "shard_samples": args.shard_samples,
         "lm_tokenizer": model.lm_tokenizer,
-        "processing": shards.processing(model.vit_img_size, text),
+        "processing": shards.processing(model, text, train),
     }
     done = finished(folder, plan)
     ready = sum(entry["examples"] for entry in done.values())
     if source is None:
         # What is skipped fills whole shards: each takes --shard-samples examples, bad ones included
         skip = first_missing(done) * args.shard_samples
-        examples: Items = read_streaming(train.data, args.split, skip=skip)
+        kind, place = streamable(train.data)
+        examples: Items = read_streaming(place, args.split, skip, kind)
     else:
         examples = range(len(source))
         check_disk(folder, len(source) - ready, model.vit_img_size)
@@ -199,7 +218,7 @@ def prepare(model: VLMConfig, train: TrainConfig, args: argparse.Namespace) -> d
         note = json.dumps(plan, indent=2)
         shards.replace_file(folder / "plan.json", lambda file: file.write_text(note))
     tokenizer.save(folder)
-    maker = ShardMaker(source, model, text, folder)
+    maker = ShardMaker(source, model, train, text, folder)
     made = DataLoader(
         maker,
         batch_size=None,

@@ -18,6 +18,11 @@ import numpy as np
 LARGEST = 2**30
 
 
+def digest_of(content: bytes) -> str:
+    """What stands for the content of a picture's file."""
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
 class Pictures:
     """The pictures of a source.
 
@@ -54,7 +59,7 @@ class Pictures:
             digest = f"unreadable {file}"
             if self.sizes[file] >= 0:
                 with contextlib.suppress(OSError, ValueError):
-                    digest = hashlib.sha256(self.content(file)).hexdigest()[:32]
+                    digest = digest_of(self.content(file))
             self.digests[file] = digest
         return self.digests[file]
 

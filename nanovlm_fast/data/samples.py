@@ -7,16 +7,21 @@ read before. Resuming, and dividing the data between workers, rest on it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from nanovlm_fast.config import TrainConfig, VLMConfig
-from nanovlm_fast.data.images import Grid, augment, load_image, split_image
+from nanovlm_fast.data.images import Grid, augment, load_image, split_image, tiles_of
 from nanovlm_fast.data.sources.example import Example, Source
+from nanovlm_fast.data.sources.finevision import RATINGS
 from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.packing.documents import Sample
 
+# What a run counts of what its options drop: turns by the rating that they fall by, examples that
+# are left without a turn, and examples of a stream that show what is held out
+DROPPED = (*RATINGS, "examples", "held_out")
 # Decoded examples that each worker keeps: enough for all of easy-VQA with the preset tiny
 CACHE_BYTES = 2**30
 
@@ -58,7 +63,64 @@ def make_sample(example: Example, model: VLMConfig, text: TextProcessor) -> Samp
         documents = text.documents(example.turns, grids)
     except ValueError as error:
         raise ValueError(f"{example.name}: {error}") from error
-    return Sample(example.name, tiles, documents)
+    counts = tuple(tiles_of(grid, model) for grid in grids)
+    return Sample(example.name, tiles, documents, tiles=counts)
+
+
+def build(example: Example, model: VLMConfig, train: TrainConfig, text: TextProcessor) -> Sample:
+    """Decode and tokenise an example, as the options of a run say.
+
+    The sample has no documents if all turns were dropped. Raises TooLong for an example that the
+    options leave out, and ValueError, naming it, for one that cannot be read.
+    """
+    example, dropped = chosen(example, train, text.mode)
+    count = len(example.images)
+    # Before the images are decoded: thousands of them would fill the memory
+    limit = model.lm_max_position_embeddings
+    if count * model.image_tokens > limit:
+        taken = f"{count} images take {count * model.image_tokens} tokens"
+        raise TooLong(f"{example.name}: {taken}, --lm-max-position-embeddings is {limit}")
+    if dropped and not example.turns:
+        nothing = _no_images(model.vit_img_size)
+        return Sample(example.name, nothing, [], dropped=(*dropped, "examples"))
+    sample = make_sample(example, model, text)
+    sample.dropped = dropped
+    return sample
+
+
+def chosen(example: Example, train: TrainConfig, mode: str) -> tuple[Example, tuple[str, ...]]:
+    """What the options of a run take of an example, and the ratings that other turns fell by.
+
+    Raises TooLong for more images than --max-images.
+    """
+    if mode == "first":
+        example = example.first()
+    if 0 < train.max_images < len(example.images):
+        many = f"{len(example.images)} images, --max-images is {train.max_images}"
+        raise TooLong(f"{example.name}: {many}")
+    return well_rated(example, train)
+
+
+def well_rated(example: Example, train: TrainConfig) -> tuple[Example, tuple[str, ...]]:
+    """The example without the turns that are rated too low, and the rating that each fell by."""
+    kept: list[int] = []
+    dropped: list[str] = []
+    for turn in range(len(example.turns)):
+        reason = _falls_by(example, turn, train)
+        if reason is None:
+            kept.append(turn)
+        else:
+            dropped.append(reason)
+    return (example.keep(kept), tuple(dropped)) if dropped else (example, ())
+
+
+def _falls_by(example: Example, turn: int, train: TrainConfig) -> str | None:
+    """The first rating of a turn that is below its minimum, None for none."""
+    for name, ratings in example.ratings.items():
+        rating = ratings[turn]
+        if rating is not None and rating < getattr(train, f"min_rating_{name}"):
+            return name
+    return None
 
 
 class SampleLoader:
@@ -68,7 +130,10 @@ class SampleLoader:
     """
 
     def __init__(self, source: Source, model: VLMConfig, train: TrainConfig, text: TextProcessor):
-        source.check(model.vit_img_size, text)
+        source.check(model, text, train)
+        if model.max_img_size and train.augment != "none":
+            moved = "moves and mirrors whole images, and these are cut into tiles (--max-img-size)"
+            raise ValueError(f"--augment {train.augment} {moved}: use none")
         self.source = source
         self.model = model
         self.train = train
@@ -100,8 +165,18 @@ class SampleLoader:
         """
         index = self.index(position)
         whole = self.cache.get(index) or self.load(index)
+        return self.drawn(whole, position, curriculum)
+
+    def drawn(
+        self, whole: Sample, position: int, curriculum: bool = False, shard: int | None = None
+    ) -> Sample:
+        """What a position holds of a sample: questions drawn, images augmented.
+
+        `shard` tells the positions of a streamed data set apart, which each shard counts.
+        """
         # From the position, not from a generator that lives on: a resumed run draws the same
-        rng = np.random.default_rng([self.train.seed, position])
+        place = [position] if shard is None else [position, shard]
+        rng = np.random.default_rng([self.train.seed, *place])
         documents = whole.documents
         wanted = self.train.questions_per_image
         if curriculum:
@@ -112,7 +187,11 @@ class SampleLoader:
             documents = [documents[i] for i in rng.permutation(len(documents))[:wanted]]
         # Drawn after the questions, and on a copy: the cache keeps the images as they were
         images = augment(whole.images, self.train.augment, rng)
-        return Sample(whole.name, images, documents, position)
+        return replace(whole, images=images, documents=documents, key=position)
+
+    def build(self, example: Example) -> Sample:
+        """Decode and tokenise an example. Raises ValueError, naming it, if that cannot be done."""
+        return build(example, self.model, self.train, self.text)
 
     def load(self, index: int) -> Sample:
         """Read one example with all its questions, not augmented, and keep it if there is room."""
@@ -120,15 +199,7 @@ class SampleLoader:
         if example.documents is not None:
             # Prepared data is not cached: its images are views of a memory-mapped file
             return Sample(example.name, np.asarray(example.images), example.documents)
-        limit = self.model.lm_max_position_embeddings
-        count = len(example.images)
-        if self.text.mode == "first":
-            count = min(count, 1)
-        # Before the images are decoded: thousands of them would fill the memory
-        if count * self.model.image_tokens > limit:
-            taken = f"{count} images take {count * self.model.image_tokens} tokens"
-            raise TooLong(f"{example.name}: {taken}, --lm-max-position-embeddings is {limit}")
-        sample = make_sample(example, self.model, self.text)
+        sample = self.build(example)
         needed = sample.images.nbytes + 20 * sample.tokens  # id 8, row 4, label 8 bytes per token
         # Never evicted: each epoch reads everything once, so a cache that evicts the least recently
         # used would drop most examples before they come again

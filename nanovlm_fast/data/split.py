@@ -24,6 +24,7 @@ from nanovlm_fast.config import TrainConfig
 from nanovlm_fast.data.images import printable
 from nanovlm_fast.data.same import Pictures
 from nanovlm_fast.data.sources.example import Example, Source, Subset
+from nanovlm_fast.data.sources.streamed import StreamedRows
 from nanovlm_fast.ranks import World
 from nanovlm_fast.runs import RunState
 
@@ -32,10 +33,11 @@ from nanovlm_fast.runs import RunState
 class Split:
     """A source in two parts, and the record from which a checkpoint makes the same two again."""
 
-    train: Subset
-    held_out: Subset
+    train: Source
+    held_out: Source
     record: dict[str, Any]
     lines: list[str]  # for the log of the run
+    rows: StreamedRows | None = None  # with --streaming; `train` is then its beginning alone
 
 
 def split_off(source: Source, held_out: int, seed: int, data: str = "") -> tuple[Subset, Subset]:
@@ -115,8 +117,11 @@ def text_digest(source: Source, index: int, named: bool) -> str:
         example: Example = source[index]
     except ValueError:
         return ""
-    said = f"{example.name if named else ''} {example.turns}"
-    return hashlib.sha256(said.encode(errors="replace")).hexdigest()[:32]
+    return digest_of_text(example, example.name if named else "")
+
+
+def digest_of_text(example: Example, name: str = "") -> str:
+    return hashlib.sha256(f"{name} {example.turns}".encode(errors="replace")).hexdigest()[:32]
 
 
 def find_again(source: Source, kept: list[list[Any]], pictures: Pictures | None) -> list[int]:
@@ -187,7 +192,7 @@ def _recorded(
     if kept is None:
         record, lines = _chosen(source, config, now, resumed=state is not None)
         return record, [*lines, describe(record)], ""
-    if wrong := _misshapen(kept):
+    if wrong := misshapen(kept):
         return {}, [], f"--resume: the checkpoint's state.json is damaged: its data, {wrong}"
     changes = differences(kept, now)
     if not changes:
@@ -254,7 +259,7 @@ def differences(kept: dict[str, Any], found: dict[str, Any]) -> str:
     return ", ".join(changes)
 
 
-def _misshapen(kept: Any) -> str | None:
+def misshapen(kept: Any) -> str | None:
     """What is wrong with a checkpoint's record, which anyone may have edited; None for nothing."""
     try:
         fingerprint = kept["fingerprint"]
@@ -296,7 +301,7 @@ def check_curriculum(source: Source, config: TrainConfig) -> None:
     asked_of_each = 1 if config.turns == "first" else None
     for index in range(len(source)):
         try:
-            turns = source[index].turns[:asked_of_each]
+            turns = source.turns_of(index)[:asked_of_each]
         except ValueError:  # the stream names it
             continue
         if any(config.curriculum in question for question, _ in turns):

@@ -12,8 +12,8 @@ sources/shards.py, are files and have nothing to do with these.)
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,12 +34,15 @@ class StreamBatch:
 
     packed: PackedBatch
     # Since the shard's last batch:
-    bad: dict[int, str]  # examples that could not be read, and why
+    # Examples that could not be read, and why. By number, or by reason where there are no numbers
+    bad: dict[int | str, str]
     too_long: list[str]  # examples that are over the budget, and why
     passed_over: int  # examples without a question that the curriculum selects
     left_out: int  # all of these, each as often as it was met
     curriculum: bool  # whether it was packed while the curriculum lasted
     state: dict[str, Any]  # of its shard, after this batch
+    # Turns and examples that the run's options drop, by `samples.DROPPED`, since the last batch too
+    dropped: dict[str, int] = field(default_factory=dict)
 
     @property
     def consumed(self) -> int:
@@ -54,10 +57,11 @@ class StreamBatch:
 class LeftOut:
     """What a shard has met since its last batch and did not pack."""
 
-    bad: dict[int, str] = field(default_factory=dict)
+    bad: dict[int | str, str] = field(default_factory=dict)
     too_long: list[str] = field(default_factory=list)
     passed_over: int = 0
     count: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
 
 
 class PackedStream(IterableDataset):
@@ -109,8 +113,25 @@ class PackedStream(IterableDataset):
 
     def read(self, position: int, left: LeftOut) -> Sample | None:
         """The sample at a position; None if it is left out, with the reason in `left`."""
+        return self.admit(
+            lambda: self.load(position, position < self.curriculum_end),
+            left,
+            lambda _: self.load.index(position),
+        )
+
+    def admit(
+        self,
+        make: Callable[[], Sample],
+        left: LeftOut,
+        key: Callable[[str], int | str],
+    ) -> Sample | None:
+        """The sample that `make` gives; None if it is left out, with the reason in `left`.
+
+        `key` says under what an example that cannot be read is counted, given the reason.
+        """
         try:
-            sample = self.load(position, position < self.curriculum_end)
+            sample = make()
+            left.dropped.update(sample.dropped)
             if not sample.documents:
                 left.passed_over += 1
             elif misfit := self.budget.misfit(sample):
@@ -120,7 +141,7 @@ class PackedStream(IterableDataset):
         except TooLong as error:  # before ValueError, which it is too
             left.too_long.append(str(error))
         except ValueError as error:
-            left.bad[self.load.index(position)] = str(error)
+            left.bad[key(str(error))] = str(error)
         left.count += 1
         return None
 
@@ -136,6 +157,7 @@ class PackedStream(IterableDataset):
         packer = Packer(self.budget)
         left = LeftOut()
         packer.buffer = [sample for key in state["buffer"] if (sample := self.read(key, left))]
+        left.dropped.clear()  # counted when they were first read
         position = state["position"]
         # The last position up to which there was, or may have been, something to learn. A
         # curriculum may pass over whole epochs, so before its end nothing is concluded
@@ -191,6 +213,7 @@ class PackedStream(IterableDataset):
             too_long=left.too_long,
             passed_over=left.passed_over,
             left_out=left.count,
+            dropped=dict(left.dropped),
             # The first sample is the oldest: the packer always takes it
             curriculum=bool(samples) and samples[0].key < self.curriculum_end,
             state=after,

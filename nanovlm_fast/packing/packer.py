@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,10 @@ from nanovlm_fast.packing.documents import Sample
 # taken or not, and costs as much as 163 tokens: none to spare. A place for a label costs a quarter
 # of a token, and one for a document next to nothing.
 ROOM = {"images": 0.0, "labels": 2.0, "documents": 3.0}
+# Where samples have several images: the share of a batch that is taken in order of arrival, and the
+# samples after that among which the rest is looked for (bench/tiles)
+IN_ORDER = 0.5
+CANDIDATES = 128
 
 
 @dataclass(frozen=True)
@@ -132,12 +136,78 @@ class Budget:
         )
 
 
+@dataclass
+class Filling:
+    """A batch while it is filled: numbers of the samples in the buffer, and what they take."""
+
+    budget: Budget
+    buffer: Sequence[Sample]
+    chosen: list[int] = dataclasses.field(default_factory=list)
+    tokens: int = 0
+    documents: int = 0
+    images: int = 0
+    labels: int = 0
+
+    def fits(self, number: int, share: float = 1.0) -> bool:
+        """Whether there is room for a sample, in that share of the budget's tokens and images."""
+        budget = self.budget
+        sample = self.buffer[number]
+        tokens = self.tokens + sample.tokens
+        # The fewer tokens a batch has, the more documents its padding takes
+        padding = budget.pad_documents(max(budget.tokens - tokens, 0))
+        return (
+            tokens <= share * budget.tokens
+            and self.documents + len(sample.documents) + padding <= budget.documents
+            and self.images + len(sample.images) <= share * budget.images
+            and self.labels + sample.labels <= budget.labels
+        )
+
+    def take(self, number: int) -> None:
+        self.chosen.append(number)
+        tokens, documents, images, labels = self.buffer[number].sizes
+        self.tokens += tokens
+        self.documents += documents
+        self.images += images
+        self.labels += labels
+
+    def take_that_fit(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            if self.fits(number):
+                self.take(number)
+
+    def fill_images(self, first: int) -> None:
+        """Take samples from number `first` on so that the places for images are all but full.
+
+        A knapsack: of all sums of images that can be reached, the largest, with the fewest tokens.
+        """
+        gap = self.budget.images - self.images
+        room = self.budget.tokens - self.tokens
+        # Sum of images -> (tokens, numbers) of the cheapest way to it
+        ways: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}
+        for number in range(first, min(first + CANDIDATES, len(self.buffer))):
+            sample = self.buffer[number]
+            images = len(sample.images)
+            if not 0 < images <= gap:
+                continue
+            # From the largest sum down, so that no sample is taken twice
+            for before, (tokens, numbers) in sorted(ways.items(), reverse=True):
+                after = before + images
+                more = tokens + sample.tokens
+                if after <= gap and more <= room and (after not in ways or more < ways[after][0]):
+                    ways[after] = (more, (*numbers, number))
+        self.take_that_fit(ways[max(ways)][1])
+
+
 class Packer:
     """Chooses the samples of each batch from a buffer: in order of arrival, then by best fit.
 
     The oldest sample is always taken, and only the last gap is filled by size, so batches remain a
     fair draw of the data: best fit alone would collect small samples for the end of an epoch.
     Deterministic: the same samples in the same order give the same batches.
+
+    Where samples have several images (the tiles of a picture, mostly), these decide what a batch
+    costs, and their sizes are coarse: half of a batch is then taken in order of arrival, and the
+    rest is what fills its places for images.
     """
 
     def __init__(self, budget: Budget):
@@ -156,39 +226,24 @@ class Packer:
 
         The list is empty only if the buffer is: `add` lets in what fits an empty batch.
         """
-        budget = self.budget
-        chosen: list[int] = []
-        taken = [0, 0, 0, 0]  # tokens, documents, images, labels
-
-        def fits(sample: Sample) -> bool:
-            tokens, documents, images, labels = (
-                used + more for used, more in zip(taken, sample.sizes, strict=True)
-            )
-            # The fewer tokens a batch has, the more documents its padding takes
-            return (
-                tokens <= budget.tokens
-                and documents + budget.pad_documents(budget.tokens - tokens) <= budget.documents
-                and images <= budget.images
-                and labels <= budget.labels
-            )
-
-        def take(position: int) -> None:
-            chosen.append(position)
-            for i, more in enumerate(self.buffer[position].sizes):
-                taken[i] += more
-
+        filling = Filling(self.budget, self.buffer)
+        several = any(len(sample.images) > 1 for sample in self.buffer)
+        share = IN_ORDER if several else 1.0
         arrivals = 0
-        while arrivals < len(self.buffer) and fits(self.buffer[arrivals]):
-            take(arrivals)
+        while arrivals < len(self.buffer) and (
+            filling.fits(arrivals, share) or (not arrivals and filling.fits(0))
+        ):
+            filling.take(arrivals)
             arrivals += 1
+        if several:
+            filling.fill_images(arrivals)
+        taken = set(filling.chosen)
+        left = [number for number in range(arrivals, len(self.buffer)) if number not in taken]
         # The sort is stable, so the older of two equal samples goes first
-        rest = sorted(range(arrivals, len(self.buffer)), key=lambda i: -self.buffer[i].tokens)
-        for position in rest:
-            if fits(self.buffer[position]):
-                take(position)
-        batch = [self.buffer[position] for position in chosen]
-        left = set(range(len(self.buffer))) - set(chosen)
-        self.buffer = [self.buffer[position] for position in sorted(left)]
+        filling.take_that_fit(sorted(left, key=lambda number: -self.buffer[number].tokens))
+        batch = [self.buffer[number] for number in filling.chosen]
+        rest = set(range(len(self.buffer))) - set(filling.chosen)
+        self.buffer = [self.buffer[number] for number in sorted(rest)]
         return batch
 
     def state_dict(self) -> list[int]:

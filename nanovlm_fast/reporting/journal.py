@@ -69,7 +69,7 @@ class Journal:
         # Sample names of the last steps. Losses arrive up to two intervals after their step.
         self.recent: deque[tuple[int, list[str]]] = deque(maxlen=2 * config.log_every + 1)
         # Examples left out since the ranks last agreed: (index, or None if too long; reason).
-        self.pending_skips: list[tuple[int | None, str]] = []
+        self.pending_skips: list[tuple[int | str | None, str]] = []
 
     def say(self, text: str) -> None:
         """Print a line, once for all ranks."""

@@ -153,7 +153,7 @@ def outline(
         "run": run,
         "steps": f"{state.step:,} in {state.seconds / 60:.1f} min on {device}",
         "packing": f"{filled} (curriculum aside)" if config.curriculum else filled,
-        "skipped": f"{len(state.bad)} unreadable, {state.too_long} too long",
+        "skipped": f"{len(state.bad)} unreadable, {state.too_long} too long{dropped(state)}",
     }
 
 
@@ -169,7 +169,8 @@ def final_scores(
     What a model answers to blank images is what it has learned from the questions alone.
     """
     split = "test split"
-    source = test_split(config.data)
+    # A stream has no copy here, and to make one of its test split is not asked for.
+    source = None if config.streaming else test_split(config.data)
     # Also for a test split without examples.
     if not source:
         split = "held-out images"
@@ -194,6 +195,19 @@ def score_rows(final: FinalScores) -> dict[str, str]:
     if seeing.total:
         rows[final.split] = f"sees: {seeing.accuracy:.1%} · blind: {final.blind.accuracy:.1%}"
     return rows
+
+
+def dropped(state: RunState) -> str:
+    """What the run's options dropped, for the line of what was skipped; '' for nothing."""
+    counts = dict(state.dropped or {})
+    said = ""
+    for reason, what in (("held_out", "held out"), ("examples", "without a turn left")):
+        if count := counts.pop(reason, 0):
+            said += f", {count:,} examples {what}"
+    if counts:
+        by_rating = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))
+        said += f", turns rated too low: {by_rating}"
+    return said
 
 
 @contextlib.contextmanager

@@ -20,9 +20,10 @@ from nanovlm_fast.data.budget import measure_budget
 from nanovlm_fast.data.chat import make_text
 from nanovlm_fast.data.samples import SampleLoader
 from nanovlm_fast.data.sources.example import Source
-from nanovlm_fast.data.sources.registry import load_source, make_tokenizer
+from nanovlm_fast.data.sources.registry import load_source, make_tokenizer, open_stream
 from nanovlm_fast.data.split import Split, begin_again, split_run
 from nanovlm_fast.data.stream import PackedStream, deal, initial_states
+from nanovlm_fast.data.streaming import HeldOut, StreamedStream, split_stream
 from nanovlm_fast.data.text import Tokenizer
 from nanovlm_fast.data.workers import usable_cores, workers_for
 from nanovlm_fast.device import (
@@ -77,7 +78,10 @@ class Run:
         saved: dict[str, Any] | None = None
         if config.resume:
             checkpoint, saved = newest_state(self.run, self.world)
-        split = split_run(load_source(config.data, "train"), config, self.world, saved)
+        if config.streaming:
+            split = split_stream(open_stream(config.data, "train"), config, self.world, saved)
+        else:
+            split = split_run(load_source(config.data, "train"), config, self.world, saved)
         self.train_source: Source = split.train
         self.val_source: Source = split.held_out
         check_run_folder(self.run, config)
@@ -125,7 +129,7 @@ class Run:
             saved=self.state.step if checkpoint else None,
         )
         self.stats = StepStats(self.device, self.world, self.state.interval)
-        self.stream = PackedStream(load, budget, self.state.stream, self.state.micro_batches)
+        self.stream = make_stream(load, budget, self.state, split)
         self.total = self.stream.total  # examples in the whole run
         self.signals = Signals()
         self.stopping = False
@@ -271,6 +275,14 @@ class Run:
             if self.config.on_save_error == "stop":
                 raise
             self.journal.say(f"warning: {error}; training goes on")
+
+
+def make_stream(load: SampleLoader, budget: Budget, state: RunState, split: Split) -> PackedStream:
+    """The packed batches of this rank's shards."""
+    if split.rows is None:
+        return PackedStream(load, budget, state.stream, state.micro_batches)
+    assert state.data is not None, "the record of what is held out"
+    return StreamedStream(split.rows, load, budget, state.stream, HeldOut(state.data["marks"]))
 
 
 def with_sizes(config: TrainConfig, budget: Budget) -> TrainConfig:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nanovlm_fast.config import VLMConfig
+from nanovlm_fast.data.samples import DROPPED
 from nanovlm_fast.data.stream import StreamBatch, advance
 from nanovlm_fast.model.masters import masters_of
 from nanovlm_fast.packing.batch import PackedBatch, pack
@@ -38,9 +39,12 @@ class Taken:
     tokens: int = 0  # real ones
     capacity: int = 0  # tokens that the batches had room for
     filled: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FILLED, 0))
+    dropped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(DROPPED, 0))
 
     def add(self, batch: StreamBatch) -> None:
         self.examples += batch.consumed
+        for reason, count in batch.dropped.items():
+            self.dropped[reason] += count
         # While a curriculum lasts, images and not tokens limit a batch: its fill says nothing.
         if not batch.curriculum:
             self.tokens += batch.packed.n_tokens
@@ -96,10 +100,12 @@ def agree(world: World, step: StepData, pending_skips: int, signalled: bool) -> 
     labels = sum(batch.n_labels for batch in step.batches)
     taken = step.taken
     sizes = [taken.examples, taken.tokens, taken.capacity]
-    mine = [labels, pending_skips, signalled, *sizes, *taken.filled.values()]
-    sums = [int(value) for value in world.sum(mine)]
-    labels, skips, signals, examples, tokens, capacity, *filled = sums
-    in_all = Taken(examples, tokens, capacity, dict(zip(FILLED, filled, strict=True)))
+    counts = [*taken.filled.values(), *taken.dropped.values()]
+    sums = [int(value) for value in world.sum([labels, pending_skips, signalled, *sizes, *counts])]
+    labels, skips, signals, examples, tokens, capacity, *counts = sums
+    filled = dict(zip(FILLED, counts[: len(FILLED)], strict=True))
+    dropped = dict(zip(DROPPED, counts[len(FILLED) :], strict=True))
+    in_all = Taken(examples, tokens, capacity, filled, dropped)
     return Agreement(labels, skips, signals, in_all)
 
 

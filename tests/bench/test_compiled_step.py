@@ -286,8 +286,8 @@ def test_labels_say_what_differs_from_training():
     other = Options(kernels="all", stream="bfloat16", inductor={"combo_kernels": True})
     assert label_of(other) == "kernels all, stream bfloat16, combo_kernels=True"
     labels = [label_of(options) for options in compiled_step.variants_of(Options())]
-    # none, all, each alone; none and all again with a bfloat16 stream; three of Inductor's options
-    assert len(labels) == len(set(labels)) == 4 + len(ALL) + 3
+    # none, all, each alone; none and all again with a bfloat16 stream, by itself and in two ways
+    assert len(labels) == len(set(labels)) == 4 + len(ALL) + 4
     assert labels[-1] == "kernels all, stream bfloat16, templates"
 
 

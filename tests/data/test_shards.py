@@ -16,6 +16,7 @@ import pytest
 from nanovlm_fast.cli import parse_config
 from nanovlm_fast.data import prepare
 from nanovlm_fast.data.budget import measure_budget
+from nanovlm_fast.data.chat import make_text
 from nanovlm_fast.data.samples import SampleLoader
 from nanovlm_fast.data.sources.registry import load_source, make_tokenizer
 from nanovlm_fast.data.sources.shards import AGAIN, DamagedShard, Prepared
@@ -224,12 +225,7 @@ def test_a_prompt_or_data_set_that_changed_is_refused(tmp_path, capsys):
     model, config = parse_config([*SIZES.split(), "--prompt", "Q {question}"])
     source = Prepared(out)
     with pytest.raises(ValueError, match="prepared with prompt 'Question"):
-        source.check(
-            32,
-            TextProcessor(
-                make_tokenizer(model, source), model.prompt, model.image_tokens, config.turns
-            ),
-        )
+        source.check(model, make_text(make_tokenizer(model, source), model, config.turns), config)
     assert prepared("easy_vqa", out) == 1
     assert "was prepared with data 'synthetic:32' and not 'easy_vqa'" in capsys.readouterr().err
     (tmp_path / "full").mkdir()

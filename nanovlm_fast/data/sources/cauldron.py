@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -72,8 +72,14 @@ def read_splits(name: str, config: str | None = None, streaming: bool = False) -
         raise OSError(f"data set {where} could not be loaded: {reason}{hint}") from error
 
 
-def rows_of(splits: dict[str, Any], split: str, columns: tuple[str, ...], where: str) -> Any:
-    """One split in Arrow format, with the wanted columns only.
+def rows_of(
+    splits: dict[str, Any],
+    split: str,
+    columns: tuple[str, ...],
+    where: str,
+    optional: tuple[str, ...] = (),
+) -> Any:
+    """One split in Arrow format, with the wanted columns only, and the `optional` ones it has.
 
     Raises FileNotFoundError without such a split, and ValueError without such columns; both list
     what the data set has.
@@ -90,7 +96,8 @@ def rows_of(splits: dict[str, Any], split: str, columns: tuple[str, ...], where:
             f"data set {where} has no column {', '.join(missing)}; its columns: {', '.join(found)}"
         )
     # In any other format `datasets` would decode the images here, and stop at the first bad one
-    return rows.select_columns(list(columns)).with_format("arrow")
+    wanted = [*columns, *(column for column in optional if column in found)]
+    return rows.select_columns(wanted).with_format("arrow")
 
 
 def image_bytes(image: Any) -> bytes:
@@ -112,17 +119,28 @@ class Cauldron(Source):
     raises ValueError, by name, when it is read.
     """
 
-    COLUMNS = ("images", "texts")
+    COLUMNS: ClassVar[tuple[str, ...]] = ("images", "texts")
+    OPTIONAL: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, data: str, split: str):
         # Known without the hub, where finding out would mean to download the training split
         if data.partition(":")[0] == CAULDRON and split != "train":
             raise FileNotFoundError(f"{CAULDRON} has no split {split!r}, only: train")
         self.parts = [
-            (where, rows_of(read_splits(name, config), split, self.COLUMNS, where))
+            (where, self.rows_of(read_splits(name, config), split, where))
             for where, name, config in configurations(data)
         ]
+        self.data = data
         self.ends = np.cumsum([len(rows) for _, rows in self.parts])
+
+    @classmethod
+    def rows_of(cls, splits: dict[str, Any], split: str, where: str) -> Any:
+        return rows_of(splits, split, cls.COLUMNS, where, cls.OPTIONAL)
+
+    @classmethod
+    def example_of(cls, where: str, row: dict[str, Any], data: str) -> Example:
+        """A row of `data` as an example. Raises ValueError, naming `where`, if it is not one."""
+        return cauldron_example(where, row)
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -133,7 +151,8 @@ class Cauldron(Source):
         part = int(np.searchsorted(self.ends, index, side="right"))
         where, rows = self.parts[part]
         row = int(index - (self.ends[part - 1] if part else 0))
-        return cauldron_example(f"{where}/{row}", *rows[row].to_pylist())
+        (record,) = rows[row].to_pylist()
+        return self.example_of(f"{where}/{row}", record, self.data)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -248,18 +267,21 @@ def cauldron_example(where: str, row: dict[str, Any]) -> Example:
     return Example(where, images, turns)
 
 
-def read_streaming(data: str, split: str, skip: int = 0) -> Iterator[Example | ValueError]:
-    """The rows of `Cauldron(data, split)` after the first `skip`, as they arrive.
+def read_streaming(
+    data: str, split: str, skip: int = 0, kind: type[Cauldron] = Cauldron
+) -> Iterator[Example | ValueError]:
+    """The rows of `kind(data, split)` after the first `skip`, as they arrive.
 
     A bad row is yielded as its ValueError: raised, it would end the generator.
     """
     for where, name, config in configurations(data):
-        rows = rows_of(read_splits(name, config, streaming=True), split, Cauldron.COLUMNS, where)
+        rows = kind.rows_of(read_splits(name, config, streaming=True), split, where)
         for number, row in enumerate(rows):
             if skip:
                 skip -= 1
                 continue
+            (record,) = row.to_pylist()
             try:
-                yield cauldron_example(f"{where}/{number}", *row.to_pylist())
+                yield kind.example_of(f"{where}/{number}", record, data)
             except ValueError as error:
                 yield error

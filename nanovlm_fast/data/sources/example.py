@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
+from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.data.same import Pictures
 from nanovlm_fast.data.text import TextProcessor, Tokenizer, Turn
 from nanovlm_fast.packing.documents import Document
+
+
+class LoaderError(OSError):
+    """An error that ends a run, raised where data is read."""
+
+    def __init__(self, message: str):
+        # A data loader makes the error anew in the parent, with the worker's traceback as message.
+        # The last part of that is the original line
+        super().__init__(message.rstrip().rsplit(f"{type(self).__name__}: ", 1)[-1])
 
 
 @dataclass
@@ -27,12 +37,20 @@ class Example:
     images: Sequence[Any]
     turns: list[Turn]
     kind: str = ""  # the category under which an evaluation counts its answers
+    # By name, the rating of each turn or None: what a run drops turns by (--min-rating-...)
+    ratings: dict[str, list[float | None]] = field(default_factory=dict)
     # Set for prepared data only (shards.py), whose `images` are one (n, 3, H, W) uint8 array
     documents: list[Document] | None = None
 
     def first(self) -> Example:
         """First image, first turn: what nanoVLM v0.1 takes of an example (--turns first)."""
-        return replace(self, images=self.images[:1], turns=self.turns[:1])
+        ratings = {name: of_turns[:1] for name, of_turns in self.ratings.items()}
+        return replace(self, images=self.images[:1], turns=self.turns[:1], ratings=ratings)
+
+    def keep(self, wanted: Sequence[int]) -> Example:
+        """The example with these of its turns, by number."""
+        ratings = {name: [each[i] for i in wanted] for name, each in self.ratings.items()}
+        return replace(self, turns=[self.turns[i] for i in wanted], ratings=ratings)
 
 
 @dataclass(frozen=True)
@@ -70,6 +88,10 @@ class Source(ABC):
     @abstractmethod
     def __getitem__(self, index: int) -> Example: ...
 
+    def turns_of(self, index: int) -> list[Turn]:
+        """The turns of an example, for those who need no images. Raises what reading it does."""
+        return self[index].turns
+
     @property
     def fingerprint(self) -> str | None:
         """Changes with the content, so that --resume refuses other data; None where unknown."""
@@ -79,8 +101,8 @@ class Source(ABC):
         """Which examples show which pictures; None if each has pictures of its own."""
         return None
 
-    def check(self, image_size: int, text: TextProcessor) -> None:
-        """Raise ValueError if the data was processed for another image size or other text."""
+    def check(self, model: VLMConfig, text: TextProcessor, train: TrainConfig) -> None:
+        """Raise ValueError if the data was processed for another model, or by other options."""
         return None
 
     def stored_tokenizer(self, lm_tokenizer: str) -> Tokenizer | None:
@@ -105,8 +127,11 @@ class Subset(Source):
     def __getitem__(self, index: int) -> Example:
         return self.source[int(self.indices[index])]
 
-    def check(self, image_size: int, text: TextProcessor) -> None:
-        self.source.check(image_size, text)
+    def turns_of(self, index: int) -> list[Turn]:
+        return self.source.turns_of(int(self.indices[index]))
+
+    def check(self, model: VLMConfig, text: TextProcessor, train: TrainConfig) -> None:
+        self.source.check(model, text, train)
 
     def stored_tokenizer(self, lm_tokenizer: str) -> Tokenizer | None:
         return self.source.stored_tokenizer(lm_tokenizer)

@@ -12,12 +12,15 @@ from pathlib import Path
 
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.data.chat import END, START
+from nanovlm_fast.data.sources.canvas import EasyVQACanvas
 from nanovlm_fast.data.sources.cauldron import Cauldron
 from nanovlm_fast.data.sources.easy_vqa import EasyVQA
 from nanovlm_fast.data.sources.example import Source
+from nanovlm_fast.data.sources.finevision import FINEVISION, FineVision
 from nanovlm_fast.data.sources.llava import JsonLines
 from nanovlm_fast.data.sources.mmstar import MMStar
 from nanovlm_fast.data.sources.shards import Prepared
+from nanovlm_fast.data.sources.streamed import StreamedRows
 from nanovlm_fast.data.sources.synthetic import Synthetic
 from nanovlm_fast.data.text import EOS, Tokenizer
 from nanovlm_fast.paths import at_home
@@ -30,6 +33,8 @@ SOURCES: dict[str, type[Source]] = {
     "jsonl": JsonLines,
     "prepared": Prepared,
     "mmstar": MMStar,
+    "finevision": FineVision,
+    "easy_vqa_canvas": EasyVQACanvas,
 }
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -61,6 +66,26 @@ def load_source(data: str, split: str) -> Source:
     raise ValueError(f"unknown data set {data!r}; there are: {KNOWN}")
 
 
+def open_stream(data: str, split: str) -> StreamedRows:
+    """The same data set as a stream.
+
+    Raises ValueError for one that cannot be streamed, and what `StreamedRows` raises.
+    """
+    kind, place = streamable(data)
+    return StreamedRows(kind, place, split)
+
+
+def streamable(data: str) -> tuple[type[Cauldron], str]:
+    """(what reads the rows, where they are) of a data set. Raises ValueError for another kind."""
+    name, _, argument = data.partition(":")
+    if name == "finevision":
+        return FineVision, argument or FINEVISION
+    if name in SOURCES or prepared_folder(data) is not None:
+        known = "a hub name or a folder of The Cauldron's schema, or finevision:"
+        raise ValueError(f"--streaming reads {known}, and not --data {data}")
+    return Cauldron, data
+
+
 def takes(kind: type[Source], colon: bool, argument: str) -> bool:
     """Whether one of the source's forms is NAME, or NAME:ARGUMENT with `colon`."""
     bare = any(":" not in form for form in kind.FORMS)
@@ -85,7 +110,8 @@ def is_local(data: str) -> bool:
     name, _, argument = data.partition(":")
     kind = SOURCES.get(name)
     if kind is not None and kind.ON_HUB:
-        return bool(argument)
+        place = argument.partition(":")[0]
+        return bool(place) and (at_home(place).is_dir() or not HUB_NAME.fullmatch(place))
     return at_home(name).is_dir() or not HUB_NAME.fullmatch(name)
 
 
@@ -135,7 +161,7 @@ def texts(
     """
     for index in range(min(len(source), limit)):
         try:
-            turns = source[index].turns
+            turns = source.turns_of(index)
         except ValueError:
             continue
         for question, answer in turns:

@@ -12,6 +12,7 @@ Columns of a shard; a row is one sample of d documents with n tokens in all:
     image_rows  list of int32  (n,), -1 for text
     labels      list of int32  (n,), -100 where there is no loss
     lengths     list of int32  (d,)
+    tiles       list of int32  tiles of each image; only where images are cut into tiles
     turns       string         JSON: [[question, answer], ...]
     crc32       uint32         of all the other columns
 
@@ -36,9 +37,11 @@ from typing import Any
 
 import numpy as np
 
+from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.data.images import printable
 from nanovlm_fast.data.same import Pictures
-from nanovlm_fast.data.sources.example import Example, Source
+from nanovlm_fast.data.sources.example import Example, LoaderError, Source
+from nanovlm_fast.data.sources.finevision import RATINGS
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
 from nanovlm_fast.files import read_json
 from nanovlm_fast.packing.documents import IGNORE, Document, Sample
@@ -51,19 +54,30 @@ PIXELS = "rule 2"
 AGAIN = "run the command that prepared it again: it makes only what is missing"
 
 
-class DamagedShard(OSError):
+class DamagedShard(LoaderError):
     """A shard that differs from its manifest."""
 
-    def __init__(self, message: str):
-        # A data loader makes the error anew in the parent, with the worker's traceback as message.
-        # The last part of that is the original line
-        super().__init__(message.rstrip().rsplit(f"{type(self).__name__}: ", 1)[-1])
 
+def processing(model: VLMConfig, text: TextProcessor, train: TrainConfig) -> dict[str, Any]:
+    """Everything that decides what a prepared sample holds, besides its data.
 
-def processing(image_size: int, text: TextProcessor) -> dict[str, Any]:
-    """Everything that decides what a prepared sample holds, besides its data."""
-    return {
-        "vit_img_size": image_size,
+    What only some models and runs have is there for these alone: manifests of before stay valid.
+    """
+    how: dict[str, Any] = {}
+    if model.max_img_size:
+        how["max_img_size"] = model.max_img_size
+        how["resize_to_max_side_len"] = model.resize_to_max_side_len
+    if model.lm_chat_template:
+        how["vlm_extra_tokens"] = dict(model.vlm_extra_tokens)
+        how["prompt_of"] = "ChatML"
+    if train.max_images:
+        how["max_images"] = train.max_images
+    for name in RATINGS:
+        option = f"min_rating_{name}"
+        if getattr(train, option) != getattr(TrainConfig, option):
+            how[option] = getattr(train, option)
+    return how | {
+        "vit_img_size": model.vit_img_size,
         "pixels": PIXELS,
         "image_tokens": text.image_tokens,
         "prompt": text.prompt,
@@ -93,8 +107,10 @@ def replace_file(file: Path, write: Any) -> None:
     os.replace(temporary, file)
 
 
-def row_of(sample: Sample, turns: list[tuple[str, str]]) -> dict[str, Any]:
-    """A sample as the columns of a shard."""
+def row_of(
+    sample: Sample, turns: list[tuple[str, str]], tiles: list[int] | None = None
+) -> dict[str, Any]:
+    """A sample as the columns of a shard; `tiles` are those of each image, where they are cut."""
 
     def joined(column: str) -> np.ndarray:
         # The empty array, since concatenate refuses an empty list and a sample may have no document
@@ -111,14 +127,17 @@ def row_of(sample: Sample, turns: list[tuple[str, str]]) -> dict[str, Any]:
         "lengths": np.array([len(document) for document in sample.documents], np.int32),
         "turns": json.dumps(turns),
     }
+    if tiles is not None:
+        row["tiles"] = np.array(tiles, np.int32)
     return {**row, "crc32": checksum(row)}
 
 
 def checksum(row: dict[str, Any]) -> int:
     """CRC-32 of all columns that training reads."""
     crc = zlib.crc32((row["name"] + row["turns"]).encode())
-    for name in ("images", "input_ids", "image_rows", "labels", "lengths"):
-        crc = zlib.crc32(row[name], crc)
+    for name in ("images", "input_ids", "image_rows", "labels", "lengths", "tiles"):
+        if name in row:
+            crc = zlib.crc32(row[name], crc)
     return crc
 
 
@@ -137,6 +156,9 @@ def check_row(row: dict[str, Any], image_size: int, image_tokens: int) -> None:
         raise ValueError("its lengths do not add up")
     if len(rows) and not (rows.min() >= -1 and rows.max() < n_images * image_tokens):
         raise ValueError("it refers to images that it does not have")
+    tiles = row.get("tiles")
+    if tiles is not None and ((tiles < 1).any() or int(tiles.sum(dtype=np.int64)) != n_images):
+        raise ValueError("the tiles of its images do not add up")
     if (row["input_ids"] < 0).any() or ((row["labels"] < 0) & (row["labels"] != IGNORE)).any():
         raise ValueError("a token is negative")
 
@@ -150,15 +172,16 @@ def documents_of(row: dict[str, Any], turns: list[tuple[str, str]]) -> list[Docu
     ids = row["input_ids"].astype(np.int64)
     labels = row["labels"].astype(np.int64)
     rows = row["image_rows"]
-    cuts = zip([0, *ends[:-1]], ends, questions, strict=True)
+    cuts = zip([0, *ends][:-1], ends, questions, strict=True)
     return [Document(ids[a:b], rows[a:b], labels[a:b], question) for a, b, question in cuts]
 
 
-def columns_of_a_shard() -> Any:
+def columns_of_a_shard(tiled: bool) -> Any:
     """The Arrow schema."""
     import pyarrow as pa
 
     numbers = pa.list_(pa.int32())
+    tiles = [("tiles", numbers)] if tiled else []
     return pa.schema(
         [
             ("name", pa.string()),
@@ -169,15 +192,16 @@ def columns_of_a_shard() -> Any:
             ("lengths", numbers),
             ("turns", pa.string()),
             ("crc32", pa.uint32()),
+            *tiles,
         ]
     )
 
 
-def write_shard(file: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def write_shard(file: Path, rows: list[dict[str, Any]], tiled: bool = False) -> dict[str, Any]:
     """Write the rows that `row_of` made; returns the entry of the shard in the manifest."""
     import pyarrow as pa
 
-    schema = columns_of_a_shard()
+    schema = columns_of_a_shard(tiled)
 
     def write(temporary: Path) -> None:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
@@ -270,6 +294,7 @@ class Prepared(Source):
         if wrong := next(filter(None, (misfit(folder, entry) for entry in self.entries)), None):
             raise DamagedShard(f"{wrong}; {AGAIN}")
         self.size = self.manifest["processing"]["vit_img_size"]
+        self.tiled = "max_img_size" in self.manifest["processing"]
         self.ends = np.cumsum([entry["samples"] for entry in self.entries])
         self.shards: dict[int, dict[str, Any]] = {}  # opened by this process
         self.checked = np.zeros(len(self), bool)  # rows whose checksum this process has compared
@@ -290,24 +315,40 @@ class Prepared(Source):
 
         All pictures have the same number of bytes, so seven bytes of each, spread over the picture,
         take the place of a size. The eighth is 0, which keeps the int64 positive (little-endian):
-        `Pictures` takes a negative size for an unreadable file.
+        `Pictures` takes a negative size for an unreadable file. A picture that is cut is compared
+        as all of its tiles: plain ones look the same in many pictures.
         """
         examples: list[int] = []
+        spans: list[tuple[int, int]] = []  # tiles of each picture, as rows of its example
         few = [np.zeros((0, 8), np.uint8)]
         for index in range(len(self)):
-            shard, row = self.place(index)
-            pixels = self.columns(shard)["images"](row).reshape(-1, 3 * self.size**2)
-            examples += [index] * len(pixels)
-            some = pixels[:, self.size // 2 :: max(pixels.shape[1] // 7, 1)][:, :7]
-            few.append(np.pad(some, ((0, 0), (0, 8 - some.shape[1]))))
+            pixels, cuts = self.tiles(index)
+            for first, last in cuts:
+                examples.append(index)
+                spans.append((first, last))
+                one = pixels[first:last].reshape(1, -1)
+                some = one[:, self.size // 2 :: max(one.shape[1] // 7, 1)][:, :7]
+                few.append(np.pad(some, ((0, 0), (0, 8 - some.shape[1]))))
         shown = np.array(examples, np.int64)
         sizes = np.ascontiguousarray(np.concatenate(few)).view(np.int64).ravel()
 
         def content(file: int) -> bytes:
-            first = int(np.searchsorted(shown, shown[file]))
-            return self[int(shown[file])].images[file - first].tobytes()
+            first, last = spans[file]
+            return np.asarray(self[int(shown[file])].images)[first:last].tobytes()
 
         return Pictures(shown, np.arange(len(shown)), sizes, content)
+
+    def tiles(self, index: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """(tiles of an example, (first, last + 1) of each of its pictures).
+
+        The tiles are (n, 3 * size * size) uint8, a view of the file.
+        """
+        shard, row = self.place(index)
+        columns = self.columns(shard)
+        pixels = columns["images"](row).reshape(-1, 3 * self.size**2)
+        counts = columns["tiles"](row) if self.tiled else np.ones(len(pixels), np.int64)
+        ends = np.cumsum(counts).tolist()
+        return pixels, list(zip([0, *ends][:-1], ends, strict=True))
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if self.entries else 0
@@ -316,13 +357,15 @@ class Prepared(Source):
         # A memory map cannot be pickled: each process opens its own
         return {**self.__dict__, "shards": {}}
 
-    def check(self, image_size: int, text: TextProcessor) -> None:
+    def check(self, model: VLMConfig, text: TextProcessor, train: TrainConfig) -> None:
         """Raise ValueError naming the first option that these samples were not processed with."""
-        for name, wanted in processing(image_size, text).items():
+        wanted = processing(model, text, train)
+        # In the order of `wanted`, then what it does not have at all
+        for name in dict.fromkeys([*wanted, *self.manifest["processing"]]):
             had = self.manifest["processing"].get(name)
-            if had == wanted:
+            if had == wanted.get(name):
                 continue
-            what = f"{name} {had!r} and not {wanted!r}"
+            what = f"{name} {had!r} and not {wanted.get(name)!r}"
             if name == "tokenizer":  # its fingerprint tells a user nothing
                 what = "another tokenizer"
             remedy = "prepare the data again, or train with that"
@@ -373,7 +416,7 @@ class Prepared(Source):
                 batch = pa.ipc.open_file(mapped).get_batch(0)
             # Arrow trusts the offsets in a file. A damaged one would read outside the map
             batch.validate(full=True)
-            known = batch.schema.equals(columns_of_a_shard())
+            known = batch.schema.equals(columns_of_a_shard(self.tiled))
             if not known or len(batch) != self.entries[shard]["samples"]:
                 raise ValueError("its columns or rows are not those that were written")
             if any(column.null_count for column in batch.columns):
