@@ -34,11 +34,11 @@ def forgets(x, weight, eps, residual=None):
     times.append(1)
     out = ops.rms_norm(x, weight, eps * (1 + len(times)), residual)
     return out
-bad = {"rotary": off, "swiglu": hang, "embed_splice": abort, "linear_cross_entropy": fail}
+bad = {"rotary": off, "swiglu": hang, "pixel_shuffle_proj": abort, "linear_cross_entropy": fail}
 bad["rms_norm"] = forgets
 ops._kernel = lambda name: bad.get(name) or getattr(ops, name, None)
 """
-BAD = ("rotary", "swiglu", "embed_splice", "linear_cross_entropy", "rms_norm")
+BAD = ("rotary", "swiglu", "pixel_shuffle_proj", "linear_cross_entropy", "rms_norm")
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def test_bad_kernels_are_left_out_named_and_remembered(monkeypatch):
     reasons = {row.name: row.why for row in entry.rows if row.verdict == LEFT_OUT}
     assert reasons.keys() == set(BAD), reasons
     assert reasons["swiglu"] == "no answer within 12 s"
-    assert reasons["embed_splice"].startswith("died of SIGABRT")
+    assert reasons["pixel_shuffle_proj"].startswith("died of SIGABRT")
     assert reasons["linear_cross_entropy"] == "RuntimeError: no kernel image is available"
     assert "error" in reasons["rotary"] and "second run" in reasons["rms_norm"]
     assert not set(BAD) & set(entry.choice.kernels)
