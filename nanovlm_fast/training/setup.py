@@ -88,8 +88,7 @@ class Run:
         self.benchmark = load_source(config.eval, "test") if config.eval else None
 
         self._prepare_device(config)
-        # What a resume on the same device repeats. The options stay `auto` in config.json: another
-        # device may have another choice.
+        # What a resume on the same device repeats.
         self.noted = tuned_in(standing(self.run)) if config.resume else None
         wanted = config
         config = self._settle(model_config, config)
@@ -139,9 +138,7 @@ class Run:
         self.world.barrier()
         with beginning(self.run, config.resume, self.world):
             if self.world.first:
-                as_given = {name: getattr(wanted, name) for name in GPU_AUTOS}
-                kept = dataclasses.replace(config, **as_given)
-                save_run_config(self.run, model_config, kept, self.settled.record)
+                self._save_config(model_config, wanted)
                 self.tokenizer.save(self.run)
             self.journal = Journal(self.run, model_config, config, self.state, self.world)
         # An error that names the last checkpoint must first wait until it is written.
@@ -183,6 +180,12 @@ class Run:
                 torch.set_num_threads(self.settled.choice.threads)
             return self.settled.apply(config)
         return config
+
+    def _save_config(self, model: VLMConfig, wanted: TrainConfig) -> None:
+        """Write config.json. What is `auto` in `wanted` stays so: another device may differ."""
+        as_given = {name: getattr(wanted, name) for name in GPU_AUTOS}
+        kept = dataclasses.replace(self.config, **as_given)
+        save_run_config(self.run, model, kept, self.settled.record)
 
     def _load_tokenizer(self, model: VLMConfig, config: TrainConfig) -> Tokenizer:
         """The tokenizer of a resumed run, or a new one: a retrained one may number tokens anew."""
