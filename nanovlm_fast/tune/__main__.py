@@ -68,9 +68,15 @@ def budget_of(model: VLMConfig, config: TrainConfig) -> Budget:
 
 def measured(argv: list[str], seconds: float | None) -> Entry:
     """Measure for the run that options of train.py describe."""
-    # What is left to the tuner unless it is given: train.py compiles only when it is told to.
-    model, config = parse_config(["--compile", "auto", *argv])
+    model, config = parse_config(argv)
     device = pick_device(config.device)
+    # With the options that train.py has too, or it would not find the measurement. On a CPU a
+    # preset says nothing of compiling, which is worth a trial.
+    if device.type == "cpu" and config.compile == "none":
+        print(
+            "--compile auto is tried too: give it to train.py as well, and it takes what is found"
+        )
+        config = dataclasses.replace(config, compile="auto")
     limit = seconds or SECONDS[device.type]
     config = dataclasses.replace(config, tune_seconds=limit)
     place = Place(device, pick_dtype(config.dtype, device), World())

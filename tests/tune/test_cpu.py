@@ -122,7 +122,8 @@ def test_real_training_in_real_processes(tmp_path):
         return done.stdout
 
     said = command("-m", "nanovlm_fast.tune", "--seconds", "20", *options)
-    assert said.startswith("no GPU: measuring threads, waiting, workers and --compile")
+    assert said.startswith("--compile auto is tried too: give it to train.py as well")
+    assert "\nno GPU: measuring threads, waiting, workers and --compile" in said
     entry = cache.newest()
     assert entry.done and entry.rows[0].seconds > 0
     report = command("-m", "nanovlm_fast.tune", "--report")
