@@ -107,7 +107,7 @@ class Race:
         self.born = time.perf_counter()
         self.config, self.train = configs(args)
         self.device = pick_device(args.device)
-        if self.device.type == "cuda":
+        if self.device.index is not None:  # "cuda" alone is the current device, and not taken here
             torch.cuda.set_device(self.device)
         self.dtype = pick_dtype(self.train.dtype, self.device)
         self.autocast = autocast_to(self.dtype, self.device)

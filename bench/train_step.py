@@ -59,7 +59,7 @@ class Failed(RuntimeError):
 
 def make_bench(args: argparse.Namespace) -> Workbench:
     device = torch.device(args.device)
-    if device.type == "cuda":
+    if device.index is not None:  # "cuda" alone is the current device, and not taken here
         torch.cuda.set_device(device)
     work = load_work(args.preset, args.data, args.samples, args.layers, device.type == "cuda")
     return Workbench(work, device, pick_dtype(args.dtype, device))

@@ -178,11 +178,23 @@ def _address_of(tensor: Tensor) -> int:
     return 0 if isinstance(tensor, torch._subclasses.FakeTensor) else tensor.data_ptr()
 
 
+# What CUDA graphs copy from at each replay, long after the capture.
+_captured: list[Tensor] = []
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def on_device(values: object, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of values from the host, which does not wait until they have arrived."""
     host = torch.tensor(values, dtype=dtype)
-    pinned = device.type == "cuda" and not isinstance(host, torch._subclasses.FakeTensor)
-    return host.pin_memory().to(device, non_blocking=True) if pinned else host.to(device)
+    if device.type != "cuda" or isinstance(host, torch._subclasses.FakeTensor):
+        return host.to(device)
+    host = host.pin_memory()
+    if _capturing(device):
+        _captured.append(host)
+    return host.to(device, non_blocking=True)
 
 
 @functools.lru_cache(maxsize=16)
@@ -250,8 +262,14 @@ def adamw(
     aligned = all(address % ALIGNMENT == 0 for column in columns[:5] for address in column)
     sizes = tuple(master.numel() for master in masters)
     device = masters[0].device
-    table = _table(tuple(zip(*columns, sizes, groups, strict=True)), device)
-    chunks = _chunks(sizes, device)
+    rows = tuple(zip(*columns, sizes, groups, strict=True))
+    if _capturing(device):
+        # Not from a cache: nothing is copied before the graph is replayed, and its memory is its own.
+        table = _table.__wrapped__(rows, device)
+        chunks = _chunks.__wrapped__(sizes, device)
+    else:
+        table = _table(rows, device)
+        chunks = _chunks(sizes, device)
     scalars = rates.new_empty((len(masters), SCALARS.value), dtype=torch.float32)
     has_found_inf = found_inf is not None
     _adamw_scalars_kernel[(triton.cdiv(len(masters), 128),)](

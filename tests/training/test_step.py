@@ -257,7 +257,7 @@ def trainer_of(tmp_path, monkeypatch):
         )
         out = (
             f"--out {tmp_path / str(next(numbers))} --workers 0 --no-final-eval --device cuda "
-            "--log-every 5"
+            "--log-every 5 --tune off"
         )
         return train.Trainer(
             *parse_config([*small.split(), *out.split(), "--hang-timeout", "0", *options.split()])
