@@ -75,7 +75,7 @@ def measure(options: Options) -> dict[str, Any]:
 
     _configure_inductor((WITH_TEMPLATES if options.templates else {}) | options.inductor)
     config, train = _configs(options)
-    budget, batch = _budget_and_batch(options, config, train)
+    budget, batch = budget_and_batch(options, config, train)
     with template_chosen() if options.templates else contextlib.nullcontext():
         step = compile_step(options, config, train, batch)
     seconds = time.perf_counter() - began
@@ -131,7 +131,7 @@ def _configs(options: Options) -> tuple[VLMConfig, TrainConfig]:
     )
 
 
-def _budget_and_batch(
+def budget_and_batch(
     options: Options, config: VLMConfig, train: TrainConfig
 ) -> tuple[Budget, PackedBatch]:
     """The budgets that a run measures on its data, and one real batch that was packed for them.

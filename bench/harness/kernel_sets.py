@@ -1,0 +1,315 @@
+"""The whole training step with sets of kernels and both streams, against plain compiled PyTorch.
+
+    python -m bench.harness.kernel_sets                          nanovlm-222m, needs a GPU
+    python -m bench.harness.kernel_sets --sets "none;all;all,bfloat16"
+
+A set is what --kernels takes, and after the last comma perhaps the stream. The work is the batch
+that bench.compiled_step predicts, so that a prediction can be held against its measurement. Each
+set is compiled in a process of its own, all at once; then they take turns on the device, a few
+steps each, round after round. Before that, the gradients of each are compared with those of the
+plain model in float32. A set gets no time if it is more than twice as far from them as plain
+compiled PyTorch is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.harness.results import ROOT, write
+from bench.harness.tables import Rows, lined_up
+from bench.harness.timing import summary
+from bench.subjects.step_process import Options, budget_and_batch
+from nanovlm_fast.command import Parser, reports_errors
+from nanovlm_fast.device import autocast_to, pick_device, pick_dtype
+from nanovlm_fast.model.flops import peak_flops, step_flops
+from nanovlm_fast.model.ops import KERNELS, choose_ops
+from nanovlm_fast.model.packed import VisionLanguageModel
+from nanovlm_fast.presets import preset
+from nanovlm_fast.ranges import Range
+from nanovlm_fast.training.optim import apply_gradients, make_optimizers, set_lr
+from nanovlm_fast.training.steps import accumulate_gradients
+
+PLAIN = "none"
+_POINTWISE = ",".join(name for name in KERNELS if not name.endswith("attention"))
+SETS = (PLAIN, "all", _POINTWISE, "none,bfloat16", "all,bfloat16", f"{_POINTWISE},bfloat16")
+LABELS = {_POINTWISE: "all but attention", f"{_POINTWISE},bfloat16": "all but attention, bfloat16"}
+OUT_OF_MEMORY_RETRIES = 100  # other sets use the device while they compile
+ALLOWED = 2.0  # times plain PyTorch's own error
+
+
+class Subject:
+    """One set of kernels: a model, its optimizer, and one batch on the device."""
+
+    def __init__(self, name: str, preset_name: str, device: torch.device, compile: str):
+        kernels, _, stream = name.rpartition(",")
+        if stream != "bfloat16":
+            kernels = name
+            stream = "float32"
+        self.device = device
+        self.compile = compile
+        dtype = pick_dtype("auto", device)
+        self.config, train = preset(preset_name)
+        self.train = dataclasses.replace(train, optimizer="adamw")
+        _, batch = budget_and_batch(Options(preset_name), self.config, self.train)
+        self.labels = batch.n_labels
+        self.batch = batch.to(device)
+        self.autocast = autocast_to(dtype, device)
+        torch.manual_seed(0)  # every set begins with the same weights
+        with torch.device(device):
+            self.model = VisionLanguageModel(self.config)
+        self.model.ops = choose_ops(kernels, device, "auto", dtype, stream=stream)
+        if stream == "bfloat16":
+            self.model.keep_masters()
+        self.optimizers = make_optimizers(self.model, self.train)
+        set_lr(self.optimizers, 0.0)  # so that later steps compute what the first one did
+        self.run_model = torch.compile(self.model, fullgraph=True, dynamic=False, mode=compile)
+
+    def forward(self, batch: Any) -> Tensor:
+        if self.compile == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()
+        return self.run_model(batch)
+
+    def backward(self) -> Tensor:
+        """Forward and backward of one batch; returns the loss."""
+        total = accumulate_gradients(
+            self.forward, self.run_model, [self.batch], self.labels, self.autocast
+        )
+        return total / self.labels
+
+    def step(self) -> None:
+        self.backward()
+        apply_gradients(self.model, self.optimizers, self.train.clip)
+
+    def errors(self, truth: tuple[float, dict[str, Tensor]]) -> dict[str, float]:
+        """Relative errors of the loss and of all gradients together."""
+        loss = float(self.backward())
+        grads = gradients_of(self.model)
+        wanted = truth[1]
+        off = sum(float((grads[n].cpu() - wanted[n]).double().square().sum()) for n in wanted)
+        size = sum(float(one.double().square().sum()) for one in wanted.values())
+        return {"loss": abs(loss / truth[0] - 1), "gradient": (off / size) ** 0.5}
+
+    def truth(self) -> tuple[float, dict[str, Tensor]]:
+        """Loss and gradients in float32, by plain PyTorch."""
+        self.model.ops = choose_ops("none", self.device, "sdpa", torch.float32, "blocks")
+        loss = self.model(self.batch) / self.labels
+        loss.backward()
+        grads = {name: one.cpu() for name, one in gradients_of(self.model).items()}
+        return loss.item(), grads
+
+    def seconds(self, steps: int) -> list[float]:
+        """Seconds of each of some steps; the memory is left to others afterwards."""
+        for _ in range(2):  # memory comes back, and clocks rise
+            self.step()
+        times = []
+        for _ in range(steps):
+            torch.cuda.synchronize(self.device)
+            began = time.perf_counter()
+            self.step()
+            torch.cuda.synchronize(self.device)
+            times.append(time.perf_counter() - began)
+        torch.cuda.empty_cache()
+        return times
+
+
+def gradients_of(model: VisionLanguageModel) -> dict[str, Tensor]:
+    """Gradients by name in float32, taken from the model."""
+    model.masters.add_gradients()
+    found = {}
+    for name, parameter in model.named_parameters():
+        weight = model.masters.of(parameter)
+        if weight.grad is not None:
+            found[name] = weight.grad.float()
+            weight.grad = None
+    return found
+
+
+def serve(args: argparse.Namespace) -> int:
+    """A process of one set: says what it found, then takes as many steps as each line asks for."""
+    device = pick_device(args.device)
+    if args.serve == "truth":
+        torch.save(Subject(PLAIN, args.preset, device, "default").truth(), args.truth)
+        return 0
+    subject = Subject(args.serve, args.preset, device, args.compile)
+    truth = torch.load(args.truth, mmap=True)
+    found: dict[str, Any] = {}
+    for attempt in range(OUT_OF_MEMORY_RETRIES):
+        try:
+            found = subject.errors(truth)
+            torch.cuda.reset_peak_memory_stats()
+            subject.step()
+            break
+        except torch.OutOfMemoryError:  # others are compiling: it will be free again
+            if attempt + 1 == OUT_OF_MEMORY_RETRIES:
+                raise
+            torch.cuda.empty_cache()
+            time.sleep(1)
+    found["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    torch.cuda.empty_cache()
+    print(json.dumps(found), flush=True)
+    for asked in sys.stdin:
+        print(json.dumps(subject.seconds(int(asked))), flush=True)
+    return 0
+
+
+class Process:
+    """A set that runs in a process of its own."""
+
+    def __init__(self, name: str, args: argparse.Namespace, truth: Path, log: Path):
+        call = [sys.executable, "-m", "bench.harness.kernel_sets", "--serve", name]
+        call += ["--truth", str(truth), "--preset", args.preset, "--device", args.device]
+        call += ["--compile", args.compile]
+        self.log = log
+        with log.open("wb") as errors:
+            self.process = subprocess.Popen(
+                call,
+                cwd=ROOT.parent.parent,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+
+    def answer(self) -> Any:
+        """The next line. Raises RuntimeError, with the last line of its errors, if it died."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            lines = self.log.read_text(errors="replace").strip().splitlines() or ["no reason given"]
+            raise RuntimeError(lines[-1])
+        return json.loads(line)
+
+    def ask(self, steps: int) -> list[float]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
+    """One row per set: its error, its times, or why it has none."""
+    truth = folder / "truth"
+    sets = args.sets.split(";")
+    processes: dict[str, Process] = {}
+    rows: dict[str, dict[str, Any]] = {name: {} for name in sets}
+    try:
+        processes["truth"] = Process("truth", args, truth, folder / "truth.log")
+        if processes["truth"].process.wait():
+            raise RuntimeError((folder / "truth.log").read_text().strip().splitlines()[-1])
+        for number, name in enumerate(sets):
+            processes[name] = Process(name, args, truth, folder / f"{number}.log")
+        compare(processes, rows)
+        seconds: dict[str, list[float]] = {n: [] for n in sets if "error" not in rows[n]}
+        for _ in range(args.rounds):
+            for name, times in seconds.items():
+                times += processes[name].ask(args.steps)
+        for name, times in seconds.items():
+            rows[name] |= {**summary(times), "seconds": times}
+    finally:
+        for process in processes.values():
+            process.process.kill()
+            process.process.wait()
+    return rows
+
+
+def compare(processes: dict[str, Process], rows: dict[str, dict[str, Any]]) -> None:
+    """Enter what each set found when it was compiled, and an `error` where it must not be timed."""
+    for name, row in rows.items():
+        try:
+            row |= processes[name].answer()
+        except RuntimeError as error:
+            row["error"] = str(error)[:300]
+        print(f"{LABELS.get(name, name)}: {row}", flush=True)
+    allowed = ALLOWED * rows[PLAIN].get("gradient", 0.0)
+    for row in rows.values():
+        if "error" not in row and row["gradient"] > allowed:
+            row["error"] = f"gradients off by {row['gradient']:.1e}, allowed {allowed:.1e}"
+
+
+def set_rows(result: dict[str, Any]) -> Rows:
+    """The table: one row per set, with its share of the plain step's time."""
+    rows: Rows = [("kernels, stream", "ms", "of plain", "tokens/s", "MFU", "peak GiB", "gradient")]
+    variants = result["variants"]
+    plain = variants[PLAIN].get("median", float("nan"))
+    for name, row in variants.items():
+        label = LABELS.get(name, name)
+        if "median" not in row:
+            rows.append((label, row.get("error", "not run"), "", "", "", "", ""))
+            continue
+        mfu = f"{row['mfu']:.1%}" if "mfu" in row else "-"
+        rows.append(
+            (
+                label,
+                f"{row['median'] * 1e3:.1f}",
+                f"{row['median'] / plain:.3f}",
+                f"{row['tokens_per_s']:,.0f}",
+                mfu,
+                f"{row['peak_mib'] / 1024:.1f}",
+                f"{row['gradient']:.1e}",
+            )
+        )
+    return rows
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m bench.harness.kernel_sets", description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="nanovlm-222m")
+    parser.add_argument("--sets", default=";".join(SETS), help="separated by ;")
+    parser.add_argument("--compile", default="default", choices=("default", "reduce-overhead"))
+    parser.add_argument("--rounds", type=Range(int, least=1, most=1000), default=5)
+    parser.add_argument("--steps", type=Range(int, least=1, most=1000), default=5)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--name", default="", help="of the result file; default: kernel_sets")
+    parser.add_argument("--out", type=Path, help="folder of results (default: bench/results)")
+    parser.add_argument("--serve", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--truth", default="", help=argparse.SUPPRESS)
+    return parser
+
+
+@reports_errors(RuntimeError)
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    if args.serve:
+        return serve(args)
+    device = pick_device(args.device)
+    if device.type != "cuda":
+        raise ValueError("kernels run on a GPU, and there is none here: see bench.compiled_step")
+    if PLAIN not in args.sets.split(";"):
+        raise ValueError(f"--sets {args.sets}: {PLAIN!r} must be among them, to compare with")
+    config, train = preset(args.preset)
+    budget, batch = budget_and_batch(Options(args.preset), config, train)
+    flops = step_flops(config, batch.n_images, batch.n_tokens, batch.n_labels, batch.n_pairs)
+    peak = peak_flops(device, torch.bfloat16)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure(args, Path(folder))
+    for row in rows.values():
+        if "median" in row:
+            row["tokens_per_s"] = batch.n_tokens / row["median"]
+            if peak:
+                row["mfu"] = flops / row["median"] / peak
+    result = {
+        "preset": args.preset,
+        "compile": args.compile,
+        "budget": dataclasses.asdict(budget),
+        "work": {"tokens": batch.n_tokens, "images": batch.n_images, "labels": batch.n_labels},
+        "flops": flops,
+        "variants": rows,
+    }
+    print(lined_up(set_rows(result)))
+    print(f"written: {write(args.name or 'kernel_sets', device, result, args.out)}")
+    return int(any("error" in row for row in rows.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
