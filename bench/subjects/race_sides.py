@@ -17,7 +17,7 @@ from bench.harness.timing import synchronize
 from bench.subjects.variants import NanoVLMModel
 from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.model import reference
-from nanovlm_fast.model.ops import choose_ops
+from nanovlm_fast.model.ops import Ops, choose_ops
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.packing.batch import PackedBatch
 from nanovlm_fast.packing.documents import IGNORE
@@ -90,8 +90,11 @@ class Fast:
 class PaddedModel(NanoVLMModel):
     """nanoVLM v0.1's model, in which no parameter holds several matrices in one.
 
-    `make_optimizers` asks for such matrices, because Muon orthogonalises each by itself.
+    `make_optimizers` asks for such matrices, because Muon orthogonalises each by itself, and for
+    the operations, because one of them may be the update.
     """
+
+    ops = Ops()
 
     def fused_parts(self) -> dict[str, dict[str, int]]:
         return {}

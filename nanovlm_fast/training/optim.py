@@ -177,7 +177,7 @@ def make_optimizers(model: VisionLanguageModel, config: TrainConfig) -> list[tor
         if config.optimizer == "muon":
             weights = dict(params=list(matrices), parts=list(matrices.values()))
             muon.append(dict(**weights, name=f"{part}.matrices", lr=lr * config.muon_scale))
-        weights_of_part = model.masters.of_all(module.parameters())
+        weights_of_part = masters_of(model).of_all(module.parameters())
         rest = [weight for weight in weights_of_part if weight not in matrices]
         if rest:
             adamw.append(dict(params=rest, lr=lr, name=part))
@@ -204,7 +204,7 @@ def _adamw(
     first = next(model.parameters())
     # Shards are no tensors with an address of their own.
     if model.ops.updated_by_kernel and not hasattr(first, "full_tensor"):
-        return KernelAdamW(groups, model.masters, betas, weight_decay)
+        return KernelAdamW(groups, masters_of(model), betas, weight_decay)
     # Fused reads `found_inf` on the device; capturable keeps the step count there too, so a skipped
     # step is not counted without the host knowing that it was skipped.
     return torch.optim.AdamW(
@@ -229,7 +229,7 @@ def matrices_of(model: VisionLanguageModel, part: str) -> dict[Tensor, list[int]
         whole_or_thirds = [rows]
         if "vision_encoder" in name and "qkv" in name:
             whole_or_thirds = [rows // 3] * 3
-        matrices[model.masters.of(layer.weight)] = fused.get(f"{name}.weight", whole_or_thirds)
+        matrices[masters_of(model).of(layer.weight)] = fused.get(f"{name}.weight", whole_or_thirds)
     return matrices
 
 
