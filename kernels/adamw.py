@@ -264,7 +264,7 @@ def adamw(
     device = masters[0].device
     rows = tuple(zip(*columns, sizes, groups, strict=True))
     if _capturing(device):
-        # Not from a cache: nothing is copied before the graph is replayed, and its memory is its own.
+        # Not from a cache: nothing is copied before the replay, and a graph's memory is its own.
         table = _table.__wrapped__(rows, device)
         chunks = _chunks.__wrapped__(sizes, device)
     else:

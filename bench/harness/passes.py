@@ -142,7 +142,6 @@ def as_graph(
         with torch.cuda.graph(graph, stream=stream, pool=pool):
             for _ in range(rounds):
                 call()
-        return graph.replay, True
     except torch.OutOfMemoryError:  # a RuntimeError too, but of another kind
         raise
     except RuntimeError:  # the call synchronises with the device somewhere
@@ -152,6 +151,16 @@ def as_graph(
                 call()
 
         return loop, False
+
+    # A replay reads the inputs where they were, and only `call` holds them: freed, their memory may
+    # no longer be mapped.
+    kept = call
+
+    def replay() -> None:
+        graph.replay()
+        assert kept
+
+    return replay, True
 
 
 def copy_bandwidth(device: torch.device) -> float:
