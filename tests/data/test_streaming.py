@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from nanovlm_fast.data.budget import measure_budget
 from nanovlm_fast.data.samples import SampleLoader
 from nanovlm_fast.data.sources import streamed
+from nanovlm_fast.data.sources.example import Example
 from nanovlm_fast.data.sources.registry import open_stream
 from nanovlm_fast.data.sources.streamed import StreamLost
 from nanovlm_fast.data.split import TEXT
@@ -189,3 +191,16 @@ def test_what_cannot_be_streamed_is_one_line(tmp_path):
     assert "give --max-steps" in error_of(train(tmp_path / "run", "--streaming"))
     options = "--streaming --max-steps 2"
     assert "--streaming reads a hub name" in error_of(train(tmp_path / "run", options))
+
+
+def test_pictures_that_cannot_be_read_are_not_held_out_with_one_that_cannot(tmp_path):
+    """Nor is a pipe waited for, which nobody may ever write to."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "empty").touch()
+    names = ("missing", "pipe", "empty")
+    unreadable = [Example(name, [tmp_path / name], [("q", name)]) for name in names]
+    assert [marks_of(example) for example in unreadable] == [[]] * 3
+    readable = Example("both", [tmp_path / "missing", b"picture"], [("q", "a")])
+    held_out = HeldOut([*marks_of(readable), *marks_of(unreadable[0])])
+    assert held_out.shows(readable)
+    assert not any(held_out.shows(example) for example in unreadable)
