@@ -20,7 +20,7 @@ import torch
 from nanovlm_fast.command import Parser, add_model_options, reports_errors
 from nanovlm_fast.data.chat import make_text
 from nanovlm_fast.data.images import Grid
-from nanovlm_fast.data.samples import load_tiles
+from nanovlm_fast.data.samples import tiles_shown
 from nanovlm_fast.data.sources.example import Example, Scoring, Source
 from nanovlm_fast.data.sources.registry import load_source
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
@@ -200,7 +200,7 @@ class Examiner:
                 example = self.source[index]
                 if self.mode == "first":
                     example = example.first()
-                tiles, grids = load_tiles(example.images, self.model.config)
+                tiles, grids = tiles_shown(example, self.model.config)
             except ValueError as error:
                 self.result.unreadable.append(str(error))
                 continue
@@ -300,7 +300,7 @@ def answer_samples(
     for i, index in enumerate(indices):
         try:
             example = source[int(index)].first() if mode == "first" else source[int(index)]
-            tiles, grids = load_tiles(example.images, config)
+            tiles, grids = tiles_shown(example, config)
             if not grids or not example.turns:
                 continue
             turn = i % len(example.turns)

@@ -110,7 +110,7 @@ class ShardMaker(Dataset):
             example = replace(example, images=[])
         sample = make_sample(example, self.model, self.text)
         sample.documents = sample.documents if example.turns else []
-        return shards.row_of(sample, example.turns, list(sample.tiles) if self.tiled else None)
+        return shards.row_of(sample, example.turns, self.tiled)
 
 
 def finished(folder: Path, plan: dict[str, Any]) -> dict[int, dict[str, Any]]:

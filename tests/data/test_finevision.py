@@ -15,14 +15,17 @@ from PIL import Image
 
 from nanovlm_fast.config import TrainConfig
 from nanovlm_fast.data.chat import make_text
+from nanovlm_fast.data.images import tiles_of
 from nanovlm_fast.data.places import absolute_paths
 from nanovlm_fast.data.prepare import main as prepare
-from nanovlm_fast.data.samples import SampleLoader, TooLong, make_sample
+from nanovlm_fast.data.samples import SampleLoader, TooLong, make_sample, tiles_shown
 from nanovlm_fast.data.sources.canvas import COPIES
 from nanovlm_fast.data.sources.finevision import RATINGS, finevision_example
 from nanovlm_fast.data.sources.registry import is_local, load_source, make_tokenizer
 from nanovlm_fast.data.sources.shards import Prepared
 from nanovlm_fast.data.stream import PackedStream, initial_states
+from nanovlm_fast.evaluate import Examiner
+from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.packing.packer import Budget
 from nanovlm_fast.presets import preset
 from tests.support.pictures import encoded, photograph
@@ -109,7 +112,7 @@ def test_more_images_than_allowed_are_named(tmp_path):
     load = small(write(tmp_path / "rows"), max_images=2)
     with pytest.raises(TooLong, match="rows/3: 3 images, --max-images is 2"):
         load.load(3)
-    assert load.load(1).tiles == (13, 13) and len(load.load(1).images) == 26
+    assert load.load(1).grids == ((3, 4), (3, 4)) and len(load.load(1).images) == 26
 
 
 @pytest.mark.parametrize(
@@ -173,6 +176,22 @@ def test_prepared_tiles_are_those_that_are_made_on_the_fly(tmp_path, capsys):
     assert load.load(2).documents == load.load(3).documents == []  # rated too low, too many images
     # By whole pictures: many of their tiles are plain and alike
     assert source.pictures().group(0) == {0, 1, 4}
+    # What an evaluation asks: the grids of the tiles must be known again
+    asking = [
+        Examiner(
+            VisionLanguageModel(fly.model), fly.text.tokenizer, one, "independent", False, None
+        )
+        for one in (source, fly.source)
+    ]
+    (ours, questions), (theirs, wanted) = (one.read_questions([0, 1, 4]) for one in asking)
+    assert np.array_equal(np.concatenate(ours), np.concatenate(theirs))
+    assert len(questions) == len(wanted) == 6
+    for one, other in zip(questions, wanted, strict=True):
+        assert np.array_equal(one.prompt.input_ids, other.prompt.input_ids)
+        assert np.array_equal(one.prompt.image_rows, other.prompt.image_rows)
+    squares = dataclasses.replace(fly.model, max_img_size=0, resize_to_max_side_len=False)
+    with pytest.raises(ValueError, match="rows/0: tiles of prepared data, for models that see"):
+        tiles_shown(source[0], squares)
     other = dataclasses.replace(fly.train, min_rating_relevance=1)
     with pytest.raises(ValueError, match="prepared with min_rating_relevance 2 and not None"):
         SampleLoader(source, fly.model, other, fly.text)
@@ -213,7 +232,7 @@ def test_tiles_rule_out_what_moves_whole_images():
     source = load_source("easy_vqa_canvas", "test")
     text = make_text(make_tokenizer(model, source), model, train.turns)
     sample = make_sample(source[0], model, text)
-    assert len(sample.images) == sum(sample.tiles)
+    assert len(sample.images) == sum(tiles_of(grid, model) for grid in sample.grids)
     shifted = dataclasses.replace(train, augment="shift")
     with pytest.raises(ValueError, match="--augment shift moves and mirrors whole images"):
         SampleLoader(source, model, shifted, text)

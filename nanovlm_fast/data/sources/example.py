@@ -12,7 +12,7 @@ import numpy as np
 
 from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.data.same import Pictures
-from nanovlm_fast.data.text import TextProcessor, Tokenizer, Turn
+from nanovlm_fast.data.text import Grid, TextProcessor, Tokenizer, Turn
 from nanovlm_fast.packing.documents import Document
 
 
@@ -41,6 +41,7 @@ class Example:
     ratings: dict[str, list[float | None]] = field(default_factory=dict)
     # Set for prepared data only (shards.py), whose `images` are one (n, 3, H, W) uint8 array
     documents: list[Document] | None = None
+    grids: list[Grid] | None = None  # of its pictures, where that array is their tiles
 
     def first(self) -> Example:
         """First image, first turn: what nanoVLM v0.1 takes of an example (--turns first)."""
