@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from nanovlm_fast.config import CHATML, VLMConfig
+from nanovlm_fast.data.images import printable
 from nanovlm_fast.data.text import Images, TextProcessor, Tokenizer, Turn
 from nanovlm_fast.packing.documents import IGNORE, Document
 
@@ -72,6 +73,8 @@ class ChatProcessor(TextProcessor):
         self.extra_tokens = dict(extra_tokens)
         known = tokenizer.base.token_to_id
         needed = [START, END, *self.extra_tokens.values()]
+        if twice := [token for token in needed if needed.count(token) > 1]:
+            raise ValueError(f"vlm_extra_tokens: {printable(repr(twice[0]))} stands for two things")
         if missing := [token for token in needed if known(token) is None]:
             more = f" and {len(missing) - 1} more" if missing[1:] else ""
             raise ValueError(
