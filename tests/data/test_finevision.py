@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from nanovlm_fast.config import TrainConfig
+from nanovlm_fast.data.budget import even_draw
 from nanovlm_fast.data.chat import make_text
 from nanovlm_fast.data.images import tiles_of
 from nanovlm_fast.data.places import absolute_paths
@@ -106,6 +107,16 @@ def test_turns_that_are_rated_too_low_are_dropped_and_counted(tmp_path):
     counted = sum((Counter(batch.dropped) for batch in batches), Counter())
     assert counted["relevance"] == 2 * counted["examples"] > 0
     assert small(str(load.train.data)).load(0).dropped == (), "the default drops none of 1 and more"
+
+
+def test_a_draw_of_tiles_takes_no_memory_and_an_empty_one_is_named(tmp_path):
+    data = write(tmp_path / "rows")
+    drawn = even_draw(small(data))
+    assert sorted(len(sample.images) for sample in drawn) == [0, 13, 13, 26, 39]
+    assert sum(sample.images.nbytes for sample in drawn) == 0
+    rated = write(tmp_path / "rated", ROWS[:1] * 3)
+    with pytest.raises(ValueError, match="no example is left with a turn: all are rated too low"):
+        even_draw(small(rated, min_rating_visual_dependency=4))
 
 
 def test_more_images_than_allowed_are_named(tmp_path):
