@@ -243,7 +243,7 @@ def evaluate(  # noqa: PLR0913  # the options of the command, by keyword
     *,
     mode: str = "independent",
     blank_images: bool = False,
-    examples_per_batch: int = 64,
+    examples_per_batch: int = 0,
     progress: bool = False,
     style: str = "greedy",
     seed: int = 0,
@@ -262,6 +262,7 @@ def evaluate(  # noqa: PLR0913  # the options of the command, by keyword
             v0.1 was scored, for comparison: sampled at temperature 1 and not cut at the end of
             sequence.
         seed: random seed of style "v0.1".
+        examples_per_batch: 0 stands for 64, and for fewer if their images are cut into tiles.
         alive: called before every batch; the watchdog of a run resets its timer there.
     """
     from tqdm import tqdm
@@ -270,6 +271,8 @@ def evaluate(  # noqa: PLR0913  # the options of the command, by keyword
     examiner = Examiner(model, tokenizer, source, mode, blank_images, sampled_from)
     was_training = model.training  # restored below, also after an error: a run trains on
     model.eval()
+    # As many tiles as there would be images
+    examples_per_batch = examples_per_batch or max(1, 64 // model.config.tiles_per_side**2)
     starts = range(0, len(source), examples_per_batch)
     try:
         for start in tqdm(starts, desc="evaluate", disable=not progress, leave=False):

@@ -25,7 +25,7 @@ from nanovlm_fast.data.sources.finevision import RATINGS, finevision_example
 from nanovlm_fast.data.sources.registry import is_local, load_source, make_tokenizer
 from nanovlm_fast.data.sources.shards import Prepared
 from nanovlm_fast.data.stream import PackedStream, initial_states
-from nanovlm_fast.evaluate import Examiner
+from nanovlm_fast.evaluate import Examiner, evaluate
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.packing.packer import Budget
 from nanovlm_fast.presets import preset
@@ -200,6 +200,11 @@ def test_prepared_tiles_are_those_that_are_made_on_the_fly(tmp_path, capsys):
     for one, other in zip(questions, wanted, strict=True):
         assert np.array_equal(one.prompt.input_ids, other.prompt.input_ids)
         assert np.array_equal(one.prompt.image_rows, other.prompt.image_rows)
+    # Of a worker's memory, 4 x 4 tiles take as much as 16 images
+    assert source.manifest["shard_samples"] == 512 // 16
+    batches: list[None] = []
+    evaluate(asking[0].model, fly.text.tokenizer, source, alive=lambda: batches.append(None))
+    assert len(batches) == 2, "of 64 // 16 examples each, and there are 5"
     squares = dataclasses.replace(fly.model, max_img_size=0, resize_to_max_side_len=False)
     with pytest.raises(ValueError, match="rows/0: tiles of prepared data, for models that see"):
         tiles_shown(source[0], squares)
