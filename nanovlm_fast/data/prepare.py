@@ -35,9 +35,9 @@ from nanovlm_fast.data.chat import make_text
 from nanovlm_fast.data.places import absolute_paths
 from nanovlm_fast.data.samples import TooLong, chosen, make_sample
 from nanovlm_fast.data.sources import shards
-from nanovlm_fast.data.sources.cauldron import read_streaming
 from nanovlm_fast.data.sources.example import Example, Source
 from nanovlm_fast.data.sources.registry import load_source, make_tokenizer, streamable
+from nanovlm_fast.data.sources.streamed import read_streaming
 from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.data.workers import as_is, begin_worker
 from nanovlm_fast.files import read_json
