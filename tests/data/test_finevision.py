@@ -200,6 +200,9 @@ def test_prepared_tiles_are_those_that_are_made_on_the_fly(tmp_path, capsys):
     for one, other in zip(questions, wanted, strict=True):
         assert np.array_equal(one.prompt.input_ids, other.prompt.input_ids)
         assert np.array_equal(one.prompt.image_rows, other.prompt.image_rows)
+    first = source[1].first()
+    assert len(source[1].images) == 26 and np.array_equal(first.images, source[1].images[:13])
+    assert first.grids == [(3, 4)] and first.turns == source[1].turns[:1]
     # Of a worker's memory, 4 x 4 tiles take as much as 16 images
     assert source.manifest["shard_samples"] == 512 // 16
     batches: list[None] = []

@@ -46,7 +46,16 @@ class Example:
     def first(self) -> Example:
         """First image, first turn: what nanoVLM v0.1 takes of an example (--turns first)."""
         ratings = {name: of_turns[:1] for name, of_turns in self.ratings.items()}
-        return replace(self, images=self.images[:1], turns=self.turns[:1], ratings=ratings)
+        grids = self.grids and self.grids[:1]
+        images = self.images[: self._tiles_of_first() if grids else 1]
+        return replace(self, images=images, turns=self.turns[:1], ratings=ratings, grids=grids)
+
+    def _tiles_of_first(self) -> int:
+        """Tiles of the first picture, where `images` are tiles."""
+        each = [rows * columns for rows, columns in self.grids or ()]
+        # More than the grids have: a tile of the whole goes before those of a picture that is cut
+        whole = len(self.images) > sum(each)
+        return each[0] + (whole and each[0] > 1)
 
     def keep(self, wanted: Sequence[int]) -> Example:
         """The example with these of its turns, by number."""
