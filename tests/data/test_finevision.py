@@ -95,6 +95,12 @@ def test_a_row_is_its_images_turns_and_ratings(tmp_path):
     assert source.pictures().group(0) == {0, 1, 3, 4}, "they show the same picture"
 
 
+def test_no_test_split_is_looked_for_on_the_hub():
+    """It would be found out after a download of all of FineVision."""
+    with pytest.raises(FileNotFoundError, match="2 has no split 'test', only: train"):
+        load_source("finevision", "test")
+
+
 def test_turns_that_are_rated_too_low_are_dropped_and_counted(tmp_path):
     load = small(write(tmp_path / "rows"), min_rating_visual_dependency=2, min_rating_relevance=2)
     samples = [load.load(i) for i in range(len(ROWS))]

@@ -63,7 +63,9 @@ def test_one_and_two_columns_have_a_gradient_of_nothing_but_rounding(width):
     ours, plain = run(layer_norm, inputs), run(layer_norm_reference, inputs)
     for name, value in plain.items():
         # rstd is 1,000 here, and a GPU fuses a product and a sum where PyTorch rounds between them.
-        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-5 if DEVICE == "cpu" else 3e-4)
+        torch.testing.assert_close(
+            ours[name], value, rtol=1e-5, atol=1e-5 if DEVICE == "cpu" else 3e-4
+        )
 
 
 @on_the_gpu_too

@@ -120,11 +120,12 @@ class Cauldron(Source):
 
     COLUMNS: ClassVar[tuple[str, ...]] = ("images", "texts")
     OPTIONAL: ClassVar[tuple[str, ...]] = ()
+    TRAIN_ONLY: ClassVar[str] = CAULDRON  # a data set on the hub
 
     def __init__(self, data: str, split: str):
         # Known without the hub, where finding out would mean to download the training split
-        if data.partition(":")[0] == CAULDRON and split != "train":
-            raise FileNotFoundError(f"{CAULDRON} has no split {split!r}, only: train")
+        if data.partition(":")[0] == self.TRAIN_ONLY and split != "train":
+            raise FileNotFoundError(f"{self.TRAIN_ONLY} has no split {split!r}, only: train")
         self.parts = [
             (where, self.rows_of(read_splits(name, config), split, where))
             for where, name, config in configurations(data)
