@@ -105,11 +105,6 @@ class Question:
     number: tuple[int, int]  # example and turn
 
 
-def scoring_of(source: Source, model: VisionLanguageModel) -> Scoring:
-    """How the source is scored: its own way, or the model's prompt and exact matches."""
-    return source.scoring or Scoring(prompt=model.config.prompt)
-
-
 def make_prompt(
     model: VisionLanguageModel,
     text: TextProcessor,
@@ -153,7 +148,7 @@ class Examiner:
     result: Evaluation = field(default_factory=Evaluation)
 
     def __post_init__(self) -> None:
-        self.scoring = scoring_of(self.source, self.model)
+        self.scoring = self.source.scoring or Scoring(prompt="")
         config = self.model.config
         self.text = make_text(self.tokenizer, config, "independent", self.scoring.prompt)
 
@@ -297,7 +292,7 @@ def answer_samples(
     """
     config = model.config
     device = next(model.parameters()).device
-    text = make_text(tokenizer, config, mode, scoring_of(source, model).prompt)
+    text = make_text(tokenizer, config, mode, source.scoring.prompt if source.scoring else "")
     samples = []
     indices = np.unique(np.linspace(0, len(source) - 1, count).astype(int))
     for i, index in enumerate(indices):

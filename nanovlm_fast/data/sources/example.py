@@ -67,7 +67,8 @@ class Example:
 class Scoring:
     """How an evaluation asks the questions of a data set and judges the replies."""
 
-    prompt: str  # with {question}; special tokens in it are special
+    # With {question}; '': the model's own. Special tokens in it are special, except in ChatML
+    prompt: str
     reply_tokens: int = 0  # tokens of a reply; 0: what the right answer takes
     right: Callable[[str, str], bool] = str.__eq__  # (stripped reply, stripped answer)
 
