@@ -8,6 +8,7 @@ command line gives comes last.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,17 @@ def make_parser() -> HfArgumentParser:
     parser = HfArgumentParser(
         configs, allow_abbrev=False, description="Train a vision-language model."
     )
+    # A preset may switch on what is off by default
+    for field in (field for config in configs for field in dataclasses.fields(config)):
+        if field.default is False:
+            names = (f"--no_{field.name}", f"--no-{field.name.replace('_', '-')}")
+            parser.add_argument(
+                *names,
+                action="store_false",
+                dest=field.name,
+                default=False,
+                help=argparse.SUPPRESS,
+            )
     # An error is one line, without the usage of all options before it.
     parser.print_usage = lambda *_: None  # type: ignore[method-assign]  # of this parser alone
     return parser

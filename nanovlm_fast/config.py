@@ -182,6 +182,11 @@ class VLMConfig:
             if self.resize_to_max_side_len:
                 raise ValueError("resize_to_max_side_len needs a max_img_size")
             return
+        if not self.lm_chat_template:
+            raise ValueError(
+                f"max_img_size = {self.max_img_size} needs an lm_chat_template: the plain prompt "
+                "has no place for tiles"
+            )
         _check_multiple("max_img_size", self.max_img_size, "vit_img_size", self.vit_img_size)
         side = self.tiles_per_side
         if side > MAX_TILES_PER_SIDE:

@@ -20,7 +20,7 @@ import torch
 from nanovlm_fast.command import Parser, add_model_options, reports_errors
 from nanovlm_fast.data.chat import make_text
 from nanovlm_fast.data.images import Grid
-from nanovlm_fast.data.samples import load_tiles
+from nanovlm_fast.data.samples import tiles_shown
 from nanovlm_fast.data.sources.example import Example, Scoring, Source
 from nanovlm_fast.data.sources.registry import load_source
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
@@ -105,11 +105,6 @@ class Question:
     number: tuple[int, int]  # example and turn
 
 
-def scoring_of(source: Source, model: VisionLanguageModel) -> Scoring:
-    """How the source is scored: its own way, or the model's prompt and exact matches."""
-    return source.scoring or Scoring(prompt=model.config.prompt)
-
-
 def make_prompt(
     model: VisionLanguageModel,
     text: TextProcessor,
@@ -153,7 +148,7 @@ class Examiner:
     result: Evaluation = field(default_factory=Evaluation)
 
     def __post_init__(self) -> None:
-        self.scoring = scoring_of(self.source, self.model)
+        self.scoring = self.source.scoring or Scoring(prompt="")
         config = self.model.config
         self.text = make_text(self.tokenizer, config, "independent", self.scoring.prompt)
 
@@ -200,7 +195,7 @@ class Examiner:
                 example = self.source[index]
                 if self.mode == "first":
                     example = example.first()
-                tiles, grids = load_tiles(example.images, self.model.config)
+                tiles, grids = tiles_shown(example, self.model.config)
             except ValueError as error:
                 self.result.unreadable.append(str(error))
                 continue
@@ -243,7 +238,7 @@ def evaluate(  # noqa: PLR0913  # the options of the command, by keyword
     *,
     mode: str = "independent",
     blank_images: bool = False,
-    examples_per_batch: int = 64,
+    examples_per_batch: int = 0,
     progress: bool = False,
     style: str = "greedy",
     seed: int = 0,
@@ -262,6 +257,7 @@ def evaluate(  # noqa: PLR0913  # the options of the command, by keyword
             v0.1 was scored, for comparison: sampled at temperature 1 and not cut at the end of
             sequence.
         seed: random seed of style "v0.1".
+        examples_per_batch: 0 stands for 64, and for fewer if their images are cut into tiles.
         alive: called before every batch; the watchdog of a run resets its timer there.
     """
     from tqdm import tqdm
@@ -270,6 +266,8 @@ def evaluate(  # noqa: PLR0913  # the options of the command, by keyword
     examiner = Examiner(model, tokenizer, source, mode, blank_images, sampled_from)
     was_training = model.training  # restored below, also after an error: a run trains on
     model.eval()
+    # As many tiles as there would be images
+    examples_per_batch = examples_per_batch or max(1, 64 // model.config.tiles_per_side**2)
     starts = range(0, len(source), examples_per_batch)
     try:
         for start in tqdm(starts, desc="evaluate", disable=not progress, leave=False):
@@ -294,13 +292,13 @@ def answer_samples(
     """
     config = model.config
     device = next(model.parameters()).device
-    text = make_text(tokenizer, config, mode, scoring_of(source, model).prompt)
+    text = make_text(tokenizer, config, mode, source.scoring.prompt if source.scoring else "")
     samples = []
     indices = np.unique(np.linspace(0, len(source) - 1, count).astype(int))
     for i, index in enumerate(indices):
         try:
             example = source[int(index)].first() if mode == "first" else source[int(index)]
-            tiles, grids = load_tiles(example.images, config)
+            tiles, grids = tiles_shown(example, config)
             if not grids or not example.turns:
                 continue
             turn = i % len(example.turns)

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from nanovlm_fast.config import CHATML, VLMConfig
+from nanovlm_fast.data.images import printable
 from nanovlm_fast.data.text import Images, TextProcessor, Tokenizer, Turn
 from nanovlm_fast.packing.documents import IGNORE, Document
 
@@ -30,22 +31,21 @@ GLOBAL = "global_image_token"
 Piece = str | list[int]
 
 
-def make_text(
-    tokenizer: Tokenizer, model: VLMConfig, mode: str, prompt: str | None = None
-) -> TextProcessor:
+def make_text(tokenizer: Tokenizer, model: VLMConfig, mode: str, prompt: str = "") -> TextProcessor:
     """What makes documents for a model: conversations if it has a template, else its prompt.
 
-    `prompt` replaces the model's own, where it has no template. Raises ValueError for a template
-    other than ChatML's, and if the tokenizer lacks a token.
+    `prompt`, of a benchmark, is put around every question: in place of the model's own, or as what
+    the user of a conversation says. Raises ValueError for a template other than ChatML's, and if
+    the tokenizer lacks a token.
     """
     if not model.lm_chat_template:
-        own = model.prompt if prompt is None else prompt
-        return TextProcessor(tokenizer, own, model.image_tokens, mode)
+        return TextProcessor(tokenizer, prompt or model.prompt, model.image_tokens, mode)
     if _plain(model.lm_chat_template) != _plain(CHATML):
         raise ValueError(
             f"lm_chat_template: only nanoVLM's ChatML without a system prompt is known, {CHATML!r}"
         )
-    return ChatProcessor(tokenizer, model.vlm_extra_tokens, model.image_tokens, mode)
+    said = prompt or "{question}"
+    return ChatProcessor(tokenizer, model.vlm_extra_tokens, model.image_tokens, mode, said)
 
 
 def _plain(template: str) -> str:
@@ -67,11 +67,14 @@ class ChatProcessor(TextProcessor):
         extra_tokens: Mapping[str, str],
         image_tokens: int,
         mode: str = "chat",
+        prompt: str = "{question}",
     ):
-        super().__init__(tokenizer, "{question}", image_tokens, mode)
+        super().__init__(tokenizer, prompt, image_tokens, mode)
         self.extra_tokens = dict(extra_tokens)
         known = tokenizer.base.token_to_id
         needed = [START, END, *self.extra_tokens.values()]
+        if twice := [token for token in needed if needed.count(token) > 1]:
+            raise ValueError(f"vlm_extra_tokens: {printable(repr(twice[0]))} stands for two things")
         if missing := [token for token in needed if known(token) is None]:
             more = f" and {len(missing) - 1} more" if missing[1:] else ""
             raise ValueError(
@@ -143,7 +146,8 @@ class ChatProcessor(TextProcessor):
         targets: list[int] = []
         for number, (question, answer) in enumerate(turns):
             shown = [] if number else images
-            asked: list[Piece] = [[self.start], "user\n", *shown, self.words(question)]
+            text = self.words(self.prompt.format(question=question))
+            asked: list[Piece] = [[self.start], "user\n", *shown, text]
             ask = self._encode_all([*asked, [self.end], "\n"])
             said: list[Piece] = [[self.start], f"assistant\n{self.words(answer)}"]
             reply = self._encode_all(said)

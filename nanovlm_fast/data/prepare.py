@@ -35,9 +35,9 @@ from nanovlm_fast.data.chat import make_text
 from nanovlm_fast.data.places import absolute_paths
 from nanovlm_fast.data.samples import TooLong, chosen, make_sample
 from nanovlm_fast.data.sources import shards
-from nanovlm_fast.data.sources.cauldron import read_streaming
 from nanovlm_fast.data.sources.example import Example, Source
 from nanovlm_fast.data.sources.registry import load_source, make_tokenizer, streamable
+from nanovlm_fast.data.sources.streamed import read_streaming
 from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.data.workers import as_is, begin_worker
 from nanovlm_fast.files import read_json
@@ -50,6 +50,10 @@ from nanovlm_fast.threads import cores_of
 # stands for one that could not be read
 Items = Iterable[int | Example | ValueError]
 Task = tuple[int, Items]  # the number of a shard, and what it holds
+
+
+# Images, or tiles of them, that a shard holds unless --shard-samples says how many examples it has
+SHARD_IMAGES = 512
 
 
 class ShardMaker(Dataset):
@@ -110,7 +114,7 @@ class ShardMaker(Dataset):
             example = replace(example, images=[])
         sample = make_sample(example, self.model, self.text)
         sample.documents = sample.documents if example.turns else []
-        return shards.row_of(sample, example.turns, list(sample.tiles) if self.tiled else None)
+        return shards.row_of(sample, example.turns, self.tiled)
 
 
 def finished(folder: Path, plan: dict[str, Any]) -> dict[int, dict[str, Any]]:
@@ -191,6 +195,7 @@ def prepare(model: VLMConfig, train: TrainConfig, args: argparse.Namespace) -> d
         )
     tokenizer = make_tokenizer(model, source)
     text = make_text(tokenizer, model, train.turns)
+    per_shard = args.shard_samples or max(1, SHARD_IMAGES // model.tiles_per_side**2)
     # All that decides what the shards hold: with another plan the folder is refused
     plan = {
         "format": shards.FORMAT,
@@ -198,7 +203,7 @@ def prepare(model: VLMConfig, train: TrainConfig, args: argparse.Namespace) -> d
         "split": args.split,
         "fingerprint": None if source is None else source.fingerprint,
         "examples": None if source is None else len(source),
-        "shard_samples": args.shard_samples,
+        "shard_samples": per_shard,
         "lm_tokenizer": model.lm_tokenizer,
         "processing": shards.processing(model, text, train),
     }
@@ -206,7 +211,7 @@ def prepare(model: VLMConfig, train: TrainConfig, args: argparse.Namespace) -> d
     ready = sum(entry["examples"] for entry in done.values())
     if source is None:
         # What is skipped fills whole shards: each takes --shard-samples examples, bad ones included
-        skip = first_missing(done) * args.shard_samples
+        skip = first_missing(done) * per_shard
         kind, place = streamable(train.data)
         examples: Items = read_streaming(place, args.split, skip, kind)
     else:
@@ -222,7 +227,7 @@ def prepare(model: VLMConfig, train: TrainConfig, args: argparse.Namespace) -> d
     made = DataLoader(
         maker,
         batch_size=None,
-        sampler=tasks(examples, args.shard_samples, done),
+        sampler=tasks(examples, per_shard, done),
         num_workers=args.workers,
         collate_fn=as_is,
         worker_init_fn=begin_worker,
@@ -327,7 +332,10 @@ def make_parser() -> Parser:
         help="processes; 0: all in this one",
     )
     parser.add_argument(
-        "--shard-samples", type=Range(int, least=1), default=512, help="examples per shard"
+        "--shard-samples",
+        type=Range(int, least=1),
+        help=f"examples per shard, which a worker holds in memory (default: {SHARD_IMAGES}, and "
+        "fewer where images are cut into tiles)",
     )
     parser.add_argument(
         "--streaming",

@@ -113,11 +113,11 @@ def of_files(paths: Iterable[Iterable[Path]]) -> Pictures:
     # reshape, for no pictures at all
     examples, files = np.array(shown, np.int64).reshape(-1, 2).T
     names = list(numbers)
-    sizes = np.array([_size(path) for path in names], np.int64)
+    sizes = np.array([size_of_file(path) for path in names], np.int64)
     return Pictures(examples.copy(), files.copy(), sizes, lambda file: names[file].read_bytes())
 
 
-def _size(path: Path) -> int:
+def size_of_file(path: Path) -> int:
     """Bytes of a file, -1 if it cannot be read or is too large."""
     try:
         # Reading a pipe or a device may never end

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from nanovlm_fast.config import TrainConfig, VLMConfig
-from nanovlm_fast.data.images import Grid, augment, load_image, split_image, tiles_of
+from nanovlm_fast.data.images import Grid, augment, load_image, split_image
 from nanovlm_fast.data.sources.example import Example, Source
 from nanovlm_fast.data.sources.finevision import RATINGS
 from nanovlm_fast.data.text import TextProcessor
@@ -48,6 +48,20 @@ def load_tiles(images: Sequence[Any], model: VLMConfig) -> tuple[np.ndarray, lis
     return np.concatenate(tiles or [_no_images(size)]), [grid for _, grid in cut]
 
 
+def tiles_shown(example: Example, model: VLMConfig) -> tuple[np.ndarray, list[Grid]]:
+    """`load_tiles` of the example's images, which prepared data holds already.
+
+    Raises ValueError for data that was prepared for another model's images.
+    """
+    if example.grids is None:
+        return load_tiles(example.images, model)
+    tiles = np.array(example.images)  # a copy: what the file is mapped to cannot be written to
+    if not model.max_img_size or tiles.shape[1:] != (3, model.vit_img_size, model.vit_img_size):
+        what = "tiles of prepared data, for models that see other ones or none"
+        raise ValueError(f"{example.name}: {what}")
+    return tiles, example.grids
+
+
 def _no_images(size: int) -> np.ndarray:
     return np.zeros((0, 3, size, size), np.uint8)
 
@@ -63,8 +77,7 @@ def make_sample(example: Example, model: VLMConfig, text: TextProcessor) -> Samp
         documents = text.documents(example.turns, grids)
     except ValueError as error:
         raise ValueError(f"{example.name}: {error}") from error
-    counts = tuple(tiles_of(grid, model) for grid in grids)
-    return Sample(example.name, tiles, documents, tiles=counts)
+    return Sample(example.name, tiles, documents, grids=tuple(grids))
 
 
 def build(example: Example, model: VLMConfig, train: TrainConfig, text: TextProcessor) -> Sample:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from nanovlm_fast.config import TrainConfig
-from nanovlm_fast.data.same import digest_of
+from nanovlm_fast.data.same import digest_of, size_of_file
 from nanovlm_fast.data.samples import SampleLoader
 from nanovlm_fast.data.sources.example import Example, Source
 from nanovlm_fast.data.sources.streamed import Place, StreamedRows
@@ -127,13 +127,19 @@ class HeldOut:
         # By size first: most pictures have a size that no held-out one has, and are not read
         if not example.images:
             return TEXT in self.sizes and (TEXT, digest_of_text(example)) in self.marks
-        contents = [content_of(image) for image in example.images]
-        same_size = [content for content in contents if len(content) in self.sizes]
-        return any((len(content), digest_of(content)) in self.marks for content in same_size)
+        same_size = [image for image in example.images if size_of(image) in self.sizes]
+        return any(
+            (size_of(image), digest_of(content_of(image))) in self.marks for image in same_size
+        )
+
+
+def size_of(image: Any) -> int:
+    """Bytes of the file behind an image, -1 if it cannot be read: its sample will say so."""
+    return len(image) or -1 if isinstance(image, bytes) else size_of_file(image)
 
 
 def content_of(image: Any) -> bytes:
-    """The file behind an image, empty if it cannot be read: its sample will say so."""
+    """The file behind an image, empty if it cannot be read."""
     if isinstance(image, bytes):
         return image
     try:
@@ -143,10 +149,13 @@ def content_of(image: Any) -> bytes:
 
 
 def marks_of(example: Example) -> list[list[Any]]:
-    """What identifies the example's pictures, or the example if it has none."""
-    contents = [content_of(image) for image in example.images]
-    found = [[len(content), digest_of(content)] for content in contents]
-    return found or [[TEXT, digest_of_text(example)]]
+    """What identifies the example's pictures, or the example if it has none.
+
+    A picture that cannot be read is none: all such pictures would be the same one.
+    """
+    readable = [image for image in example.images if size_of(image) > 0]
+    found = [[size_of(image), digest_of(content_of(image))] for image in readable]
+    return found if example.images else [[TEXT, digest_of_text(example)]]
 
 
 class StreamedStream(PackedStream):

@@ -33,7 +33,8 @@ class Sample:
     images: np.ndarray
     documents: list[Document]
     key: int = 0  # its position in the stream, from which a resumed run reads it again
-    tiles: tuple[int, ...] = ()  # of each picture, where `images` are tiles
+    # (rows, columns) of each picture's tiles, where `images` are tiles
+    grids: tuple[tuple[int, int], ...] = ()
     dropped: tuple[str, ...] = ()  # why turns of the example were dropped, one reason for each
 
     # Cached: the packer compares the sizes of every buffered sample for every batch

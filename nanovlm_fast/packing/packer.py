@@ -126,7 +126,8 @@ class Budget:
         )
         # 4: for the padding of full batches
         room_for_documents = share(documents, ROOM["documents"]) + 4
-        room_for_labels = max(share(labels, ROOM["labels"]), max(labels))
+        # A batch has no more labels than tokens, however their share varies
+        room_for_labels = min(max(share(labels, ROOM["labels"]), max(labels)), tokens)
         return Budget(
             tokens=tokens,
             documents=max(room_for_documents, alone),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import pickle
+import re
 from functools import cache
 from pathlib import Path
 
@@ -162,6 +163,12 @@ def test_what_the_tokenizer_or_the_model_lacks_is_named():
         chat.document(TALK, [(9, 2)])
     with pytest.raises(ValueError, match="vlm_extra_tokens has no image_token"):
         ChatProcessor(trained(), PLACES, 2).document(TALK, [(1, 1)])
+    # Image tokens are found by their id, so it must not stand for anything else
+    for same in (PLACES["r1c1"], END):
+        with pytest.raises(
+            ValueError, match=f"vlm_extra_tokens: '{re.escape(same)}' stands for two"
+        ):
+            ChatProcessor(trained(), {**EXTRA, "image_token": same}, 2)
 
 
 # Recorded from huggingface/nanoVLM's main (2025-10-27): ids, and the positions with labels, with

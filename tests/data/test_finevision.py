@@ -14,15 +14,19 @@ import pytest
 from PIL import Image
 
 from nanovlm_fast.config import TrainConfig
+from nanovlm_fast.data.budget import even_draw
 from nanovlm_fast.data.chat import make_text
+from nanovlm_fast.data.images import tiles_of
 from nanovlm_fast.data.places import absolute_paths
 from nanovlm_fast.data.prepare import main as prepare
-from nanovlm_fast.data.samples import SampleLoader, TooLong, make_sample
+from nanovlm_fast.data.samples import SampleLoader, TooLong, make_sample, tiles_shown
 from nanovlm_fast.data.sources.canvas import COPIES
 from nanovlm_fast.data.sources.finevision import RATINGS, finevision_example
 from nanovlm_fast.data.sources.registry import is_local, load_source, make_tokenizer
 from nanovlm_fast.data.sources.shards import Prepared
 from nanovlm_fast.data.stream import PackedStream, initial_states
+from nanovlm_fast.evaluate import Examiner, evaluate
+from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.packing.packer import Budget
 from nanovlm_fast.presets import preset
 from tests.support.pictures import encoded, photograph
@@ -91,6 +95,12 @@ def test_a_row_is_its_images_turns_and_ratings(tmp_path):
     assert source.pictures().group(0) == {0, 1, 3, 4}, "they show the same picture"
 
 
+def test_no_test_split_is_looked_for_on_the_hub():
+    """It would be found out after a download of all of FineVision."""
+    with pytest.raises(FileNotFoundError, match="2 has no split 'test', only: train"):
+        load_source("finevision", "test")
+
+
 def test_turns_that_are_rated_too_low_are_dropped_and_counted(tmp_path):
     load = small(write(tmp_path / "rows"), min_rating_visual_dependency=2, min_rating_relevance=2)
     samples = [load.load(i) for i in range(len(ROWS))]
@@ -105,11 +115,21 @@ def test_turns_that_are_rated_too_low_are_dropped_and_counted(tmp_path):
     assert small(str(load.train.data)).load(0).dropped == (), "the default drops none of 1 and more"
 
 
+def test_a_draw_of_tiles_takes_no_memory_and_an_empty_one_is_named(tmp_path):
+    data = write(tmp_path / "rows")
+    drawn = even_draw(small(data))
+    assert sorted(len(sample.images) for sample in drawn) == [0, 13, 13, 26, 39]
+    assert sum(sample.images.nbytes for sample in drawn) == 0
+    rated = write(tmp_path / "rated", ROWS[:1] * 3)
+    with pytest.raises(ValueError, match="no example is left with a turn: all are rated too low"):
+        even_draw(small(rated, min_rating_visual_dependency=4))
+
+
 def test_more_images_than_allowed_are_named(tmp_path):
     load = small(write(tmp_path / "rows"), max_images=2)
     with pytest.raises(TooLong, match="rows/3: 3 images, --max-images is 2"):
         load.load(3)
-    assert load.load(1).tiles == (13, 13) and len(load.load(1).images) == 26
+    assert load.load(1).grids == ((3, 4), (3, 4)) and len(load.load(1).images) == 26
 
 
 @pytest.mark.parametrize(
@@ -173,6 +193,30 @@ def test_prepared_tiles_are_those_that_are_made_on_the_fly(tmp_path, capsys):
     assert load.load(2).documents == load.load(3).documents == []  # rated too low, too many images
     # By whole pictures: many of their tiles are plain and alike
     assert source.pictures().group(0) == {0, 1, 4}
+    # What an evaluation asks: the grids of the tiles must be known again
+    asking = [
+        Examiner(
+            VisionLanguageModel(fly.model), fly.text.tokenizer, one, "independent", False, None
+        )
+        for one in (source, fly.source)
+    ]
+    (ours, questions), (theirs, wanted) = (one.read_questions([0, 1, 4]) for one in asking)
+    assert np.array_equal(np.concatenate(ours), np.concatenate(theirs))
+    assert len(questions) == len(wanted) == 6
+    for one, other in zip(questions, wanted, strict=True):
+        assert np.array_equal(one.prompt.input_ids, other.prompt.input_ids)
+        assert np.array_equal(one.prompt.image_rows, other.prompt.image_rows)
+    first = source[1].first()
+    assert len(source[1].images) == 26 and np.array_equal(first.images, source[1].images[:13])
+    assert first.grids == [(3, 4)] and first.turns == source[1].turns[:1]
+    # Of a worker's memory, 4 x 4 tiles take as much as 16 images
+    assert source.manifest["shard_samples"] == 512 // 16
+    batches: list[None] = []
+    evaluate(asking[0].model, fly.text.tokenizer, source, alive=lambda: batches.append(None))
+    assert len(batches) == 2, "of 64 // 16 examples each, and there are 5"
+    squares = dataclasses.replace(fly.model, max_img_size=0, resize_to_max_side_len=False)
+    with pytest.raises(ValueError, match="rows/0: tiles of prepared data, for models that see"):
+        tiles_shown(source[0], squares)
     other = dataclasses.replace(fly.train, min_rating_relevance=1)
     with pytest.raises(ValueError, match="prepared with min_rating_relevance 2 and not None"):
         SampleLoader(source, fly.model, other, fly.text)
@@ -213,7 +257,7 @@ def test_tiles_rule_out_what_moves_whole_images():
     source = load_source("easy_vqa_canvas", "test")
     text = make_text(make_tokenizer(model, source), model, train.turns)
     sample = make_sample(source[0], model, text)
-    assert len(sample.images) == sum(sample.tiles)
+    assert len(sample.images) == sum(tiles_of(grid, model) for grid in sample.grids)
     shifted = dataclasses.replace(train, augment="shift")
     with pytest.raises(ValueError, match="--augment shift moves and mirrors whole images"):
         SampleLoader(source, model, shifted, text)

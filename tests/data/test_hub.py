@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from nanovlm_fast.data.images import BadImage, load_image
-from nanovlm_fast.data.sources.cauldron import ALL45, CAULDRON, configurations, read_streaming
+from nanovlm_fast.data.sources.cauldron import ALL45, CAULDRON, configurations
 from nanovlm_fast.data.sources.mmstar import MMStar
 from nanovlm_fast.data.sources.registry import load_source
+from nanovlm_fast.data.sources.streamed import read_streaming
 from tests.support import forks
 from tests.support.pictures import (
     cauldron,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import pytest
 from nanovlm_fast.data.budget import measure_budget
 from nanovlm_fast.data.samples import SampleLoader
 from nanovlm_fast.data.sources import streamed
+from nanovlm_fast.data.sources.example import Example
 from nanovlm_fast.data.sources.registry import open_stream
-from nanovlm_fast.data.sources.streamed import StreamLost
+from nanovlm_fast.data.sources.streamed import StreamLost, read_streaming
 from nanovlm_fast.data.split import TEXT
 from nanovlm_fast.data.stream import advance, deal, initial_states
 from nanovlm_fast.data.streaming import (
@@ -146,10 +148,11 @@ def test_an_interruption_is_tried_again_from_the_same_row(tmp_path, monkeypatch,
     rows = open_stream(data, "train")
     wanted = [row.turns for row, _ in rows.read(0)]
     pauses: list[float] = []
+    mended = [True]
 
     def pause(seconds: float) -> None:
         pauses.append(seconds)
-        if len(pauses) == 2:
+        if len(pauses) == 2 and mended:
             file.write_bytes(whole)
 
     monkeypatch.setattr(streamed.time, "sleep", pause)
@@ -161,10 +164,25 @@ def test_an_interruption_is_tried_again_from_the_same_row(tmp_path, monkeypatch,
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2 and "file 0 after row 10: " in said[0] and "in 2 s" in said[1]
 
+    mended.clear()
+    pauses.clear()
     file.write_bytes(whole[: len(whole) // 4])
     with pytest.raises(StreamLost, match=r"file 0 after row 10: .* \(6 attempts; --resume goes on"):
         list(rows.read(0, before[-1][1]))
-    assert pauses[2:] == [1, 2, 4, 8, 16]
+    assert pauses == [1, 2, 4, 8, 16]
+
+    # As data.prepare reads; here the second file is cut
+    mended.append(True)
+    pauses.clear()
+    data = write(tmp_path / "two", easy_vqa_rows(ROWS), 2)
+    file = sorted((tmp_path / "two").iterdir())[1]
+    whole = file.read_bytes()
+    reader = read_streaming(data, "train")
+    first = next(reader)
+    file.write_bytes(whole[: len(whole) // 4])
+    every = [first, *reader]
+    assert [row.turns for row in every] == wanted and pauses == [1, 2]
+    assert [row.name for row in every] == [f"two/{number}" for number in range(ROWS)]
 
 
 @pytest.mark.slow
@@ -189,3 +207,16 @@ def test_what_cannot_be_streamed_is_one_line(tmp_path):
     assert "give --max-steps" in error_of(train(tmp_path / "run", "--streaming"))
     options = "--streaming --max-steps 2"
     assert "--streaming reads a hub name" in error_of(train(tmp_path / "run", options))
+
+
+def test_pictures_that_cannot_be_read_are_not_held_out_with_one_that_cannot(tmp_path):
+    """Nor is a pipe waited for, which nobody may ever write to."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "empty").touch()
+    names = ("missing", "pipe", "empty")
+    unreadable = [Example(name, [tmp_path / name], [("q", name)]) for name in names]
+    assert [marks_of(example) for example in unreadable] == [[]] * 3
+    readable = Example("both", [tmp_path / "missing", b"picture"], [("q", "a")])
+    held_out = HeldOut([*marks_of(readable), *marks_of(unreadable[0])])
+    assert held_out.shows(readable)
+    assert not any(held_out.shows(example) for example in unreadable)

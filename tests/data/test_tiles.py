@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nanovlm_fast.config import TokenNames, VLMConfig
+from nanovlm_fast.config import CHATML, TokenNames, VLMConfig
 from nanovlm_fast.data.images import BadImage, grid_of, load_image, split_image, tiles_of
 from tests.support.tiles import token_names
 
@@ -27,7 +27,7 @@ PHOTOGRAPH = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jp
 def config_of(
     tile: int = 512, side: int = 2048, to_max: bool = True, **fields: object
 ) -> VLMConfig:
-    names = {"vlm_extra_tokens": token_names(), **fields}
+    names = {"vlm_extra_tokens": token_names(), "lm_chat_template": CHATML, **fields}
     return VLMConfig(
         vit_img_size=tile, max_img_size=side, resize_to_max_side_len=to_max, **names
     ).validate()
@@ -192,6 +192,7 @@ def test_a_grid_without_tokens_is_refused_by_its_place():
         ({"side": 512 * 9}, "9 x 9 tiles .* at most 8 x 8"),
         ({"vlm_extra_tokens": {"image_token": "<|image|>"}}, "needs a token for r1c1"),
         ({"vlm_extra_tokens": {}}, "needs a token for image_token"),
+        ({"lm_chat_template": ""}, "needs an lm_chat_template: the plain prompt has no place"),
         ({"side": 0}, "resize_to_max_side_len needs a max_img_size"),
         ({"side": -512}, "max_img_size must be a whole number of at least 0"),
     ],

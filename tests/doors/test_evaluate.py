@@ -20,10 +20,12 @@ from nanovlm_fast.evaluate import evaluate
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.reporting.metrics import read_metrics
 from nanovlm_fast.weights.folder import save_pretrained
+from nanovlm_fast.weights.pretrained import load_pretrained
 from tests.support.pictures import cauldron, encoded, mmstar, photograph, texts
 from tests.support.processes import run_python
 from tests.support.runs import train
 from tests.support.samples import SMALL
+from tests.support.tiles import write_generation
 
 LONG = (
     "a rather long answer of many words which no short limit on new tokens would let through to "
@@ -252,6 +254,18 @@ def test_mmstar_is_asked_and_judged_as_v01_does(mmstar_source, monkeypatch):
         "coarse perception": {"accuracy": 1.0, "questions": 1},
         "math": {"accuracy": 0.5, "questions": 2},
     }
+
+
+def test_mmstar_asks_for_the_letter_in_a_conversation_too(mmstar_source, tmp_path, monkeypatch):
+    write_generation(tmp_path, "230M-8k")
+    model, tokenizer = load_pretrained(tmp_path / "model")
+    seen: list = []
+    monkeypatch.setattr(module, "generate", scripted(tokenizer, ["B"] * 3, seen))
+    evaluate(model, tokenizer, mmstar_source)
+    ((_, prompts, _, new_tokens, _),) = seen
+    asked = tokenizer.base.decode(prompts[0].input_ids.tolist(), skip_special_tokens=True)
+    question = "Question: Which? A: red, B: blue \nAnswer only with the letter! \nAnswer:"
+    assert asked == f"user\n{question}\nassistant\n" and new_tokens == [5] * 3
 
 
 def test_style_v01_samples_and_does_not_stop_at_the_end_of_sequence(mmstar_source, monkeypatch):

@@ -296,3 +296,15 @@ def test_an_interrupt_is_one_line(name, loop, monkeypatch, here):
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", interrupted)
     assert call(module.main, []) == (INTERRUPTED, "error: interrupted\n")
+
+
+def test_what_a_preset_switches_on_can_be_switched_off():
+    recipe = ["--preset", "nanovlm-230m", "--dry-run"]
+    model, run = parse_config(recipe)
+    assert run.streaming and model.resize_to_max_side_len
+    for off in (
+        "--no-streaming --no-resize-to-max-side-len",
+        "--streaming False --no_resize_to_max_side_len",
+    ):
+        model, run = parse_config([*recipe, *off.split()])
+        assert not run.streaming and model.max_img_size and not model.resize_to_max_side_len

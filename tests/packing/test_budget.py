@@ -91,6 +91,12 @@ def test_labels_have_room_for_their_spread():
     assert budget.labels == 580 and budget.images == 100
 
 
+def test_there_are_no_more_places_for_labels_than_for_tokens():
+    """A few long answers among many short ones make the spread of labels large."""
+    samples = [sample_of("long", 3000, 2990), *(sample_of("short", 40, 2) for _ in range(20))]
+    assert Budget.measure(samples, 4096).labels == 4096
+
+
 @pytest.mark.parametrize(("cuda", "multiple"), [(True, 128), (False, 1)])
 def test_labels_fill_whole_tiles_on_a_gpu(monkeypatch, cuda, multiple):
     """The rule alone, for a GPU that is not here."""

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import SmolVLMForConditionalGeneration
 
 from nanovlm_fast import export as exporting
-from nanovlm_fast.config import VLMConfig
+from nanovlm_fast.config import CHATML, VLMConfig
 from nanovlm_fast.data.chat import make_text
 from nanovlm_fast.data.images import split_image
 from nanovlm_fast.generate import generate
@@ -104,6 +104,7 @@ def test_the_cards_tiles_are_ours(tmp_path, enlarge):
     config = VLMConfig(
         vit_img_size=64,
         max_img_size=256,
+        lm_chat_template=CHATML,
         resize_to_max_side_len=enlarge,
         vlm_extra_tokens=token_names(),
     ).validate()
@@ -118,9 +119,9 @@ def test_the_cards_tiles_are_ours(tmp_path, enlarge):
 
 
 def test_what_cannot_be_expressed_is_refused(tmp_path, capsys):
-    for number, template in enumerate(("", "{{ messages }}")):
-        folder = tmp_path / str(number)
-        write_generation(folder, "230M-8k", lm_chat_template=template)
+    for name, template in (("450M", ""), ("230M-8k", "{{ messages }}")):
+        folder = tmp_path / name
+        write_generation(folder, name, lm_chat_template=template)
         options = ["--checkpoint", str(folder / "model"), "--to", "transformers"]
         assert exporting.main([*options, "--out", str(folder / "out")]) == 1
         error = capsys.readouterr().err

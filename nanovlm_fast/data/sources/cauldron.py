@@ -3,8 +3,7 @@
 Rows are read in Arrow format, so images stay the bytes of their files until `images.load_image`
 decodes them in a worker, where a bad one is named and counted. Access is random, on the
 memory-mapped cache of `datasets`: a run addresses its data by position (stream.py) and could not
-resume exactly from a source that only goes forward. `read_streaming` is such a source, for
-`python -m nanovlm_fast.data.prepare --streaming`, which makes shards of it.
+resume exactly from a source that only goes forward. streamed.py is such a source.
 
 `huggingface_hub` itself repeats requests that time out or meet a busy server, with growing pauses
 (HF_HUB_DOWNLOAD_TIMEOUT and HF_HUB_ETAG_TIMEOUT limit one attempt).
@@ -121,11 +120,12 @@ class Cauldron(Source):
 
     COLUMNS: ClassVar[tuple[str, ...]] = ("images", "texts")
     OPTIONAL: ClassVar[tuple[str, ...]] = ()
+    TRAIN_ONLY: ClassVar[str] = CAULDRON  # a data set on the hub
 
     def __init__(self, data: str, split: str):
         # Known without the hub, where finding out would mean to download the training split
-        if data.partition(":")[0] == CAULDRON and split != "train":
-            raise FileNotFoundError(f"{CAULDRON} has no split {split!r}, only: train")
+        if data.partition(":")[0] == self.TRAIN_ONLY and split != "train":
+            raise FileNotFoundError(f"{self.TRAIN_ONLY} has no split {split!r}, only: train")
         self.parts = [
             (where, self.rows_of(read_splits(name, config), split, where))
             for where, name, config in configurations(data)
@@ -265,23 +265,3 @@ def cauldron_example(where: str, row: dict[str, Any]) -> Example:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{where}: not a record of the Cauldron's schema ({error})") from error
     return Example(where, images, turns)
-
-
-def read_streaming(
-    data: str, split: str, skip: int = 0, kind: type[Cauldron] = Cauldron
-) -> Iterator[Example | ValueError]:
-    """The rows of `kind(data, split)` after the first `skip`, as they arrive.
-
-    A bad row is yielded as its ValueError: raised, it would end the generator.
-    """
-    for where, name, config in configurations(data):
-        rows = kind.rows_of(read_splits(name, config, streaming=True), split, where)
-        for number, row in enumerate(rows):
-            if skip:
-                skip -= 1
-                continue
-            (record,) = row.to_pylist()
-            try:
-                yield kind.example_of(f"{where}/{number}", record, data)
-            except ValueError as error:
-                yield error

@@ -12,7 +12,7 @@ import numpy as np
 
 from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.data.same import Pictures
-from nanovlm_fast.data.text import TextProcessor, Tokenizer, Turn
+from nanovlm_fast.data.text import Grid, TextProcessor, Tokenizer, Turn
 from nanovlm_fast.packing.documents import Document
 
 
@@ -41,11 +41,21 @@ class Example:
     ratings: dict[str, list[float | None]] = field(default_factory=dict)
     # Set for prepared data only (shards.py), whose `images` are one (n, 3, H, W) uint8 array
     documents: list[Document] | None = None
+    grids: list[Grid] | None = None  # of its pictures, where that array is their tiles
 
     def first(self) -> Example:
         """First image, first turn: what nanoVLM v0.1 takes of an example (--turns first)."""
         ratings = {name: of_turns[:1] for name, of_turns in self.ratings.items()}
-        return replace(self, images=self.images[:1], turns=self.turns[:1], ratings=ratings)
+        grids = self.grids and self.grids[:1]
+        images = self.images[: self._tiles_of_first() if grids else 1]
+        return replace(self, images=images, turns=self.turns[:1], ratings=ratings, grids=grids)
+
+    def _tiles_of_first(self) -> int:
+        """Tiles of the first picture, where `images` are tiles."""
+        each = [rows * columns for rows, columns in self.grids or ()]
+        # More than the grids have: a tile of the whole goes before those of a picture that is cut
+        whole = len(self.images) > sum(each)
+        return each[0] + (whole and each[0] > 1)
 
     def keep(self, wanted: Sequence[int]) -> Example:
         """The example with these of its turns, by number."""
@@ -57,7 +67,8 @@ class Example:
 class Scoring:
     """How an evaluation asks the questions of a data set and judges the replies."""
 
-    prompt: str  # with {question}; special tokens in it are special
+    # With {question}; '': the model's own. Special tokens in it are special, except in ChatML
+    prompt: str
     reply_tokens: int = 0  # tokens of a reply; 0: what the right answer takes
     right: Callable[[str, str], bool] = str.__eq__  # (stripped reply, stripped answer)
 

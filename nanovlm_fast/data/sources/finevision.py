@@ -35,6 +35,7 @@ class FineVision(Cauldron):
     FORMS = ("finevision", "finevision:FOLDER")
     ON_HUB = True
     OPTIONAL: ClassVar[tuple[str, ...]] = tuple(f"{name}_ratings" for name in RATINGS)
+    TRAIN_ONLY: ClassVar[str] = FINEVISION
 
     @classmethod
     def open(cls, split: str, argument: str) -> FineVision:

@@ -82,7 +82,7 @@ def streamable(data: str) -> tuple[type[Cauldron], str]:
         return FineVision, argument or FINEVISION
     if name in SOURCES or prepared_folder(data) is not None:
         known = "a hub name or a folder of The Cauldron's schema, or finevision:"
-        raise ValueError(f"--streaming reads {known}, and not --data {data}")
+        raise ValueError(f"--streaming reads {known}, and not --data {data} (--no-streaming does)")
     return Cauldron, data
 
 

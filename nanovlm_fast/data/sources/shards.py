@@ -12,7 +12,7 @@ Columns of a shard; a row is one sample of d documents with n tokens in all:
     image_rows  list of int32  (n,), -1 for text
     labels      list of int32  (n,), -100 where there is no loss
     lengths     list of int32  (d,)
-    tiles       list of int32  tiles of each image; only where images are cut into tiles
+    grids       list of int32  rows and columns of each image's tiles; only where images are cut
     turns       string         JSON: [[question, answer], ...]
     crc32       uint32         of all the other columns
 
@@ -107,10 +107,8 @@ def replace_file(file: Path, write: Any) -> None:
     os.replace(temporary, file)
 
 
-def row_of(
-    sample: Sample, turns: list[tuple[str, str]], tiles: list[int] | None = None
-) -> dict[str, Any]:
-    """A sample as the columns of a shard; `tiles` are those of each image, where they are cut."""
+def row_of(sample: Sample, turns: list[tuple[str, str]], tiled: bool = False) -> dict[str, Any]:
+    """A sample as the columns of a shard; `tiled` where images are cut."""
 
     def joined(column: str) -> np.ndarray:
         # The empty array, since concatenate refuses an empty list and a sample may have no document
@@ -127,21 +125,21 @@ def row_of(
         "lengths": np.array([len(document) for document in sample.documents], np.int32),
         "turns": json.dumps(turns),
     }
-    if tiles is not None:
-        row["tiles"] = np.array(tiles, np.int32)
+    if tiled:
+        row["grids"] = np.array(sample.grids, np.int32).reshape(-1)
     return {**row, "crc32": checksum(row)}
 
 
 def checksum(row: dict[str, Any]) -> int:
     """CRC-32 of all columns that training reads."""
     crc = zlib.crc32((row["name"] + row["turns"]).encode())
-    for name in ("images", "input_ids", "image_rows", "labels", "lengths", "tiles"):
+    for name in ("images", "input_ids", "image_rows", "labels", "lengths", "grids"):
         if name in row:
             crc = zlib.crc32(row[name], crc)
     return crc
 
 
-def check_row(row: dict[str, Any], image_size: int, image_tokens: int) -> None:
+def check_row(row: dict[str, Any], image_size: int, image_tokens: int, whole: bool = False) -> None:
     """Raise ValueError for a row that `row_of` cannot have written.
 
     A checksum does not replace this: it is right in a file that was made wrong. On a GPU such a row
@@ -156,11 +154,19 @@ def check_row(row: dict[str, Any], image_size: int, image_tokens: int) -> None:
         raise ValueError("its lengths do not add up")
     if len(rows) and not (rows.min() >= -1 and rows.max() < n_images * image_tokens):
         raise ValueError("it refers to images that it does not have")
-    tiles = row.get("tiles")
-    if tiles is not None and ((tiles < 1).any() or int(tiles.sum(dtype=np.int64)) != n_images):
+    grids = row.get("grids")
+    if grids is not None and (
+        len(grids) % 2 or (grids < 1).any() or sum(tiles_per_image(grids, whole)) != n_images
+    ):
         raise ValueError("the tiles of its images do not add up")
     if (row["input_ids"] < 0).any() or ((row["labels"] < 0) & (row["labels"] != IGNORE)).any():
         raise ValueError("a token is negative")
+
+
+def tiles_per_image(grids: np.ndarray, whole: bool) -> list[int]:
+    """Tiles of each image, of its rows and columns; `whole`: with one of the whole if it is cut."""
+    tiles = grids[::2].astype(np.int64) * grids[1::2]
+    return (tiles + (tiles > 1) if whole else tiles).tolist()
 
 
 def documents_of(row: dict[str, Any], turns: list[tuple[str, str]]) -> list[Document]:
@@ -181,7 +187,7 @@ def columns_of_a_shard(tiled: bool) -> Any:
     import pyarrow as pa
 
     numbers = pa.list_(pa.int32())
-    tiles = [("tiles", numbers)] if tiled else []
+    grids = [("grids", numbers)] if tiled else []
     return pa.schema(
         [
             ("name", pa.string()),
@@ -192,7 +198,7 @@ def columns_of_a_shard(tiled: bool) -> Any:
             ("lengths", numbers),
             ("turns", pa.string()),
             ("crc32", pa.uint32()),
-            *tiles,
+            *grids,
         ]
     )
 
@@ -236,6 +242,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         # Not "pixels": a manifest without it is whole, and `Prepared.check` says what it lacks
         how = manifest["processing"]
         kinds = dict(vit_img_size=int, image_tokens=int, prompt=str, turns=str, tokenizer=str)
+        kinds |= dict(vlm_extra_tokens=dict) if "vlm_extra_tokens" in how else {}
         # `type`, as isinstance would take true for an int
         wrong = [
             name for name, kind in kinds.items() if type(how[name]) is not kind or how[name] == 0
@@ -295,6 +302,7 @@ class Prepared(Source):
             raise DamagedShard(f"{wrong}; {AGAIN}")
         self.size = self.manifest["processing"]["vit_img_size"]
         self.tiled = "max_img_size" in self.manifest["processing"]
+        self.whole = "global_image_token" in self.manifest["processing"].get("vlm_extra_tokens", ())
         self.ends = np.cumsum([entry["samples"] for entry in self.entries])
         self.shards: dict[int, dict[str, Any]] = {}  # opened by this process
         self.checked = np.zeros(len(self), bool)  # rows whose checksum this process has compared
@@ -346,7 +354,9 @@ class Prepared(Source):
         shard, row = self.place(index)
         columns = self.columns(shard)
         pixels = columns["images"](row).reshape(-1, 3 * self.size**2)
-        counts = columns["tiles"](row) if self.tiled else np.ones(len(pixels), np.int64)
+        counts = [1] * len(pixels)
+        if self.tiled:
+            counts = tiles_per_image(columns["grids"](row), self.whole)
         ends = np.cumsum(counts).tolist()
         return pixels, list(zip([0, *ends][:-1], ends, strict=True))
 
@@ -388,11 +398,16 @@ class Prepared(Source):
             if not self.checked[index]:
                 if checksum(values) != values["crc32"]:
                     raise ValueError("its checksum differs")
-                check_row(values, self.size, self.manifest["processing"]["image_tokens"])
+                image_tokens = self.manifest["processing"]["image_tokens"]
+                check_row(values, self.size, image_tokens, self.whole)
                 self.checked[index] = True
             turns = [(question, answer) for question, answer in json.loads(values["turns"])]
             images = values["images"].reshape(-1, 3, self.size, self.size)
-            return Example(values["name"], images, turns, documents=documents_of(values, turns))
+            documents = documents_of(values, turns)
+            grids = None
+            if self.tiled:
+                grids = list(map(tuple, values["grids"].reshape(-1, 2).tolist()))
+            return Example(values["name"], images, turns, documents=documents, grids=grids)
         except (ValueError, TypeError, IndexError, RecursionError) as error:
             file = self.folder / self.entries[shard]["file"]
             wrong = f"{file} is damaged: row {row} is not what was written"

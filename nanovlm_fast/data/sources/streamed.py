@@ -7,6 +7,7 @@ Where a reader stands is a `Place`, from which another one goes on with the next
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -54,9 +55,12 @@ class StreamedRows:
         ]
 
     def read(
-        self, file: int, place: Place | None = None
+        self, file: int, place: Place | None = None, before: int | None = None
     ) -> Iterator[tuple[Example | ValueError, Place]]:
         """The rows of a file from a place on, each with the place after it.
+
+        A row is named by its file and its number there, or with `before`, the rows of the files
+        before it, by its number among all: as where rows are read in any order.
 
         A row that is not of the schema comes as its ValueError: raised, it would end the generator.
         An interruption is tried again from the same row, with growing pauses; then it raises
@@ -73,7 +77,8 @@ class StreamedRows:
                     opened.load_state_dict(place.state)
                 # Not `for row in opened`, which deals the files out again in a loader's worker
                 for row in opened.iter(1):
-                    name = f"{where}/{number}/{place.row}"
+                    inside = f"{number}/{place.row}"
+                    name = f"{where}/{inside if before is None else before + place.row}"
                     place = Place(place.row + 1, opened.state_dict())
                     failed = 0
                     yield self._example(name, row), place
@@ -84,7 +89,10 @@ class StreamedRows:
                 lost = f"--data {self.data}: {where}, file {number} after row {place.row}: {reason}"
                 failed += 1
                 if failed == ATTEMPTS:
-                    tried = f"{ATTEMPTS} attempts; --resume goes on from the last checkpoint"
+                    goes_on = (
+                        "--resume goes on from the last checkpoint, prepare from the last shard"
+                    )
+                    tried = f"{ATTEMPTS} attempts; {goes_on}"
                     raise StreamLost(f"{lost} ({tried})") from error
                 pause = PAUSE * 2 ** (failed - 1)
                 print(f"warning: {lost}; trying again in {pause:g} s", flush=True)
@@ -96,3 +104,20 @@ class StreamedRows:
             return self.kind.example_of(name, record, self.data)
         except ValueError as error:
             return error
+
+
+def read_streaming(
+    data: str, split: str, skip: int = 0, kind: type[Cauldron] = Cauldron
+) -> Iterator[Example | ValueError]:
+    """The rows of `kind(data, split)` after the first `skip`, in their order, as they arrive.
+
+    A bad row comes as its ValueError: raised, it would end the generator.
+    """
+    rows = StreamedRows(kind, data, split)
+    before: Counter[int] = Counter()  # rows of the part's files that were read
+    for file, (part, _) in enumerate(rows.files):
+        for row, _ in rows.read(file, before=before[part]):
+            before[part] += 1
+            if not skip:
+                yield row
+            skip = max(skip - 1, 0)
