@@ -154,11 +154,8 @@ def as_graph(
 
     # A replay reads the inputs where they were, and only `call` holds them: freed, their memory may
     # no longer be mapped.
-    kept = call
-
-    def replay() -> None:
+    def replay(_kept: Callable[[], None] = call) -> None:
         graph.replay()
-        assert kept
 
     return replay, True
 
