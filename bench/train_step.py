@@ -269,7 +269,8 @@ class Comparison:
 
     def save(self) -> Path:
         """Write what there is so far; add what the report reads: our parity and speed-ups."""
-        ours = self.rows.get("ours", {})
+        # Until the row with CUDA graphs is there, ours is the base: a run may be stopped before.
+        ours = self.rows.get("ours") or self.rows.get(self.base_name, {})
         if "median" in ours:
             self.result["parity"] = ours["parity"]
             speedups = {"speedup": "reference", "speedup_over_compiled": "reference_compiled"}

@@ -39,12 +39,14 @@ def overview(results: Path = ROOT) -> str:
 
 
 def highlights(results: Path = ROOT) -> str:
-    """The three rows of README.md: a whole run, nanoVLM's own code beside ours, the data loader.
+    """The rows of README.md: a run, a step on a GPU, nanoVLM's own code beside ours, the loader.
 
     They leave out the commits, which `overview` has.
     """
     rows: Rows = [("what", "measured", "on", "commit", "command")]
     rows += [run_row(run) for run in newest(results, "train_tiny")]
+    steps = [s for s in newest(results, "train_step_nanovlm-222m") if {"parity", "driver"} <= {*s}]
+    rows += [step_row(step) for step in steps]
     rows += [peer_row(peer) for peer in newest(results, "peer_nanovlm-222m*")]
     rows += [loader_row(loader) for loader in newest(results, "dataloader")]
     return markdown([(what, measured, on, command) for what, measured, on, _, command in rows])
@@ -117,7 +119,9 @@ def race_row(race: dict) -> tuple[str, ...]:
 def step_row(step: dict) -> tuple[str, ...]:
     """A result of bench.train_step: ours against the reference, also against it compiled."""
     theirs = step["variants"].get("reference", {})
-    ours = step["variants"].get("ours") or step["variants"]["packed"]  # its name in older files
+    variants = step["variants"]
+    # `graphs` is ours before CUDA graphs, all that a run has that was stopped; `packed` is older.
+    ours = variants.get("ours") or variants.get("graphs") or variants["packed"]
     depth = step.get("layers", 0)
     layers = f" cut to {depth} layer{'s' * (depth > 1)} per tower" if depth else ""
     questions = step["work"]["questions"]
