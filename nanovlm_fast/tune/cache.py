@@ -93,9 +93,16 @@ class Entry:
 
 
 def folder() -> Path:
-    """Where the files are: under $XDG_CACHE_HOME, which must be absolute, or else ~/.cache."""
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    caches = given if given.is_absolute() else Path("~/.cache").expanduser()
+    """Where the files are: under $XDG_CACHE_HOME, which must be absolute, or else ~/.cache.
+
+    Raises OSError for a user without a home folder, as a container's may be.
+    """
+    caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not caches.is_absolute():
+        try:
+            caches = Path.home() / ".cache"
+        except RuntimeError as error:
+            raise OSError("no home folder: set HOME or XDG_CACHE_HOME") from error
     return caches / "nanovlm_fast" / "tuned"
 
 
@@ -106,7 +113,10 @@ def file_of(key: dict[str, Any]) -> Path:
 
 def read(key: dict[str, Any]) -> Entry | None:
     """The entry for a key; None if there is none, or none that can be read."""
-    file = file_of(key)
+    try:
+        file = file_of(key)
+    except OSError:  # a measurement warns of it when it has something to keep
+        return None
     try:
         if not file.exists():
             return None
@@ -139,7 +149,10 @@ def write(entry: Entry) -> None:
 
 
 def newest() -> Entry | None:
-    """The entry that was written last, of any key; None if there is none that can be read."""
+    """The entry that was written last, of any key; None if there is none that can be read.
+
+    Raises OSError where there is no place for a cache.
+    """
     files = sorted(folder().glob("*.json"), key=lambda file: file.stat().st_mtime, reverse=True)
     for file in files:
         with contextlib.suppress(OSError, ValueError):
