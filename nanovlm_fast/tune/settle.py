@@ -94,7 +94,7 @@ def settle(
         return plain
     same_device = record is not None and record.get("device", key["device"]) == key["device"]
     if config.tune == "auto" and record is not None and same_device:
-        return repeated(plain, record)
+        return repeated(plain, record, world)
     if config.deterministic:
         return plain
     found: dict[str, Any] | None = None
@@ -108,7 +108,7 @@ def settle(
     )
 
 
-def repeated(plain: Settled, record: dict[str, Any]) -> Settled:
+def repeated(plain: Settled, record: dict[str, Any], world: World) -> Settled:
     """What a resumed run has noted; plain if it noted nothing that is still known here."""
     if record.get("choice") is None:
         return plain
@@ -117,6 +117,9 @@ def repeated(plain: Settled, record: dict[str, Any]) -> Settled:
     except ValueError as error:
         print(f"warning: config.json notes a choice of another version ({error}): plain PyTorch")
         return plain
+    if world.size > 1 and choice.compile == "reduce-overhead":
+        # CUDA graphs are for one process, as this run then was.
+        choice = dataclasses.replace(choice, compile="default")
     how = f"as this run was tuned: {options_of(choice)}"
     return dataclasses.replace(plain, choice=choice, tuned=True, how=how)
 
