@@ -10,6 +10,7 @@ what it knew, and the name of the candidate that it died of. A damaged file coun
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import os
@@ -146,6 +147,14 @@ def write(entry: Entry) -> None:
         with contextlib.suppress(OSError):
             own.unlink()
         raise
+
+
+def acquit(key: dict[str, Any]) -> None:
+    """Note that a measurement for the key was stopped, and did not die of what it was timing."""
+    entry = read(key)
+    if entry and entry.measuring:
+        with contextlib.suppress(OSError):
+            write(dataclasses.replace(entry, measuring=""))
 
 
 def newest() -> Entry | None:

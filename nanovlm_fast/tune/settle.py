@@ -30,7 +30,7 @@ from nanovlm_fast.tune.cpu import tune_cpu
 from nanovlm_fast.tune.key import GPU_AUTOS, free_in, key_of
 from nanovlm_fast.tune.parts import Job
 from nanovlm_fast.tune.report import options_of, summary
-from nanovlm_fast.tune.tuner import tune
+from nanovlm_fast.tune.tuner import tune_apart
 
 Measure = Callable[[dict[str, Any], Choice, Entry | None], Entry]
 
@@ -176,7 +176,7 @@ def measure_run(
         how = f"{limit} (--tune off: not)"
         print(f"measuring what computes fastest on this device, {how}", flush=True)
         job = Job.of(model, config, budget, place.device, place.dtype)
-        return tune(job, key, plain, config.tune_seconds, before)
+        return tune_apart(job, key, plain, config.tune_seconds, before)
 
     return key, measure
 

@@ -76,7 +76,6 @@ def test_without_any_home_folder_nothing_is_found_and_nothing_ends(monkeypatch, 
         cache.newest()
 
 
-
 def test_each_field_of_the_key_changed_is_a_miss():
     cache.write(an_entry())
     fields = flattened(a_key())
