@@ -195,6 +195,8 @@ def tune(
     if key["several_processes"]:
         free -= {"compile"}  # CUDA graphs are for one process
     candidates = gpu_candidates(free, plain.compile != "none", backends_for(job))
+    if key["sharded"]:  # the update of shards is PyTorch's
+        candidates = [candidate for candidate in candidates if candidate.part != UPDATE]
     note = Notebook(key, plain, began, say)
     with Launcher(SERVE, job.to_json()) as launcher:
         bench = DeviceBench(job, launcher, PAIRS)

@@ -220,6 +220,16 @@ def test_several_processes_are_not_offered_cuda_graphs(monkeypatch):
     assert [("compile" in free) for free in offered] == [True, False]
 
 
+def test_sharded_weights_are_not_offered_the_update_that_they_cannot_have(monkeypatch):
+    monkeypatch.setattr(tuner, "Launcher", lambda *_: FreeLauncher())
+    monkeypatch.setattr(DeviceBench, "compare", planted({}))
+    key = {**a_key(), "several_processes": True}
+    for sharded in (False, True):
+        entry = tune(job(), {**key, "sharded": sharded}, Choice(), seconds=50.0)
+        names = {row.name for row in entry.rows}
+        assert ("adamw" in names) is not sharded and "swiglu" in names
+
+
 def test_an_unwritable_cache_is_one_warning_and_measuring_goes_on(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "folder"))
     (tmp_path / "file").write_text("")
