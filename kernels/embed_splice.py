@@ -399,7 +399,10 @@ class _Tied(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dh, dtable):
         # What arrives may be others' too. The compiler knows, and copies only where that is so.
-        dtable = dtable.contiguous() if torch.compiler.is_compiling() else dtable.clone()
+        if torch.compiler.is_compiling():
+            dtable = dtable.contiguous()
+        else:
+            dtable = dtable.clone(memory_format=torch.contiguous_format)
         dimage = embed_splice_bwd_add(dh.contiguous(), *ctx.saved_tensors, dtable, *ctx.sizes)
         return None, dtable, None, dimage, None
 

@@ -37,16 +37,22 @@ def inductor_names(text: str) -> tuple[str, ...]:
     return names
 
 
-def compiled(function: Callable, mode: str, inductor: tuple[str, ...] = ()) -> Callable:
-    """Return `function` compiled into one graph of static shapes; itself with mode "none"."""
-    if mode == "none":
-        return function
+def compile_options(mode: str, inductor: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The arguments of torch.compile for one graph of static shapes."""
+    static: dict[str, Any] = {"fullgraph": True, "dynamic": False}
     if not inductor:
-        return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+        return {**static, "mode": mode}
     # torch.compile takes a mode or options, and a mode is nothing but options.
     from torch._inductor import list_mode_options
 
     options = dict(list_mode_options(mode, dynamic=False))
     for name in inductor:
         options |= INDUCTOR[name]
-    return torch.compile(function, fullgraph=True, dynamic=False, options=options)
+    return {**static, "options": options}
+
+
+def compiled(function: Callable, mode: str, inductor: tuple[str, ...] = ()) -> Callable:
+    """Return `function` compiled into one graph of static shapes; itself with mode "none"."""
+    if mode == "none":
+        return function
+    return torch.compile(function, **compile_options(mode, inductor))

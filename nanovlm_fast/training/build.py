@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nanovlm_fast.config import TrainConfig, VLMConfig
-from nanovlm_fast.model.compiling import compiled, inductor_names
+from nanovlm_fast.model.compiling import compile_options, compiled, inductor_names
 from nanovlm_fast.model.ops import choose_ops
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.packing.batch import PackedBatch
@@ -70,7 +70,8 @@ def build(
         load_pretrained_weights(model, config)
     sharded = config.shard and world.size > 1
     if sharded:
-        shard_model(model, config.compile != "none")
+        options = compile_options(config.compile, inductor) if config.compile != "none" else None
+        shard_model(model, options)
     # After loading: the masters are the weights as they were read, and not rounded.
     if config.stream == "bfloat16":
         model.keep_masters()

@@ -18,25 +18,25 @@ from nanovlm_fast.model.packed import VisionBlock, VisionLanguageModel
 from nanovlm_fast.packing.batch import PackedBatch
 
 
-def shard_model(model: VisionLanguageModel, compile_blocks: bool) -> None:
+def shard_model(model: VisionLanguageModel, compiling: dict[str, Any] | None) -> None:
     """Shard weights, gradients and optimizer state over all ranks, in place (FSDP2, ZeRO-3).
 
     A block's weights are whole only while it computes. They stay float32, and so does what travels.
-    `compile_blocks` compiles block by block, because FSDP's hooks, which gather and free weights,
-    run between them.
+    With `compiling`, the arguments of torch.compile, blocks are compiled one by one, because FSDP's
+    hooks, which gather and free weights, run between them.
     """
     # Imported here, because a run in one process needs none of it.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     blocks = [*model.vision_encoder.blocks, *model.decoder.blocks]
-    if compile_blocks:
+    if compiling:
         # The `layer` of a language block is part of its graph's key, so each block is a
         # recompilation of the same function, and the default limit is 8.
         limit = torch._dynamo.config.recompile_limit
         torch._dynamo.config.recompile_limit = max(limit, 4 * len(blocks))
         for block in blocks:
-            block.compile(fullgraph=True, dynamic=False)
+            block.compile(**compiling)
     # The views are not changed in place, which is what the warning is about.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))

@@ -10,6 +10,7 @@ what it knew, and the name of the candidate that it died of. A damaged file coun
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import os
@@ -93,9 +94,16 @@ class Entry:
 
 
 def folder() -> Path:
-    """Where the files are: under $XDG_CACHE_HOME, which must be absolute, or else ~/.cache."""
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    caches = given if given.is_absolute() else Path("~/.cache").expanduser()
+    """Where the files are: under $XDG_CACHE_HOME, which must be absolute, or else ~/.cache.
+
+    Raises OSError for a user without a home folder, as a container's may be.
+    """
+    caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not caches.is_absolute():
+        try:
+            caches = Path.home() / ".cache"
+        except RuntimeError as error:
+            raise OSError("no home folder: set HOME or XDG_CACHE_HOME") from error
     return caches / "nanovlm_fast" / "tuned"
 
 
@@ -106,7 +114,10 @@ def file_of(key: dict[str, Any]) -> Path:
 
 def read(key: dict[str, Any]) -> Entry | None:
     """The entry for a key; None if there is none, or none that can be read."""
-    file = file_of(key)
+    try:
+        file = file_of(key)
+    except OSError:  # a measurement warns of it when it has something to keep
+        return None
     try:
         if not file.exists():
             return None
@@ -138,8 +149,19 @@ def write(entry: Entry) -> None:
         raise
 
 
+def acquit(key: dict[str, Any]) -> None:
+    """Note that a measurement for the key was stopped, and did not die of what it was timing."""
+    entry = read(key)
+    if entry and entry.measuring:
+        with contextlib.suppress(OSError):
+            write(dataclasses.replace(entry, measuring=""))
+
+
 def newest() -> Entry | None:
-    """The entry that was written last, of any key; None if there is none that can be read."""
+    """The entry that was written last, of any key; None if there is none that can be read.
+
+    Raises OSError where there is no place for a cache.
+    """
     files = sorted(folder().glob("*.json"), key=lambda file: file.stat().st_mtime, reverse=True)
     for file in files:
         with contextlib.suppress(OSError, ValueError):

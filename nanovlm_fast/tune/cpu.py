@@ -55,7 +55,7 @@ class CpuBench:
         if choice not in self.processes:
             # What is the user's own is the environment's as it is.
             environment = choice.environment() if "waiting" in self.free else {}
-            if "threads" in self.free:
+            if choice.threads:
                 environment["OMP_NUM_THREADS"] = str(choice.threads)
             config = self.config_of(choice)
             first = {"model": dataclasses.asdict(self.model), "train": dataclasses.asdict(config)}
@@ -131,7 +131,9 @@ def tune_cpu(
     free = free_in(key)
     cores = cores_of()
     workers = config.workers if config.workers >= 0 else 1
-    plain = dataclasses.replace(plain, threads=cores, workers=workers)
+    # A number that the user has set stays the environment's.
+    threads = cores if "threads" in free else 0
+    plain = dataclasses.replace(plain, threads=threads, workers=workers)
     note = Notebook(key, plain, began)
     limits = Limits(time.monotonic, began + config.tune_seconds, note)
     with (

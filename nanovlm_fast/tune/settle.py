@@ -30,7 +30,7 @@ from nanovlm_fast.tune.cpu import tune_cpu
 from nanovlm_fast.tune.key import GPU_AUTOS, free_in, key_of
 from nanovlm_fast.tune.parts import Job
 from nanovlm_fast.tune.report import options_of, summary
-from nanovlm_fast.tune.tuner import tune
+from nanovlm_fast.tune.tuner import tune_apart
 
 Measure = Callable[[dict[str, Any], Choice, Entry | None], Entry]
 
@@ -94,7 +94,7 @@ def settle(
         return plain
     same_device = record is not None and record.get("device", key["device"]) == key["device"]
     if config.tune == "auto" and record is not None and same_device:
-        return repeated(plain, record)
+        return repeated(plain, record, world)
     if config.deterministic:
         return plain
     found: dict[str, Any] | None = None
@@ -108,7 +108,7 @@ def settle(
     )
 
 
-def repeated(plain: Settled, record: dict[str, Any]) -> Settled:
+def repeated(plain: Settled, record: dict[str, Any], world: World) -> Settled:
     """What a resumed run has noted; plain if it noted nothing that is still known here."""
     if record.get("choice") is None:
         return plain
@@ -117,6 +117,9 @@ def repeated(plain: Settled, record: dict[str, Any]) -> Settled:
     except ValueError as error:
         print(f"warning: config.json notes a choice of another version ({error}): plain PyTorch")
         return plain
+    if world.size > 1 and choice.compile == "reduce-overhead":
+        # CUDA graphs are for one process, as this run then was.
+        choice = dataclasses.replace(choice, compile="default")
     how = f"as this run was tuned: {options_of(choice)}"
     return dataclasses.replace(plain, choice=choice, tuned=True, how=how)
 
@@ -173,7 +176,7 @@ def measure_run(
         how = f"{limit} (--tune off: not)"
         print(f"measuring what computes fastest on this device, {how}", flush=True)
         job = Job.of(model, config, budget, place.device, place.dtype)
-        return tune(job, key, plain, config.tune_seconds, before)
+        return tune_apart(job, key, plain, config.tune_seconds, before)
 
     return key, measure
 

@@ -38,7 +38,7 @@ def by_the_hosts_clock(call: Callable[[], object]) -> Reading:
 
 
 def capture(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """The call as a CUDA graph; what it returns is overwritten by each replay."""
+    """The call as a CUDA graph, which overwrites its results at each replay."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     # On a stream of its own, as a capture wants it: what is allocated here belongs to that stream.
@@ -48,7 +48,10 @@ def capture(call: Callable[[], object], device: torch.device) -> Callable[[], ob
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        kept = call()
+        results = call()
+    # A replay reads the inputs where they were, and only `call` holds some of them: freed, their
+    # memory would be another's, or no longer be mapped, which ends the use of the device.
+    kept = call, results
 
     def replay() -> object:
         graph.replay()

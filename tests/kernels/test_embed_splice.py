@@ -214,6 +214,12 @@ def test_a_table_of_two_uses_has_one_gradient(tokens):
     gradients = [torch.ones_like(output) for output in outputs]
     torch.autograd.backward(outputs, gradients)
     assert gradients[1].eq(1).all()
+    expected = inputs["table"].grad
+    inputs["table"].grad = None
+    # In whatever order of its axes it arrives.
+    gradients[1] = gradients[1].t().contiguous().t()
+    torch.autograd.backward(embed_splice_tied(**inputs), gradients)
+    torch.testing.assert_close(inputs["table"].grad, expected)
 
 
 @on_the_gpu_too

@@ -24,6 +24,7 @@ from nanovlm_fast.data.sources.registry import load_source
 from nanovlm_fast.data.stream import PackedStream, deal, initial_states, undeal
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
 from nanovlm_fast.data.workers import loader
+from nanovlm_fast.model.compiling import compile_options
 from nanovlm_fast.model.ops import choose_ops
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.ranks import _store_of_this_start
@@ -236,7 +237,7 @@ def test_sharded_blocks_leave_no_bias_to_the_next(small_config):
         whole = VisionLanguageModel(small_config, choose_ops("layer_norm,embed_splice"))
         assert whole.ops.bias_in_norm
         sharded = copy.deepcopy(whole)
-        shard_model(sharded, compile_blocks=False)
+        shard_model(sharded, compiling=None)
         batch = batch_of(mixed_samples(small_config, 4, np.random.default_rng(1)), small_config)
         for model in (whole, sharded):
             model(batch).backward()
@@ -244,6 +245,19 @@ def test_sharded_blocks_leave_no_bias_to_the_next(small_config):
             torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad)
     finally:
         dist.destroy_process_group()
+
+
+def test_sharded_blocks_are_compiled_with_the_runs_options(small_config, monkeypatch):
+    asked: list[dict] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: asked.append(how))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = VisionLanguageModel(small_config, choose_ops())
+        shard_model(model, compile_options("default", ("combo_kernels",)))
+    finally:
+        dist.destroy_process_group()
+    assert len(asked) == small_config.vit_n_blocks + small_config.lm_n_blocks
+    assert all(how["fullgraph"] and how["options"]["combo_kernels"] for how in asked)
 
 
 def test_a_restart_does_not_meet_what_dead_ranks_left(monkeypatch):

@@ -60,6 +60,22 @@ def flattened(values: dict, path: tuple = ()) -> list[tuple]:
     return found
 
 
+def test_without_any_home_folder_nothing_is_found_and_nothing_ends(monkeypatch, capsys):
+    """A container's user may have no name and no $HOME."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+
+    def nobody(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    assert cache.read(a_key()) is None and not capsys.readouterr().out
+    cache.Notebook(a_key(), Choice(), 0.0)(Found(Choice()))
+    assert "is not kept: no home folder: set HOME or XDG_CACHE_HOME" in capsys.readouterr().out
+    with pytest.raises(OSError, match="no home folder"):
+        cache.newest()
+
+
 def test_each_field_of_the_key_changed_is_a_miss():
     cache.write(an_entry())
     fields = flattened(a_key())

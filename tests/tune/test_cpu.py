@@ -100,6 +100,15 @@ def test_what_the_user_has_set_is_not_tried(tmp_path, monkeypatch):
     assert note["OMP_WAIT_POLICY"] == "passive" and note["OMP_NUM_THREADS"] == "2"
 
 
+def test_fewer_threads_than_cores_stay_if_the_user_wants_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    entry = planted(tmp_path, monkeypatch, "--workers", "1", "--compile", "none")
+    notes = [json.loads(line) for line in (tmp_path / "notes").read_text().splitlines()]
+    assert {note["OMP_NUM_THREADS"] for note in notes} == {"1"}
+    assert {note["OMP_WAIT_POLICY"] for note in notes} == {None, "passive"}
+    assert entry.choice.threads == 0  # a run leaves the number as it is
+
+
 def test_a_run_that_does_not_train_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(cpu, "SERVE", "raise SystemExit('--data nowhere: no such folder')")
     model, config = parse_config([*TINY, "--out", str(tmp_path / "run")])

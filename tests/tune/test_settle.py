@@ -143,6 +143,17 @@ def test_a_resumed_run_repeats_its_choice_whatever_the_cache_says():
     assert settled(measuring, record=own.record, tune="off").choice == Choice(compile="default")
 
 
+def test_several_processes_resume_a_run_of_one_without_its_graphs():
+    """build() refuses CUDA graphs with several processes, and nobody asked for them here."""
+    graphs = dataclasses.replace(FAST, compile="reduce-overhead")
+    record = {"device": KEY["device"], "choice": graphs.to_json()}
+    options = TrainConfig(compile="auto")
+    alone = settle(options, GPU, World(), KEY, Measuring(), record)
+    assert alone.choice == graphs
+    two = settle(options, GPU, World(size=2), KEY, Measuring(), record)
+    assert two.choice == FAST and two.record["choice"] == FAST.to_json()
+
+
 def test_a_noted_choice_that_is_not_known_here_is_a_warning(capsys):
     record = {"device": "an H100", "choice": {**FAST.to_json(), "kernels": ["of_tomorrow"]}}
     assert settled(Measuring(), record=record).choice == Choice(compile="default")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +69,19 @@ def test_a_captured_call_is_timed_by_the_devices_clock():
     compared = compare(once, twice, 0.99)
     assert 1.6 < compared.ratio < 2.4 and compared.slower
     assert 0.2e9 < clock() < 4e9
+
+
+def test_what_a_captured_call_reads_lives_as_long_as_its_graph():
+    """Once freed, it would be unmapped by the next capture: its replay is an illegal access."""
+    x = torch.ones(4_000_000, device=GPU)
+    watched = weakref.ref(x)
+    read = reader(functools.partial(torch.add, x, 1.0), GPU)
+    del x
+    gc.collect()
+    assert watched() is not None and read().seconds > 0
+    del read
+    gc.collect()
+    assert watched() is None
 
 
 def test_parts_compile_capture_and_replay():

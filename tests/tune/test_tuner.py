@@ -13,11 +13,13 @@ from nanovlm_fast.config import TrainConfig
 from nanovlm_fast.model import ops
 from nanovlm_fast.model.ops import KERNELS
 from nanovlm_fast.tune import cache, tuner
+from nanovlm_fast.tune.cache import Entry
 from nanovlm_fast.tune.candidates import Choice
 from nanovlm_fast.tune.key import GPU_AUTOS, key_of
 from nanovlm_fast.tune.measure import Comparison
-from nanovlm_fast.tune.search import LEFT_OUT, TAKEN
-from nanovlm_fast.tune.tuner import DeviceBench, tune
+from nanovlm_fast.tune.search import LEFT_OUT, TAKEN, Found
+from nanovlm_fast.tune.tuner import DeviceBench, tune, tune_apart
+from tests.support.processes import ROOT
 from tests.support.tuning import BUDGET, job
 
 # A kernel that hangs, one that aborts, one that raises, one that is off by 1%, one that is wrong
@@ -142,6 +144,68 @@ def test_a_plain_model_that_does_not_run_in_its_process_is_no_candidates_fault(m
     assert cache.read(a_key()) is None
 
 
+# A measurement in which every kernel is the faster, but for one that breaks the device while it is
+# timed: all that follows in that process fails.
+BREAKING = """
+from nanovlm_fast.tune import tuner
+from nanovlm_fast.tune.measure import Comparison
+from tests.tune.test_tuner import FreeLauncher
+lost = []
+def compare_(base, candidate, level, pairs):
+    if "rms_norm" in candidate or lost:
+        lost.append(1)
+        raise RuntimeError("CUDA error: an illegal memory access")
+    return Comparison(1.0, 0.5, 0.5, 0.5, 0.5, 40)
+def check(device):
+    assert not lost, "lost"
+tuner.Launcher = lambda *_: FreeLauncher()
+tuner.compare = compare_
+tuner.DeviceBench.base_in = lambda self, part, choice: choice.kernels
+tuner.DeviceBench.read_of = lambda self, part, choice: choice.kernels
+tuner.DeviceBench.time_plain = lambda self, plain: self.plain.update(vision=1, language=1, ends=1)
+tuner.check_device = check
+"""
+
+
+def test_a_candidate_that_breaks_the_device_is_left_out_alone(monkeypatch, capsys):
+    """And not those after it, which would fail in that process for no fault of theirs."""
+    monkeypatch.setattr(tuner, "TUNE", BREAKING + tuner.TUNE)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    entry = tune_apart(job(), a_key(), Choice(), seconds=100.0)
+    assert entry.done and entry.left_out() == {"rms_norm": "the process that timed it died"}
+    # The last rival of a group takes the others' place.
+    assert set(entry.choice.kernels) >= {"rotary", "swiglu", "layer_norm", "embed_splice", "adamw"}
+    said = capsys.readouterr().out
+    assert "rms_norm is left out: the process that timed it ended with 1" in said
+    assert said.rstrip().endswith("DeviceLost: RuntimeError: CUDA error: an illegal memory access")
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("raise SystemExit('no device')", "the process that measured: ended with 1: no device"),
+        ("from nanovlm_fast.tune import tuner; tuner.tune = None; tuner.serve()", "'NoneType'"),
+    ],
+)
+def test_a_measurement_that_fails_in_its_process_is_an_error(code, why, monkeypatch):
+    monkeypatch.setattr(tuner, "TUNE", code)
+    with pytest.raises(ValueError, match=why):
+        tune_apart(job(), a_key(), Choice(), seconds=10.0)
+
+
+def test_ctrl_c_in_a_run_is_no_candidates_death_either(monkeypatch):
+    found = Found(Choice(), measuring="rotary")
+    cache.write(Entry.of(a_key(), Choice(), found, 1.0))
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuner.Launcher, "ask", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tune_apart(job(), a_key(), Choice(), seconds=10.0)
+    assert cache.read(a_key()).left_out() == {}
+
+
 def test_several_processes_are_not_offered_cuda_graphs(monkeypatch):
     offered: list[frozenset[str]] = []
 
@@ -154,6 +218,16 @@ def test_several_processes_are_not_offered_cuda_graphs(monkeypatch):
     for several in (False, True):
         tune(job(), {**a_key(), "several_processes": several}, Choice(), seconds=10.0)
     assert [("compile" in free) for free in offered] == [True, False]
+
+
+def test_sharded_weights_are_not_offered_the_update_that_they_cannot_have(monkeypatch):
+    monkeypatch.setattr(tuner, "Launcher", lambda *_: FreeLauncher())
+    monkeypatch.setattr(DeviceBench, "compare", planted({}))
+    key = {**a_key(), "several_processes": True}
+    for sharded in (False, True):
+        entry = tune(job(), {**key, "sharded": sharded}, Choice(), seconds=50.0)
+        names = {row.name for row in entry.rows}
+        assert ("adamw" in names) is not sharded and "swiglu" in names
 
 
 def test_an_unwritable_cache_is_one_warning_and_measuring_goes_on(tmp_path, monkeypatch):
