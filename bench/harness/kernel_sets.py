@@ -142,7 +142,7 @@ def serve(args: argparse.Namespace) -> int:
         torch.save(Subject(PLAIN, args.preset, device, "default").truth(), args.truth)
         return 0
     subject = Subject(args.serve, args.preset, device, args.compile)
-    truth = torch.load(args.truth, mmap=True)
+    truth = torch.load(args.truth, mmap=True, weights_only=True)
     found: dict[str, Any] = {}
     for attempt in range(OUT_OF_MEMORY_RETRIES):
         try:
