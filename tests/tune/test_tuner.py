@@ -91,9 +91,8 @@ def test_real_kernels_in_the_interpreter(monkeypatch):
     assert LEFT_OUT not in verdicts.values(), [row for row in entry.rows if row.why]
     slow = {"rms_norm", "layer_norm", "swiglu", "rotary", "linear_cross_entropy"}
     assert {verdicts[name] for name in slow} == {"slower"}
-    # No size fits these two in float32: the plain path runs, and a tie keeps plain.
-    assert {verdicts["document_attention"], verdicts["image_attention"]} <= {"same", "slower"}
-    assert entry.choice == Choice() and cache.read(a_key()).choice == Choice()
+    # No more than that: other candidates are ties here, and the clock is that of a busy machine.
+    assert not slow & set(entry.choice.kernels) and cache.read(a_key()).choice == entry.choice
 
 
 class Answers:
