@@ -423,6 +423,10 @@ class TrainConfig:
                 "--shard splits float32 weights and keeps no masters beside them: use --stream "
                 "float32"
             )
+        if self.shard and "adamw" in self.kernels.replace(" ", "").split(","):
+            raise ValueError(
+                "--shard: shards are updated by PyTorch's AdamW, take adamw out of --kernels"
+            )
         self._check_streaming()
         if self.start_from and (self.vision or self.language):
             raise ValueError("--start-from has both towers: leave out --vision and --language")

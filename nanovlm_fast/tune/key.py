@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import nanovlm_fast.kernels
+import nanovlm_fast.model
 from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.device import device_name
 from nanovlm_fast.packing.packer import Budget
@@ -51,6 +52,7 @@ def key_of(
         "torch": torch.__version__,
         **{name: version_of(name) for name in PACKAGES},
         "kernels": hash_of(Path(next(iter(nanovlm_fast.kernels.__path__)))),
+        "modules": hash_of(Path(next(iter(nanovlm_fast.model.__path__)))),
         "model": sizes,
         "budget": dataclasses.asdict(budget) if budget else train.tokens_per_batch,
         "dtype": str(dtype).removeprefix("torch."),
