@@ -114,7 +114,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         lm_inter_dim=192,
         lm_n_heads=4,
         lm_n_kv_heads=4,
-        lm_n_blocks=2,
+        # one more than tiny has: to find an object among 17 tiles, and to compare it
+        lm_n_blocks=3,
         lm_vocab_size=400,
         lm_re_base=10000.0,
         lm_max_position_embeddings=512,
@@ -125,11 +126,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         image_mean=0.875,
         image_std=0.25,
         init="scratch",
-        # the run: an epoch has ten canvases of every picture
+        # the run: an epoch has 15 canvases of every picture
         data="easy_vqa_canvas",
         epochs=1.0,
-        questions_per_image=5,
-        tokens_per_batch=10240,
+        tokens_per_batch=5120,
         val_samples=20,
         optimizer="muon",
         lr_projector=2e-3,
