@@ -1,9 +1,9 @@
-"""Exporting checkpoints: to a folder that transformers loads, or one that nanoVLM loads.
+"""Exporting checkpoints: to a folder that transformers, nanoVLM or llama.cpp loads.
 
     python -m nanovlm_fast.export --checkpoint RUN --to transformers --out FOLDER
 
-What the two have in common is here; `weights/to_transformers.py` and `weights/to_nanovlm.py` write
-the files.
+What they have in common is here; `weights/to_transformers.py`, `weights/to_nanovlm.py` and
+`weights/to_gguf.py` write the files.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from nanovlm_fast.weights.card import model_card
 from nanovlm_fast.weights.folder import resolve
 from nanovlm_fast.weights.hub import push_to_hub
 from nanovlm_fast.weights.pretrained import load_pretrained
+from nanovlm_fast.weights.to_gguf import to_gguf
 from nanovlm_fast.weights.to_nanovlm import to_nanovlm
 from nanovlm_fast.weights.to_transformers import to_transformers
 
-TARGETS = ("transformers", "nanovlm")
+TARGETS = ("transformers", "nanovlm", "gguf")
 
 
 def export(
@@ -70,6 +71,8 @@ def export(
     try:
         if target == "transformers":
             to_transformers(temporary, model, tokenizer)
+        elif target == "gguf":
+            to_gguf(temporary, model, tokenizer)
         else:
             to_nanovlm(temporary, model, tokenizer, loaded_by)
         card = model_card(folder, target, model, name or place.name)
@@ -91,7 +94,7 @@ def make_parser() -> Parser:
     """Return the parser of `python -m nanovlm_fast.export`."""
     parser = Parser(
         prog="python -m nanovlm_fast.export",
-        description="Write a checkpoint for transformers or for nanoVLM.",
+        description="Write a checkpoint for transformers, nanoVLM or llama.cpp (gguf).",
     )
     add_model_options(parser, device=False)
     parser.add_argument("--to", required=True, choices=TARGETS, help="what is to load it")
@@ -115,6 +118,11 @@ def main(argv: list[str] | None = None) -> int:
         print(
             "nanoVLM loads the tokenizer from this path, which is lm_tokenizer in config.json: "
             "if you move the folder, change it there; --push writes the hub's name"
+        )
+    if args.to == "gguf":
+        print(
+            "llama.cpp's own image prompt has tokens that this model was not trained with: how to "
+            "show it images is in README.md"
         )
     if args.push:
         print(f"uploaded: {push_to_hub(args.out, args.push, args.private)}")
