@@ -117,6 +117,9 @@ class Trainer(Run):
         if self.world.sum([self.signals.came])[0]:
             self.stop()
         self.wait_for_checkpoint()
+        # The lines of the log may have ended some steps ago.
+        if self.scaler:
+            state.loss_scale = self.stats.peek()()["loss_scale"]
 
     def progress_bar(self) -> tqdm:
         """In steps where --max-steps sets the run's length, else in examples."""
@@ -173,11 +176,13 @@ class Trainer(Run):
         set_lr(self.optimizers, lr)
         labels_per_rank = n_labels / self.world.size
         total = accumulate_gradients(
-            self.forward, self.step_model, batches, labels_per_rank, self.autocast
+            self.forward, self.step_model, batches, labels_per_rank, self.autocast, self.scaler
         )
         # An update whose gradients are not finite is skipped on the device; the host learns of it
         # a logging interval later, from the statistics.
-        update = apply_gradients(self.model, self.optimizers, self.config.clip, self.keep_gradients)
+        update = apply_gradients(
+            self.model, self.optimizers, self.config.clip, self.keep_gradients, self.scaler
+        )
         self.stats.add(total, n_labels, update.norm, update.skipped)
         self.state.step += 1
         self.journal.remember_samples(self.state.step, batches)
@@ -231,7 +236,9 @@ class Trainer(Run):
 
         # The statistics are on the device: the writer thread reads them, and the loop goes on.
         def late() -> dict[str, Any]:
-            return {"interval": read_stats()["kept"]}
+            stats = read_stats()
+            scale = {"loss_scale": stats["loss_scale"]} if self.scaler else {}
+            return {"interval": stats["kept"], **scale}
 
         self.checkpoints.save(self.model, self.optimizers, values, late, advice)
         gc.collect()
