@@ -117,9 +117,6 @@ class Trainer(Run):
         if self.world.sum([self.signals.came])[0]:
             self.stop()
         self.wait_for_checkpoint()
-        # The lines of the log may have ended some steps ago.
-        if self.scaler:
-            state.loss_scale = self.stats.peek()()["loss_scale"]
 
     def progress_bar(self) -> tqdm:
         """In steps where --max-steps sets the run's length, else in examples."""
@@ -135,8 +132,7 @@ class Trainer(Run):
 
     def progress(self, steps: int = 0) -> float:
         """How far the run is, in [0, 1]: by examples or, with --max-steps, after `steps` more."""
-        limit = self.config.max_steps
-        if limit:
+        if limit := self.config.max_steps:
             return min((self.state.step + steps) / limit, 1.0)
         return min(self.state.examples / self.total, 1.0)
 
@@ -208,8 +204,7 @@ class Trainer(Run):
                     state=state,
                     alive=self.watchdog.evaluating,
                 )
-            line = {"step": state.step, **scores, "seconds": round(state.seconds, 3)}
-            self.journal.write(line)
+            self.journal.write({"step": state.step, **scores, "seconds": round(state.seconds, 3)})
         self.watchdog.evaluated()
         # What the first rank noted in its state is the state of all.
         noted = {name: getattr(state, name) for name in SCORED}
@@ -236,9 +231,7 @@ class Trainer(Run):
 
         # The statistics are on the device: the writer thread reads them, and the loop goes on.
         def late() -> dict[str, Any]:
-            stats = read_stats()
-            scale = {"loss_scale": stats["loss_scale"]} if self.scaler else {}
-            return {"interval": stats["kept"], **scale}
+            return self.journal.to_save(read_stats())
 
         self.checkpoints.save(self.model, self.optimizers, values, late, advice)
         gc.collect()

@@ -162,6 +162,14 @@ class Journal:
         if scaling:
             self.check_scale(scaling, values["step"], values["lr"])
 
+    def to_save(self, stats: dict[str, Any]) -> dict[str, Any]:
+        """What a checkpoint keeps of the statistics of `StepStats.peek`."""
+        saved = {"interval": stats["kept"]}
+        if "loss_scale" in stats:
+            # The summary's too: the last line may have been written some steps before the end.
+            saved["loss_scale"] = self.state.loss_scale = stats["loss_scale"]
+        return saved
+
     def check_scale(self, scaling: dict[str, Any], step: int, lr: float) -> None:
         """Raise Stopped if the loss scale of float16 was below 1 for too many steps in a row."""
         row = int(scaling["counts"][2])
