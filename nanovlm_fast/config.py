@@ -282,8 +282,10 @@ class TrainConfig:
         "random seed of weights, data order and augmentation",
     )
     device: str = option("auto", "auto | cpu | cuda | cuda:1 ...")
-    dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "type to compute in; weights stay float32; auto: bfloat16 on a GPU that supports it"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto",
+        "type to compute in; weights stay float32; float16: with a scaled loss; auto: bfloat16 on "
+        "a GPU that supports it, float16 on one that does not",
     )
     stream: Literal["float32", "bfloat16"] = option(
         "float32",
@@ -391,7 +393,9 @@ class TrainConfig:
         "stop", "what to do when a checkpoint cannot be written, as on a full disk"
     )
     max_skipped_steps: Size = option(
-        10, "steps with gradients that are not finite are skipped; stop after this many in a row"
+        10,
+        "steps with gradients that are not finite are skipped; stop after this many in a row, and "
+        "in float16 after as many with a loss scale below 1",
     )
     # The interpreter's clocks count nanoseconds in 64 bits: a longer wait overflows.
     hang_timeout: Annotated[float, Range(float, most=1e9)] = option(
@@ -426,6 +430,11 @@ class TrainConfig:
         if self.shard and "adamw" in self.kernels.replace(" ", "").split(","):
             raise ValueError(
                 "--shard: shards are updated by PyTorch's AdamW, take adamw out of --kernels"
+            )
+        if self.dtype == "float16" and self.stream == "bfloat16":
+            raise ValueError(
+                "--stream bfloat16 rounds to another type than --dtype float16 computes in: use "
+                "--stream float32"
             )
         self._check_streaming()
         if self.start_from and (self.vision or self.language):

@@ -72,10 +72,13 @@ def leave_busy_cores(device: torch.device) -> str:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the type to compute in. "auto" is bfloat16 on a GPU that supports it, else float32.
+    """Return the type to compute in.
 
-    Raises ValueError for bfloat16 on a GPU that can only emulate it.
+    "auto" is bfloat16 on a GPU that supports it, float16 on another GPU, float32 on a CPU. Raises
+    ValueError for bfloat16 on a GPU that can only emulate it.
     """
+    if name == "float16":
+        return torch.float16
     if name == "float32" or (name == "auto" and device.type != "cuda"):
         return torch.float32
     # Without `including_emulation` PyTorch says yes on GPUs that compute bfloat16 in float32, more
@@ -83,9 +86,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         gpu = torch.cuda.get_device_name(device)
         if name == "bfloat16":
-            raise ValueError(f"--dtype bfloat16: {gpu} can only emulate it, use --dtype float32")
-        print(f"warning: {gpu} has no bfloat16; computing in float32, more slowly")
-        return torch.float32
+            raise ValueError(f"--dtype bfloat16: {gpu} can only emulate it, use --dtype float16")
+        print(f"{gpu} has no bfloat16: computing in float16")
+        return torch.float16
     return torch.bfloat16
 
 

@@ -69,6 +69,7 @@ class RunState:
     best_accuracy: float = -1.0  # below any accuracy, so that the first evaluation is the best
     interval: dict[str, Any] | None = None  # losses since the last log line, from `StepStats`
     spikes: list[float] | None = None  # of the `SpikeDetector`
+    loss_scale: dict[str, Any] | None = None  # in float16, from `LossScaler`
     micro_batches: int = 1  # per step, on all ranks; a resume with other ranks keeps the product
     stream: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # one state per shard
     data: dict[str, Any] | None = None  # which data, and what of it is held out
@@ -95,8 +96,8 @@ class RunState:
 
 
 # Checkpoints of the first versions have no `data` and no `filled`; `eval` is there once --eval was
-# scored, and `dropped` once something was.
-OPTIONAL = {"data", "eval", "filled", "dropped"}
+# scored, `dropped` once something was, and `loss_scale` once the run has computed in float16.
+OPTIONAL = {"data", "eval", "filled", "dropped", "loss_scale"}
 
 
 # ---- one command at a time

@@ -183,7 +183,7 @@ def unfit_for_flash(device: torch.device, dtype: torch.dtype) -> str | None:
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"a GPU of compute capability 8.0 or newer, not {torch.cuda.get_device_name(device)}"
     if dtype not in (torch.bfloat16, torch.float16):
-        return "--dtype bfloat16"
+        return "--dtype bfloat16 or float16"
     return None
 
 

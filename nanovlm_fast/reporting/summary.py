@@ -110,6 +110,8 @@ def summarise(
             final = final_scores(model, tokenizer, held_out, config, alive)
     result: dict[str, Any] = {"eval": state.eval}  # --eval's last
     result |= {name: getattr(state, name) for name in REPORTED}
+    if state.loss_scale:
+        result["loss_scale"] = state.loss_scale
     accuracies: dict[str, float] = {}
     if final:
         seeing, blind = final.seeing, final.blind
@@ -154,7 +156,17 @@ def outline(
         "steps": f"{state.step:,} in {state.seconds / 60:.1f} min on {device}",
         "packing": f"{filled} (curriculum aside)" if config.curriculum else filled,
         "skipped": f"{len(state.bad)} unreadable, {state.too_long} too long{dropped(state)}",
+        **overflows(state),
     }
+
+
+def overflows(state: RunState) -> dict[str, str]:
+    """The row on loss scaling, of a run that has computed in float16."""
+    if not state.loss_scale:
+        return {}
+    count = int(state.loss_scale["counts"][0])
+    scale = state.loss_scale["scale"]
+    return {"float16": f"{count:,} steps skipped as gradients overflowed, loss scale {scale:g}"}
 
 
 def final_scores(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nanovlm_fast.config import TrainConfig
 from nanovlm_fast.model.masters import Masters, masters_of
 from nanovlm_fast.model.packed import VisionLanguageModel
+from nanovlm_fast.model.scaling import LossScaler
 from nanovlm_fast.training.parallel import whole
 
 
@@ -23,9 +24,10 @@ class Muon(torch.optim.Optimizer):
     """Momentum orthogonalised by a Newton-Schulz iteration, for matrices (Keller Jordan, 2024).
 
     `torch.optim.Muon` iterates in bfloat16, which is a hundred times slower on CPUs without fast
-    bfloat16 products; this one iterates in float32 on a CPU. Matrices of one shape go through the
-    iteration as one batch. Fused matrices (q, k, v; gate, up) are orthogonalised part by part: a
-    group's `parts` gives the row counts of each parameter's parts.
+    bfloat16 products; this one iterates in float32 on a CPU, and in float16 on a GPU without
+    bfloat16. Matrices of one shape go through the iteration as one batch. Fused matrices (q, k, v;
+    gate, up) are orthogonalised part by part: a group's `parts` gives the row counts of each
+    parameter's parts.
     """
 
     def __init__(
@@ -141,13 +143,15 @@ class KernelAdamW(torch.optim.AdamW):
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     """(n, rows, columns) -> nearly the closest semi-orthogonal ones (singular values about 1)."""
-    dtype = matrices.dtype if matrices.device.type == "cpu" else torch.bfloat16
-    x = matrices.to(dtype)
     # x x^T is the smaller of the two products only for a wide matrix.
-    tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x
-    # The iteration converges for singular values up to 1, which the Frobenius norm bounds.
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    # The iteration converges for singular values up to 1, which the Frobenius norm bounds. In the
+    # gradients' own type: float16 has no numbers as small as they may be.
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    if matrices.is_cuda:
+        narrow = torch.cuda.get_device_capability(matrices.device) < (8, 0)
+        x = x.to(torch.float16 if narrow else torch.bfloat16)
     for _ in range(steps):
         gram = x @ x.mT
         # Coefficients of Keller Jordan: steepest at 0, so small singular values grow fastest.
@@ -245,14 +249,19 @@ def apply_gradients(
     optimizers: list[torch.optim.Optimizer],
     clip: float = 0.0,
     keep_gradients: bool = False,
+    scaler: LossScaler | None = None,
 ) -> Update:
     """The optimizer update: norm, clip, skip if not finite, step, zero. Never waits for the device.
 
     `clip` is the largest norm, 0 for no limit. `keep_gradients` zeroes gradients in place instead
-    of dropping them. Training and the benchmarks share this function, so that what is measured is
-    what trains.
+    of dropping them. `scaler` is what scaled the loss, if anything did: gradients are divided by
+    its scale first, and it learns whether they were finite. Training and the benchmarks share this
+    function, so that what is measured is what trains.
     """
     masters = masters_of(model)
+    if scaler:
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
     # The kernel reads bfloat16 gradients where they are, and rounds what it has updated itself.
     kernels = [optimizer for optimizer in optimizers if isinstance(optimizer, KernelAdamW)]
     by_kernel = len(kernels) == len(optimizers)
@@ -271,6 +280,8 @@ def apply_gradients(
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=not keep_gradients)
+    if scaler:
+        scaler.update()
     masters.drop_gradients()
     if not by_kernel:
         masters.round()

@@ -35,6 +35,7 @@ from nanovlm_fast.device import (
     pick_dtype,
 )
 from nanovlm_fast.model.flops import peak_flops
+from nanovlm_fast.model.scaling import make_scaler
 from nanovlm_fast.packing.batch import PackedBatch
 from nanovlm_fast.packing.packer import Budget
 from nanovlm_fast.packing.waves import wave_fill
@@ -127,7 +128,8 @@ class Run:
             first=self.world.first,
             saved=self.state.step if checkpoint else None,
         )
-        self.stats = StepStats(self.device, self.world, self.state.interval)
+        self.scaler = make_scaler(self.dtype, self.device, self.state.loss_scale)
+        self.stats = StepStats(self.device, self.world, self.state.interval, self.scaler)
         self.stream = make_stream(load, budget, self.state, split)
         self.total = self.stream.total  # examples in the whole run
         self.signals = Signals()
@@ -153,9 +155,10 @@ class Run:
             torch.cuda.set_device(self.device)
         self.dtype = pick_dtype(config.dtype, self.device)
         if config.stream == "bfloat16" and self.dtype != torch.bfloat16:
+            computed = str(self.dtype).removeprefix("torch.")
             raise ValueError(
                 f"--stream bfloat16 is for products in bfloat16, and {self.device} computes in "
-                "float32 here: add --dtype bfloat16, or use --stream float32"
+                f"{computed} here: add --dtype bfloat16, or use --stream float32"
             )
         self.autocast = autocast_to(self.dtype, self.device)
         # Sums in another number of threads round differently, so a deterministic run must not
