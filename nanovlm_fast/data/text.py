@@ -297,10 +297,11 @@ class TextProcessor:
                 ids += self.encode(part.format(question=question))
         return ids
 
-    def document(self, turns: Sequence[Turn], n_images: Images) -> Document:
+    def document(self, turns: Sequence[Turn], n_images: Images, whole: bool = False) -> Document:
         """One document with all turns.
 
-        With '' as the last answer it is a prompt, to which a model replies.
+        With '' as the last answer it is a prompt, to which a model replies, `whole` or not: only
+        conversations (chat.py) have empty answers.
         """
         count = n_images if isinstance(n_images, int) else len(n_images)
         n_image_tokens = count * self.image_tokens
@@ -321,5 +322,6 @@ class TextProcessor:
     def documents(self, turns: Sequence[Turn], n_images: Images) -> list[Document]:
         """The documents of an example's turns, as `mode` says."""
         if self.mode == "independent":
-            return [self.document([turn], n_images) for turn in turns]
-        return [self.document(turns[:1] if self.mode == "first" else turns, n_images)]
+            return [self.document([turn], n_images, whole=True) for turn in turns]
+        chosen = turns[:1] if self.mode == "first" else turns
+        return [self.document(chosen, n_images, whole=True)]

@@ -21,7 +21,7 @@ from nanovlm_fast.data.images import printable
 from nanovlm_fast.data.sources.example import Source
 from nanovlm_fast.data.sources.registry import load_source
 from nanovlm_fast.data.text import Tokenizer
-from nanovlm_fast.evaluate import Evaluation, answer_samples, evaluate
+from nanovlm_fast.evaluate import Evaluation, answer_samples, evaluate, say_chance
 from nanovlm_fast.files import write_whole
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.reporting.metrics import summary_table
@@ -124,6 +124,7 @@ def summarise(
     if scored := state.eval:
         accuracy = scored["accuracy"]
         said = "none could be asked" if accuracy is None else f"{accuracy:.1%}"
+        said += say_chance(scored, scored["questions"])
         rows[str(config.eval)] = f"{said} ({scored['style']})"
     # Results before pictures: a picture that fails must not cost the scores.
     if final or state.eval:
@@ -200,12 +201,15 @@ def score_rows(final: FinalScores) -> dict[str, str]:
     seeing = final.seeing
     rows = {}
     for kind, (correct, total) in sorted(seeing.by_kind.items()):
-        rows[f"  {kind}"] = f"{correct / total:.1%} of {total:,} questions"
+        chance = say_chance(seeing.chance(kind), total)
+        rows[f"  {kind}"] = f"{correct / total:.1%} of {total:,} questions{chance}"
     if seeing.skipped:
         rows["  left out"] = seeing.left_out
     rows[final.split] = "none of its questions could be asked"
     if seeing.total:
-        rows[final.split] = f"sees: {seeing.accuracy:.1%} · blind: {final.blind.accuracy:.1%}"
+        chance = say_chance(seeing.chance(), seeing.total, before=" · ")
+        blind = final.blind.accuracy
+        rows[final.split] = f"sees: {seeing.accuracy:.1%} · blind: {blind:.1%}{chance}"
     return rows
 
 

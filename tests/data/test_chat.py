@@ -91,6 +91,22 @@ def test_a_conversation_is_the_template_s_string_and_carries_loss_where_it_shoul
     assert ((rows >= 0) == (document.input_ids == image)).all()
 
 
+@pytest.mark.parametrize("talk", [[*TALK, ("And?", "")], [("What?", "")], [("a", ""), ("b", "")]])
+def test_the_end_of_an_empty_answer_is_learned_as_nanovlm_does(talk):
+    """There the mask of an assistant's turn begins after its header, whatever it says."""
+    tokenizer = trained()
+    (document,) = ChatProcessor(tokenizer, EXTRA, 3, "chat").documents(talk, [(1, 2)])
+    whole, marked = rendered(tokenizer, talk, shown(((1, 2),), 3))
+    encoded = BaseTokenizer.from_str(tokenizer.base.to_str()).encode(whole)
+    assert document.input_ids.tolist() == encoded.ids
+    labelled = [marked[start] == "#" for start, _ in encoded.offsets]
+    assert (document.labels != IGNORE).tolist() == [*labelled[1:], False]
+    end = tokenizer.base.token_to_id(END)
+    assert document.labels.tolist().count(end) == len(talk)
+    first = ChatProcessor(tokenizer, EXTRA, 3, "first").documents(talk, [(1, 2)])[0]
+    assert first.labels.tolist().count(end) == 1
+
+
 def test_a_prompt_ends_where_the_assistant_begins():
     tokenizer = trained()
     chat = ChatProcessor(tokenizer, EXTRA, 3)
