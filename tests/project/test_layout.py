@@ -318,7 +318,7 @@ def test_no_path_of_one_machine_is_written_down():
     places = [
         f"/{name}" for name in ("work/", "tmp/bash_jobs", "farm/")
     ]  # so that this file holds none itself
-    files = [file for file in project_files() if file.suffix in (".py", ".md", ".toml")]
+    files = [file for file in project_files() if file.suffix in (".py", ".md", ".toml", ".ipynb")]
     assert ROOT / "README.md" in files and Path(__file__).resolve() in files
     found = [
         (str(file.relative_to(ROOT)), place)
