@@ -216,8 +216,8 @@ class TrainConfig:
     preset: str = option("tiny", "named defaults for the model and for all options below")
     data: str = option(
         "easy_vqa",
-        "easy_vqa | easy_vqa_canvas | synthetic | jsonl:FOLDER (train.jsonl, test.jsonl and the "
-        "images) | finevision, or finevision: and a hub name or folder of its schema | "
+        "easy_vqa | easy_vqa_canvas | emoji | synthetic | jsonl:FOLDER (train.jsonl, test.jsonl "
+        "and the images) | finevision, or finevision: and a hub name or folder of its schema | "
         "HuggingFaceM4/the_cauldron:all45, or any hub name or folder of its schema, with "
         ":CONFIG,CONFIG for parts of it | prepared:FOLDER",
     )

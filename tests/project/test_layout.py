@@ -95,7 +95,7 @@ FLOORS = (
     "weights",
     "generate evaluate export lmms_eval cli data.prepare",
     "reporting",
-    "training tune",
+    "training tune demo",
 )
 # The package's own `__init__` is its public face: it hands on one class, when that is asked for.
 # `nanovlm_fast.model` was one file, from which users imported that class.
