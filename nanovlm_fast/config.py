@@ -357,6 +357,14 @@ class TrainConfig:
     lr_projector: float = option(2e-3, "peak learning rate of the projector; 0 freezes it")
     lr_vision: float = option(1e-4, "peak learning rate of the vision tower; 0 freezes it")
     lr_language: float = option(1e-4, "peak learning rate of the language model; 0 freezes it")
+    lora_rank: Annotated[int, Range(int, most=65536)] = option(
+        0,
+        "train adapters of this rank (LoRA, by peft) at --lr-language in place of the pretrained "
+        "language model's own weights; checkpoints hold them without the base; 0: none",
+    )
+    lora_alpha: Annotated[float, Range(float, most=1e6)] = option(
+        0.0, "adapters are scaled by this / --lora-rank; 0: twice the rank"
+    )
     warmup: ShareBelowOne = option(
         0.03, "share of the run, from its start, in which the learning rate rises"
     )
@@ -437,6 +445,7 @@ class TrainConfig:
                 "--stream float32"
             )
         self._check_streaming()
+        self._check_lora()
         if self.start_from and (self.vision or self.language):
             raise ValueError("--start-from has both towers: leave out --vision and --language")
         return self
@@ -447,6 +456,24 @@ class TrainConfig:
             raise ValueError("--streaming: how many rows there are is not known, give --max-steps")
         if self.streaming and self.curriculum:
             raise ValueError("--streaming reads every row as it comes: give no --curriculum")
+
+    def _check_lora(self) -> None:
+        """Raise ValueError for options that adapters cannot be trained with."""
+        if not self.lora_rank:
+            if self.lora_alpha:
+                raise ValueError("--lora-alpha scales adapters: give --lora-rank too")
+            return
+        if not (self.language or self.start_from):
+            raise ValueError(
+                "--lora-rank adapts pretrained weights: name them by --language or --start-from"
+            )
+        if self.lr_language <= 0:
+            raise ValueError("--lora-rank trains adapters at --lr-language, which must be above 0")
+        if "swiglu_mlp" in [name.strip() for name in self.kernels.split(",")]:
+            raise ValueError(
+                "--kernels swiglu_mlp computes with the MLP's own matrices and would leave out the "
+                "adapters of --lora-rank: take swiglu"
+            )
 
 
 def fields_of(config_class: type, values: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovlm_fast.config import TrainConfig
+from nanovlm_fast.model.lora import trainable
 from nanovlm_fast.model.masters import Masters, masters_of
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.model.scaling import LossScaler
@@ -163,6 +164,7 @@ def make_optimizers(model: VisionLanguageModel, config: TrainConfig) -> list[tor
     """Fused AdamW; with `optimizer=muon`, Muon for the matrices of the blocks and the projector.
 
     There is one group each for projector, vision and language, and a rate of 0 freezes the part.
+    Of a language model with adapters these alone are trained.
     Where the model has working weights, the masters of these are what the optimizers hold.
     Every group keeps its `peak_lr`. Raises ValueError if all rates are 0.
     """
@@ -174,14 +176,15 @@ def make_optimizers(model: VisionLanguageModel, config: TrainConfig) -> list[tor
     adamw: list[dict[str, Any]] = []
     muon: list[dict[str, Any]] = []
     for part, lr in rates.items():
-        module = getattr(model, part).requires_grad_(lr > 0)
-        if lr <= 0:
+        # The adapters in it, or all of it.
+        trained = unfrozen(trainable(getattr(model, part)), lr > 0)
+        if not trained:
             continue
         matrices = matrices_of(model, part) if config.optimizer == "muon" else {}
-        if config.optimizer == "muon":
+        if matrices:
             weights = dict(params=list(matrices), parts=list(matrices.values()))
             muon.append(dict(**weights, name=f"{part}.matrices", lr=lr * config.muon_scale))
-        weights_of_part = masters_of(model).of_all(module.parameters())
+        weights_of_part = masters_of(model).of_all(trained)
         rest = [weight for weight in weights_of_part if weight not in matrices]
         if rest:
             adamw.append(dict(params=rest, lr=lr, name=part))
@@ -196,6 +199,13 @@ def make_optimizers(model: VisionLanguageModel, config: TrainConfig) -> list[tor
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def unfrozen(parameters: list[nn.Parameter], wanted: bool) -> list[nn.Parameter]:
+    """Let parameters have gradients, or freeze them; return those that have."""
+    for parameter in parameters:
+        parameter.requires_grad_(wanted)
+    return parameters if wanted else []
 
 
 def _adamw(
@@ -220,8 +230,11 @@ def matrices_of(model: VisionLanguageModel, part: str) -> dict[Tensor, list[int]
     """Weight matrices of a part that Muon updates -> the row counts of the matrices fused in each.
 
     They are the float32 masters where the model has working weights.
-    The output head is left to AdamW: its rows are token embeddings, not one linear map.
+    The output head is left to AdamW: its rows are token embeddings, not one linear map. So are
+    adapters: an A and a B are the halves of one.
     """
+    if part == "decoder" and model.adapter is not None:
+        return {}
     fused = {name: list(rows.values()) for name, rows in model.fused_parts().items()}
     matrices: dict[Tensor, list[int]] = {}
     for name, layer in getattr(model, part).named_modules(prefix=part):

@@ -35,6 +35,7 @@ from nanovlm_fast.device import (
     pick_dtype,
 )
 from nanovlm_fast.model.flops import peak_flops
+from nanovlm_fast.model.lora import adapter_size
 from nanovlm_fast.model.scaling import make_scaler
 from nanovlm_fast.packing.batch import PackedBatch
 from nanovlm_fast.packing.packer import Budget
@@ -57,6 +58,7 @@ from nanovlm_fast.training.warmup import warm_up
 from nanovlm_fast.training.watchdog import Watchdog
 from nanovlm_fast.tune.key import GPU_AUTOS
 from nanovlm_fast.tune.settle import Place, settle_run
+from nanovlm_fast.weights.adapter import described
 
 
 class Run:
@@ -204,6 +206,12 @@ class Run:
         dtype = str(self.dtype).removeprefix("torch.")
         how = f"{dtype} · compile: {self.config.compile} · {self.model.ops}{self.world}"
         self.journal.say(f"device: {describe(self.device)}, {how}")
+        if adapter := self.model.adapter:
+            size = adapter_size(self.model.config, adapter.rank)
+            self.journal.say(
+                f"adapters of rank {adapter.rank}, alpha {adapter.alpha:g}: {size:,} weights on "
+                f"{described(adapter.base)}, whose language model is frozen"
+            )
         if self.beside:
             self.journal.say(self.beside)
         if self.settled.how:

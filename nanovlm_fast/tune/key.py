@@ -61,6 +61,8 @@ def key_of(
         "trained": [name for name in ("projector", "vision", "language") if rate(train, name) > 0],
         "optimizer": train.optimizer,
         "clipped": train.clip > 0,
+        # Only where there are adapters: what was measured before they were known still holds.
+        **({"lora_rank": train.lora_rank} if train.lora_rank else {}),
         "several_processes": several,
         "sharded": train.shard and several,
         # What the user has set is not chosen, and what is chosen depends on it.

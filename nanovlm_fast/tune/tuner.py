@@ -21,6 +21,7 @@ from nanovlm_fast.model.attention import (
     choose_attention,
     choose_vision_attention,
 )
+from nanovlm_fast.model.lora import WITHOUT_ADAPTERS
 from nanovlm_fast.ranks import end_with_parent
 from nanovlm_fast.tune import cache
 from nanovlm_fast.tune.cache import Entry, Notebook
@@ -197,6 +198,8 @@ def tune(
     candidates = gpu_candidates(free, plain.compile != "none", backends_for(job))
     if key["sharded"]:  # the update of shards is PyTorch's
         candidates = [candidate for candidate in candidates if candidate.part != UPDATE]
+    if key.get("lora_rank"):
+        candidates = [one for one in candidates if one.kernel not in WITHOUT_ADAPTERS]
     note = Notebook(key, plain, began, say)
     with Launcher(SERVE, job.to_json()) as launcher:
         bench = DeviceBench(job, launcher, PAIRS)

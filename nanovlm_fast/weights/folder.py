@@ -24,6 +24,7 @@ from nanovlm_fast.files import read_json
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.paths import at_home
 from nanovlm_fast.runs import latest_run, standing
+from nanovlm_fast.weights.adapter import write_adapter
 from nanovlm_fast.weights.hub import MODEL_FILES, fetch
 from nanovlm_fast.weights.tensors import stored_shapes
 
@@ -98,6 +99,8 @@ def write_pretrained(
         own = tokenizer is not None or model.config.lm_tokenizer == "train"
         values["lm_tokenizer"] = "train" if own else str(Path(model.config.lm_tokenizer).resolve())
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    if model.adapter is not None:
+        write_adapter(folder, model.adapter)
     if tokenizer is not None:
         tokenizer.save(folder)
 
