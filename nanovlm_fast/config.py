@@ -10,9 +10,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal
 
 from nanovlm_fast.ranges import SEED, Range, check_fields
 
@@ -480,28 +479,3 @@ def fields_of(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
     """Return the entries of `values` that are fields of the dataclass `config_class`."""
     names = {field.name for field in dataclasses.fields(config_class)}
     return {name: value for name, value in values.items() if name in names}
-
-
-def check_types(config_class: type, values: dict[str, Any]) -> None:
-    """Raise ValueError naming the first entry of `values` that its field cannot hold.
-
-    For values from a file: what comes from the command line has its type already.
-    """
-    kinds = get_type_hints(config_class)
-    for name, value in values.items():
-        kind = kinds[name]
-        choices = get_args(kind)  # of a Literal
-        if kind is TokenNames:
-            right = isinstance(value, dict) and all(
-                isinstance(part, str) for item in value.items() for part in item
-            )
-        elif choices:
-            right = value in choices
-        elif kind is float:
-            # JSON writes 1.0 as 1 in other languages, and Python reads NaN and Infinity from it.
-            right = type(value) in (int, float) and math.isfinite(value)
-        else:
-            right = type(value) is kind  # not isinstance: True is an int
-        if not right:
-            wanted = f"one of {', '.join(choices)}" if choices else f"of type {kind.__name__}"
-            raise ValueError(f"{name} must be {wanted}, got {repr(value)[:80]}")

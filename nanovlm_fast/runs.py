@@ -21,8 +21,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanovlm_fast.config import TrainConfig, VLMConfig, check_types, fields_of
+from nanovlm_fast.config import TrainConfig, VLMConfig, fields_of
 from nanovlm_fast.files import read_json, write_whole
+from nanovlm_fast.ranges import check_types
 
 if TYPE_CHECKING:
     from nanovlm_fast.ranks import World

@@ -67,6 +67,9 @@ class Run:
     Raises ValueError or OSError, with a message for the user, for a run that cannot start.
     """
 
+    # Set by `warm_up`: gradients that live in a CUDA graph's memory are zeroed in place.
+    keep_gradients = False
+
     def __init__(self, model_config: VLMConfig, config: TrainConfig, world: World | None = None):
         self.born = time.perf_counter()
         self.world = world or World()
@@ -116,12 +119,10 @@ class Run:
         # error before gigabytes of weights are read.
         self.state = begin_state(config, self.world, split, checkpoint, saved)
         self.accumulate = micro_batches_per_rank(self.state, self.world)
-        built = build(model_config, config, self.device, self.dtype, self.world, checkpoint)
-        self.model = built.model
-        self.optimizers = built.optimizers
-        self.step_model = built.step_model
-        # Set by `warm_up`: gradients that live in a CUDA graph's memory are zeroed in place.
-        self.keep_gradients = False
+        place = self.device, self.dtype, self.world
+        self.model, self.optimizers, self.step_model = build(
+            model_config, config, *place, checkpoint
+        )
 
         self.checkpoints = Checkpointer(
             self.run,

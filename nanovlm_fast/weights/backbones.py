@@ -19,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovlm_fast.config import TrainConfig, VLMConfig, check_types
+from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.data.text import Tokenizer
 from nanovlm_fast.files import read_json
 from nanovlm_fast.model.init import NANOVLM_STD
 from nanovlm_fast.model.lora import Adapter, merged
 from nanovlm_fast.model.packed import VisionLanguageModel
+from nanovlm_fast.ranges import check_types
 from nanovlm_fast.weights.adapter import (
     ADAPTER,
     check_base,
