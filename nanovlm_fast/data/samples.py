@@ -103,18 +103,25 @@ def build(example: Example, model: VLMConfig, train: TrainConfig, text: TextProc
     options leave out, and ValueError, naming it, for one that cannot be read.
     """
     example, dropped = chosen(example, train, text.mode)
-    count = len(example.images)
-    # Before the images are decoded: thousands of them would fill the memory
-    limit = model.lm_max_position_embeddings
-    if count * model.image_tokens > limit:
-        taken = f"{count} images take {count * model.image_tokens} tokens"
-        raise TooLong(f"{example.name}: {taken}, --lm-max-position-embeddings is {limit}")
+    check_count(example, model)
     if dropped and not example.turns:
         nothing = _no_images(model.vit_img_size)
         return Sample(example.name, nothing, [], dropped=(*dropped, "examples"))
     sample = make_sample(example, model, text)
     sample.dropped = dropped
     return sample
+
+
+def check_count(example: Example, model: VLMConfig) -> None:
+    """Raise TooLong for more images than the model has positions for, whatever their sizes.
+
+    To be called before they are decoded: thousands of them would fill the memory.
+    """
+    count = len(example.images)
+    limit = model.lm_max_position_embeddings
+    if count * model.image_tokens > limit:
+        taken = f"{count} images take {count * model.image_tokens} tokens"
+        raise TooLong(f"{example.name}: {taken}, --lm-max-position-embeddings is {limit}")
 
 
 def chosen(example: Example, train: TrainConfig, mode: str) -> tuple[Example, tuple[str, ...]]:
