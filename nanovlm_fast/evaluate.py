@@ -23,7 +23,7 @@ import torch
 from nanovlm_fast.command import Parser, add_model_options, reports_errors
 from nanovlm_fast.data.chat import make_text
 from nanovlm_fast.data.images import Grid
-from nanovlm_fast.data.samples import tiles_shown
+from nanovlm_fast.data.samples import TooLong, check_count, tiles_shown
 from nanovlm_fast.data.sources.example import Example, Scoring, Source
 from nanovlm_fast.data.sources.registry import load_source
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
@@ -146,10 +146,6 @@ def say_chance(found: Mapping[str, Any], total: int, before: str = ", ") -> str:
     return f"{before}chance {found['chance']:.1%}{some}"
 
 
-class TooLong(ValueError):
-    """A prompt and its answer exceed the model's positions. The message names the example."""
-
-
 @dataclass
 class Question:
     """A prompt and the right answer to it."""
@@ -249,7 +245,11 @@ class Examiner:
                 example = self.source[index]
                 if self.mode == "first":
                     example = example.first()
+                check_count(example, self.model.config)
                 tiles, grids = tiles_shown(example, self.model.config)
+            except TooLong as error:
+                self.result.too_long.append(str(error))
+                continue
             except ValueError as error:
                 self.result.unreadable.append(str(error))
                 continue
@@ -353,6 +353,7 @@ def answer_samples(
     for i, index in enumerate(indices):
         try:
             example = source[int(index)].first() if mode == "first" else source[int(index)]
+            check_count(example, config)
             tiles, grids = tiles_shown(example, config)
             if not grids or not example.turns:
                 continue

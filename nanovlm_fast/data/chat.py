@@ -85,6 +85,8 @@ class ChatProcessor(TextProcessor):
         # So that no text can spell one, whatever the tokenizer's file says of it
         self.start, self.end, *ids = tokenizer.reserve(needed)
         self.ids = dict(zip(self.extra_tokens, ids, strict=True))
+        # A base model's tokenizer names another, which no conversation has: replies would not end
+        tokenizer.end_with(END)
         self.header = len(self._encode_all([[self.start], "assistant\n"]))
 
     def image_string(self, grids: Sequence[tuple[int, int]]) -> list[Piece]:

@@ -88,6 +88,11 @@ class Tokenizer:
         known: dict[str, int] = self.base.get_vocab()
         return [known[token] for token in tokens]
 
+    def end_with(self, eos: str) -> None:
+        """Make another of the entries the end of sequence, also in what `save` writes."""
+        self.eos = eos
+        self.eos_id = self.reserve([eos])[0]
+
     def __len__(self) -> int:
         """Rows that an embedding of its ids needs.
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from nanovlm_fast.config import TrainConfig
 from nanovlm_fast.data.images import printable
+from nanovlm_fast.data.samples import say_dropped
 from nanovlm_fast.data.sources.example import Source
 from nanovlm_fast.data.sources.registry import load_source
 from nanovlm_fast.data.text import Tokenizer
@@ -156,7 +157,8 @@ def outline(
         "run": run,
         "steps": f"{state.step:,} in {state.seconds / 60:.1f} min on {device}",
         "packing": f"{filled} (curriculum aside)" if config.curriculum else filled,
-        "skipped": f"{len(state.bad)} unreadable, {state.too_long} too long{dropped(state)}",
+        "skipped": f"{len(state.bad)} unreadable, {state.too_long} too long"
+        + say_dropped(state.dropped or {}),
         **overflows(state),
     }
 
@@ -211,19 +213,6 @@ def score_rows(final: FinalScores) -> dict[str, str]:
         blind = final.blind.accuracy
         rows[final.split] = f"sees: {seeing.accuracy:.1%} · blind: {blind:.1%}{chance}"
     return rows
-
-
-def dropped(state: RunState) -> str:
-    """What the run's options dropped, for the line of what was skipped; '' for nothing."""
-    counts = dict(state.dropped or {})
-    said = ""
-    for reason, what in (("held_out", "held out"), ("examples", "without a turn left")):
-        if count := counts.pop(reason, 0):
-            said += f", {count:,} examples {what}"
-    if counts:
-        by_rating = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))
-        said += f", turns rated too low: {by_rating}"
-    return said
 
 
 @contextlib.contextmanager

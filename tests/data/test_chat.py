@@ -130,6 +130,22 @@ def test_a_model_with_one_token_for_an_image_has_no_other():
     assert said == f"{START}user\n" + "<|image|>" * 4 + f"a{END}\n{START}assistant\nb{END}\n"
 
 
+def test_a_reply_ends_with_its_turn_whatever_the_tokenizer_calls_its_end(tmp_path):
+    """SmolLM2's base models have the tokens of a conversation, and <|endoftext|> as their end."""
+    tokenizer = Tokenizer(BaseTokenizer.from_str(stored()), EOS)
+    chat = ChatProcessor(tokenizer, {}, 2)
+    end = tokenizer.base.token_to_id(END)
+    assert (tokenizer.eos, tokenizer.eos_id) == (END, end)
+    assert chat.document([("a", "b")], 0).input_ids.tolist().count(end) == 2
+    assert tokenizer.decode([*tokenizer.encode("b"), end, *tokenizer.encode("c")]) == "b"
+    tokenizer.save(tmp_path)
+    again = pickle.loads(pickle.dumps(tokenizer))
+    assert Tokenizer.load(tmp_path).eos == again.eos == END
+    assert specials(tokenizer, chat.document([(EOS, EOS)], 0)) == specials(
+        tokenizer, chat.document([("a", "b")], 0)
+    )
+
+
 def specials(tokenizer: Tokenizer, document: Document) -> list[int]:
     return [number for number in document.input_ids.tolist() if number in tokenizer.special_ids]
 

@@ -173,6 +173,30 @@ def test_a_folder_of_json_names_its_pictures(tmp_path):
         source[2]
 
 
+def test_preparing_reports_what_it_leaves_out_as_training_does(tmp_path, capsys):
+    data = write(tmp_path / "rows", [*ROWS, ROWS[1]])
+    options = f"--preset tiny-split --turns chat --max-images 2 --data {data}"
+    options += " --min-rating-relevance 2 --min-rating-visual-dependency 2 --shard-samples 2"
+    out = tmp_path / "out"
+    assert prepare([*options.split(), "--out", str(out), "--workers", "0"]) == 0
+    said = capsys.readouterr()
+    assert "skipped, too long: rows/3: 3 images, --max-images is 2" in said.out + said.err
+    counts = "turns rated too low: relevance 2, visual_dependency 3 left out"
+    assert f"0 unreadable, 1 too long, 1 examples without a turn left, {counts}" in said.out
+    manifest = Prepared(out).manifest
+    assert (manifest["too_long"], manifest["skipped"], len(manifest["shards"])) == (1, 0, 3)
+    assert manifest["dropped"] == {"visual_dependency": 3, "relevance": 2, "examples": 1}
+    del manifest["shards"][0]["dropped"], manifest["shards"][0]["too_long"]  # of an older version
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    (out / manifest["shards"][1]["file"]).unlink()
+    assert prepare([*options.split(), "--out", str(out), "--workers", "0"]) == 0
+    assert Prepared(out).manifest["dropped"] == {
+        "relevance": 2,
+        "examples": 1,
+        "visual_dependency": 1,
+    }
+
+
 def test_prepared_tiles_are_those_that_are_made_on_the_fly(tmp_path, capsys):
     data = write(tmp_path / "rows")
     options = (

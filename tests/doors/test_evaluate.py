@@ -108,6 +108,17 @@ def test_too_long_a_prompt_is_left_out_and_named(setup):
     assert (result.correct, result.total) == (1, 1) and "talk 0" in result.skipped[0]
 
 
+def test_too_many_images_are_left_out_before_one_is_decoded(setup, tmp_path):
+    model, tokenizer, replies, _ = setup
+    replies["who?"] = "yes"
+    gone = [tmp_path / "gone.png"] * 200  # decoding one would fail
+    shown = Talks([Example("album", gone, [("who?", "yes")]), Example("b", [], [("who?", "yes")])])
+    result = evaluate(model, tokenizer, shown)
+    assert (result.correct, result.total, result.unreadable) == (1, 1, [])
+    assert result.too_long[0].startswith("album: 200 images take ")
+    assert module.answer_samples(model, tokenizer, shown) == []
+
+
 def test_one_long_question_costs_the_others_nothing(monkeypatch):
     """With the real `generate`: a question that has room for its answer only, in any batch."""
     tokenizer = Tokenizer.train(["who? what? where? yes no blue " + LONG], 300)

@@ -75,6 +75,17 @@ def test_the_projection_of_512_pixel_tiles_is_what_it_should_be():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_vocabulary_that_is_no_multiple_of_8_is_read_in_128_bits():
+    """49,218 entries: the tokenizer's and 66 for images. Rows are padded in memory."""
+    options = ["--json", "--only", "linear_cross_entropy", "--preset", "nanovlm-460m"]
+    result = run_python("-m", "bench.codegen", *options)
+    rows = json.loads(result.stdout.splitlines()[-1])
+    assert result.returncode == 0 and len({row["kernel"] for row in rows}) == 2, result.stderr
+    assert not {row["kernel"]: problems(row) for row in rows if problems(row)}
+
+
+@pytest.mark.slow
 def test_what_is_compiled_is_what_training_launches():
     """Every kernel of the folder, and the cases that a list by hand had wrong."""
     launches = training_launches("bfloat16")
