@@ -120,8 +120,7 @@ class Run:
         self.model = built.model
         self.optimizers = built.optimizers
         self.step_model = built.step_model
-        # Set by `warm_up`: gradients that live in a CUDA graph's memory are zeroed in place.
-        self.keep_gradients = False
+        self.keep_gradients = False  # zeroed in place; `warm_up` sets it
 
         self.checkpoints = Checkpointer(
             self.run,
