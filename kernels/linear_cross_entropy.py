@@ -203,8 +203,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     The addition happens in float32 inside the product, so there is no temporary.
     """
     beta = 0 if first else 1  # beta = 0 does not read `total`, which is uninitialised at first
-    if a.dtype == total.dtype:
-        torch.addmm(total, a, b, beta=beta, out=total)
+    if a.dtype == total.dtype or not a.is_cuda:
+        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
     else:  # 16-bit factors with a float32 result: only CUDA has this product
         torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
 

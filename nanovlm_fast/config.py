@@ -296,7 +296,8 @@ class TrainConfig:
     )
     attention: str = option(
         "auto",
-        "auto (the fastest that runs here) | flash_attn | torch | torch_fa3 | torch_fa4 | sdpa",
+        "auto (the fastest that runs here) | flash_attn | torch | torch_fa3 | torch_fa4 | "
+        "efficient | sdpa",
     )
     vision_attention: Literal["auto", "flash", "cudnn"] = option(
         "auto",

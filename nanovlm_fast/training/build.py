@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nanovlm_fast.config import TrainConfig, VLMConfig
+from nanovlm_fast.model.capability import unfit_kernels
 from nanovlm_fast.model.compiling import compile_options, compiled, inductor_names
 from nanovlm_fast.model.lora import WITHOUT_ADAPTERS, Adapter, add_adapter
 from nanovlm_fast.model.ops import KERNELS, choose_ops
@@ -55,7 +56,7 @@ def build(
     # The same seed on all ranks: they must start from the same weights.
     torch.manual_seed(config.seed)
     ops = choose_ops(
-        kernels_of(config),
+        kernels_of(config, device),
         device,
         config.attention,
         dtype,
@@ -63,9 +64,8 @@ def build(
         config.vision_attention,
         config.stream,
     )
-    if ops.asleep and world.first:
-        kernels = f"warning: --kernels {config.kernels}: Triton kernels need a GPU"
-        print(f"{kernels}; plain PyTorch takes their place (--kernels none says so too)")
+    if world.first:
+        _say_what_does_not_run(config.kernels, device, ops.asleep)
     model = VisionLanguageModel(model_config, ops).to(device)
     # Weights before sharding, since a file holds whole tensors.
     load_start(model, config, checkpoint)
@@ -92,10 +92,11 @@ def build(
     return Built(model, optimizers, step_model)
 
 
-def kernels_of(config: TrainConfig) -> str:
+def kernels_of(config: TrainConfig, device: torch.device) -> str:
     """The value of --kernels; with adapters `all` stands for those that compute with them."""
     if config.lora_rank and config.kernels == "all":
-        return ",".join(name for name in KERNELS if name not in WITHOUT_ADAPTERS)
+        left_out = {*WITHOUT_ADAPTERS, *unfit_kernels(KERNELS, device)}
+        return ",".join(name for name in KERNELS if name not in left_out)
     return config.kernels
 
 
@@ -127,3 +128,13 @@ def adapt(model: VisionLanguageModel, config: TrainConfig, checkpoint: Path | No
         raise kind(f"the base of --lora-rank cannot be read: {error}") from error
     alpha = config.lora_alpha or 2.0 * config.lora_rank
     add_adapter(model, Adapter(config.lora_rank, alpha, base, hashes_of(model)))
+
+
+def _say_what_does_not_run(kernels: str, device: torch.device, asleep: bool) -> None:
+    """Name the kernels of a --kernels option that are plain PyTorch on this device."""
+    if kernels == "all":
+        for name, why in unfit_kernels(KERNELS, device).items():
+            print(f"--kernels all leaves out {name}: {why}")
+    if asleep:
+        why = f"warning: --kernels {kernels}: Triton kernels need a GPU"
+        print(f"{why}; plain PyTorch takes their place (--kernels none says so too)")

@@ -17,6 +17,7 @@ import torch
 from nanovlm_fast.command import one_line
 from nanovlm_fast.model.attention import (
     BACKENDS,
+    PADDED,
     VISION_BACKENDS,
     choose_attention,
     choose_vision_attention,
@@ -169,7 +170,7 @@ def backends_for(job: Job) -> dict[str, list[str]]:
         ("vision_attention", VISION_BACKENDS, choose_vision_attention),
     ):
         # Padding each document is what the others were written to spare.
-        known = ("sdpa", choose("auto", *where)[0])
+        known = (*PADDED, choose("auto", *where)[0])
         found[option] = []
         for name in names:
             with contextlib.suppress(ValueError):
