@@ -281,7 +281,7 @@ class TrainConfig:
         0,
         "random seed of weights, data order and augmentation",
     )
-    device: str = option("auto", "auto | cpu | cuda | cuda:1 ...")
+    device: str = option("auto", "auto (a CUDA GPU, else the CPU) | cpu | cuda | cuda:1 ... | mps")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "type to compute in; weights stay float32; auto: bfloat16 on a GPU that supports it"
     )

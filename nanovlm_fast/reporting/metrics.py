@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanovlm_fast.config import VLMConfig
+from nanovlm_fast.device import widest_float
 from nanovlm_fast.files import write_whole
 from nanovlm_fast.model.flops import step_flops
 from nanovlm_fast.packing.batch import PackedBatch
@@ -100,13 +101,14 @@ class StepStats:
     Losses are summed over the ranks of `world`. `kept` is what `peek` gave as `kept` in the run
     that is resumed.
 
-    Shapes: scalars (), float64 on the device; `skipped` is (3,).
+    Shapes: scalars (), on the device in the widest type that it has; `skipped` is (3,).
     """
 
     def __init__(
         self, device: torch.device, world: World = ALONE, kept: dict[str, Any] | None = None
     ):
         self.device = device
+        self.type = widest_float(device)
         self.world = world
         kept = kept or {"losses": [], "labels": [], "skipped": [0, 0, 0]}
         # Kept losses are sums over ranks, and each rank adds its own when they are summed again.
@@ -114,17 +116,17 @@ class StepStats:
         self.labels: list[int] = list(kept["labels"])
         self.norm = self._scalar(0.0)
         # Skipped steps: in all, in a row until now, and most in a row since the last line.
-        self.skipped = torch.tensor(kept["skipped"], dtype=torch.float64, device=device)
+        self.skipped = torch.tensor(kept["skipped"], dtype=self.type, device=device)
 
     def _scalar(self, value: float) -> Tensor:
-        return torch.tensor(value, dtype=torch.float64, device=self.device)
+        return torch.tensor(value, dtype=self.type, device=self.device)
 
     def add(self, loss_sum: Tensor, labels: int, norm: Tensor, skipped: Tensor) -> None:
         """Count a step: its summed loss on this rank, its labels on all ranks, its gradient norm.
 
         `skipped` is 1 if the update was skipped. All but `labels` are scalars on the device.
         """
-        self.losses.append(loss_sum.double())
+        self.losses.append(loss_sum.to(self.type))
         self.labels.append(labels)
         self.norm.copy_(norm)
         # Arithmetic instead of an `if`, which would wait for the device.
@@ -154,7 +156,8 @@ class StepStats:
         values = torch.cat([self.norm[None], self.skipped, losses])
         # Page-locked memory: a copy into any other would wait for the device.
         host = torch.empty(len(values), dtype=values.dtype, pin_memory=values.is_cuda)
-        host.copy_(values, non_blocking=True)
+        # Not from MPS, which has no event here to wait for.
+        host.copy_(values, non_blocking=values.is_cuda)
         copied = torch.cuda.Event() if values.is_cuda else None
         if copied:
             copied.record()

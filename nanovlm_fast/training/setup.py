@@ -153,6 +153,8 @@ class Run:
         # CUDA events are the current device's: a rank must select its own before it records one.
         if self.device.index is not None:
             torch.cuda.set_device(self.device)
+        if self.device.type == "mps":
+            check_mps(config)
         self.dtype = pick_dtype(config.dtype, self.device)
         if config.stream == "bfloat16" and self.dtype != torch.bfloat16:
             raise ValueError(
@@ -286,6 +288,14 @@ class Run:
             if self.config.on_save_error == "stop":
                 raise
             self.journal.say(f"warning: {error}; training goes on")
+
+
+def check_mps(config: TrainConfig) -> None:
+    """Raise ValueError naming the first option that MPS is not supported with."""
+    if config.compile not in ("none", "auto"):
+        raise ValueError(f"--compile {config.compile} is not supported on MPS: --compile none")
+    if config.tune == "again":
+        raise ValueError("--tune again measures a CPU or a CUDA GPU, and not MPS: leave it out")
 
 
 def make_stream(load: SampleLoader, budget: Budget, state: RunState, split: Split) -> PackedStream:
