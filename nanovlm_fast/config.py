@@ -283,7 +283,9 @@ class TrainConfig:
     )
     device: str = option("auto", "auto (a CUDA GPU, else the CPU) | cpu | cuda | cuda:1 ... | mps")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "type to compute in; weights stay float32; auto: bfloat16 on a GPU that supports it"
+        "auto",
+        "type to compute in; weights stay float32; auto: bfloat16 on a GPU that supports it, or on "
+        "a CPU with AMX or AVX512-BF16 where --tune has measured it faster; else float32",
     )
     stream: Literal["float32", "bfloat16"] = option(
         "float32",

@@ -79,6 +79,8 @@ def leave_busy_cores(device: torch.device) -> str:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the type to compute in. "auto" is bfloat16 on a GPU that supports it, else float32.
 
+    On a CPU the tuner may replace float32 by bfloat16 later, where it has measured that.
+
     Raises ValueError for bfloat16 on a GPU that can only emulate it, and on MPS.
     """
     if device.type == "mps" and name not in ("auto", "float32"):
@@ -94,6 +96,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         print(f"warning: {gpu} has no bfloat16; computing in float32, more slowly")
         return torch.float32
     return torch.bfloat16
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 by itself (AMX or AVX512-BF16)."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def widest_float(device: torch.device) -> torch.dtype:

@@ -182,6 +182,10 @@ class Run:
             # Other processes may have taken cores by now, which then are theirs.
             if self.settled.choice.threads and not self.beside:
                 torch.set_num_threads(self.settled.choice.threads)
+            # Not into the configuration, in which it stays `auto`: another CPU may differ.
+            if config.dtype == "auto" and self.settled.choice.dtype != "auto":
+                self.dtype = getattr(torch, self.settled.choice.dtype)
+                self.autocast = autocast_to(self.dtype, self.device)
             return self.settled.apply(config)
         return config
 
