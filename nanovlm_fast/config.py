@@ -280,11 +280,12 @@ class TrainConfig:
         0,
         "random seed of weights, data order and augmentation",
     )
-    device: str = option("auto", "auto | cpu | cuda | cuda:1 ...")
+    device: str = option("auto", "auto (a CUDA GPU, else the CPU) | cpu | cuda | cuda:1 ... | mps")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto",
         "type to compute in; weights stay float32; float16: with a scaled loss; auto: bfloat16 on "
-        "a GPU that supports it, float16 on one that does not",
+        "a GPU that supports it, float16 on one that does not, and on a CPU with AMX or "
+        "AVX512-BF16 bfloat16 where --tune has measured it faster; else float32",
     )
     stream: Literal["float32", "bfloat16"] = option(
         "float32",

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanovlm_fast.config import VLMConfig
+from nanovlm_fast.device import widest_float
 from nanovlm_fast.files import write_whole
 from nanovlm_fast.model.flops import step_flops
 from nanovlm_fast.model.scaling import READINGS, LossScaler, state_of
@@ -101,7 +102,7 @@ class StepStats:
     Losses are summed over the ranks of `world`. `kept` is what `peek` gave as `kept` in the run
     that is resumed. `scaler` is that of a run in float16.
 
-    Shapes: scalars (), float64 on the device; `skipped` is (3,).
+    Shapes: scalars (), on the device in the widest type that it has; `skipped` is (3,).
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class StepStats:
         scaler: LossScaler | None = None,
     ):
         self.device = device
+        self.type = widest_float(device)
         self.world = world
         self.scaler = scaler
         kept = kept or {"losses": [], "labels": [], "skipped": [0, 0, 0]}
@@ -120,10 +122,10 @@ class StepStats:
         self.labels: list[int] = list(kept["labels"])
         self.norm = self._scalar(0.0)
         # Skipped steps: in all, in a row until now, and most in a row since the last line.
-        self.skipped = torch.tensor(kept["skipped"], dtype=torch.float64, device=device)
+        self.skipped = torch.tensor(kept["skipped"], dtype=self.type, device=device)
 
     def _scalar(self, value: float) -> Tensor:
-        return torch.tensor(value, dtype=torch.float64, device=self.device)
+        return torch.tensor(value, dtype=self.type, device=self.device)
 
     def add(self, loss_sum: Tensor, labels: int, norm: Tensor, skipped: Tensor) -> None:
         """Count a step: its summed loss on this rank, its labels on all ranks, its gradient norm.
@@ -132,7 +134,7 @@ class StepStats:
         scaler, gradients that overflowed are counted there and not here, and their norm is left
         out. All ranks must call it.
         """
-        self.losses.append(loss_sum.double())
+        self.losses.append(loss_sum.to(self.type))
         self.labels.append(labels)
         if self.scaler:
             norm = self.norm.where(skipped > 0, norm.double())
@@ -176,7 +178,8 @@ class StepStats:
         values = torch.cat([self.norm[None], self.skipped, scaling, losses])
         # Page-locked memory: a copy into any other would wait for the device.
         host = torch.empty(len(values), dtype=values.dtype, pin_memory=values.is_cuda)
-        host.copy_(values, non_blocking=True)
+        # Not from MPS, which has no event here to wait for.
+        host.copy_(values, non_blocking=values.is_cuda)
         copied = torch.cuda.Event() if values.is_cuda else None
         if copied:
             copied.record()

@@ -157,7 +157,7 @@ class Checkpointer:
                     self.host[name] = torch.empty_like(
                         tensor, device="cpu", pin_memory=tensor.is_cuda
                     )
-                copies[name] = self.host[name].copy_(tensor, non_blocking=True)
+                copies[name] = self.host[name].copy_(tensor, non_blocking=tensor.is_cuda)
         return copies
 
 

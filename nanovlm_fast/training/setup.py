@@ -156,6 +156,8 @@ class Run:
         # CUDA events are the current device's: a rank must select its own before it records one.
         if self.device.index is not None:
             torch.cuda.set_device(self.device)
+        if self.device.type == "mps":
+            check_mps(config)
         self.dtype = pick_dtype(config.dtype, self.device)
         if config.stream == "bfloat16" and self.dtype != torch.bfloat16:
             computed = str(self.dtype).removeprefix("torch.")
@@ -184,6 +186,10 @@ class Run:
             # Other processes may have taken cores by now, which then are theirs.
             if self.settled.choice.threads and not self.beside:
                 torch.set_num_threads(self.settled.choice.threads)
+            # Not into the configuration, in which it stays `auto`: another CPU may differ.
+            if config.dtype == "auto" and self.settled.choice.dtype != "auto":
+                self.dtype = getattr(torch, self.settled.choice.dtype)
+                self.autocast = autocast_to(self.dtype, self.device)
             return self.settled.apply(config)
         return config
 
@@ -290,6 +296,14 @@ class Run:
             if self.config.on_save_error == "stop":
                 raise
             self.journal.say(f"warning: {error}; training goes on")
+
+
+def check_mps(config: TrainConfig) -> None:
+    """Raise ValueError naming the first option that MPS is not supported with."""
+    if config.compile not in ("none", "auto"):
+        raise ValueError(f"--compile {config.compile} is not supported on MPS: --compile none")
+    if config.tune == "again":
+        raise ValueError("--tune again measures a CPU or a CUDA GPU, and not MPS: leave it out")
 
 
 def make_stream(load: SampleLoader, budget: Budget, state: RunState, split: Split) -> PackedStream:

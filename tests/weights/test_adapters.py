@@ -196,20 +196,22 @@ def test_sizes_that_the_base_does_not_have_are_refused(copied, field, value, cap
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", ["", "--shard", "--compile default --lr-vision 0"])
+@pytest.mark.parametrize("options", ["", "--shard"])
 def test_two_processes_train_as_one(backbones, tmp_path, options):
-    common = both(backbones, f"{LORA} --max-steps 3 --optimizer adamw --accumulate 2")
-    train(tmp_path / "one", common)
-    arguments = f"{common} {options}".replace("--accumulate 2", "").split()
+    common = both(backbones, f"{LORA} --max-steps 3 --optimizer adamw --eval-every 0")
+    train(tmp_path / "one", f"{common} --workers 2 --accumulate 2")
     log_file = tmp_path / "two.log"
     with log_file.open("ab") as log:
-        command = ["train.py", *RUN.split(), "--out", str(tmp_path / "two"), *arguments]
+        out = ["--out", str(tmp_path / "two")]
+        arguments = f"{common} --workers 1 {options}".split()
+        command = ["train.py", *RUN.split(), *out, *arguments]
         assert forks.run_ranks(command, 2, log) == 0, log_file.read_text()[-3000:]
     one, two = (load_file(tmp_path / n / "last" / "model.safetensors") for n in ("one", "two"))
-    moved = {name for name in two if is_of_adapter(name)}
-    assert moved
-    if "--lr-vision 0" not in options:
-        assert one.keys() == two.keys()
-    for name in moved:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4, msg=name)
+    assert one.keys() == two.keys()
+    for name in one:
+        if name.endswith(LORA_B):
+            assert two[name].any()
+        # AdamW moves a weight that gets hardly any gradient by the gradient's sign alone.
+        off = (one[name] - two[name]).norm() / one[name].norm()
+        assert off < 1e-3, (name, off)
     load_pretrained(tmp_path / "two")
