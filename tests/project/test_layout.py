@@ -93,7 +93,7 @@ FLOORS = (
     "model",
     "data",
     "weights",
-    "generate evaluate export lmms_eval cli data.prepare",
+    "generate evaluate export lmms_eval chat cli data.prepare",
     "reporting",
     "training tune demo",
 )
