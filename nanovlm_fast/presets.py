@@ -150,14 +150,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         vit_hidden_dim=384,
         vit_inter_dim=1536,
         vit_n_heads=6,
-        vit_n_blocks=10,
+        vit_n_blocks=8,
         # the language model is SmolLM2-135M, as in the default; a short prompt takes less time
         prompt="{question}",
         init="scratch",
         # the run
         data="emoji",
         epochs=4.0,
-        tokens_per_batch=1024,
+        tokens_per_batch=512,
         # The test split has its own pictures and is scored at the end
         val_samples=0,
         lr_projector=1e-3,

