@@ -150,6 +150,23 @@ def well_rated(example: Example, train: TrainConfig) -> tuple[Example, tuple[str
     return (example.keep(kept), tuple(dropped)) if dropped else (example, ())
 
 
+class WellRated(Source):
+    """The examples of `source` without the turns that the options of a run drop.
+
+    What is held out is asked what the run is trained to answer. Such an example may have no turn.
+    """
+
+    def __init__(self, source: Source, train: TrainConfig):
+        self.source = source
+        self.train = train
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Example:
+        return well_rated(self.source[index], self.train)[0]
+
+
 def _falls_by(example: Example, turn: int, train: TrainConfig) -> str | None:
     """The first rating of a turn that is below its minimum, None for none."""
     for name, ratings in example.ratings.items():

@@ -18,7 +18,7 @@ from torch import Tensor
 from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.data.budget import measure_budget
 from nanovlm_fast.data.chat import make_text
-from nanovlm_fast.data.samples import SampleLoader
+from nanovlm_fast.data.samples import SampleLoader, WellRated
 from nanovlm_fast.data.sources.example import Source
 from nanovlm_fast.data.sources.registry import load_source, make_tokenizer, open_stream
 from nanovlm_fast.data.split import Split, begin_again, split_run
@@ -89,7 +89,7 @@ class Run:
         else:
             split = split_run(load_source(config.data, "train"), config, self.world, saved)
         self.train_source: Source = split.train
-        self.val_source: Source = split.held_out
+        self.val_source: Source = WellRated(split.held_out, config)
         check_run_folder(self.run, config)
         self.benchmark = load_source(config.eval, "test") if config.eval else None
 

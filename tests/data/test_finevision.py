@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from nanovlm_fast.cli import parse_config
 from nanovlm_fast.config import TrainConfig
 from nanovlm_fast.data.budget import even_draw
 from nanovlm_fast.data.chat import make_text
@@ -29,6 +30,7 @@ from nanovlm_fast.evaluate import Examiner, evaluate
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.packing.packer import Budget
 from nanovlm_fast.presets import preset
+from nanovlm_fast.training.setup import Run
 from tests.support.pictures import encoded, photograph
 
 TALK = [{"user": "What is it?", "assistant": "A cat."}, {"user": "Why?", "assistant": "It purrs."}]
@@ -113,6 +115,16 @@ def test_turns_that_are_rated_too_low_are_dropped_and_counted(tmp_path):
     counted = sum((Counter(batch.dropped) for batch in batches), Counter())
     assert counted["relevance"] == 2 * counted["examples"] > 0
     assert small(str(load.train.data)).load(0).dropped == (), "the default drops none of 1 and more"
+
+
+def test_what_is_held_out_is_asked_by_the_same_ratings(tmp_path, monkeypatch):
+    data = write(tmp_path / "rows")
+    monkeypatch.setattr("nanovlm_fast.data.split.choose", lambda *_: ([0, 1], 2))
+    options = f"--preset tiny-split --turns chat --data {data} --min-rating-visual-dependency 2"
+    options += f" --val-samples 2 --curriculum= --workers 0 --device cpu --out {tmp_path / 'run'}"
+    run = Run(*parse_config([*options.split(), "--max-steps", "1"]))
+    asked = [[question for question, _ in example.turns] for example in run.val_source]
+    assert asked == [["Why?"], ["What is it?"]]
 
 
 def test_a_draw_of_tiles_takes_no_memory_and_an_empty_one_is_named(tmp_path):
