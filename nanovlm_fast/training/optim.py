@@ -284,11 +284,7 @@ def apply_gradients(
     norm = whole(total_norm([gradient for gradient in found if gradient is not None]))
     # Clipping comes before the check: it divides by the norm, and a norm that is not finite makes
     # every gradient useless anyway; the check below is what keeps them out of the weights.
-    if by_kernel:
-        for kernel in kernels:
-            kernel.factor = torch.clamp(clip / (norm + 1e-6), max=1.0) if clip else None
-    elif clip:
-        nn.utils.clip_grads_with_norm_(masters.of_all(model.parameters()), clip, norm)
+    clip_gradients(model, kernels if by_kernel else [], clip, norm)
     skipped = skip_if_not_finite(optimizers, norm)
     # The fused AdamW of MPS does not read `found_inf`: there the host waits and decides.
     left_out = norm.device.type == "mps" and bool(skipped)
@@ -302,6 +298,17 @@ def apply_gradients(
     if not by_kernel:
         masters.round()
     return Update(norm, skipped)
+
+
+def clip_gradients(model: nn.Module, kernels: list[KernelAdamW], clip: float, norm: Tensor) -> None:
+    """Scale gradients of this norm down to `clip`; 0 for no limit.
+
+    Where `kernels` update every weight, they scale the gradients as they read them.
+    """
+    for kernel in kernels:
+        kernel.factor = torch.clamp(clip / (norm + 1e-6), max=1.0) if clip else None
+    if clip and not kernels:
+        nn.utils.clip_grads_with_norm_(masters_of(model).of_all(model.parameters()), clip, norm)
 
 
 def total_norm(gradients: list[Tensor]) -> Tensor:
