@@ -21,8 +21,9 @@ import numpy as np
 import torch
 
 from nanovlm_fast.command import Parser, add_model_options, reports_errors
+from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.data.chat import make_text
-from nanovlm_fast.data.images import Grid
+from nanovlm_fast.data.images import Grid, tiles_of
 from nanovlm_fast.data.samples import TooLong, check_count, tiles_shown
 from nanovlm_fast.data.sources.example import Example, Scoring, Source
 from nanovlm_fast.data.sources.registry import load_source
@@ -367,19 +368,18 @@ def answer_samples(
         limit = min(max(limit, 20), room)
         (reply,) = generate(model, pixels, [prompt], tokenizer.eos_id, limit)
         samples.append(
-            (shown(tiles, grids[0]), *example.turns[turn], tokenizer.decode(reply).strip())
+            (shown(tiles, grids[0], config), *example.turns[turn], tokenizer.decode(reply).strip())
         )
     return samples
 
 
-def shown(tiles: np.ndarray, grid: Grid) -> np.ndarray:
-    """(3, H, W) uint8: the first image, put together again from its tiles."""
+def shown(tiles: np.ndarray, grid: Grid, config: VLMConfig) -> np.ndarray:
+    """(3, H, W) uint8: the first of the images, put together again from its tiles."""
     rows, columns = grid
     count = rows * columns
     if count == 1:
         return tiles[0]
-    # A tile that shows the whole comes first, if the model has one
-    first = 0 if len(tiles) == count else 1
+    first = tiles_of(grid, config) - count  # after the tile that shows the whole, if there is one
     side = tiles.shape[-1]
     cut = tiles[first : first + count].reshape(rows, columns, 3, side, side)
     return cut.transpose(2, 0, 3, 1, 4).reshape(3, rows * side, columns * side)

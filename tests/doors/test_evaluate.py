@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from nanovlm_fast import evaluate as module
 from nanovlm_fast.config import VLMConfig
@@ -25,7 +26,7 @@ from tests.support.pictures import cauldron, encoded, mmstar, photograph, texts
 from tests.support.processes import run_python
 from tests.support.runs import train
 from tests.support.samples import SMALL
-from tests.support.tiles import write_generation
+from tests.support.tiles import TEMPLATE, token_names, write_generation
 
 LONG = (
     "a rather long answer of many words which no short limit on new tokens would let through to "
@@ -117,6 +118,23 @@ def test_too_many_images_are_left_out_before_one_is_decoded(setup, tmp_path):
     assert (result.correct, result.total, result.unreadable) == (1, 1, [])
     assert result.too_long[0].startswith("album: 200 images take ")
     assert module.answer_samples(model, tokenizer, shown) == []
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_samples_show_the_first_of_several_pictures(whole):
+    """Put together again: the tiles of the second, or one of the whole, are no part of it."""
+    names = token_names(side=4)
+    if not whole:
+        del names["global_image_token"]
+    config = VLMConfig(**{**SMALL, "vit_img_size": 16, "vit_patch_size": 8})
+    config = replace(config, max_img_size=64, vlm_extra_tokens=names, lm_chat_template=TEMPLATE)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), dtype=np.uint8)
+    tiles, grids = module.tiles_shown(
+        Example("two", [Image.fromarray(one) for one in pixels], []), config
+    )
+    assert grids == [(2, 3)] * 2 and len(tiles) == 2 * (6 + whole)
+    found = module.shown(tiles, grids[0], config)
+    assert np.array_equal(found, pixels[0].transpose(2, 0, 1))
 
 
 def test_one_long_question_costs_the_others_nothing(monkeypatch):
