@@ -1,8 +1,9 @@
-"""Ranges of numbers, for fields of configurations and for options of commands alike."""
+"""Ranges of numbers, and names of tokens, for fields of configurations and options alike."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import dataclass
 from typing import Annotated, Any, get_origin, get_type_hints
 
@@ -96,3 +97,19 @@ def ranges_of(config_class: type) -> dict[str, Range]:
         elif get_origin(hint) is Annotated:
             ranges[name] = hint.__metadata__[0]
     return ranges
+
+
+class BadTokenNames(ValueError, argparse.ArgumentTypeError):
+    """Not an object of names and tokens. argparse prints the message of the latter class only."""
+
+
+class TokenNames(dict[str, str]):
+    """Names of special tokens and their text, in the order of their ids; as an option, JSON."""
+
+    def __init__(self, names: Any = ()):
+        try:
+            super().__init__(json.loads(names) if isinstance(names, str) else names)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise BadTokenNames(f"a JSON object is needed, got {names!r:.40}") from error
+        if not all(isinstance(part, str) for item in self.items() for part in item):
+            raise BadTokenNames(f"names and tokens must be text, got {names!r:.40}")
