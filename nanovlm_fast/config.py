@@ -276,6 +276,9 @@ class TrainConfig:
         "replace the run in --out, which is deleted at the first checkpoint",
     )
     dry_run: bool = option(False, "only print the plan: model, data, steps, tokens, FLOPs, hours")
+    device_like: Literal["none", "t4", "h100"] = option(
+        "none", "with --dry-run: also the token budget that fits such a GPU's memory"
+    )
     seed: Annotated[int, SEED] = option(
         0,
         "random seed of weights, data order and augmentation",
@@ -343,7 +346,11 @@ class TrainConfig:
         1,
         "micro-batches per optimizer step, weighted by their labelled tokens",
     )
-    tokens_per_batch: Size = option(20736, "token budget of a packed micro-batch")
+    tokens_per_batch: Annotated[int, Range(int)] = option(
+        20736,
+        "token budget of a packed micro-batch; auto (0): the largest that leaves a tenth of the "
+        "GPU's memory free, found by trial steps; on a CPU the preset's",
+    )
     images_per_batch: int = option(0, "image budget; 0: measured")
     documents_per_batch: int = option(0, "document budget; 0: measured")
     labels_per_batch: int = option(0, "labelled-token budget; 0: measured")
