@@ -13,6 +13,7 @@ import torch
 
 from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.device import autocast_to
+from nanovlm_fast.model.lora import Adapter, add_adapter
 from nanovlm_fast.model.ops import choose_ops
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.model.scaling import make_scaler
@@ -89,6 +90,9 @@ class Steps:
         self.scaler = make_scaler(dtype, device)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             self.model = VisionLanguageModel(model, ops).to(device)
+            if config.lora_rank:
+                alpha = config.lora_alpha or 2.0 * config.lora_rank
+                add_adapter(self.model, Adapter(config.lora_rank, alpha, base={}, hashes={}))
         if config.stream == "bfloat16":
             self.model.keep_masters()
         self.optimizers = make_optimizers(self.model, config)
