@@ -76,8 +76,8 @@ def plan(model: VLMConfig, config: TrainConfig) -> dict[str, str]:
     rows = {"model": parameters(model), "data": f"{config.data}, turns: {config.turns}"}
     rows["optimizer"] = optimizer(config)
     if config.lora_rank:
-        size = adapter_size(model, config.lora_rank)
-        rows["adapters"] = f"rank {config.lora_rank}, {size:,} parameters; the base is frozen"
+        weights = adapter_size(model, config.lora_rank)
+        rows["adapters"] = f"rank {config.lora_rank}, {weights:,} parameters; the base is frozen"
     held_out = f"{config.val_samples} held-out images"
     rows["scored by"] = ", ".join(filter(None, (held_out, config.eval)))
     example = found.example
