@@ -51,12 +51,14 @@ def read_adapter(folder: Path) -> Adapter:
         type(rank) is int
         and rank > 0
         and type(alpha) in (int, float)
+        and 0 < alpha < float("inf")
         and isinstance(base, dict)
         and base.keys() == {*SOURCES, "seed"}
         and all(isinstance(base[name], str) for name in SOURCES)
         and type(base["seed"]) is int
         and isinstance(hashes, dict)
         and hashes.keys() == {*TOWERS}
+        and all(isinstance(one, str) for one in hashes.values())
     )
     if not right:
         raise ValueError(f"{file} is damaged: not what --lora-rank writes")

@@ -173,6 +173,8 @@ DAMAGE = {
     "": "adapter.json",
     "{}": "is damaged: not what --lora-rank writes",
     '{"rank": 1e9}': "is damaged",
+    '{"rank": 2, "alpha": NaN, "base": {"start_from": "", "vision": "", "language": "", '
+    '"seed": 0}, "hashes": {"decoder": "", "vision_encoder": ""}}': "is damaged",
 }
 
 
