@@ -125,11 +125,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         image_mean=0.875,
         image_std=0.25,
         init="scratch",
-        # the run: an epoch has ten canvases of every picture
+        # the run: an epoch has 15 canvases of every picture
         data="easy_vqa_canvas",
         epochs=1.0,
-        questions_per_image=5,
-        tokens_per_batch=10240,
+        tokens_per_batch=6144,
         val_samples=20,
         optimizer="muon",
         lr_projector=2e-3,
@@ -202,7 +201,7 @@ COUNTS: dict[tuple[str, str], tuple[int, float, float, float]] = {
 # both.
 RECIPES: dict[str, dict[str, Any]] = {
     "easy_vqa": dict(curriculum="what shape", augment="shift"),
-    "easy_vqa_canvas": dict(curriculum="what shape"),
+    "easy_vqa_canvas": dict(curriculum="what shape", curriculum_share=0.25),
 }
 
 

@@ -20,7 +20,7 @@ from nanovlm_fast.data.images import tiles_of
 from nanovlm_fast.data.places import absolute_paths
 from nanovlm_fast.data.prepare import main as prepare
 from nanovlm_fast.data.samples import SampleLoader, TooLong, make_sample, tiles_shown
-from nanovlm_fast.data.sources.canvas import COPIES
+from nanovlm_fast.data.sources.canvas import COPIES, TEST_SIZES
 from nanovlm_fast.data.sources.finevision import RATINGS, finevision_example
 from nanovlm_fast.data.sources.registry import is_local, load_source, make_tokenizer
 from nanovlm_fast.data.sources.shards import Prepared
@@ -228,28 +228,47 @@ def test_prepared_tiles_are_those_that_are_made_on_the_fly(tmp_path, capsys):
 # ---- easy-VQA on canvases
 
 
+def cells_of(canvas: Image.Image) -> list[np.ndarray]:
+    pixels = np.asarray(canvas)
+    rows = [pixels[top : top + 64] for top in range(0, len(pixels), 64)]
+    return [row[:, left : left + 64] for row in rows for left in range(0, row.shape[1], 64)]
+
+
+def drawn(picture: Image.Image | np.ndarray) -> np.ndarray:
+    """(h, w, 3): what is drawn on a plain background; empty for nothing."""
+    pixels = np.asarray(picture)
+    differs = (pixels != pixels[0, 0]).any(2)
+    rows = np.nonzero(differs.any(1))[0]
+    columns = np.nonzero(differs.any(0))[0]
+    if not rows.size:
+        return pixels[:0]
+    return pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
 def test_canvases_hold_the_picture_and_copies_count_as_the_same():
     source = load_source("easy_vqa_canvas", "train")
     small_one = load_source("easy_vqa", "train")
     assert len(source) == COPIES["train"] * len(small_one)
     sizes = set()
-    for index in (0, 7, 4007):
+    for index in range(0, 8000, 401):
         (canvas,) = source[index].images
         sizes.add(canvas.size)
         assert source[index].turns == small_one[index % 4000].turns
         (again,) = source[index].images
         assert np.array_equal(canvas, again), "the same in every worker and epoch"
-        picture = np.asarray(Image.open(small_one[index % 4000].images[0]).convert("RGB"))
-        pixels = np.asarray(canvas)
-        cells = [
-            pixels[top : top + 64, left : left + 64]
-            for top in range(0, len(pixels), 64)
-            for left in range(0, pixels.shape[1], 64)
-        ]
-        shown = [picture, picture[:, ::-1]]
-        assert sum(any(np.array_equal(cell, one) for one in shown) for cell in cells) == 1
-    assert max(max(size) for size in sizes) == 256
+        wanted = drawn(Image.open(small_one[index % 4000].images[0]).convert("RGB"))
+        found = [shown for shown in map(drawn, cells_of(canvas)) if shown.size]
+        assert len(found) == 1, "one cell has something on it, and no edge of a cell cuts it"
+        assert any(np.array_equal(found[0], one) for one in (wanted, wanted[:, ::-1]))
+    assert (64, 64) in sizes and max(max(size) for size in sizes) == 256
     assert source.pictures().group(7) == {7 + 4000 * copy for copy in range(COPIES["train"])}
+
+
+def test_all_canvases_of_the_test_split_are_large():
+    source = load_source("easy_vqa_canvas", "test")
+    sizes = {source[index].images[0].size for index in range(60)}
+    assert sizes == {(64 * wide, 64 * high) for wide, high in TEST_SIZES}
+    assert all(max(size) == 256 for size in sizes)
 
 
 def test_tiles_rule_out_what_moves_whole_images():
