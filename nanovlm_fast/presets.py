@@ -201,7 +201,7 @@ COUNTS: dict[tuple[str, str], tuple[int, float, float, float]] = {
 # both.
 RECIPES: dict[str, dict[str, Any]] = {
     "easy_vqa": dict(curriculum="what shape", augment="shift"),
-    "easy_vqa_canvas": dict(curriculum="what shape", curriculum_share=0.25),
+    "easy_vqa_canvas": dict(curriculum="what shape", curriculum_share=0.14),
 }
 
 
