@@ -198,7 +198,8 @@ COUNTS: dict[tuple[str, str], tuple[int, float, float, float]] = {
 
 # What a data set needs in any preset. easy-VQA: a small model learns colours in seconds, and then
 # stays at "colour, not shape" (84%) for a long time. Asked only for the shape at first, it learns
-# both.
+# both. For 8,000 examples: after 15,000 canvases a model knew shapes (81%) and was slow to learn
+# colours (21%).
 RECIPES: dict[str, dict[str, Any]] = {
     "easy_vqa": dict(curriculum="what shape", augment="shift"),
     "easy_vqa_canvas": dict(curriculum="what shape", curriculum_share=0.14),
