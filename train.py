@@ -132,8 +132,7 @@ class Trainer(Run):
 
     def progress(self, steps: int = 0) -> float:
         """How far the run is, in [0, 1]: by examples or, with --max-steps, after `steps` more."""
-        limit = self.config.max_steps
-        if limit:
+        if limit := self.config.max_steps:
             return min((self.state.step + steps) / limit, 1.0)
         return min(self.state.examples / self.total, 1.0)
 
@@ -173,11 +172,13 @@ class Trainer(Run):
         set_lr(self.optimizers, lr)
         labels_per_rank = n_labels / self.world.size
         total = accumulate_gradients(
-            self.forward, self.step_model, batches, labels_per_rank, self.autocast
+            self.forward, self.step_model, batches, labels_per_rank, self.autocast, self.scaler
         )
         # An update whose gradients are not finite is skipped on the device; the host learns of it
         # a logging interval later, from the statistics.
-        update = apply_gradients(self.model, self.optimizers, self.config.clip, self.keep_gradients)
+        update = apply_gradients(
+            self.model, self.optimizers, self.config.clip, self.keep_gradients, self.scaler
+        )
         self.stats.add(total, n_labels, update.norm, update.skipped)
         self.state.step += 1
         self.journal.remember_samples(self.state.step, batches)
@@ -203,8 +204,7 @@ class Trainer(Run):
                     state=state,
                     alive=self.watchdog.evaluating,
                 )
-            line = {"step": state.step, **scores, "seconds": round(state.seconds, 3)}
-            self.journal.write(line)
+            self.journal.write({"step": state.step, **scores, "seconds": round(state.seconds, 3)})
         self.watchdog.evaluated()
         # What the first rank noted in its state is the state of all.
         noted = {name: getattr(state, name) for name in SCORED}
@@ -231,7 +231,7 @@ class Trainer(Run):
 
         # The statistics are on the device: the writer thread reads them, and the loop goes on.
         def late() -> dict[str, Any]:
-            return {"interval": read_stats()["kept"]}
+            return self.journal.to_save(read_stats())
 
         self.checkpoints.save(self.model, self.optimizers, values, late, advice)
         gc.collect()

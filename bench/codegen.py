@@ -3,7 +3,8 @@
 python -m bench.codegen                    a table
 python -m bench.codegen --json             the same as JSON
 python -m bench.codegen --only swiglu      selected kernels
-python -m bench.codegen --target sm_80     another GPU; --dtype float16 for sm_75, which has no bf16
+python -m bench.codegen --target sm_80     another GPU; sm_75 has no bf16, and needs --dtype float16
+python -m bench.codegen --target sm_75 --dtype float16 --unfit    also what cannot run there
 python -m bench.codegen --preset nanovlm-460m    at the sizes of another model
 python -m bench.codegen --write            the table, and the result file that kernels/README.md
                                            is written from
@@ -32,9 +33,11 @@ from bench.harness.results import ROOT, facts, write_file
 from bench.subjects.kernel_launches import DTYPES, PRESET
 from bench.subjects.operators import ALL, named
 from nanovlm_fast.command import Parser, reports_errors
+from nanovlm_fast.model.capability import unfit_for
+from nanovlm_fast.model.ops import KERNELS
 from nanovlm_fast.presets import preset
 
-TARGETS = ("sm_90", "sm_80", "sm_75")
+TARGETS = ("sm_90", "sm_89", "sm_80", "sm_75")
 PROJECT = Path(__file__).resolve().parents[1]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Limits of one multiprocessor of sm_90.
@@ -77,6 +80,7 @@ def compile_launch(kernel: Any, launch: dict[str, Any], target: str = "sm_90") -
         "wide_stores": len(re.findall(r"\bSTG(?:\.\w+)*\.128\b|\bUTMASTG", sass)),
         "stores": len(re.findall(r"\b(?:STG|UTMASTG)\b", sass)),
         "wgmma": len(re.findall(r"\bHGMMA\b", sass)),
+        "mma": len(re.findall(r"\bHMMA\b", sass)),  # tensor cores before sm_90
         "narrow_offsets": len(narrow_offsets(compiled.asm["ttir"])),
     }
 
@@ -135,12 +139,15 @@ def training_launches(dtype: str, preset_name: str = PRESET) -> list[dict[str, A
 
 
 def compiled_rows(
-    only: str, dtype: str, target: str, preset_name: str = PRESET
+    only: str, dtype: str, target: str, preset_name: str = PRESET, unfit: bool = False
 ) -> list[dict[str, Any]]:
     """One row per launch of the kernels of an --only option, an `error` where one does not compile.
 
-    Next to the assembler's output a row holds the launch: types, constants and alignment.
+    Next to the assembler's output a row holds the launch: types, constants and alignment. A kernel
+    that the target cannot run is `unavailable`, and compiled only with `unfit`.
     """
+    number = int(target.removeprefix("sm_"))
+    left_out = unfit_for(KERNELS, (number // 10, number % 10))
     kernels = {kernel.name: kernel for kernel in named(only, ALL)}
     rows = []
     for launch in training_launches(dtype, preset_name):
@@ -148,8 +155,11 @@ def compiled_rows(
             continue
         module = importlib.import_module(f"nanovlm_fast.kernels.{launch['op']}")
         row = {**launch, "matrix": kernels[launch["op"]].matrix, "target": target}
+        if launch["op"] in left_out:
+            row["unavailable"] = left_out[launch["op"]]
         try:
-            row |= compile_launch(getattr(module, launch["kernel"]), launch, target)
+            if unfit or "unavailable" not in row:
+                row |= compile_launch(getattr(module, launch["kernel"]), launch, target)
         except Exception as error:  # the others are still worth seeing
             lines = str(error).strip().splitlines() or [""]
             row["error"] = f"{type(error).__name__}: {lines[0]}"
@@ -175,6 +185,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         if "error" in row:
             lines.append(f"{row['kernel']:36} {row['error']}  {case_of(row)}")
             continue
+        if "registers" not in row:
+            lines.append(f"{row['kernel']:36} not on {row['target']}: {row['unavailable']}")
+            continue
         wide = f"{row['wide_loads']}/{row['loads']} {row['wide_stores']}/{row['stores']}"
         lines.append(
             f"{row['kernel']:36} {row['registers']:>4} {row['stack']:>5} {row['shared']:>8,} "
@@ -190,6 +203,7 @@ def make_parser() -> Parser:
     parser.add_argument("--only", default="", help="kernels, separated by commas")
     parser.add_argument("--target", choices=TARGETS, default=TARGETS[0])
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="type under autocast")
+    parser.add_argument("--unfit", action="store_true", help="compile what cannot run there too")
     parser.add_argument("--preset", default=PRESET, help="whose sizes are compiled")
     parser.add_argument("--write", action="store_true", help="also write the result file")
     parser.add_argument(
@@ -202,7 +216,7 @@ def make_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     preset(args.preset)  # raises for an unknown one
-    rows = compiled_rows(args.only, args.dtype, args.target, args.preset)
+    rows = compiled_rows(args.only, args.dtype, args.target, args.preset, args.unfit)
     print(json.dumps(rows) if args.json else table(rows))
     if args.write:
         device = {"device": f"none: compiled ahead of time for {args.target}"}

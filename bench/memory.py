@@ -2,6 +2,7 @@
 
     python -m bench.memory                       nanoVLM's model; on a CPU two layers of each tower
     python -m bench.memory --samples 1,256
+    python -m bench.memory --lora-rank 16        and with adapters on a frozen language model
 
 A peak is all the memory of a process that does nothing but train: weights, gradients, optimizer
 state, activations and the batch; on a CPU without the interpreter itself. Each variant runs in a
@@ -31,7 +32,7 @@ from bench.harness.processes import (
 )
 from bench.harness.results import write
 from bench.harness.tables import Rows, lined_up
-from bench.subjects.variants import Judge, Packed, Padded, Recipe, Step, Workbench
+from bench.subjects.variants import Adapted, Judge, Packed, Padded, Recipe, Step, Workbench
 from bench.subjects.workload import load_work
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import pick_device, pick_dtype
@@ -42,6 +43,18 @@ from nanovlm_fast.ranges import Range
 # them MB); None: out of memory.
 PUBLISHED_MIB = {1: 4400, 64: 18600, 128: 34000, 256: 64900, 512: None}
 VARIANTS = ("reference", *POLICIES)
+LORA = "LoRA, rank "
+
+
+def variants_of(args: argparse.Namespace) -> tuple[str, ...]:
+    """What is measured. The adapters come last: the check adds them to the model of the others."""
+    return (*VARIANTS, f"{LORA}{args.lora_rank}") if args.lora_rank else VARIANTS
+
+
+def label_of(variant: str) -> str:
+    if variant == "reference":
+        return variant
+    return f"ours, {variant}" if variant.startswith(LORA) else f"ours, recompute {variant}"
 
 
 # ---- the suite
@@ -55,6 +68,8 @@ def make_bench(args: argparse.Namespace, samples: int) -> Workbench:
 def make_step(bench: Workbench, variant: str, compile: str) -> Step:
     if variant == "reference":
         return Padded(bench)
+    if variant.startswith(LORA):
+        return Adapted(bench, Recipe(compile=compile), int(variant.removeprefix(LORA)))
     return Packed(bench, Recipe(recompute=variant, compile=compile))
 
 
@@ -62,7 +77,11 @@ def check(args: argparse.Namespace) -> dict[str, dict]:
     """Whether each variant makes the same step as the reference, on two samples."""
     bench = make_bench(args, 2)
     judge = Judge(Padded(bench), bench.dtype, args.tolerance)
-    return {variant: judge(make_step(bench, variant, args.compile)) for variant in VARIANTS}
+    found = {}
+    for variant in variants_of(args):
+        judged_by = judge.without("decoder") if variant.startswith(LORA) else judge
+        found[variant] = judged_by(make_step(bench, variant, args.compile))
+    return found
 
 
 def measured_peaks(args: argparse.Namespace, variant: str) -> Iterator[float]:
@@ -76,6 +95,9 @@ def measured_peaks(args: argparse.Namespace, variant: str) -> Iterator[float]:
         bench.packed, bench.optimizers = None, []
     else:
         bench.padded = None
+    # Adapters now, and not at the first step: their library is no part of the peak.
+    if variant.startswith(LORA):
+        make_step(bench, variant, args.compile)
     before = in_use(bench.device)
     for samples in args.samples:
         bench.work = load_work(args.preset, args.data, samples, args.layers)
@@ -84,7 +106,7 @@ def measured_peaks(args: argparse.Namespace, variant: str) -> Iterator[float]:
 
 def compare(args: argparse.Namespace, device: torch.device) -> tuple[dict, Path]:
     """Measure all peaks; write the file after each, so that a killed run keeps what it has."""
-    found: dict[str, dict[str, dict]] = {variant: {} for variant in VARIANTS}
+    found: dict[str, dict[str, dict]] = {variant: {} for variant in variants_of(args)}
     result: dict[str, Any] = {
         "preset": args.preset,
         "layers": args.layers,
@@ -93,7 +115,7 @@ def compare(args: argparse.Namespace, device: torch.device) -> tuple[dict, Path]
         "dtype": str(pick_dtype(args.dtype, device)).removeprefix("torch."),
         "published_mib": PUBLISHED_MIB,
     }
-    with tqdm(total=1 + len(args.samples) * len(VARIANTS), desc="peaks", leave=False) as bar:
+    with tqdm(total=1 + len(args.samples) * len(found), desc="peaks", leave=False) as bar:
         result |= {"parity": in_a_process(check, args), "peaks": found}
         bar.update()
         for variant, rows in found.items():
@@ -121,15 +143,14 @@ def rows_of(args: argparse.Namespace, variant: str, parity: dict) -> Iterator[tu
 def table(result: dict) -> str:
     """MiB: one row per variant, one column per number of samples; errors are listed below."""
     columns = list(next(iter(result["peaks"].values())))
-    names = {v: v if v == "reference" else f"ours, recompute {v}" for v in VARIANTS}
     rows: Rows = [("peak MiB, samples per step", *columns)]
     errors = []
     for variant, found in result["peaks"].items():
         cells = (f"{row['peak_mib']:,.0f}" if "peak_mib" in row else "-" for row in found.values())
-        rows.append((names[variant], *cells))
+        rows.append((label_of(variant), *cells))
         for samples, row in found.items():
             if "error" in row:
-                errors.append(f"{names[variant]} at {samples}: {row['error']}")
+                errors.append(f"{label_of(variant)} at {samples}: {row['error']}")
     if result["preset"] == "nanovlm-222m" and not result["layers"]:
         known = [PUBLISHED_MIB.get(int(samples), 0) for samples in columns]
         cells = (NO_ROOM if mib is None else f"{mib:,}" if mib else "-" for mib in known)
@@ -156,6 +177,12 @@ def make_parser() -> Parser:
         help="per step, comma-separated; default: 1,64,128,256,512; on a CPU 1,4,16",
     )
     parser.add_argument("--compile", default="none", choices=("none", "default"), help="of ours")
+    parser.add_argument(
+        "--lora-rank",
+        type=Range(int, most=65536),
+        default=0,
+        help="also adapters of this rank, without recomputation; 0: not",
+    )
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--tolerance", type=Range(float), default=1e-4, help="relative, in float32")
     parser.add_argument(

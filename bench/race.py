@@ -110,6 +110,8 @@ class Race:
         if self.device.index is not None:  # "cuda" alone is the current device, and not taken here
             torch.cuda.set_device(self.device)
         self.dtype = pick_dtype(self.train.dtype, self.device)
+        if self.dtype == torch.float16:
+            self.dtype = torch.float32  # neither side scales its loss
         self.autocast = autocast_to(self.dtype, self.device)
         source = load_source(args.data, "train")
         self.test = load_source(args.data, "test")

@@ -356,7 +356,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--compile", default="auto", choices=("auto", "none", "default", "reduce-overhead")
     )
-    parser.add_argument("--kernels", default="auto", help="as train.py's")
+    parser.add_argument("--kernels", default="auto", help="as train.py's; auto is none")
     parser.add_argument("--attention", default="auto", help="as train.py's")
     parser.add_argument(
         "--vision-attention",

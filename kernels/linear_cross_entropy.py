@@ -19,6 +19,10 @@ replaces them in place by their gradient, and two products consume it. The gradi
 computed in the forward, for an upstream gradient of 1, and the backward only scales them. (For the
 same reason, scaling an fp16 loss does not protect d logits from underflow.)
 
+In memory a row of logits is as long as the next multiple of LANE values. So every row is aligned to
+16 bytes whatever V is (49,218 = 2 x 24,609 with tokens for images), for the kernel's 128-bit loads
+and for cuBLAS.
+
 The kernel reads a row twice: forwards for the statistics, then backwards for the gradient, so that
 the second pass starts with what the caches still hold. Programs of 16 warps and 64 registers keep
 two rows of 98 KB (bf16, V = 49152) on a multiprocessor, 26 MB on an H100, with about 96 KB of loads
@@ -48,6 +52,7 @@ IGNORE = -100
 # 132 multiprocessors, so the product is one full wave. `cost` says what memory this takes.
 CHUNK = 5632
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LANE = 8  # neighbours that one thread loads: 16 bytes of bf16
 SCALE_BLOCK = 4096  # elements per program of the backward
 # exp(x) is computed as exp2(x * LOG2E), which is a single instruction.
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -76,6 +81,16 @@ def _add_block(largest, total, x):
 
 
 @triton.jit
+def _load_block(logits_ptr, columns, values, stride, PADDED: tl.constexpr):
+    """Columns of a row with so many values, -inf beyond. In memory it is `stride` long."""
+    # A mask of `values` could change within the 16 bytes of a load, which would be split then.
+    x = tl.load(logits_ptr + columns, mask=columns < stride, other=float("-inf"))
+    if PADDED:
+        x = tl.where(columns < values, x, float("-inf"))
+    return x
+
+
+@triton.jit
 def _gradient(x, largest, inverse, is_label, counted):
     probability = tl.exp2((x.to(tl.float32) - largest) * LOG2E) * inverse
     return tl.where(counted, tl.where(is_label, probability - 1.0, probability), 0.0)
@@ -86,13 +101,13 @@ def _gradient(x, largest, inverse, is_label, counted):
 @triton.jit(do_not_specialize_on_alignment=["labels_ptr", "loss_ptr"])
 def _linear_cross_entropy_fwd_kernel(
     logits_ptr, labels_ptr, loss_ptr,
-    V: tl.constexpr, BLOCK_V: tl.constexpr, LANE: tl.constexpr, IGNORED: tl.constexpr,
-    WITH_GRADIENT: tl.constexpr,
+    V: tl.constexpr, STRIDE: tl.constexpr, BLOCK_V: tl.constexpr, LANE: tl.constexpr,
+    IGNORED: tl.constexpr, WITH_GRADIENT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
     inside = (label >= 0) & (label < V)
-    logits_ptr += row * V
+    logits_ptr += row * STRIDE
     # Read the label's logit now: the gradient overwrites it below.
     target = tl.load(logits_ptr + label, mask=inside, other=0.0).to(tl.float32)
     # Columns as (BLOCK_V / LANE, LANE): the LANE neighbours are the 16 bytes that one thread loads,
@@ -102,9 +117,10 @@ def _linear_cross_entropy_fwd_kernel(
     # A finite start, not -inf: a lane that sees only padding then adds exp2(-huge) = 0 and no NaN.
     largest = tl.full((BLOCK_V // LANE,), -1.0e38, dtype=tl.float32)
     total = tl.zeros((BLOCK_V // LANE,), dtype=tl.float32)
-    x = tl.load(logits_ptr + columns, mask=columns < V, other=float("-inf"))
+    padded: tl.constexpr = STRIDE != V
+    x = _load_block(logits_ptr, columns, V, STRIDE, padded)
     for start in range(BLOCK_V, V, BLOCK_V):  # the next block is loading while x is processed
-        ahead = tl.load(logits_ptr + start + columns, mask=columns < V - start, other=float("-inf"))
+        ahead = _load_block(logits_ptr + start, columns, V - start, STRIDE - start, padded)
         largest, total = _add_block(largest, total, x)
         x = ahead
     largest, total = _add_block(largest, total, x)
@@ -125,10 +141,10 @@ def _linear_cross_entropy_fwd_kernel(
             # The next block is loaded before this one is stored, to keep loads in flight.
             ahead = tl.load(logits_ptr + start - BLOCK_V + columns)
             gradient = _gradient(x, row_largest, inverse, start + columns == label, counted)
-            tl.store(logits_ptr + start + columns, gradient, mask=columns < V - start)
+            tl.store(logits_ptr + start + columns, gradient, mask=columns < STRIDE - start)
             x = ahead
         gradient = _gradient(x, row_largest, inverse, columns == label, counted)
-        tl.store(logits_ptr + columns, gradient, mask=columns < V)
+        tl.store(logits_ptr + columns, gradient, mask=columns < STRIDE)
 
 
 @triton.jit
@@ -144,7 +160,13 @@ def _launch(v: int) -> dict[str, int]:
     16 elements per thread are two 128-bit loads of bf16, with two more of the next block in flight.
     """
     block = min(8192, max(64, triton.next_power_of_2(v)))
-    return {"BLOCK_V": block, "LANE": 8, "num_warps": max(4, block // 512)}
+    warps = max(4, block // 512)
+    return {"STRIDE": _row(v), "BLOCK_V": block, "LANE": LANE, "num_warps": warps}
+
+
+def _row(v: int) -> int:
+    """Values that a row of v takes in memory."""
+    return triton.cdiv(v, LANE) * LANE
 
 
 def _check(h: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> None:
@@ -181,8 +203,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     The addition happens in float32 inside the product, so there is no temporary.
     """
     beta = 0 if first else 1  # beta = 0 does not read `total`, which is uninitialised at first
-    if a.dtype == total.dtype:
-        torch.addmm(total, a, b, beta=beta, out=total)
+    if a.dtype == total.dtype or not a.is_cuda:
+        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
     else:  # 16-bit factors with a float32 result: only CUDA has this product
         torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
 
@@ -215,7 +237,8 @@ def linear_cross_entropy_fwd(
         return h.new_zeros((), dtype=torch.float32), dh, dweight.zero_()
     head = weight.to(h.dtype)
     chunk = triton.cdiv(rows, triton.cdiv(rows, chunk))  # as many chunks, but all of one size
-    buffer = h.new_empty((chunk, vocabulary))  # the only logits: every chunk reuses this buffer
+    # The only logits: every chunk reuses this buffer.
+    buffer = h.new_empty((chunk, _row(vocabulary)))[:, :vocabulary]
     losses = h.new_empty(rows, dtype=torch.float32)
     for start in range(0, rows, chunk):
         part = slice(start, min(start + chunk, rows))
@@ -334,7 +357,8 @@ def cost(
     h = rows * width * dtype.itemsize
     weight = vocabulary * width * dtype.itemsize
     dweight = vocabulary * width * 4
-    logits = triton.cdiv(rows, max(1, triton.cdiv(rows, chunk))) * vocabulary * dtype.itemsize
+    chunk = triton.cdiv(rows, max(1, triton.cdiv(rows, chunk)))
+    logits = chunk * _row(vocabulary) * dtype.itemsize
     return {
         "forward": (2 * h + weight + dweight + 12 * rows, 6 * rows * vocabulary * width),
         "backward": (2 * h + weight + dweight, (rows + vocabulary) * width),

@@ -52,7 +52,7 @@ def add_model_options(parser: argparse.ArgumentParser, device: bool = True) -> N
         "--lm-tokenizer", default="", help="hub name or folder; default: the checkpoint's own"
     )
     if device:
-        parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+        parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ..., mps")
 
 
 def reports_errors(*more: type[Exception], code: int = 1) -> Callable[[Main], Main]:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal
 
 from nanovlm_fast.ranges import SEED, Range, check_fields
 
@@ -216,8 +215,8 @@ class TrainConfig:
     preset: str = option("tiny", "named defaults for the model and for all options below")
     data: str = option(
         "easy_vqa",
-        "easy_vqa | easy_vqa_canvas | synthetic | jsonl:FOLDER (train.jsonl, test.jsonl and the "
-        "images) | finevision, or finevision: and a hub name or folder of its schema | "
+        "easy_vqa | easy_vqa_canvas | emoji | synthetic | jsonl:FOLDER (train.jsonl, test.jsonl "
+        "and the images) | finevision, or finevision: and a hub name or folder of its schema | "
         "HuggingFaceM4/the_cauldron:all45, or any hub name or folder of its schema, with "
         ":CONFIG,CONFIG for parts of it | prepared:FOLDER",
     )
@@ -281,9 +280,12 @@ class TrainConfig:
         0,
         "random seed of weights, data order and augmentation",
     )
-    device: str = option("auto", "auto | cpu | cuda | cuda:1 ...")
-    dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "type to compute in; weights stay float32; auto: bfloat16 on a GPU that supports it"
+    device: str = option("auto", "auto (a CUDA GPU, else the CPU) | cpu | cuda | cuda:1 ... | mps")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto",
+        "type to compute in; weights stay float32; float16: with a scaled loss; auto: bfloat16 on "
+        "a GPU that supports it, float16 on one that does not, and on a CPU with AMX or "
+        "AVX512-BF16 bfloat16 where --tune has measured it faster; else float32",
     )
     stream: Literal["float32", "bfloat16"] = option(
         "float32",
@@ -295,7 +297,8 @@ class TrainConfig:
     )
     attention: str = option(
         "auto",
-        "auto (the fastest that runs here) | flash_attn | torch | torch_fa3 | torch_fa4 | sdpa",
+        "auto (the fastest that runs here) | flash_attn | torch | torch_fa3 | torch_fa4 | "
+        "efficient | sdpa",
     )
     vision_attention: Literal["auto", "flash", "cudnn"] = option(
         "auto",
@@ -355,6 +358,14 @@ class TrainConfig:
     lr_projector: float = option(2e-3, "peak learning rate of the projector; 0 freezes it")
     lr_vision: float = option(1e-4, "peak learning rate of the vision tower; 0 freezes it")
     lr_language: float = option(1e-4, "peak learning rate of the language model; 0 freezes it")
+    lora_rank: Annotated[int, Range(int, most=65536)] = option(
+        0,
+        "train adapters of this rank (LoRA, by peft) at --lr-language in place of the pretrained "
+        "language model's own weights; checkpoints hold them without the base; 0: none",
+    )
+    lora_alpha: Annotated[float, Range(float, most=1e6)] = option(
+        0.0, "adapters are scaled by this / --lora-rank; 0: twice the rank"
+    )
     warmup: ShareBelowOne = option(
         0.03, "share of the run, from its start, in which the learning rate rises"
     )
@@ -391,7 +402,9 @@ class TrainConfig:
         "stop", "what to do when a checkpoint cannot be written, as on a full disk"
     )
     max_skipped_steps: Size = option(
-        10, "steps with gradients that are not finite are skipped; stop after this many in a row"
+        10,
+        "steps with gradients that are not finite are skipped; stop after this many in a row, and "
+        "in float16 after as many with a loss scale below 1",
     )
     # The interpreter's clocks count nanoseconds in 64 bits: a longer wait overflows.
     hang_timeout: Annotated[float, Range(float, most=1e9)] = option(
@@ -423,7 +436,17 @@ class TrainConfig:
                 "--shard splits float32 weights and keeps no masters beside them: use --stream "
                 "float32"
             )
+        if self.shard and "adamw" in self.kernels.replace(" ", "").split(","):
+            raise ValueError(
+                "--shard: shards are updated by PyTorch's AdamW, take adamw out of --kernels"
+            )
+        if self.dtype == "float16" and self.stream == "bfloat16":
+            raise ValueError(
+                "--stream bfloat16 rounds to another type than --dtype float16 computes in: use "
+                "--stream float32"
+            )
         self._check_streaming()
+        self._check_lora()
         if self.start_from and (self.vision or self.language):
             raise ValueError("--start-from has both towers: leave out --vision and --language")
         return self
@@ -435,33 +458,26 @@ class TrainConfig:
         if self.streaming and self.curriculum:
             raise ValueError("--streaming reads every row as it comes: give no --curriculum")
 
+    def _check_lora(self) -> None:
+        """Raise ValueError for options that adapters cannot be trained with."""
+        if not self.lora_rank:
+            if self.lora_alpha:
+                raise ValueError("--lora-alpha scales adapters: give --lora-rank too")
+            return
+        if not (self.language or self.start_from):
+            raise ValueError(
+                "--lora-rank adapts pretrained weights: name them by --language or --start-from"
+            )
+        if self.lr_language <= 0:
+            raise ValueError("--lora-rank trains adapters at --lr-language, which must be above 0")
+        if "swiglu_mlp" in [name.strip() for name in self.kernels.split(",")]:
+            raise ValueError(
+                "--kernels swiglu_mlp computes with the MLP's own matrices and would leave out the "
+                "adapters of --lora-rank: take swiglu"
+            )
+
 
 def fields_of(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
     """Return the entries of `values` that are fields of the dataclass `config_class`."""
     names = {field.name for field in dataclasses.fields(config_class)}
     return {name: value for name, value in values.items() if name in names}
-
-
-def check_types(config_class: type, values: dict[str, Any]) -> None:
-    """Raise ValueError naming the first entry of `values` that its field cannot hold.
-
-    For values from a file: what comes from the command line has its type already.
-    """
-    kinds = get_type_hints(config_class)
-    for name, value in values.items():
-        kind = kinds[name]
-        choices = get_args(kind)  # of a Literal
-        if kind is TokenNames:
-            right = isinstance(value, dict) and all(
-                isinstance(part, str) for item in value.items() for part in item
-            )
-        elif choices:
-            right = value in choices
-        elif kind is float:
-            # JSON writes 1.0 as 1 in other languages, and Python reads NaN and Infinity from it.
-            right = type(value) in (int, float) and math.isfinite(value)
-        else:
-            right = type(value) is kind  # not isinstance: True is an int
-        if not right:
-            wanted = f"one of {', '.join(choices)}" if choices else f"of type {kind.__name__}"
-            raise ValueError(f"{name} must be {wanted}, got {repr(value)[:80]}")

@@ -15,9 +15,10 @@ from nanovlm_fast.threads import WAITING, cores_of, others_since_begin, threads_
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """Return the device of a --device option. "auto" is a GPU if there is one.
+    """Return the device of a --device option. "auto" is a CUDA GPU if there is one, else the CPU.
 
-    Raises ValueError if the device does not exist or is of an untested kind (only cpu and cuda).
+    MPS, the GPU of Apple's processors, has to be asked for: nothing here has run on one yet. Raises
+    ValueError if the device does not exist or is of another kind.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -25,8 +26,10 @@ def pick_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name}: only cpu and cuda are supported")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {name}: only cpu, cuda and mps are supported")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"--device {name}: PyTorch {torch.__version__} sees no GPU of Apple's")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise ValueError(f"--device {name}: PyTorch {torch.__version__} sees {count} CUDA devices")
@@ -37,6 +40,8 @@ def device_name(device: torch.device) -> str:
     """Return a name such as "NVIDIA H100 80GB HBM3", or the processor and the threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return "MPS"
     model = "CPU"
     if Path("/proc/cpuinfo").exists():
         found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
@@ -72,10 +77,17 @@ def leave_busy_cores(device: torch.device) -> str:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the type to compute in. "auto" is bfloat16 on a GPU that supports it, else float32.
+    """Return the type to compute in.
 
-    Raises ValueError for bfloat16 on a GPU that can only emulate it.
+    "auto" is bfloat16 on a GPU that supports it, float16 on another GPU, float32 elsewhere. On a
+    CPU the tuner may replace float32 by bfloat16 later, where it has measured that.
+
+    Raises ValueError for bfloat16 on a GPU that can only emulate it, and on MPS.
     """
+    if device.type == "mps" and name not in ("auto", "float32"):
+        raise ValueError(f"--dtype {name}: on MPS only float32 is supported")
+    if name == "float16":
+        return torch.float16
     if name == "float32" or (name == "auto" and device.type != "cuda"):
         return torch.float32
     # Without `including_emulation` PyTorch says yes on GPUs that compute bfloat16 in float32, more
@@ -83,10 +95,20 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         gpu = torch.cuda.get_device_name(device)
         if name == "bfloat16":
-            raise ValueError(f"--dtype bfloat16: {gpu} can only emulate it, use --dtype float32")
-        print(f"warning: {gpu} has no bfloat16; computing in float32, more slowly")
-        return torch.float32
+            raise ValueError(f"--dtype bfloat16: {gpu} can only emulate it, use --dtype float16")
+        print(f"{gpu} has no bfloat16: computing in float16")
+        return torch.float16
     return torch.bfloat16
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 by itself (AMX or AVX512-BF16)."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return the type for sums that must not round: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def be_deterministic() -> None:

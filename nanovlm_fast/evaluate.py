@@ -2,15 +2,18 @@
 
     python -m nanovlm_fast.evaluate --checkpoint RUN --data easy_vqa [--blank-images] [--json]
 
-A reply is right if it equals the answer, or by the data set's own rule, as for MMStar.
+A reply is right if it equals the answer, or by the data set's own rule, as for MMStar. Beside a
+score of multiple-choice questions stands chance: what naming one of their letters blindly gives.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +21,10 @@ import numpy as np
 import torch
 
 from nanovlm_fast.command import Parser, add_model_options, reports_errors
+from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.data.chat import make_text
-from nanovlm_fast.data.images import Grid
-from nanovlm_fast.data.samples import tiles_shown
+from nanovlm_fast.data.images import Grid, tiles_of
+from nanovlm_fast.data.samples import TooLong, check_count, tiles_shown
 from nanovlm_fast.data.sources.example import Example, Scoring, Source
 from nanovlm_fast.data.sources.registry import load_source
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
@@ -32,6 +36,25 @@ from nanovlm_fast.ranges import SEED
 from nanovlm_fast.weights.pretrained import load_pretrained
 
 BLANK = 127  # every pixel of a blanked image: mid-grey
+# Of an option: "A:", "A.", "A)" or "(A)". A letter inside a word or an acronym is none
+LABEL = re.compile(r"(?<![\w.])([A-Z])[.:)]")
+# An answer that names an option: "B", "(B)", "B." or, as in The Cauldron, "Answer: B"
+CHOICE = re.compile(r"(?:answer:\s*)?\(?([a-z])\)?\.?", re.IGNORECASE)
+
+
+def options_of(question: str, answer: str) -> int:
+    """Return how many options a multiple-choice question has, 0 for another question.
+
+    They are labelled A, B, C, ... in the question, and the answer is one of these letters.
+    """
+    chosen = CHOICE.fullmatch(answer.strip())
+    if not chosen:
+        return 0
+    count = 0
+    for label in LABEL.findall(question):
+        count += label == chr(ord("A") + count)
+    place = ord(chosen[1].upper()) - ord("A")
+    return count if count > 1 and place < count else 0
 
 
 @dataclass
@@ -47,6 +70,26 @@ class Evaluation:
     too_long: list[str] = field(default_factory=list)  # questions without room for their answer
     # kind of question -> [correct, total]
     by_kind: dict[str, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))
+    # kind of question -> for each that is multiple choice, 1 / the number of its options
+    chances: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def count(self, question: Question, correct: bool) -> None:
+        """Add a question that was asked."""
+        self.correct += correct
+        self.total += 1
+        self.by_kind[question.kind][0] += correct
+        self.by_kind[question.kind][1] += 1
+        if question.options:
+            self.chances[question.kind].append(1 / question.options)
+
+    def chance(self, kind: str | None = None) -> dict[str, Any]:
+        """Return chance on the multiple-choice questions, of a kind or of all, and their number.
+
+        The dict is empty if there are none.
+        """
+        kinds = list(self.chances) if kind is None else [kind]
+        found = [chance for name in kinds for chance in self.chances.get(name, [])]
+        return {"chance": statistics.fmean(found), "with_options": len(found)} if found else {}
 
     @property
     def accuracy(self) -> float | None:
@@ -73,12 +116,13 @@ class Evaluation:
         said = f"none of the {questions} could be asked"
         if self.total:
             said = f"{self.accuracy:.1%} of {self.total} {questions}"
+            said += say_chance(self.chance(), self.total)
         return f"{said}; left out: {self.left_out}" if self.skipped else said
 
     def as_dict(self) -> dict[str, Any]:
         """Return the object that --json prints and result.json holds."""
         kinds = {
-            kind: {"accuracy": correct / total, "questions": total}
+            kind: {"accuracy": correct / total, "questions": total, **self.chance(kind)}
             for kind, (correct, total) in sorted(self.by_kind.items())
         }
         return {
@@ -87,11 +131,20 @@ class Evaluation:
             "questions": self.total,
             "by_kind": kinds,
             "skipped": self.skipped,
+            **self.chance(),
         }
 
 
-class TooLong(ValueError):
-    """A prompt and its answer exceed the model's positions. The message names the example."""
+def say_chance(found: Mapping[str, Any], total: int, before: str = ", ") -> str:
+    """Return chance in words, as part of a line that gives the score of `total` questions.
+
+    `found` is what `Evaluation.chance` gives, or holds it; without chance the text is empty.
+    """
+    if "chance" not in found:
+        return ""
+    count = found["with_options"]
+    some = "" if count == total else f" on the {count} with options"
+    return f"{before}chance {found['chance']:.1%}{some}"
 
 
 @dataclass
@@ -103,6 +156,7 @@ class Question:
     answer: str
     kind: str
     number: tuple[int, int]  # example and turn
+    options: int = 0  # of a multiple-choice question
 
 
 def make_prompt(
@@ -177,10 +231,7 @@ class Examiner:
             else:
                 said = self.tokenizer.decode(reply)
             correct = bool(self.scoring.right(said.strip(), question.answer))
-            self.result.by_kind[question.kind][0] += correct
-            self.result.by_kind[question.kind][1] += 1
-            self.result.correct += correct
-            self.result.total += 1
+            self.result.count(question, correct)
 
     def read_questions(self, indices: Iterable[int]) -> tuple[list[np.ndarray], list[Question]]:
         """Return the examples' tiles, and their questions, whose `image_rows` index all tiles.
@@ -195,7 +246,11 @@ class Examiner:
                 example = self.source[index]
                 if self.mode == "first":
                     example = example.first()
+                check_count(example, self.model.config)
                 tiles, grids = tiles_shown(example, self.model.config)
+            except TooLong as error:
+                self.result.too_long.append(str(error))
+                continue
             except ValueError as error:
                 self.result.unreadable.append(str(error))
                 continue
@@ -215,7 +270,7 @@ class Examiner:
         self, example: Example, grids: Sequence[Grid], turn: int, index: int
     ) -> Question | None:
         """Return one question, or None if it cannot be asked, which is added to `result`."""
-        answer = example.turns[turn][1]
+        asked, answer = example.turns[turn]
         tokens = self.scoring.reply_tokens
         try:
             prompt, limit = make_prompt(
@@ -228,7 +283,8 @@ class Examiner:
             self.result.unreadable.append(f"{example.name}: {error}")
             return None
         kind = example.kind or ("yes/no" if answer.lower() in ("yes", "no") else "open")
-        return Question(prompt, limit, answer.strip(), kind, (index, turn))
+        options = options_of(asked, answer)
+        return Question(prompt, limit, answer.strip(), kind, (index, turn), options)
 
 
 def evaluate(  # noqa: PLR0913  # the options of the command, by keyword
@@ -298,6 +354,7 @@ def answer_samples(
     for i, index in enumerate(indices):
         try:
             example = source[int(index)].first() if mode == "first" else source[int(index)]
+            check_count(example, config)
             tiles, grids = tiles_shown(example, config)
             if not grids or not example.turns:
                 continue
@@ -311,19 +368,18 @@ def answer_samples(
         limit = min(max(limit, 20), room)
         (reply,) = generate(model, pixels, [prompt], tokenizer.eos_id, limit)
         samples.append(
-            (shown(tiles, grids[0]), *example.turns[turn], tokenizer.decode(reply).strip())
+            (shown(tiles, grids[0], config), *example.turns[turn], tokenizer.decode(reply).strip())
         )
     return samples
 
 
-def shown(tiles: np.ndarray, grid: Grid) -> np.ndarray:
-    """(3, H, W) uint8: the first image, put together again from its tiles."""
+def shown(tiles: np.ndarray, grid: Grid, config: VLMConfig) -> np.ndarray:
+    """(3, H, W) uint8: the first of the images, put together again from its tiles."""
     rows, columns = grid
     count = rows * columns
     if count == 1:
         return tiles[0]
-    # A tile that shows the whole comes first, if the model has one
-    first = 0 if len(tiles) == count else 1
+    first = tiles_of(grid, config) - count  # after the tile that shows the whole, if there is one
     side = tiles.shape[-1]
     cut = tiles[first : first + count].reshape(rows, columns, 3, side, side)
     return cut.transpose(2, 0, 3, 1, 4).reshape(3, rows * side, columns * side)
@@ -388,7 +444,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{sight}: {result.say(f'questions ({args.data} {args.split}, {args.style})')}")
     width = max(map(len, result.by_kind), default=0)
     for kind, (correct, total) in sorted(result.by_kind.items()):
-        print(f"  {kind:{width}} {correct / total:.1%} of {total}")
+        chance = say_chance(result.chance(kind), total)
+        print(f"  {kind:{width}} {correct / total:.1%} of {total}{chance}")
     for line in result.skipped:
         print(f"  skipped {line}")
     return 0

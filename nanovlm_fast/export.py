@@ -1,9 +1,10 @@
-"""Exporting checkpoints: to a folder that transformers loads, or one that nanoVLM loads.
+"""Exporting checkpoints: to a folder that transformers, nanoVLM or llama.cpp loads.
 
     python -m nanovlm_fast.export --checkpoint RUN --to transformers --out FOLDER
+    python -m nanovlm_fast.export --checkpoint RUN --merge --to transformers --out FOLDER
 
-What the two have in common is here; `weights/to_transformers.py` and `weights/to_nanovlm.py` write
-the files.
+What they have in common is here; `weights/to_transformers.py`, `weights/to_nanovlm.py` and
+`weights/to_gguf.py` write the files.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ from nanovlm_fast.command import Parser, add_model_options, reports_errors
 from nanovlm_fast.data.text import is_hub_name
 from nanovlm_fast.files import read_json
 from nanovlm_fast.paths import at_home
+from nanovlm_fast.weights.adapter import is_adapter
 from nanovlm_fast.weights.card import model_card
 from nanovlm_fast.weights.folder import resolve
 from nanovlm_fast.weights.hub import push_to_hub
 from nanovlm_fast.weights.pretrained import load_pretrained
+from nanovlm_fast.weights.to_gguf import to_gguf
 from nanovlm_fast.weights.to_nanovlm import to_nanovlm
 from nanovlm_fast.weights.to_transformers import to_transformers
 
-TARGETS = ("transformers", "nanovlm")
+TARGETS = ("transformers", "nanovlm", "gguf")
 
 
 def export(
@@ -36,6 +39,7 @@ def export(
     out: Path,
     name: str = "",
     lm_tokenizer: str = "",
+    merge: bool = False,
 ) -> Path:
     """Write a checkpoint in the layout of `target`, with a model card, and return `out`.
 
@@ -45,9 +49,12 @@ def export(
         name: what the folder will be loaded by (default: its path). nanoVLM loads a tokenizer of
             the model's own by it.
         lm_tokenizer: a tokenizer to use instead of the checkpoint's.
+        merge: whether an adapter may be merged into its base. The layouts have no place for it
+            by itself.
 
     Raises:
-        ValueError: if `out` holds files, or if `target` cannot express the model.
+        ValueError: if `out` holds files, if `target` cannot express the model, or for an adapter
+            that is not to be merged.
         OSError: if the folder cannot be written; and whatever `load_pretrained` raises.
     """
     place = out.resolve()
@@ -57,6 +64,10 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty: --out names another folder")
     folder = resolve(checkpoint)
+    if is_adapter(folder) and not merge:
+        raise ValueError(
+            f"{folder} holds an adapter: --merge writes its base with the adapter merged into it"
+        )
     model, tokenizer = load_pretrained(folder, lm_tokenizer=lm_tokenizer)
     model.eval()
     loaded_by = name or str(place)
@@ -70,6 +81,8 @@ def export(
     try:
         if target == "transformers":
             to_transformers(temporary, model, tokenizer)
+        elif target == "gguf":
+            to_gguf(temporary, model, tokenizer)
         else:
             to_nanovlm(temporary, model, tokenizer, loaded_by)
         card = model_card(folder, target, model, name or place.name)
@@ -91,11 +104,16 @@ def make_parser() -> Parser:
     """Return the parser of `python -m nanovlm_fast.export`."""
     parser = Parser(
         prog="python -m nanovlm_fast.export",
-        description="Write a checkpoint for transformers or for nanoVLM.",
+        description="Write a checkpoint for transformers, nanoVLM or llama.cpp (gguf).",
     )
     add_model_options(parser, device=False)
     parser.add_argument("--to", required=True, choices=TARGETS, help="what is to load it")
     parser.add_argument("--out", required=True, type=at_home, help="folder to write, new or empty")
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="merge an adapter (--lora-rank) into its base; needed for a checkpoint that holds one",
+    )
     parser.add_argument(
         "--push", default="", metavar="OWNER/NAME", help="also upload it to the Hugging Face hub"
     )
@@ -109,12 +127,17 @@ def make_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Write the folder, upload it with --push, and say where it is."""
     args = make_parser().parse_args(argv)
-    out = export(args.checkpoint, args.to, args.out, args.push, args.lm_tokenizer)
+    out = export(args.checkpoint, args.to, args.out, args.push, args.lm_tokenizer, merge=args.merge)
     print(f"written: {out}")
     if args.to == "nanovlm" and names_a_place(out):
         print(
             "nanoVLM loads the tokenizer from this path, which is lm_tokenizer in config.json: "
             "if you move the folder, change it there; --push writes the hub's name"
+        )
+    if args.to == "gguf":
+        print(
+            "llama.cpp's own image prompt has tokens that this model was not trained with: how to "
+            "show it images is in README.md"
         )
     if args.push:
         print(f"uploaded: {push_to_hub(args.out, args.push, args.private)}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -129,6 +129,7 @@ def generate(  # noqa: PLR0913  # the options of sampling, as people know them; 
     top_k: int = 0,
     top_p: float = 1.0,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    on_token: Callable[[int, int], None] = lambda prompt, token: None,
 ) -> list[list[int]]:
     """Continue each prompt until the end of sequence.
 
@@ -144,6 +145,8 @@ def generate(  # noqa: PLR0913  # the options of sampling, as people know them; 
         top_k: sample only from so many of the likeliest tokens; 0: from all.
         top_p: of these, only from the fewest that hold this share of the probability.
         generator: random numbers for all prompts together, or one for each (`generator_of`).
+        on_token: called with the number of a prompt and a new token of its reply, as soon as it is
+            chosen. What it raises ends the generation.
 
     Returns:
         The new tokens of each prompt, without the end of sequence.
@@ -172,6 +175,7 @@ def generate(  # noqa: PLR0913  # the options of sampling, as people know them; 
         for row, (i, value) in enumerate(zip(asked, token.tolist(), strict=True)):
             if running[row] and value != eos_id:
                 replies[i].append(value)
+                on_token(i, value)
             running[row] &= value != eos_id and len(replies[i]) < max_new_tokens[i]
         if not any(running):
             return replies

@@ -2,6 +2,7 @@
 
     pip install lmms-eval
     python -m lmms_eval --model nanovlm_fast --model_args checkpoint=RUN --tasks mme
+    python -m lmms_eval --model nanovlm_fast --model_args prompts=nanovlm --tasks ai2d
 
 lmms-eval finds this module by an entry point (pyproject.toml), and nothing else imports it. It runs
 in one process on one device.
@@ -12,7 +13,10 @@ hand it was tried with the registry, base class and requests of version 0.7.3; n
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -21,11 +25,97 @@ import torch
 from lmms_eval.api.model import lmms
 
 from nanovlm_fast.data.chat import make_text
+from nanovlm_fast.data.images import Grid
 from nanovlm_fast.data.samples import load_tiles
 from nanovlm_fast.device import autocast_to, pick_device, pick_dtype
 from nanovlm_fast.generate import generate, generator_of
-from nanovlm_fast.packing.documents import Document
+from nanovlm_fast.packing.documents import IGNORE, Document
 from nanovlm_fast.weights.pretrained import load_pretrained
+
+
+@dataclass(frozen=True)
+class TaskPrompt:
+    """How the questions of a task are put to a model: what is changed in them and what is added."""
+
+    before: str = ""
+    replaced: tuple[tuple[str, str], ...] = ()  # in order, in `before` too
+    after: str = ""
+    reply: str = ""  # what the reply begins with
+
+    def question(self, context: str) -> str:
+        """Return the task's question as the user of the conversation asks it."""
+        context = self.before + context
+        for old, new in self.replaced:
+            context = context.replace(old, new)
+        return context + self.after
+
+
+LETTER = TaskPrompt(
+    replaced=(
+        ("\nOptions:", "\nChoices:"),
+        ("\nA. ", "\nChoices:\nA. "),
+        ("Please select the correct answer from the options above.", "Answer with the letter."),
+        (
+            "Answer with the option's letter from the given choices directly",
+            "Answer with the letter directly",
+        ),
+    ),
+    reply="Answer:",
+)
+MMMU = TaskPrompt(
+    replaced=(
+        ("Question:", ""),
+        (
+            "Answer with the option's letter from the given choices directly.",
+            "Answer with the letter directly.",
+        ),
+        ("\nA. ", "\nChoices:\nA. "),
+    ),
+    reply="Answer:",
+)
+DOCUMENT = TaskPrompt(
+    before="Give a short and terse answer to the following question. Do not paraphrase or reformat "
+    "the text you see in the image. Do not include any full stops. Just give the answer without "
+    "additional explanation. Question: "
+)
+CHART = TaskPrompt(
+    before="For the question below, follow the following instructions:\n"
+    "-The answer should contain as few words as possible.\n"
+    "-Don't paraphrase or reformat the text you see in the image.\n"
+    "-Answer a binary question with Yes or No.\n"
+    "-When asked to give a numerical value, provide a number like 2 instead of Two.\n"
+    "-If the final answer has two or more items, provide it in the list format like [1, 2].\n"
+    "-When asked to give a ratio, give out the decimal value like 0.25 instead of 1:4.\n"
+    "-When asked to give a percentage, give out the whole value like 17 instead of decimal like "
+    "0.17%.\n"
+    "-Don't include any units in the answer.\n"
+    "-Do not include any full stops at the end of the answer.\n"
+    "-Try to include the full label from the graph when asked about an entity.\n"
+    "Question: "
+)
+SCENE_TEXT = TaskPrompt(
+    before="Answer the following question about the image using as few words as possible. Follow "
+    "these additional instructions:\n"
+    "-Always answer a binary question with Yes or No.\n"
+    "-When asked what time it is, reply with the time seen in the image.\n"
+    "-Do not put any full stops at the end of the answer.\n"
+    "-Do not put quotation marks around the answer.\n"
+    "-An answer with one or two words is favorable.\n"
+    "-Do not apply common sense knowledge. The answer can be found in the image.\n"
+    "Question: "
+)
+BRIEF = TaskPrompt(after="\nGive a very brief answer.")
+# The wording and the names of tasks are nanoVLM's, so that scores can be compared with its own. It
+# spells one task "chartvqa", which lmms-eval calls chartqa: that one is asked as it comes there too
+NANOVLM_PROMPTS = {
+    **dict.fromkeys(("ai2d", "mmstar", "seedbench", "scienceqa"), LETTER),
+    **dict.fromkeys(("docvqa_val", "docvqa_test"), DOCUMENT),
+    "chartvqa": CHART,
+    **dict.fromkeys(("textvqa_val", "textvqa_test"), SCENE_TEXT),
+    **dict.fromkeys(("mmmu_val", "mmmu_test"), MMMU),
+    **dict.fromkeys(("infovqa_val", "mme", "ocrbench"), BRIEF),
+}
+PROMPTS: dict[str, dict[str, TaskPrompt]] = {"task": {}, "nanovlm": NANOVLM_PROMPTS}
 
 
 def manifest() -> Any:
@@ -38,8 +128,10 @@ def manifest() -> Any:
 class NanoVLMFast(lmms):
     """The model that lmms-eval asks. Its arguments come from --model_args.
 
-    `checkpoint` is a run, a folder or a hub name (default: the latest run). Raises what
-    `load_pretrained` raises.
+    `checkpoint` is a run, a folder or a hub name (default: the latest run). With `prompts` =
+    "nanovlm", questions are put as nanoVLM's own evaluation does for some tasks; with "task" they
+    are asked as lmms-eval gives them. Raises what `load_pretrained` raises, and ValueError for
+    other prompts, and for nanoVLM's with a model that has no conversations.
     """
 
     def __init__(
@@ -48,6 +140,7 @@ class NanoVLMFast(lmms):
         device: str = "auto",
         batch_size: int | str = 16,
         lm_tokenizer: str = "",
+        prompts: str = "task",
         **more: Any,
     ):
         super().__init__()
@@ -56,13 +149,21 @@ class NanoVLMFast(lmms):
             name for name, value in more.items() if value is not None and name != "max_batch_size"
         ]
         if unknown:
-            known = "checkpoint, device, batch_size, lm_tokenizer"
+            known = "checkpoint, device, batch_size, lm_tokenizer, prompts"
             raise ValueError(f"--model_args {', '.join(unknown)}: there are {known}")
+        if prompts not in PROMPTS:
+            raise ValueError(f"--model_args prompts={prompts}: there are {', '.join(PROMPTS)}")
         self.device = pick_device(device)
         self.batch_size = int(batch_size)
         self.model, self.tokenizer = load_pretrained(checkpoint, self.device, lm_tokenizer)
         self.model.eval()
         config = self.model.config
+        self.prompts = PROMPTS[prompts]
+        if self.prompts and not config.lm_chat_template:
+            raise ValueError(
+                f"--model_args prompts={prompts}: for models of conversations (lm_chat_template), "
+                f"this one is asked {config.prompt!r}"
+            )
         self.text = make_text(self.tokenizer, config, "independent")
 
     def generate_until(self, requests: list[Any]) -> list[str]:
@@ -98,7 +199,7 @@ class NanoVLMFast(lmms):
             # Image tokens come first here, wherever the task's text marks them.
             question = context.replace("<image>", "").strip()
             tiles, grids = load_tiles(visuals, config)
-            prompt = self.text.document([(question, "")], grids)
+            prompt = self.prompt(task, question, grids)
             room = config.lm_max_position_embeddings - len(prompt)
             if room < 1:
                 what = f"a prompt of {len(prompt)} tokens is too long for the model"
@@ -120,6 +221,18 @@ class NanoVLMFast(lmms):
             ids = generate(self.model, pixels, prompts, eos_id, limits, **sampling)
         until = settings.get("until") or []
         return [cut(self.tokenizer.decode(reply), until).strip() for reply in ids]
+
+    def prompt(self, task: str, question: str, grids: Sequence[Grid]) -> Document:
+        """Return the document that asks a question of a task about images of these grids."""
+        how = self.prompts.get(task, TaskPrompt())
+        prompt = self.text.document([(how.question(question), "")], grids)
+        begun = np.array(self.text.encode(how.reply), np.int64)
+        return dataclasses.replace(
+            prompt,
+            input_ids=np.concatenate([prompt.input_ids, begun]),
+            image_rows=np.append(prompt.image_rows, np.full(len(begun), -1, np.int32)),
+            labels=np.append(prompt.labels, np.full(len(begun), IGNORE, np.int64)),
+        )
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """Not supported: such tasks compare given answers by their likelihood."""

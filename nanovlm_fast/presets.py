@@ -141,6 +141,34 @@ PRESETS: dict[str, dict[str, Any]] = {
         eval_every=500,
         save_every=500,
     ),
+    # Pretrained towers on emoji, for a laptop: python -m nanovlm_fast.demo names their folders.
+    "demo": dict(
+        # vision tower: the first blocks of a DINOv2-S/14, here at 8 x 8 patches
+        vit_img_size=112,
+        vit_patch_size=14,
+        vit_hidden_dim=384,
+        vit_inter_dim=1536,
+        vit_n_heads=6,
+        vit_n_blocks=8,
+        # the language model is SmolLM2-135M, as in the default; a short prompt takes less time
+        prompt="{question}",
+        init="scratch",
+        # the run
+        data="emoji",
+        epochs=4.0,
+        tokens_per_batch=512,
+        # The test split has its own pictures and is scored at the end
+        val_samples=0,
+        lr_projector=1e-3,
+        lr_vision=1e-4,
+        lr_language=1e-4,
+        warmup=0.05,
+        min_lr=0.0,
+        clip=1.0,
+        log_every=5,
+        eval_every=0,
+        save_every=0,
+    ),
     # nanoVLM v0.1's recipe. Its 256 samples per step are 20,736 packed tokens; 22,528, 278 samples,
     # is the budget near it that fills an H100's waves of tiles best (packing/waves.py). The packer
     # looks at more samples than a batch holds, or it could not fill it. Samples of more than 128
@@ -203,6 +231,7 @@ COUNTS: dict[tuple[str, str], tuple[int, float, float, float]] = {
 RECIPES: dict[str, dict[str, Any]] = {
     "easy_vqa": dict(curriculum="what shape", augment="shift"),
     "easy_vqa_canvas": dict(curriculum="what shape", curriculum_share=0.14),
+    "emoji": dict(augment="shift"),
 }
 
 

@@ -1,10 +1,11 @@
-"""Ranges of numbers, for fields of configurations and for options of commands alike."""
+"""Ranges of numbers, for fields of configurations and options of commands; types of fields."""
 
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass
-from typing import Annotated, Any, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 INT32_MAX = 2**31 - 1  # positions and sizes are int32 on the device
 
@@ -96,3 +97,28 @@ def ranges_of(config_class: type) -> dict[str, Range]:
         elif get_origin(hint) is Annotated:
             ranges[name] = hint.__metadata__[0]
     return ranges
+
+
+def check_types(config_class: type, values: dict[str, Any]) -> None:
+    """Raise ValueError naming the first entry of `values` that its field cannot hold.
+
+    For values from a file: what comes from the command line has its type already.
+    """
+    kinds = get_type_hints(config_class)
+    for name, value in values.items():
+        kind = kinds[name]
+        choices = get_args(kind)  # of a Literal
+        if isinstance(kind, type) and issubclass(kind, dict):  # names and tokens
+            right = isinstance(value, dict) and all(
+                isinstance(part, str) for item in value.items() for part in item
+            )
+        elif choices:
+            right = value in choices
+        elif kind is float:
+            # JSON writes 1.0 as 1 in other languages, and Python reads NaN and Infinity from it.
+            right = type(value) in (int, float) and math.isfinite(value)
+        else:
+            right = type(value) is kind  # not isinstance: True is an int
+        if not right:
+            wanted = f"one of {', '.join(choices)}" if choices else f"of type {kind.__name__}"
+            raise ValueError(f"{name} must be {wanted}, got {repr(value)[:80]}")

@@ -21,8 +21,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanovlm_fast.config import TrainConfig, VLMConfig, check_types, fields_of
+from nanovlm_fast.config import TrainConfig, VLMConfig, fields_of
 from nanovlm_fast.files import read_json, write_whole
+from nanovlm_fast.ranges import check_types
 
 if TYPE_CHECKING:
     from nanovlm_fast.ranks import World
@@ -69,6 +70,7 @@ class RunState:
     best_accuracy: float = -1.0  # below any accuracy, so that the first evaluation is the best
     interval: dict[str, Any] | None = None  # losses since the last log line, from `StepStats`
     spikes: list[float] | None = None  # of the `SpikeDetector`
+    loss_scale: dict[str, Any] | None = None  # in float16, from `LossScaler`
     micro_batches: int = 1  # per step, on all ranks; a resume with other ranks keeps the product
     stream: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # one state per shard
     data: dict[str, Any] | None = None  # which data, and what of it is held out
@@ -95,8 +97,8 @@ class RunState:
 
 
 # Checkpoints of the first versions have no `data` and no `filled`; `eval` is there once --eval was
-# scored, and `dropped` once something was.
-OPTIONAL = {"data", "eval", "filled", "dropped"}
+# scored, `dropped` once something was, and `loss_scale` once the run has computed in float16.
+OPTIONAL = {"data", "eval", "filled", "dropped", "loss_scale"}
 
 
 # ---- one command at a time

@@ -15,11 +15,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
+import random
+import select
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +45,14 @@ from nanovlm_fast.training.optim import apply_gradients, make_optimizers, set_lr
 from nanovlm_fast.training.steps import accumulate_gradients
 
 PLAIN = "none"
-_POINTWISE = ",".join(name for name in KERNELS if not name.endswith("attention"))
-SETS = (PLAIN, "all", _POINTWISE, "none,bfloat16", "all,bfloat16", f"{_POINTWISE},bfloat16")
-LABELS = {_POINTWISE: "all but attention", f"{_POINTWISE},bfloat16": "all but attention, bfloat16"}
+_NO_ATTENTION = ",".join(name for name in KERNELS if not name.endswith("attention"))
+SETS = (PLAIN, "all", _NO_ATTENTION, "none,bfloat16", "all,bfloat16", f"{_NO_ATTENTION},bfloat16")
+LABELS = {
+    _NO_ATTENTION: "all but attention",
+    f"{_NO_ATTENTION},bfloat16": "all but attention, bfloat16",
+}
 OUT_OF_MEMORY_RETRIES = 100  # other sets use the device while they compile
+STEPS_LIMIT = 60.0  # seconds that a set may take for the steps of a round
 ALLOWED = 2.0  # times plain PyTorch's own error
 
 
@@ -153,8 +161,11 @@ def serve(args: argparse.Namespace) -> int:
         except torch.OutOfMemoryError:  # others are compiling: it will be free again
             if attempt + 1 == OUT_OF_MEMORY_RETRIES:
                 raise
-            torch.cuda.empty_cache()
-            time.sleep(1)
+        # Not in the handler: until its end the traceback keeps what the step had allocated.
+        # Processes that wait equally long would meet again.
+        gc.collect()
+        torch.cuda.empty_cache()
+        time.sleep(random.uniform(0.2, 2.0))
     found["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
     torch.cuda.empty_cache()
     print(json.dumps(found), flush=True)
@@ -181,24 +192,37 @@ class Process:
                 text=True,
             )
 
-    def answer(self) -> Any:
-        """The next line. Raises RuntimeError, with the last line of its errors, if it died."""
+    def answer(self, deadline: float) -> Any:
+        """The next line, by a time of `time.monotonic`.
+
+        Raises RuntimeError if there is none by then, or with the last line of its errors if it
+        died.
+        """
         assert self.process.stdout is not None
+        left = max(deadline - time.monotonic(), 0.0)
+        if not select.select([self.process.stdout], [], [], left)[0]:
+            self.process.kill()
+            raise RuntimeError("no answer in time")
         line = self.process.stdout.readline()
         if not line:
             lines = self.log.read_text(errors="replace").strip().splitlines() or ["no reason given"]
             raise RuntimeError(lines[-1])
         return json.loads(line)
 
-    def ask(self, steps: int) -> list[float]:
+    def ask(self, steps: int, deadline: float) -> list[float]:
         assert self.process.stdin is not None
         self.process.stdin.write(f"{steps}\n")
         self.process.stdin.flush()
-        return self.answer()
+        return self.answer(deadline)
 
 
-def measure(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
-    """One row per set: its error, its times, or why it has none."""
+def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, dict[str, Any]]]:
+    """One row per set: its error, its times, or why it has none. Yields them after each round.
+
+    The sets are compiled within two thirds of `args.seconds`, and no round begins after them.
+    """
+    began = time.monotonic()
+    ready = began + args.seconds * 2 / 3
     truth = folder / "truth"
     sets = args.sets.split(";")
     processes: dict[str, Process] = {}
@@ -209,25 +233,34 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]
             raise RuntimeError((folder / "truth.log").read_text().strip().splitlines()[-1])
         for number, name in enumerate(sets):
             processes[name] = Process(name, args, truth, folder / f"{number}.log")
-        compare(processes, rows)
+        compare(processes, rows, ready)
+        yield rows
         seconds: dict[str, list[float]] = {n: [] for n in sets if "error" not in rows[n]}
         for _ in range(args.rounds):
-            for name, times in seconds.items():
-                times += processes[name].ask(args.steps)
-        for name, times in seconds.items():
-            rows[name] |= {**summary(times), "seconds": times}
+            if time.monotonic() - began > args.seconds:
+                break
+            for name in [name for name in seconds if "error" not in rows[name]]:
+                times = seconds[name]
+                try:
+                    times += processes[name].ask(args.steps, time.monotonic() + STEPS_LIMIT)
+                except RuntimeError as error:
+                    rows[name] = {"error": str(error)[:300]}
+                else:
+                    rows[name] |= {**summary(times), "seconds": times}
+            yield rows
     finally:
         for process in processes.values():
             process.process.kill()
             process.process.wait()
-    return rows
 
 
-def compare(processes: dict[str, Process], rows: dict[str, dict[str, Any]]) -> None:
+def compare(
+    processes: dict[str, Process], rows: dict[str, dict[str, Any]], deadline: float
+) -> None:
     """Enter what each set found when it was compiled, and an `error` where it must not be timed."""
     for name, row in rows.items():
         try:
-            row |= processes[name].answer()
+            row |= processes[name].answer(deadline)
         except RuntimeError as error:
             row["error"] = str(error)[:300]
         print(f"{LABELS.get(name, name)}: {row}", flush=True)
@@ -269,6 +302,9 @@ def make_parser() -> Parser:
     parser.add_argument("--compile", default="default", choices=("default", "reduce-overhead"))
     parser.add_argument("--rounds", type=Range(int, least=1, most=1000), default=5)
     parser.add_argument("--steps", type=Range(int, least=1, most=1000), default=5)
+    parser.add_argument(
+        "--seconds", type=Range(float, least=1, most=86400), default=540.0, help="for all of it"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--name", default="", help="of the result file; default: kernel_sets")
     parser.add_argument("--out", type=Path, help="folder of results (default: bench/results)")
@@ -291,23 +327,24 @@ def main(argv: list[str] | None = None) -> int:
     budget, batch = budget_and_batch(Options(args.preset), config, train)
     flops = step_flops(config, batch.n_images, batch.n_tokens, batch.n_labels, batch.n_pairs)
     peak = peak_flops(device, torch.bfloat16)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = measure(args, Path(folder))
-    for row in rows.values():
-        if "median" in row:
-            row["tokens_per_s"] = batch.n_tokens / row["median"]
-            if peak:
-                row["mfu"] = flops / row["median"] / peak
-    result = {
+    result: dict[str, Any] = {
         "preset": args.preset,
         "compile": args.compile,
         "budget": dataclasses.asdict(budget),
         "work": {"tokens": batch.n_tokens, "images": batch.n_images, "labels": batch.n_labels},
         "flops": flops,
-        "variants": rows,
     }
+    with tempfile.TemporaryDirectory() as folder:
+        for rows in measure(args, Path(folder)):
+            for row in rows.values():
+                if "median" in row:
+                    row["tokens_per_s"] = batch.n_tokens / row["median"]
+                    if peak:
+                        row["mfu"] = flops / row["median"] / peak
+            result["variants"] = rows
+            file = write(args.name or "kernel_sets", device, result, args.out)
     print(lined_up(set_rows(result)))
-    print(f"written: {write(args.name or 'kernel_sets', device, result, args.out)}")
+    print(f"written: {file}")
     return int(any("error" in row for row in rows.values()))
 
 

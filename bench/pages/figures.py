@@ -14,6 +14,7 @@ from typing import Any
 
 from bench.harness.results import load
 from bench.harness.step_tables import expected_range
+from bench.memory import label_of as memory_label
 from bench.optimizers import smoothed
 
 WIDTH = 9.0  # inches; a README is about 900 pixels wide
@@ -296,7 +297,7 @@ def memory_by_samples(file: Path) -> Figure | None:
         ours = iter(theme.series)
         for name, points in lines.items():
             colour = theme.others if name == "reference" else next(ours, theme.text)
-            label = name if name == "reference" else f"ours, recompute {name.replace('_', ' ')}"
+            label = memory_label(name).replace("_", " ")
             axis.plot(*zip(*points, strict=True), marker="o", color=colour, label=label)
         if result["preset"] == "nanovlm-222m" and not result["layers"]:
             known = [(int(n), mib) for n, mib in result["published_mib"].items() if mib]

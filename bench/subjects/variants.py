@@ -30,6 +30,7 @@ from nanovlm_fast.data.budget import LABEL_MULTIPLE
 from nanovlm_fast.data.stream import StreamBatch
 from nanovlm_fast.device import autocast_to
 from nanovlm_fast.model import reference
+from nanovlm_fast.model.lora import Adapter, add_adapter
 from nanovlm_fast.model.ops import choose_ops
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.model.recompute import POLICIES
@@ -302,6 +303,32 @@ class Packed(Step):
         return loss, self.packed.by_reference_name(grads)
 
 
+class Adapted(Packed):
+    """Ours with adapters of a rank on a frozen language model. It changes the bench's model."""
+
+    def __init__(self, bench: Workbench, recipe: Recipe, rank: int):
+        assert bench.packed is not None
+        if bench.packed.adapter is None:
+            add_adapter(bench.packed, Adapter(rank, 2.0 * rank, {}, {}))
+            adamw = dataclasses.replace(bench.work.train, optimizer="adamw")
+            bench.optimizers = make_optimizers(bench.packed, adamw)
+            set_lr(bench.optimizers, 0.0)
+        super().__init__(bench, recipe)
+
+    def gradients(self) -> tuple[float, dict[str, Tensor]]:
+        """The loss, and the gradients of what the reference trains too: not those of adapters.
+
+        They have passed through the whole language model.
+        """
+        loss = self.backward()
+        towers = (self.packed.vision_encoder, self.packed.MP)
+        prefixes = ("vision_encoder", "MP")
+        grads = {}
+        for prefix, tower in zip(prefixes, towers, strict=True):
+            grads |= {f"{prefix}.{name}": grad for name, grad in grads_of(tower).items()}
+        return loss.item(), grads
+
+
 def packed_batch(work: Work, recipe: Recipe, label_multiple: int = 1) -> PackedBatch:
     """The work as one batch on the host, in a budget with training's slack, padding included."""
     samples = work.samples
@@ -373,6 +400,12 @@ class Judge:
             self.allowed = {
                 name: 2 * rounded[name] + SLACK * size for name, size in self.sizes.items()
             }
+
+    def without(self, part: str) -> Judge:
+        """A judge of steps in which this part of the model has no gradient of its own."""
+        judge = copy.copy(self)
+        judge.grads = {n: grad for n, grad in self.grads.items() if not n.startswith(f"{part}.")}
+        return judge
 
     def distances(self, loss: float, grads: dict[str, Tensor]) -> dict[str, float]:
         """Distances of the loss and of every gradient from the float32 reference."""

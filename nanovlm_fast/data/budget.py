@@ -17,7 +17,7 @@ from nanovlm_fast.packing.packer import Budget, Packer
 
 # The head's products have a row per label. On a GPU they run in tiles of 128 rows, and a number of
 # rows that is no multiple of 8 makes torch.compile copy the head's inputs to pad them.
-LABEL_MULTIPLE = {"cuda": 128, "cpu": 1}
+LABEL_MULTIPLE = {"cuda": 128, "cpu": 1, "mps": 1}
 
 
 def even_draw(load: SampleLoader, count: int = 1000) -> list[Sample]:

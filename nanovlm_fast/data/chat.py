@@ -58,7 +58,8 @@ class ChatProcessor(TextProcessor):
 
     `extra_tokens` are the model's `vlm_extra_tokens`: the token of an image, of an image as a
     whole, and of the places of tiles (r1c1, ...), by name. The tokenizer must have all of them.
-    With '' as the last answer a document is a prompt, to which a model replies.
+    With '' as the last answer `document` makes a prompt, to which a model replies. Among the
+    `documents` of an example it is an answer like any other, of which the end is learned.
     """
 
     def __init__(
@@ -84,6 +85,8 @@ class ChatProcessor(TextProcessor):
         # So that no text can spell one, whatever the tokenizer's file says of it
         self.start, self.end, *ids = tokenizer.reserve(needed)
         self.ids = dict(zip(self.extra_tokens, ids, strict=True))
+        # A base model's tokenizer names another, which no conversation has: replies would not end
+        tokenizer.end_with(END)
         self.header = len(self._encode_all([[self.start], "assistant\n"]))
 
     def image_string(self, grids: Sequence[tuple[int, int]]) -> list[Piece]:
@@ -138,8 +141,11 @@ class ChatProcessor(TextProcessor):
     def length(self, answer: str) -> int:
         return len(self._encode_all([[self.start], f"assistant\n{answer}"])) - self.header
 
-    def document(self, turns: Sequence[Turn], n_images: Images) -> Document:
-        """One document with all turns, `n_images` the images' grids (or how many of one tile)."""
+    def document(self, turns: Sequence[Turn], n_images: Images, whole: bool = False) -> Document:
+        """One document with all turns, `n_images` the images' grids (or how many of one tile).
+
+        With `whole` the last answer ends even if it is empty.
+        """
         grids = [(1, 1)] * n_images if isinstance(n_images, int) else n_images
         images = self.image_string(grids)
         ids: list[int] = []
@@ -151,7 +157,7 @@ class ChatProcessor(TextProcessor):
             ask = self._encode_all([*asked, [self.end], "\n"])
             said: list[Piece] = [[self.start], f"assistant\n{self.words(answer)}"]
             reply = self._encode_all(said)
-            if answer or number + 1 < len(turns):
+            if answer or whole or number + 1 < len(turns):
                 reply += self._encode_all([[self.end], "\n"])
             ids += ask + reply
             targets += [IGNORE] * (len(ask) + self.header) + reply[self.header :]

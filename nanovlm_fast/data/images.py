@@ -69,6 +69,11 @@ def load_image(source: Path | str | bytes | np.ndarray | Image.Image, size: int)
     return _decoded(source, lambda image: square(image, size))
 
 
+def rgb(source: Path | str | bytes) -> Image.Image:
+    """The picture in its own size: upright, RGB. Raises BadImage if it cannot be decoded."""
+    return _decoded(source, to_rgb)
+
+
 def split_image(
     source: Path | str | bytes | Image.Image, config: VLMConfig
 ) -> tuple[np.ndarray, Grid]:

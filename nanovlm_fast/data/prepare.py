@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
@@ -33,11 +34,12 @@ from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.data.chat import make_text
 from nanovlm_fast.data.places import absolute_paths
-from nanovlm_fast.data.samples import TooLong, chosen, make_sample
+from nanovlm_fast.data.samples import TooLong, chosen, make_sample, say_dropped
 from nanovlm_fast.data.sources import shards
 from nanovlm_fast.data.sources.example import Example, Source
 from nanovlm_fast.data.sources.registry import load_source, make_tokenizer, streamable
 from nanovlm_fast.data.sources.streamed import read_streaming
+from nanovlm_fast.data.stream import LeftOut
 from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.data.workers import as_is, begin_worker
 from nanovlm_fast.files import read_json
@@ -54,6 +56,7 @@ Task = tuple[int, Items]  # the number of a shard, and what it holds
 
 # Images, or tiles of them, that a shard holds unless --shard-samples says how many examples it has
 SHARD_IMAGES = 512
+NAMED = 100  # examples of more images than --max-images that are named; the rest is counted
 
 
 class ShardMaker(Dataset):
@@ -81,15 +84,17 @@ class ShardMaker(Dataset):
         number, items = task
         rows: list[dict[str, Any]] = []
         skipped: list[str] = []
+        left = LeftOut()
         for item in items:
             try:
-                rows.append(self.row(item))
+                rows.append(self.row(item, left))
             except ValueError as error:
                 skipped.append(str(error))
         try:
             file = self.folder / f"shard-{number:05d}.arrow"
             entry = shards.write_shard(file, rows, self.tiled)
             entry |= {"number": number, "examples": len(rows) + len(skipped), "skipped": skipped}
+            entry |= {"too_long": left.too_long, "dropped": dict(left.dropped)}
             # After the shard: a note stands for a whole shard, wherever the command is killed
             note = self.folder / f"shard-{number:05d}.json"
             shards.replace_file(note, lambda temporary: temporary.write_text(json.dumps(entry)))
@@ -98,16 +103,23 @@ class ShardMaker(Dataset):
             # Returned: raised, it would reach the parent as a traceback and not as one line
             return {"error": str(error)}
 
-    def row(self, item: int | Example | ValueError) -> dict[str, Any]:
-        """One example as a row of a shard. Raises ValueError if it cannot be read."""
+    def row(self, item: int | Example | ValueError, left: LeftOut) -> dict[str, Any]:
+        """One example as a row of a shard; what the options leave out of it is noted in `left`.
+
+        Raises ValueError if it cannot be read.
+        """
         if isinstance(item, ValueError):
             raise item
         if not isinstance(item, Example):
             assert self.source is not None, "numbers of examples, and no source"
             item = self.source[item]
         try:
-            example, _ = chosen(item, self.train, self.text.mode)
-        except TooLong:
+            example, dropped = chosen(item, self.train, self.text.mode)
+            left.dropped.update(dropped)
+            if dropped and not example.turns:
+                left.dropped["examples"] += 1
+        except TooLong as error:
+            left.too_long.append(str(error))
             example = item.keep([])
         if not example.turns:
             # A row without a document, which training passes over: nothing here is unreadable
@@ -261,6 +273,7 @@ def write_shards(
     those of earlier attempts included.
     """
     skipped = [reason for entry in done.values() for reason in entry["skipped"]]
+    too_long = sum(len(entry.get("too_long", [])) for entry in done.values())
     with tqdm(total=total, initial=ready, unit="example", dynamic_ncols=True) as bar:
         for entry in made:
             if "error" in entry:
@@ -269,6 +282,10 @@ def write_shards(
             skipped += entry["skipped"]
             for reason in entry["skipped"]:
                 bar.write(f"skipped, unreadable: {reason}")
+            # As in training: many of them would fill the terminal
+            for reason in entry["too_long"][: max(NAMED - too_long, 0)]:
+                bar.write(f"skipped, too long: {reason}")
+            too_long += len(entry["too_long"])
             bar.update(entry["examples"])
             if len(skipped) > max_bad_samples:
                 over = f"are over --max-bad-samples {max_bad_samples}"
@@ -286,6 +303,9 @@ def write_manifest(
         **plan,
         **totals,
         "skipped": sum(len(entry["skipped"]) for entry in entries),
+        # Absent from shards that an older version made
+        "too_long": sum(len(entry.get("too_long", [])) for entry in entries),
+        "dropped": dict(sum((Counter(entry.get("dropped")) for entry in entries), Counter())),
         "shards": entries,
     }
     shards.replace_file(
@@ -364,7 +384,8 @@ def main(argv: list[str] | None = None) -> int:
     size = f"{manifest['bytes'] / 1e9:,.2f} GB"
     print(f"{manifest['samples']:,} samples, {manifest['tokens']:,} tokens, {size}")
     train_with = f"python train.py --data prepared:{args.out}"
-    print(f"{manifest['skipped']} unreadable left out · train with: {train_with}")
+    left = f"{manifest['skipped']} unreadable, {manifest['too_long']} too long"
+    print(f"{left}{say_dropped(manifest['dropped'])} left out · train with: {train_with}")
     return 0
 
 

@@ -6,7 +6,7 @@ read before. Resuming, and dividing the data between workers, rest on it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,22 @@ from nanovlm_fast.packing.documents import Sample
 # What a run counts of what its options drop: turns by the rating that they fall by, examples that
 # are left without a turn, and examples of a stream that show what is held out
 DROPPED = (*RATINGS, "examples", "held_out")
+
+
+def say_dropped(counts: Mapping[str, int]) -> str:
+    """What the options dropped, by `DROPPED`, to go on a list of what was left out; '' if nothing.
+
+    As in ", 3 examples without a turn left, turns rated too low: relevance 4".
+    """
+    left = dict(counts)
+    said = ""
+    for reason, what in (("held_out", "held out"), ("examples", "without a turn left")):
+        if count := left.pop(reason, 0):
+            said += f", {count:,} examples {what}"
+    by_rating = ", ".join(f"{name} {count:,}" for name, count in sorted(left.items()) if count)
+    return f"{said}, turns rated too low: {by_rating}" if by_rating else said
+
+
 # Decoded examples that each worker keeps: enough for all of easy-VQA with the preset tiny
 CACHE_BYTES = 2**30
 
@@ -87,18 +103,25 @@ def build(example: Example, model: VLMConfig, train: TrainConfig, text: TextProc
     options leave out, and ValueError, naming it, for one that cannot be read.
     """
     example, dropped = chosen(example, train, text.mode)
-    count = len(example.images)
-    # Before the images are decoded: thousands of them would fill the memory
-    limit = model.lm_max_position_embeddings
-    if count * model.image_tokens > limit:
-        taken = f"{count} images take {count * model.image_tokens} tokens"
-        raise TooLong(f"{example.name}: {taken}, --lm-max-position-embeddings is {limit}")
+    check_count(example, model)
     if dropped and not example.turns:
         nothing = _no_images(model.vit_img_size)
         return Sample(example.name, nothing, [], dropped=(*dropped, "examples"))
     sample = make_sample(example, model, text)
     sample.dropped = dropped
     return sample
+
+
+def check_count(example: Example, model: VLMConfig) -> None:
+    """Raise TooLong for more images than the model has positions for, whatever their sizes.
+
+    To be called before they are decoded: thousands of them would fill the memory.
+    """
+    count = len(example.images)
+    limit = model.lm_max_position_embeddings
+    if count * model.image_tokens > limit:
+        taken = f"{count} images take {count * model.image_tokens} tokens"
+        raise TooLong(f"{example.name}: {taken}, --lm-max-position-embeddings is {limit}")
 
 
 def chosen(example: Example, train: TrainConfig, mode: str) -> tuple[Example, tuple[str, ...]]:
@@ -125,6 +148,23 @@ def well_rated(example: Example, train: TrainConfig) -> tuple[Example, tuple[str
         else:
             dropped.append(reason)
     return (example.keep(kept), tuple(dropped)) if dropped else (example, ())
+
+
+class WellRated(Source):
+    """The examples of `source` without the turns that the options of a run drop.
+
+    What is held out is asked what the run is trained to answer. Such an example may have no turn.
+    """
+
+    def __init__(self, source: Source, train: TrainConfig):
+        self.source = source
+        self.train = train
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Example:
+        return well_rated(self.source[index], self.train)[0]
 
 
 def _falls_by(example: Example, turn: int, train: TrainConfig) -> str | None:

@@ -279,14 +279,16 @@ def begin_again(state: RunState, record: dict[str, Any]) -> None:
     """Put the record into the state and, if the data has changed, read it from its beginning.
 
     The positions of a run in the old data mean nothing in the new. How many examples it has seen
-    still counts, so it becomes the position of all shards.
+    still counts, so it becomes the position of all shards. A stream, whose record has no number of
+    examples, is read from its first row, as its shards count what they have read of it.
     """
     kept = state.data
     state.data = record
     if kept is None or not differences(kept, record):
         return
     shards = len(state.stream)
-    at = {"shards": shards, "position": state.examples, "buffer": []}
+    position = state.examples if record["examples"] else 0
+    at = {"shards": shards, "position": position, "buffer": []}
     state.stream = [{"shard": i, **at} for i in range(shards)]
     state.bad = {}  # its keys are numbers of examples in the old data
 

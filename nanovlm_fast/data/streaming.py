@@ -272,31 +272,51 @@ def split_stream(
 
     `train` of the result is the beginning of the rest, to measure on. Raises ValueError if the
     stream is empty, if the ranks see different data, or if it does not begin as it did when the
-    checkpoint was written.
+    checkpoint was written. --data-changed accepts the latter: what was held out stays so, and is
+    scored as far as it is found again at the beginning.
     """
     examples = first_examples(rows, config.val_samples + PROBE)
     held_out = examples[: min(config.val_samples, len(examples) // 2)]
-    marks = [mark for example in held_out for mark in marks_of(example)]
-    marks = [list(mark) for mark in dict.fromkeys(map(tuple, marks))]
-    known = HeldOut(marks)
-    rest = [example for example in examples[len(held_out) :] if not known.shows(example)]
+    found = [mark for example in held_out for mark in marks_of(example)]
+    marks = [list(mark) for mark in dict.fromkeys(map(tuple, found))]
+    record = record_of(examples, marks)
+    if len({*world.gather(record["fingerprint"])}) > 1:
+        raise ValueError(f"--data {config.data}: the processes see different data")
+    count = f"its first {len(held_out):,} examples"
+    lines: list[str] = []
+    kept = (state or {}).get("data")
+    if kept is not None and (wrong := misshapen(kept)):
+        raise ValueError(f"--resume: state.json is damaged: its data, {wrong}")
+    if kept is not None and differences(kept, record):
+        # It has changed now, or before the checkpoint: then this is what that recorded
+        record = record_of(examples, kept["marks"])
+        known = HeldOut(kept["marks"])
+        held_out = [example for example in examples if known.shows(example)]
+        count = f"{len(held_out):,} of its first {len(examples):,} examples, found again"
+        if changes := differences(kept, record):
+            if not config.data_changed:
+                changed = f"--data {config.data} does not begin as it did: {changes}"
+                raise ValueError(
+                    f"{changed}. --data-changed reads it from its beginning, --out begins a new run"
+                )
+            lines.append(f"--data-changed: {changes}; what was held out stays so")
+    known = HeldOut(record["marks"])
+    scored = {id(example) for example in held_out}
+    rest = [
+        example for example in examples if id(example) not in scored and not known.shows(example)
+    ]
     if not rest:
-        raise ValueError(f"--data {config.data}: no example in the stream that could be read")
+        none = "no example in the stream that could be read and is not held out"
+        raise ValueError(f"--data {config.data}: {none}")
+    line = f"training on a stream of {len(rows.files):,} files, held out: {count}"
+    return Split(Listed(rest), Listed(held_out), record, [*lines, line], rows)
+
+
+def record_of(examples: list[Example], marks: list[list[Any]]) -> dict[str, Any]:
+    """What a checkpoint keeps of a stream: how it begins, and what is held out of it."""
     said = repr([example.turns for example in examples]).encode(errors="replace")
     fingerprint = hashlib.sha256(said + repr(marks).encode()).hexdigest()
-    if len({*world.gather(fingerprint)}) > 1:
-        raise ValueError(f"--data {config.data}: the processes see different data")
-    record = {"fingerprint": fingerprint, "examples": 0, "held_out": [], "marks": marks}
-    kept = (state or {}).get("data")
-    if kept is not None:
-        if wrong := misshapen(kept):
-            raise ValueError(f"--resume: state.json is damaged: its data, {wrong}")
-        if changes := differences(kept, record):
-            changed = f"--data {config.data} does not begin as it did: {changes}"
-            raise ValueError(f"{changed}. --out begins a new run")
-    files = f"{len(rows.files):,} files"
-    line = f"training on a stream of {files}, held out: its first {len(held_out):,} examples"
-    return Split(Listed(rest), Listed(held_out), record, [line], rows)
+    return {"fingerprint": fingerprint, "examples": 0, "held_out": [], "marks": marks}
 
 
 def first_examples(rows: StreamedRows, count: int) -> list[Example]:

@@ -88,6 +88,11 @@ class Tokenizer:
         known: dict[str, int] = self.base.get_vocab()
         return [known[token] for token in tokens]
 
+    def end_with(self, eos: str) -> None:
+        """Make another of the entries the end of sequence, also in what `save` writes."""
+        self.eos = eos
+        self.eos_id = self.reserve([eos])[0]
+
     def __len__(self) -> int:
         """Rows that an embedding of its ids needs.
 
@@ -297,10 +302,11 @@ class TextProcessor:
                 ids += self.encode(part.format(question=question))
         return ids
 
-    def document(self, turns: Sequence[Turn], n_images: Images) -> Document:
+    def document(self, turns: Sequence[Turn], n_images: Images, whole: bool = False) -> Document:
         """One document with all turns.
 
-        With '' as the last answer it is a prompt, to which a model replies.
+        With '' as the last answer it is a prompt, to which a model replies, `whole` or not: only
+        conversations (chat.py) have empty answers.
         """
         count = n_images if isinstance(n_images, int) else len(n_images)
         n_image_tokens = count * self.image_tokens
@@ -321,5 +327,6 @@ class TextProcessor:
     def documents(self, turns: Sequence[Turn], n_images: Images) -> list[Document]:
         """The documents of an example's turns, as `mode` says."""
         if self.mode == "independent":
-            return [self.document([turn], n_images) for turn in turns]
-        return [self.document(turns[:1] if self.mode == "first" else turns, n_images)]
+            return [self.document([turn], n_images, whole=True) for turn in turns]
+        chosen = turns[:1] if self.mode == "first" else turns
+        return [self.document(chosen, n_images, whole=True)]

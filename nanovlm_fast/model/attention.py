@@ -19,6 +19,7 @@ FlashAttention's varlen functions (Dao, 2023):
 | `flash_attn` | the flash-attn package, FlashAttention-2 | CUDA, capability 8.0, 16-bit type |
 | `torch` | `torch.nn.attention.varlen.varlen_attn`, FlashAttention-2 in PyTorch | the same |
 | `torch_fa3`, `torch_fa4` | the same with FlashAttention-3 or 4 | their packages and their GPUs |
+| `efficient` | the memory-efficient kernel of `sdpa`, on documents padded likewise | CUDA |
 | `sdpa` | `scaled_dot_product_attention` over documents padded to max_seqlen | nothing |
 
 The images of the vision tower have one length, so it needs no offsets and no mask:
@@ -75,6 +76,24 @@ def sdpa(
         lay_out(q), lay_out(k), lay_out(v), attn_mask=mask, is_causal=causal, enable_gqa=grouped
     )
     return out.transpose(1, 2).reshape(rows, *q.shape[1:]).index_select(0, slots)
+
+
+def efficient(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool = True
+) -> Tensor:
+    """`sdpa` by PyTorch's memory-efficient kernel, which GPUs before 8.0 have, float16 included.
+
+    That kernel knows no groups of query heads, and PyTorch would compute whole matrices of scores
+    in its place: keys and values are repeated for it. Where it does not run (another head size, a
+    CPU), PyTorch's plain computation does.
+    """
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k = k.repeat_interleave(groups, dim=1)
+        v = v.repeat_interleave(groups, dim=1)
+    # Around each call: the switch is global, and the vision tower may need another kernel.
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return sdpa(q, k, v, cu_seqlens, max_seqlen, causal)
 
 
 def padded_slots(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> Tensor:
@@ -139,8 +158,10 @@ BACKENDS: dict[str, Callable[[], Attention]] = {
     "torch": _load_torch,
     "torch_fa3": lambda: _load_torch("FA3"),
     "torch_fa4": lambda: _load_torch("FA4"),
+    "efficient": lambda: efficient,
     "sdpa": lambda: sdpa,
 }
+PADDED = ("efficient", "sdpa")  # which pad documents, and need no FlashAttention
 INSTALL_HINTS = {
     "flash_attn": "pip install flash-attn --no-build-isolation",
     "torch_fa3": "build FlashAttention-3 from the folder hopper/ of its repository",
@@ -158,7 +179,9 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tup
         raise ValueError(f"--attention {name}: there are auto, {', '.join(BACKENDS)}")
     missing = unfit_for_flash(device, dtype)
     if name == "auto":
-        name = "sdpa" if missing else _fastest_flash()
+        name = _fastest_padded(device) if missing else _fastest_flash()
+    if name == "efficient":  # on any GPU
+        missing = None if device.type == "cuda" else missing
     if name != "sdpa" and missing:
         raise ValueError(f"--attention {name} needs {missing}; --attention sdpa runs anywhere")
     try:
@@ -169,6 +192,12 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tup
         raise ValueError(
             f"--attention {name} is not installed here ({error}): {how}, or --attention auto"
         ) from error
+
+
+def _fastest_padded(device: torch.device) -> str:
+    # Newer GPUs come here in float32 alone, in which results are compared with those of `sdpa`.
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    return "efficient" if old else "sdpa"
 
 
 def _fastest_flash() -> str:
@@ -183,7 +212,7 @@ def unfit_for_flash(device: torch.device, dtype: torch.dtype) -> str | None:
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"a GPU of compute capability 8.0 or newer, not {torch.cuda.get_device_name(device)}"
     if dtype not in (torch.bfloat16, torch.float16):
-        return "--dtype bfloat16"
+        return "--dtype bfloat16 or float16"
     return None
 
 

@@ -11,7 +11,7 @@ import torch
 
 from nanovlm_fast.config import VLMConfig
 
-# FLOP/s of dense bfloat16 matrix products, from NVIDIA's data sheets, by the full name that the
+# FLOP/s of dense 16-bit matrix products, from NVIDIA's data sheets, by the full name that the
 # driver reports. A prefix is not enough: "NVIDIA H100 PCIe", the NVL and a MIG slice are slower.
 PEAK_FLOPS = {
     "NVIDIA A100-PCIE-40GB": 312e12,
@@ -20,12 +20,13 @@ PEAK_FLOPS = {
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
+    "Tesla T4": 65e12,  # float16: it has no bfloat16
 }
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Return the peak FLOP/s of products of `dtype`, or None if it is not known."""
-    if device.type != "cuda" or dtype != torch.bfloat16:
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
     return PEAK_FLOPS.get(torch.cuda.get_device_name(device))
 

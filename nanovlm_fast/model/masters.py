@@ -17,6 +17,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from nanovlm_fast.model import lora
+
 
 class Masters:
     """The float32 masters of a model's working weights, by name; none by default.
@@ -87,12 +89,18 @@ class Masters:
 def work_in_bfloat16(model: nn.Module) -> Masters:
     """Turn the weights of the model's linear layers, but for the head, into working weights.
 
-    Their float32 memory becomes the masters'. The parameters stay the same objects.
+    Their float32 memory becomes the masters'. The parameters stay the same objects. What an adapter
+    adapts is never updated and has no master. Adapters are small and stay float32.
     """
     weights: dict[str, nn.Parameter] = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and name != "decoder.head":
-            weights[f"{name}.weight"] = layer.get_parameter("weight")
+        if not isinstance(layer, nn.Linear) or name == "decoder.head":
+            continue
+        weight = layer.get_parameter("weight")
+        if name.endswith(lora.BASE):
+            weight.data = weight.data.bfloat16()
+        elif not lora.is_of_adapter(f"{name}.weight"):
+            weights[f"{name}.weight"] = weight
     masters = Masters(weights)
     for weight in weights.values():
         weight.data = weight.data.bfloat16()

@@ -42,6 +42,7 @@ from nanovlm_fast.model.attention import (
     choose_vision_attention,
     sdpa,
 )
+from nanovlm_fast.model.capability import unfit_kernels
 
 KERNELS = (
     "rms_norm",
@@ -283,18 +284,19 @@ def choose_ops(
     """Choose the operations of a model that computes in `dtype` on `device`.
 
     Args:
-        kernels: "none", "all", or names separated by commas. "auto" is none: a run's tuner
-            (`tune/`) has put names in its place where any were measured to be faster.
+        kernels: "none", "all" (all that the device can run), or names separated by commas. "auto"
+            is none: a run's tuner (`tune/`) has put names in its place where any were measured to
+            be faster.
         attention: see `choose_attention`.
         recompute: see `recompute.py`.
         vision_attention: see `choose_vision_attention`.
         stream: type of the residual streams, "float32" or "bfloat16".
 
     Raises:
-        ValueError: for an unknown name, and for an attention backend that cannot run here.
+        ValueError: for an unknown name, and for a kernel or attention backend that cannot run here.
     """
     device = torch.device(device)
-    names = _kernel_names(kernels)
+    names = _kernel_names(kernels, device)
     backend, attend = choose_attention(attention, device, dtype)
     vision_backend, attend_to_image = choose_vision_attention(vision_attention, device, dtype)
     chosen: dict[str, Any] = {name: _kernel(name) for name in names if name not in UPDATES}
@@ -330,18 +332,22 @@ def choose_ops(
     )
 
 
-def _kernel_names(kernels: str) -> tuple[str, ...]:
-    """Return the names that a value of --kernels stands for."""
+def _kernel_names(kernels: str, device: torch.device) -> tuple[str, ...]:
+    """Return the names that a value of --kernels stands for on this device."""
     if kernels in ("auto", "none"):
         return ()
     if kernels == "all":
-        return KERNELS
+        unfit = unfit_kernels(KERNELS, device)
+        return tuple(name for name in KERNELS if name not in unfit)
     names = tuple(dict.fromkeys(name.strip() for name in kernels.split(",")))
     unknown = [name for name in names if name not in KERNELS]
     if unknown:
         raise ValueError(
             f"--kernels {','.join(unknown)}: there are auto, none, all, {', '.join(KERNELS)}"
         )
+    for name, why in unfit_kernels(names, device).items():
+        gpu = torch.cuda.get_device_name(device)
+        raise ValueError(f"--kernels {name} does not run on {gpu}: {why}; all leaves it out")
     return names
 
 

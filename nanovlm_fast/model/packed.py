@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.model import fused, reference
 from nanovlm_fast.model.init import init_weights
+from nanovlm_fast.model.lora import Adapter
 from nanovlm_fast.model.masters import Masters, work_in_bfloat16
 from nanovlm_fast.model.ops import Ops, computed_type
 from nanovlm_fast.model.recompute import run_block
@@ -299,6 +300,8 @@ class VisionLanguageModel(nn.Module):
         self.decoder = LanguageModel(config)
         init_weights(self, config)
         self.masters = Masters()
+        # Set by `lora.add_adapter`; the language model's weights then lie inside peft's layers.
+        self.adapter: Adapter | None = None
 
     def keep_masters(self) -> None:
         """Compute with bfloat16 working weights; weights loaded and saved are float32 masters.

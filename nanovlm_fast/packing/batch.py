@@ -58,8 +58,9 @@ class PackedBatch:
         return dataclasses.replace(self, **tensors)
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        # non_blocking has an effect only from pinned memory; see `pin_memory`
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        # For a CUDA device, from pinned memory (`pin_memory`). MPS would not wait for the copy.
+        ahead = torch.device(device).type == "cuda"
+        return self._map(lambda tensor: tensor.to(device, non_blocking=ahead))
 
     def pin_memory(self) -> PackedBatch:
         """The batch in page-locked memory, from which a copy to the device is asynchronous."""

@@ -125,7 +125,10 @@ class Journal:
         self.note_data_wait(speed["data_wait"])
 
     def finish_line(self, bar: tqdm | None = None) -> None:
-        """Write the line that was begun; raise Stopped after too many skipped steps in a row."""
+        """Write the line that was begun.
+
+        Raises Stopped after too many skipped steps in a row, or steps with a loss scale below 1.
+        """
         if not self.pending:
             return
         values = self.pending.values
@@ -136,6 +139,11 @@ class Journal:
         losses = arrived.pop("losses")
         row = arrived.pop("skipped_in_a_row")
         values["skipped_steps"] = arrived.pop("skipped")
+        scaling = arrived.pop("loss_scale", None)
+        if scaling:
+            self.state.loss_scale = scaling
+            values["overflow_steps"] = int(scaling["counts"][0])
+            values["loss_scale"] = scaling["scale"]
         values |= arrived
         self.note_spikes(values["step"] - len(losses) + 1, losses)
         self.write(values)
@@ -149,7 +157,28 @@ class Journal:
         if row >= self.config.max_skipped_steps:
             steps = f"{row} steps in a row up to step {values['step']} were skipped"
             advice = self.advice(values["step"], values["lr"])
-            raise Stopped(f"{steps}: their gradients are not finite{advice}")
+            what = "losses" if scaling else "gradients"
+            raise Stopped(f"{steps}: their {what} are not finite{advice}")
+        if scaling:
+            self.check_scale(scaling, values["step"], values["lr"])
+
+    def to_save(self, stats: dict[str, Any]) -> dict[str, Any]:
+        """What a checkpoint keeps of the statistics of `StepStats.peek`."""
+        saved = {"interval": stats["kept"]}
+        if "loss_scale" in stats:
+            # The summary's too: the last line may have been written some steps before the end.
+            saved["loss_scale"] = self.state.loss_scale = stats["loss_scale"]
+        return saved
+
+    def check_scale(self, scaling: dict[str, Any], step: int, lr: float) -> None:
+        """Raise Stopped if the loss scale of float16 was below 1 for too many steps in a row."""
+        row = int(scaling["counts"][2])
+        if row < self.config.max_skipped_steps:
+            return
+        low = f"the loss scale of float16 was below 1 for {row} steps in a row up to step {step}"
+        why = "gradients overflow though the loss is made smaller, or are not numbers"
+        ways = "--resume --dtype float32 goes on without a scale, and a lower rate may help"
+        raise Stopped(f"{low}: {why}; {ways}{self.advice(step, lr)}")
 
     def note_data_wait(self, share: float) -> None:
         """Say once what to do if the device waited for data in the interval that ends now."""

@@ -14,8 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanovlm_fast.config import VLMConfig
+from nanovlm_fast.device import widest_float
 from nanovlm_fast.files import write_whole
 from nanovlm_fast.model.flops import step_flops
+from nanovlm_fast.model.scaling import READINGS, LossScaler, state_of
 from nanovlm_fast.packing.batch import PackedBatch
 from nanovlm_fast.ranks import World
 
@@ -98,34 +100,45 @@ class StepStats:
 
     They stay on the device and are read a logging interval later, so that no step waits for them.
     Losses are summed over the ranks of `world`. `kept` is what `peek` gave as `kept` in the run
-    that is resumed.
+    that is resumed. `scaler` is that of a run in float16.
 
-    Shapes: scalars (), float64 on the device; `skipped` is (3,).
+    Shapes: scalars (), on the device in the widest type that it has; `skipped` is (3,).
     """
 
     def __init__(
-        self, device: torch.device, world: World = ALONE, kept: dict[str, Any] | None = None
+        self,
+        device: torch.device,
+        world: World = ALONE,
+        kept: dict[str, Any] | None = None,
+        scaler: LossScaler | None = None,
     ):
         self.device = device
+        self.type = widest_float(device)
         self.world = world
+        self.scaler = scaler
         kept = kept or {"losses": [], "labels": [], "skipped": [0, 0, 0]}
         # Kept losses are sums over ranks, and each rank adds its own when they are summed again.
         self.losses = [self._scalar(loss / self.world.size) for loss in kept["losses"]]
         self.labels: list[int] = list(kept["labels"])
         self.norm = self._scalar(0.0)
         # Skipped steps: in all, in a row until now, and most in a row since the last line.
-        self.skipped = torch.tensor(kept["skipped"], dtype=torch.float64, device=device)
+        self.skipped = torch.tensor(kept["skipped"], dtype=self.type, device=device)
 
     def _scalar(self, value: float) -> Tensor:
-        return torch.tensor(value, dtype=torch.float64, device=self.device)
+        return torch.tensor(value, dtype=self.type, device=self.device)
 
     def add(self, loss_sum: Tensor, labels: int, norm: Tensor, skipped: Tensor) -> None:
         """Count a step: its summed loss on this rank, its labels on all ranks, its gradient norm.
 
-        `skipped` is 1 if the update was skipped. All but `labels` are scalars on the device.
+        `skipped` is 1 if the update was skipped. All but `labels` are scalars on the device. With a
+        scaler, gradients that overflowed are counted there and not here, and their norm is left
+        out. All ranks must call it.
         """
-        self.losses.append(loss_sum.double())
+        self.losses.append(loss_sum.to(self.type))
         self.labels.append(labels)
+        if self.scaler:
+            norm = self.norm.where(skipped > 0, norm.double())
+            skipped = self.scaler.count(skipped, self._is_bad(loss_sum))
         self.norm.copy_(norm)
         # Arithmetic instead of an `if`, which would wait for the device.
         row = (self.skipped[1] + skipped) * skipped
@@ -133,12 +146,21 @@ class StepStats:
             [self.skipped[0] + skipped, row, torch.maximum(self.skipped[2], row)]
         )
 
+    def _is_bad(self, loss_sum: Tensor) -> Tensor:
+        """1.0 on the device if the loss of any rank is not finite, else 0.0."""
+        bad = (loss_sum - loss_sum).ne(0).float()
+        if self.world.size > 1:
+            dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+        return bad
+
     def take(self) -> Callable[[], dict[str, Any]]:
         """`peek`, and start a new interval."""
         read = self.peek()
         self.losses = []
         self.labels = []
         self.skipped[2].zero_()
+        if self.scaler:
+            self.scaler.begin_interval()
         return read
 
     def peek(self) -> Callable[[], dict[str, Any]]:
@@ -146,15 +168,18 @@ class StepStats:
 
         These are `loss` (mean over the steps where it is finite, None without any), `grad_norm`,
         `skipped` (in all), `skipped_in_a_row` (at most), `losses` (of each step, per labelled
-        token), and `kept`, from which a resumed run continues. All ranks must call it.
+        token), and `kept`, from which a resumed run continues; with a scaler also `loss_scale`, the
+        same for it. All ranks must call it.
         """
         losses = torch.stack(self.losses) if self.losses else self.norm.new_zeros(0)
         if self.world.size > 1 and self.losses:
             dist.all_reduce(losses)
-        values = torch.cat([self.norm[None], self.skipped, losses])
+        scaling = self.scaler.readings() if self.scaler else losses.new_zeros(0)
+        values = torch.cat([self.norm[None], self.skipped, scaling, losses])
         # Page-locked memory: a copy into any other would wait for the device.
         host = torch.empty(len(values), dtype=values.dtype, pin_memory=values.is_cuda)
-        host.copy_(values, non_blocking=True)
+        # Not from MPS, which has no event here to wait for.
+        host.copy_(values, non_blocking=values.is_cuda)
         copied = torch.cuda.Event() if values.is_cuda else None
         if copied:
             copied.record()
@@ -163,8 +188,11 @@ class StepStats:
         def read() -> dict[str, Any]:
             if copied:
                 copied.synchronize()
-            norm, skipped, row, worst, *sums = host.tolist()
+            norm, skipped, row, worst, *rest = host.tolist()
+            sums = rest[len(scaling) :]
+            of_scaler = {"loss_scale": state_of(rest[:READINGS])} if self.scaler else {}
             return {
+                **of_scaler,
                 "loss": finite_mean(sums, labels),
                 "grad_norm": norm,
                 "skipped": int(skipped),

@@ -22,6 +22,7 @@ from nanovlm_fast.data.sources.registry import is_local, load_source, make_token
 from nanovlm_fast.data.split import split_off
 from nanovlm_fast.device import device_name, pick_device, pick_dtype
 from nanovlm_fast.model.flops import PEAK_FLOPS, flops_by_part, peak_flops
+from nanovlm_fast.model.lora import adapter_size
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.presets import COUNTS
 
@@ -60,6 +61,9 @@ def plan(model: VLMConfig, config: TrainConfig) -> dict[str, str]:
     batch = config.tokens_per_batch * config.accumulate
     rows = {"model": parameters(model), "data": f"{config.data}, turns: {config.turns}"}
     rows["optimizer"] = optimizer(config)
+    if config.lora_rank:
+        size = adapter_size(model, config.lora_rank)
+        rows["adapters"] = f"rank {config.lora_rank}, {size:,} parameters; the base is frozen"
     held_out = f"{config.val_samples} held-out images"
     rows["scored by"] = ", ".join(filter(None, (held_out, config.eval)))
     example = found.example
@@ -109,7 +113,12 @@ def compute(
         n_tokens=round(in_step * example.tokens),
         n_labels=round(in_step * example.labels),
         n_pairs=round(in_step * example.pairs),
-        frozen=[name for name, rate in rates.items() if not rate],
+        # What an adapter itself computes is not counted: it is small.
+        frozen=[
+            name
+            for name, rate in rates.items()
+            if not rate or (name == "decoder" and config.lora_rank)
+        ],
     )
     flops = sum(by_part.values())
     in_all = flops / in_step * examples

@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 from nanovlm_fast.config import TrainConfig
 from nanovlm_fast.data.images import printable
+from nanovlm_fast.data.samples import say_dropped
 from nanovlm_fast.data.sources.example import Source
 from nanovlm_fast.data.sources.registry import load_source
 from nanovlm_fast.data.text import Tokenizer
-from nanovlm_fast.evaluate import Evaluation, answer_samples, evaluate
+from nanovlm_fast.evaluate import Evaluation, answer_samples, evaluate, say_chance
 from nanovlm_fast.files import write_whole
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.reporting.metrics import summary_table
@@ -110,6 +111,8 @@ def summarise(
             final = final_scores(model, tokenizer, held_out, config, alive)
     result: dict[str, Any] = {"eval": state.eval}  # --eval's last
     result |= {name: getattr(state, name) for name in REPORTED}
+    if state.loss_scale:
+        result["loss_scale"] = state.loss_scale
     accuracies: dict[str, float] = {}
     if final:
         seeing, blind = final.seeing, final.blind
@@ -122,6 +125,7 @@ def summarise(
     if scored := state.eval:
         accuracy = scored["accuracy"]
         said = "none could be asked" if accuracy is None else f"{accuracy:.1%}"
+        said += say_chance(scored, scored["questions"])
         rows[str(config.eval)] = f"{said} ({scored['style']})"
     # Results before pictures: a picture that fails must not cost the scores.
     if final or state.eval:
@@ -153,8 +157,19 @@ def outline(
         "run": run,
         "steps": f"{state.step:,} in {state.seconds / 60:.1f} min on {device}",
         "packing": f"{filled} (curriculum aside)" if config.curriculum else filled,
-        "skipped": f"{len(state.bad)} unreadable, {state.too_long} too long{dropped(state)}",
+        "skipped": f"{len(state.bad)} unreadable, {state.too_long} too long"
+        + say_dropped(state.dropped or {}),
+        **overflows(state),
     }
+
+
+def overflows(state: RunState) -> dict[str, str]:
+    """The row on loss scaling, of a run that has computed in float16."""
+    if not state.loss_scale:
+        return {}
+    count = int(state.loss_scale["counts"][0])
+    scale = state.loss_scale["scale"]
+    return {"float16": f"{count:,} steps skipped as gradients overflowed, loss scale {scale:g}"}
 
 
 def final_scores(
@@ -188,26 +203,16 @@ def score_rows(final: FinalScores) -> dict[str, str]:
     seeing = final.seeing
     rows = {}
     for kind, (correct, total) in sorted(seeing.by_kind.items()):
-        rows[f"  {kind}"] = f"{correct / total:.1%} of {total:,} questions"
+        chance = say_chance(seeing.chance(kind), total)
+        rows[f"  {kind}"] = f"{correct / total:.1%} of {total:,} questions{chance}"
     if seeing.skipped:
         rows["  left out"] = seeing.left_out
     rows[final.split] = "none of its questions could be asked"
     if seeing.total:
-        rows[final.split] = f"sees: {seeing.accuracy:.1%} · blind: {final.blind.accuracy:.1%}"
+        chance = say_chance(seeing.chance(), seeing.total, before=" · ")
+        blind = final.blind.accuracy
+        rows[final.split] = f"sees: {seeing.accuracy:.1%} · blind: {blind:.1%}{chance}"
     return rows
-
-
-def dropped(state: RunState) -> str:
-    """What the run's options dropped, for the line of what was skipped; '' for nothing."""
-    counts = dict(state.dropped or {})
-    said = ""
-    for reason, what in (("held_out", "held out"), ("examples", "without a turn left")):
-        if count := counts.pop(reason, 0):
-            said += f", {count:,} examples {what}"
-    if counts:
-        by_rating = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))
-        said += f", turns rated too low: {by_rating}"
-    return said
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -10,15 +11,19 @@ import torch
 from torch import Tensor
 
 from nanovlm_fast.config import TrainConfig, VLMConfig
+from nanovlm_fast.model.capability import unfit_kernels
 from nanovlm_fast.model.compiling import compile_options, compiled, inductor_names
-from nanovlm_fast.model.ops import choose_ops
+from nanovlm_fast.model.lora import WITHOUT_ADAPTERS, Adapter, add_adapter
+from nanovlm_fast.model.ops import KERNELS, choose_ops
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.packing.batch import PackedBatch
 from nanovlm_fast.ranks import World
 from nanovlm_fast.training.checkpoint import load_training_state, load_weights
 from nanovlm_fast.training.optim import make_optimizers
 from nanovlm_fast.training.parallel import Averaging, replicate, shard_model
+from nanovlm_fast.weights.adapter import base_of, hashes_of, read_adapter
 from nanovlm_fast.weights.backbones import load_pretrained_weights
+from nanovlm_fast.weights.folder import resolve
 
 
 class Built(NamedTuple):
@@ -51,7 +56,7 @@ def build(
     # The same seed on all ranks: they must start from the same weights.
     torch.manual_seed(config.seed)
     ops = choose_ops(
-        config.kernels,
+        kernels_of(config, device),
         device,
         config.attention,
         dtype,
@@ -59,15 +64,11 @@ def build(
         config.vision_attention,
         config.stream,
     )
-    if ops.asleep and world.first:
-        kernels = f"warning: --kernels {config.kernels}: Triton kernels need a GPU"
-        print(f"{kernels}; plain PyTorch takes their place (--kernels none says so too)")
+    if world.first:
+        _say_what_does_not_run(config.kernels, device, ops.asleep)
     model = VisionLanguageModel(model_config, ops).to(device)
     # Weights before sharding, since a file holds whole tensors.
-    if checkpoint:
-        load_weights(checkpoint, model)
-    else:
-        load_pretrained_weights(model, config)
+    load_start(model, config, checkpoint)
     sharded = config.shard and world.size > 1
     if sharded:
         options = compile_options(config.compile, inductor) if config.compile != "none" else None
@@ -89,3 +90,51 @@ def build(
     elif world.size > 1 and not sharded:
         step_model = replicate(model, step_model, config.recompute != "none")
     return Built(model, optimizers, step_model)
+
+
+def kernels_of(config: TrainConfig, device: torch.device) -> str:
+    """The value of --kernels; with adapters `all` stands for those that compute with them."""
+    if config.lora_rank and config.kernels == "all":
+        left_out = {*WITHOUT_ADAPTERS, *unfit_kernels(KERNELS, device)}
+        return ",".join(name for name in KERNELS if name not in left_out)
+    return config.kernels
+
+
+def load_start(model: VisionLanguageModel, config: TrainConfig, checkpoint: Path | None) -> None:
+    """Load the weights that a run starts or resumes from, and add its adapters if it has any."""
+    if config.lora_rank:
+        adapt(model, config, checkpoint)
+    elif not checkpoint:
+        load_pretrained_weights(model, config)
+    if checkpoint:
+        load_weights(checkpoint, model)
+
+
+def adapt(model: VisionLanguageModel, config: TrainConfig, checkpoint: Path | None) -> None:
+    """Load the base of a run with adapters, of a resumed one by its checkpoint, and add them.
+
+    Raises ValueError or OSError for a base that cannot be read.
+    """
+    base = base_of(config)
+    if checkpoint:
+        base = read_adapter(checkpoint).base
+    elif config.start_from:
+        # The checkpoint and not its run, which may go on.
+        base["start_from"] = str(resolve(config.start_from).resolve())
+    try:
+        load_pretrained_weights(model, dataclasses.replace(config, **base))
+    except (OSError, ValueError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"the base of --lora-rank cannot be read: {error}") from error
+    alpha = config.lora_alpha or 2.0 * config.lora_rank
+    add_adapter(model, Adapter(config.lora_rank, alpha, base, hashes_of(model)))
+
+
+def _say_what_does_not_run(kernels: str, device: torch.device, asleep: bool) -> None:
+    """Name the kernels of a --kernels option that are plain PyTorch on this device."""
+    if kernels == "all":
+        for name, why in unfit_kernels(KERNELS, device).items():
+            print(f"--kernels all leaves out {name}: {why}")
+    if asleep:
+        why = f"warning: --kernels {kernels}: Triton kernels need a GPU"
+        print(f"{why}; plain PyTorch takes their place (--kernels none says so too)")

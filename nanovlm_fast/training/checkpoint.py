@@ -28,10 +28,12 @@ from torch import Tensor
 
 from nanovlm_fast.data.text import Tokenizer
 from nanovlm_fast.files import read_json
+from nanovlm_fast.model.lora import is_of_adapter
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.ranks import World
 from nanovlm_fast.runs import REPLACED, replaced
 from nanovlm_fast.training.parallel import as_shard_of, whole
+from nanovlm_fast.weights.adapter import check_base, read_adapter
 from nanovlm_fast.weights.folder import (
     checkpoints_of,
     newest_checkpoint,
@@ -155,7 +157,7 @@ class Checkpointer:
                     self.host[name] = torch.empty_like(
                         tensor, device="cpu", pin_memory=tensor.is_cuda
                     )
-                copies[name] = self.host[name].copy_(tensor, non_blocking=True)
+                copies[name] = self.host[name].copy_(tensor, non_blocking=tensor.is_cuda)
         return copies
 
 
@@ -182,8 +184,14 @@ def step_folder(run: Path, step: int) -> Path:
 
 
 def tensors_of(model: VisionLanguageModel, optimizers: list[torch.optim.Optimizer]) -> Tensors:
-    """The tensors of a run, where they are: neither copied nor gathered from shards."""
+    """The tensors of a run, where they are: neither copied nor gathered from shards.
+
+    Of a model with adapters, without what lies in their base.
+    """
     weights = dict(model.state_dict())
+    if adapter := model.adapter:
+        stored = {name for name, one in model.named_parameters() if adapter.stores(name, one)}
+        weights = {name: weights[name] for name in weights if name in stored}
     # A tied head is the token embedding, and safetensors refuses shared memory.
     if model.config.lm_tie_weights:
         weights.pop("decoder.head.weight", None)
@@ -303,7 +311,26 @@ def load_checkpoint(
 def load_weights(folder: Path, model: VisionLanguageModel) -> None:
     """The first half of `load_checkpoint`, before the model is sharded."""
     _, model.extra_config = read_config(folder)
-    model.load_reference_state_dict(load_tensors(folder / "model.safetensors"))
+    tensors = load_tensors(folder / "model.safetensors")
+    if model.adapter is None:
+        model.load_reference_state_dict(tensors)
+        return
+    check_base(folder, read_adapter(folder), model.adapter.hashes, tensors)
+    model.adapter.loaded = frozenset(tensors)
+    _load_stored(folder / "model.safetensors", model, tensors)
+
+
+def _load_stored(file: Path, model: VisionLanguageModel, tensors: dict[str, Tensor]) -> None:
+    """Load what the checkpoint of a model with adapters holds.
+
+    Raises ValueError naming the first tensor that is missing, unexpected or of another shape.
+    """
+    ours = dict(model.named_parameters())
+    needed = {name for name in ours if is_of_adapter(name) or name.startswith("MP.")}
+    for name in sorted(needed | tensors.keys()):
+        if name not in ours or name not in tensors or ours[name].shape != tensors[name].shape:
+            raise ValueError(f"{file}: {name} does not fit the model and its adapters")
+    model.load_state_dict(tensors, strict=False)
 
 
 def load_training_state(

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from nanovlm_fast.config import TrainConfig
+from nanovlm_fast.model.lora import trainable
 from nanovlm_fast.model.masters import Masters, masters_of
 from nanovlm_fast.model.packed import VisionLanguageModel
+from nanovlm_fast.model.scaling import LossScaler
 from nanovlm_fast.training.parallel import whole
 
 
@@ -23,9 +25,10 @@ class Muon(torch.optim.Optimizer):
     """Momentum orthogonalised by a Newton-Schulz iteration, for matrices (Keller Jordan, 2024).
 
     `torch.optim.Muon` iterates in bfloat16, which is a hundred times slower on CPUs without fast
-    bfloat16 products; this one iterates in float32 on a CPU. Matrices of one shape go through the
-    iteration as one batch. Fused matrices (q, k, v; gate, up) are orthogonalised part by part: a
-    group's `parts` gives the row counts of each parameter's parts.
+    bfloat16 products; this one iterates in float32 on a CPU, and in float16 on a GPU without
+    bfloat16. Matrices of one shape go through the iteration as one batch. Fused matrices (q, k, v;
+    gate, up) are orthogonalised part by part: a group's `parts` gives the row counts of each
+    parameter's parts.
     """
 
     def __init__(
@@ -141,13 +144,15 @@ class KernelAdamW(torch.optim.AdamW):
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     """(n, rows, columns) -> nearly the closest semi-orthogonal ones (singular values about 1)."""
-    dtype = matrices.dtype if matrices.device.type == "cpu" else torch.bfloat16
-    x = matrices.to(dtype)
     # x x^T is the smaller of the two products only for a wide matrix.
-    tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x
-    # The iteration converges for singular values up to 1, which the Frobenius norm bounds.
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    # The iteration converges for singular values up to 1, which the Frobenius norm bounds. In the
+    # gradients' own type: float16 has no numbers as small as they may be.
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    if matrices.is_cuda:
+        narrow = torch.cuda.get_device_capability(matrices.device) < (8, 0)
+        x = x.to(torch.float16 if narrow else torch.bfloat16)
     for _ in range(steps):
         gram = x @ x.mT
         # Coefficients of Keller Jordan: steepest at 0, so small singular values grow fastest.
@@ -159,6 +164,7 @@ def make_optimizers(model: VisionLanguageModel, config: TrainConfig) -> list[tor
     """Fused AdamW; with `optimizer=muon`, Muon for the matrices of the blocks and the projector.
 
     There is one group each for projector, vision and language, and a rate of 0 freezes the part.
+    Of a language model with adapters these alone are trained.
     Where the model has working weights, the masters of these are what the optimizers hold.
     Every group keeps its `peak_lr`. Raises ValueError if all rates are 0.
     """
@@ -170,14 +176,15 @@ def make_optimizers(model: VisionLanguageModel, config: TrainConfig) -> list[tor
     adamw: list[dict[str, Any]] = []
     muon: list[dict[str, Any]] = []
     for part, lr in rates.items():
-        module = getattr(model, part).requires_grad_(lr > 0)
-        if lr <= 0:
+        # The adapters in it, or all of it.
+        trained = unfrozen(trainable(getattr(model, part)), lr > 0)
+        if not trained:
             continue
         matrices = matrices_of(model, part) if config.optimizer == "muon" else {}
-        if config.optimizer == "muon":
+        if matrices:
             weights = dict(params=list(matrices), parts=list(matrices.values()))
             muon.append(dict(**weights, name=f"{part}.matrices", lr=lr * config.muon_scale))
-        weights_of_part = masters_of(model).of_all(module.parameters())
+        weights_of_part = masters_of(model).of_all(trained)
         rest = [weight for weight in weights_of_part if weight not in matrices]
         if rest:
             adamw.append(dict(params=rest, lr=lr, name=part))
@@ -192,6 +199,13 @@ def make_optimizers(model: VisionLanguageModel, config: TrainConfig) -> list[tor
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def unfrozen(parameters: list[nn.Parameter], wanted: bool) -> list[nn.Parameter]:
+    """Let parameters have gradients, or freeze them; return those that have."""
+    for parameter in parameters:
+        parameter.requires_grad_(wanted)
+    return parameters if wanted else []
 
 
 def _adamw(
@@ -216,8 +230,11 @@ def matrices_of(model: VisionLanguageModel, part: str) -> dict[Tensor, list[int]
     """Weight matrices of a part that Muon updates -> the row counts of the matrices fused in each.
 
     They are the float32 masters where the model has working weights.
-    The output head is left to AdamW: its rows are token embeddings, not one linear map.
+    The output head is left to AdamW: its rows are token embeddings, not one linear map. So are
+    adapters: an A and a B are the halves of one.
     """
+    if part == "decoder" and model.adapter is not None:
+        return {}
     fused = {name: list(rows.values()) for name, rows in model.fused_parts().items()}
     matrices: dict[Tensor, list[int]] = {}
     for name, layer in getattr(model, part).named_modules(prefix=part):
@@ -245,14 +262,19 @@ def apply_gradients(
     optimizers: list[torch.optim.Optimizer],
     clip: float = 0.0,
     keep_gradients: bool = False,
+    scaler: LossScaler | None = None,
 ) -> Update:
-    """The optimizer update: norm, clip, skip if not finite, step, zero. Never waits for the device.
+    """The optimizer update: norm, clip, skip if not finite, step, zero. It waits for MPS alone.
 
     `clip` is the largest norm, 0 for no limit. `keep_gradients` zeroes gradients in place instead
-    of dropping them. Training and the benchmarks share this function, so that what is measured is
-    what trains.
+    of dropping them. `scaler` is what scaled the loss, if anything did: gradients are divided by
+    its scale first, and it learns whether they were finite. Training and the benchmarks share this
+    function, so that what is measured is what trains.
     """
     masters = masters_of(model)
+    if scaler:
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
     # The kernel reads bfloat16 gradients where they are, and rounds what it has updated itself.
     kernels = [optimizer for optimizer in optimizers if isinstance(optimizer, KernelAdamW)]
     by_kernel = len(kernels) == len(optimizers)
@@ -262,19 +284,31 @@ def apply_gradients(
     norm = whole(total_norm([gradient for gradient in found if gradient is not None]))
     # Clipping comes before the check: it divides by the norm, and a norm that is not finite makes
     # every gradient useless anyway; the check below is what keeps them out of the weights.
-    if by_kernel:
-        for kernel in kernels:
-            kernel.factor = torch.clamp(clip / (norm + 1e-6), max=1.0) if clip else None
-    elif clip:
-        nn.utils.clip_grads_with_norm_(masters.of_all(model.parameters()), clip, norm)
+    clip_gradients(model, kernels if by_kernel else [], clip, norm)
     skipped = skip_if_not_finite(optimizers, norm)
+    # The fused AdamW of MPS does not read `found_inf`: there the host waits and decides.
+    left_out = norm.device.type == "mps" and bool(skipped)
     for optimizer in optimizers:
-        optimizer.step()
+        if not left_out:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=not keep_gradients)
+    if scaler:
+        scaler.update()
     masters.drop_gradients()
     if not by_kernel:
         masters.round()
     return Update(norm, skipped)
+
+
+def clip_gradients(model: nn.Module, kernels: list[KernelAdamW], clip: float, norm: Tensor) -> None:
+    """Scale gradients of this norm down to `clip`; 0 for no limit.
+
+    Where `kernels` update every weight, they scale the gradients as they read them.
+    """
+    for kernel in kernels:
+        kernel.factor = torch.clamp(clip / (norm + 1e-6), max=1.0) if clip else None
+    if clip and not kernels:
+        nn.utils.clip_grads_with_norm_(masters_of(model).of_all(model.parameters()), clip, norm)
 
 
 def total_norm(gradients: list[Tensor]) -> Tensor:

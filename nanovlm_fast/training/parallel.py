@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nanovlm_fast.model.lora import merged_state
 from nanovlm_fast.model.packed import VisionBlock, VisionLanguageModel
 from nanovlm_fast.packing.batch import PackedBatch
 
@@ -171,7 +172,8 @@ def as_shard_of(tensor: Tensor, parameter: Tensor) -> Tensor:
 def unsharded(model: VisionLanguageModel) -> VisionLanguageModel:
     """The model itself, or a whole float32 copy of one that is sharded or has working weights.
 
-    Every rank gets it, and must call it: gathering shards is a collective.
+    Every rank gets it, and must call it: gathering shards is a collective. In a copy, adapters are
+    merged into what they adapt.
     """
     sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
     if not (sharded or model.masters):
@@ -183,6 +185,7 @@ def unsharded(model: VisionLanguageModel) -> VisionLanguageModel:
     with torch.random.fork_rng(devices=[]):
         # Not type(model): `fully_shard` has replaced the class of the sharded one by a subclass.
         copy = VisionLanguageModel(model.config, ops).to(device)
-    copy.load_state_dict({name: whole(tensor) for name, tensor in model.state_dict().items()})
+    state = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+    copy.load_state_dict(merged_state(model, state))
     copy.extra_config = model.extra_config
     return copy

@@ -18,7 +18,7 @@ from torch import Tensor
 from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.data.budget import measure_budget
 from nanovlm_fast.data.chat import make_text
-from nanovlm_fast.data.samples import SampleLoader
+from nanovlm_fast.data.samples import SampleLoader, WellRated
 from nanovlm_fast.data.sources.example import Source
 from nanovlm_fast.data.sources.registry import load_source, make_tokenizer, open_stream
 from nanovlm_fast.data.split import Split, begin_again, split_run
@@ -35,6 +35,8 @@ from nanovlm_fast.device import (
     pick_dtype,
 )
 from nanovlm_fast.model.flops import peak_flops
+from nanovlm_fast.model.lora import adapter_size
+from nanovlm_fast.model.scaling import make_scaler
 from nanovlm_fast.packing.batch import PackedBatch
 from nanovlm_fast.packing.packer import Budget
 from nanovlm_fast.packing.waves import wave_fill
@@ -56,6 +58,7 @@ from nanovlm_fast.training.warmup import warm_up
 from nanovlm_fast.training.watchdog import Watchdog
 from nanovlm_fast.tune.key import GPU_AUTOS
 from nanovlm_fast.tune.settle import Place, settle_run
+from nanovlm_fast.weights.adapter import described
 
 
 class Run:
@@ -63,6 +66,9 @@ class Run:
 
     Raises ValueError or OSError, with a message for the user, for a run that cannot start.
     """
+
+    # Set by `warm_up`: gradients that live in a CUDA graph's memory are zeroed in place.
+    keep_gradients = False
 
     def __init__(self, model_config: VLMConfig, config: TrainConfig, world: World | None = None):
         self.born = time.perf_counter()
@@ -83,7 +89,7 @@ class Run:
         else:
             split = split_run(load_source(config.data, "train"), config, self.world, saved)
         self.train_source: Source = split.train
-        self.val_source: Source = split.held_out
+        self.val_source: Source = WellRated(split.held_out, config)
         check_run_folder(self.run, config)
         self.benchmark = load_source(config.eval, "test") if config.eval else None
 
@@ -113,12 +119,10 @@ class Run:
         # error before gigabytes of weights are read.
         self.state = begin_state(config, self.world, split, checkpoint, saved)
         self.accumulate = micro_batches_per_rank(self.state, self.world)
-        built = build(model_config, config, self.device, self.dtype, self.world, checkpoint)
-        self.model = built.model
-        self.optimizers = built.optimizers
-        self.step_model = built.step_model
-        # Set by `warm_up`: gradients that live in a CUDA graph's memory are zeroed in place.
-        self.keep_gradients = False
+        place = self.device, self.dtype, self.world
+        self.model, self.optimizers, self.step_model = build(
+            model_config, config, *place, checkpoint
+        )
 
         self.checkpoints = Checkpointer(
             self.run,
@@ -127,7 +131,8 @@ class Run:
             first=self.world.first,
             saved=self.state.step if checkpoint else None,
         )
-        self.stats = StepStats(self.device, self.world, self.state.interval)
+        self.scaler = make_scaler(self.dtype, self.device, self.state.loss_scale)
+        self.stats = StepStats(self.device, self.world, self.state.interval, self.scaler)
         self.stream = make_stream(load, budget, self.state, split)
         self.total = self.stream.total  # examples in the whole run
         self.signals = Signals()
@@ -151,11 +156,14 @@ class Run:
         # CUDA events are the current device's: a rank must select its own before it records one.
         if self.device.index is not None:
             torch.cuda.set_device(self.device)
+        if self.device.type == "mps":
+            check_mps(config)
         self.dtype = pick_dtype(config.dtype, self.device)
         if config.stream == "bfloat16" and self.dtype != torch.bfloat16:
+            computed = str(self.dtype).removeprefix("torch.")
             raise ValueError(
                 f"--stream bfloat16 is for products in bfloat16, and {self.device} computes in "
-                "float32 here: add --dtype bfloat16, or use --stream float32"
+                f"{computed} here: add --dtype bfloat16, or use --stream float32"
             )
         self.autocast = autocast_to(self.dtype, self.device)
         # Sums in another number of threads round differently, so a deterministic run must not
@@ -178,6 +186,10 @@ class Run:
             # Other processes may have taken cores by now, which then are theirs.
             if self.settled.choice.threads and not self.beside:
                 torch.set_num_threads(self.settled.choice.threads)
+            # Not into the configuration, in which it stays `auto`: another CPU may differ.
+            if config.dtype == "auto" and self.settled.choice.dtype != "auto":
+                self.dtype = getattr(torch, self.settled.choice.dtype)
+                self.autocast = autocast_to(self.dtype, self.device)
             return self.settled.apply(config)
         return config
 
@@ -201,6 +213,12 @@ class Run:
         dtype = str(self.dtype).removeprefix("torch.")
         how = f"{dtype} · compile: {self.config.compile} · {self.model.ops}{self.world}"
         self.journal.say(f"device: {describe(self.device)}, {how}")
+        if adapter := self.model.adapter:
+            size = adapter_size(self.model.config, adapter.rank)
+            self.journal.say(
+                f"adapters of rank {adapter.rank}, alpha {adapter.alpha:g}: {size:,} weights on "
+                f"{described(adapter.base)}, whose language model is frozen"
+            )
         if self.beside:
             self.journal.say(self.beside)
         if self.settled.how:
@@ -278,6 +296,14 @@ class Run:
             if self.config.on_save_error == "stop":
                 raise
             self.journal.say(f"warning: {error}; training goes on")
+
+
+def check_mps(config: TrainConfig) -> None:
+    """Raise ValueError naming the first option that MPS is not supported with."""
+    if config.compile not in ("none", "auto"):
+        raise ValueError(f"--compile {config.compile} is not supported on MPS: --compile none")
+    if config.tune == "again":
+        raise ValueError("--tune again measures a CPU or a CUDA GPU, and not MPS: leave it out")
 
 
 def make_stream(load: SampleLoader, budget: Budget, state: RunState, split: Split) -> PackedStream:

@@ -18,6 +18,7 @@ from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.data.samples import DROPPED
 from nanovlm_fast.data.stream import StreamBatch, advance
 from nanovlm_fast.model.masters import masters_of
+from nanovlm_fast.model.scaling import LossScaler
 from nanovlm_fast.packing.batch import PackedBatch, pack
 from nanovlm_fast.packing.packer import Budget
 from nanovlm_fast.ranks import World
@@ -128,12 +129,14 @@ def accumulate_gradients(
     batches: list[PackedBatch],
     labels_per_rank: float,
     autocast: Callable[[], AbstractContextManager],
+    scaler: LossScaler | None = None,
 ) -> Tensor:
     """Forward and backward of every micro-batch; return the summed loss, a scalar on the device.
 
     `forward` gives the summed loss of a batch and runs `step_model`, the model in whatever form.
-    Gradients are those of the mean over the labels of all micro-batches on all ranks. Training and
-    the benchmarks share this function, so that what is measured is what trains.
+    Gradients are those of the mean over the labels of all micro-batches on all ranks, times the
+    scale of the `scaler`, if there is one. Training and the benchmarks share this function, so that
+    what is measured is what trains.
     """
     total = torch.zeros((), device=batches[0].input_ids.device)
     masters = masters_of(step_model)
@@ -145,7 +148,8 @@ def accumulate_gradients(
             # Ranks average their gradients, so each divides its sum by the mean count per rank:
             # the result is the mean over tokens. A mean of the batches' means would weigh tokens
             # unequally.
-            (loss_sum / labels_per_rank).backward()
+            loss = loss_sum / labels_per_rank
+            (scaler.scale(loss) if scaler else loss).backward()
             # Sums over micro-batches are float32: bfloat16 would round every addition.
             if len(batches) > 1:
                 masters.add_gradients()

@@ -116,13 +116,14 @@ def _smaller(
     except torch.OutOfMemoryError:
         amount = f"{part.tokens} tokens with {part.images} images"
         return f"out of memory, and even {amount} are too many for this device"
-    gradients = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = sum(p.numel() * p.element_size() for p in trained)
     # The peak is weights, their gradients and activations. Activations grow with the tokens.
     activations = torch.cuda.max_memory_allocated() - before - gradients
     needed = activations * budget.tokens / part.tokens
     memory = torch.cuda.mem_get_info()[1]
     # AdamW's two moments are float32, as what it updates is: weights, or the masters of them.
-    moments = 2 * 4 * sum(p.numel() for p in model.parameters())
+    moments = 2 * 4 * sum(p.numel() for p in trained)
     return out_of_memory(budget, before + gradients + moments, needed, memory)
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from nanovlm_fast.command import one_line
 from nanovlm_fast.files import read_json, write_whole
+from nanovlm_fast.paths import cache_folder
 from nanovlm_fast.tune.candidates import Choice
 from nanovlm_fast.tune.key import hash_of_key
 from nanovlm_fast.tune.search import LEFT_OUT, Found, Row
@@ -94,17 +95,8 @@ class Entry:
 
 
 def folder() -> Path:
-    """Where the files are: under $XDG_CACHE_HOME, which must be absolute, or else ~/.cache.
-
-    Raises OSError for a user without a home folder, as a container's may be.
-    """
-    caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not caches.is_absolute():
-        try:
-            caches = Path.home() / ".cache"
-        except RuntimeError as error:
-            raise OSError("no home folder: set HOME or XDG_CACHE_HOME") from error
-    return caches / "nanovlm_fast" / "tuned"
+    """Where the files are. Raises OSError for a user without a home folder."""
+    return cache_folder() / "tuned"
 
 
 def file_of(key: dict[str, Any]) -> Path:

@@ -23,6 +23,8 @@ WAITS = {
     "long": {"GOMP_SPINCOUNT": "300000"},  # GNU OpenMP's own
 }
 
+TYPES = ("auto", "bfloat16")
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -33,6 +35,7 @@ class Choice:
     vision_attention: str = "auto"
     inductor: tuple[str, ...] = ()  # names of `INDUCTOR`
     compile: str = "none"
+    dtype: str = "auto"  # of `TYPES`; on a CPU only, where "auto" is float32
     # On a CPU only; 0 and -1 leave the number to the run.
     threads: int = 0
     waiting: str = "bounded"  # of `WAITS`
@@ -46,6 +49,8 @@ class Choice:
     def from_json(cls, values: Any) -> Choice:
         """The choice that `to_json` wrote. Raises ValueError for anything else."""
         fields = {field.name: field.default for field in dataclasses.fields(cls)}
+        if isinstance(values, dict):
+            values = {"dtype": "auto", **values}  # there is none in what older versions wrote
         if not isinstance(values, dict) or values.keys() != fields.keys():
             raise ValueError("it holds no choice")
         read: dict[str, Any] = {}
@@ -56,8 +61,9 @@ class Choice:
             read[name] = value
         choice = cls(**read)
         unknown = {*choice.kernels} - {*KERNELS} or {*choice.inductor} - {*INDUCTOR}
-        if unknown or choice.waiting not in WAITS:
-            raise ValueError(f"it names {', '.join(map(str, unknown)) or choice.waiting}")
+        if unknown or choice.waiting not in WAITS or choice.dtype not in TYPES:
+            named = ", ".join(map(str, unknown)) or f"{choice.waiting}, {choice.dtype}"
+            raise ValueError(f"it names {named}")
         return choice
 
     @property
@@ -174,7 +180,8 @@ def seen_by(part: str, choice: Choice) -> Choice:
 
 def cpu_candidates(free: frozenset[str], cores: int) -> list[Candidate]:
     """The candidates on a CPU, each timed in whole training steps; see `gpu_candidates`."""
-    changes: list[tuple[str, str, Any]] = []
+    # First: where products are several times as fast, the rest weighs more.
+    changes: list[tuple[str, str, Any]] = [("bfloat16", "dtype", "bfloat16")]
     counts = sorted({1, cores // 2, cores - 1} - {0, cores}, reverse=True)
     changes += [(f"{count} threads", "threads", count) for count in counts]
     changes += [(f"waiting {name}", "waiting", name) for name in WAITS if name != "bounded"]

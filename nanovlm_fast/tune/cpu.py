@@ -1,4 +1,7 @@
-"""Tunes a run on a CPU: threads, how they wait, loader workers, compiling.
+"""Tunes a run on a CPU: the type of products, threads, how they wait, loader workers, compiling.
+
+bfloat16 is tried on processors that multiply it by themselves. It rounds as autocast does on a GPU
+(the section "Precision" of nanovlm_fast/model/README.md), so it needs no gate beyond compiling's.
 
 OpenMP reads its environment once, when torch is loaded, so every candidate trains in a process of
 its own (`cpu_process.py`), with the run's own data. The processes live side by side; one at a time
@@ -67,6 +70,7 @@ class CpuBench:
         changes: dict[str, Any] = {
             "out": str(self.folder / f"run-{len(list(self.folder.iterdir()))}"),
             "compile": choice.compile,
+            "dtype": self.config.dtype if choice.dtype == "auto" else choice.dtype,
             "workers": choice.workers,
             "tune": "off",
             "curriculum": "",  # its first batches are nearly empty
@@ -88,7 +92,7 @@ class CpuBench:
 
     def gate(self, choice: Choice, part: str) -> str | None:
         if choice.compile == "none":
-            return None  # the rest changes where and when, and not what is computed
+            return None  # the rest changes where, when and in which type, and not what is computed
         try:
             return self.ask(choice, {"gate": choice.to_json()})["wrong"]
         except Fails as error:

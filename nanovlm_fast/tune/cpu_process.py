@@ -48,8 +48,11 @@ class Training:
         if not step.batches:
             raise RuntimeError("the data has no batch to train on")
         labels = sum(batch.n_labels for batch in step.batches)
-        accumulate_gradients(run.forward, run.step_model, step.batches, labels, run.autocast)
-        apply_gradients(run.model, run.optimizers, run.config.clip, run.keep_gradients)
+        accumulate_gradients(
+            run.forward, run.step_model, step.batches, labels, run.autocast, run.scaler
+        )
+        clip = run.config.clip
+        apply_gradients(run.model, run.optimizers, clip, run.keep_gradients, run.scaler)
         return step.taken.tokens
 
 

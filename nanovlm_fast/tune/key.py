@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 import nanovlm_fast.kernels
+import nanovlm_fast.model
 from nanovlm_fast.config import TrainConfig, VLMConfig
-from nanovlm_fast.device import device_name
+from nanovlm_fast.device import device_name, has_fast_bfloat16
 from nanovlm_fast.packing.packer import Budget
 from nanovlm_fast.threads import OPENMP, WAITING, cores_of
 
@@ -51,6 +52,7 @@ def key_of(
         "torch": torch.__version__,
         **{name: version_of(name) for name in PACKAGES},
         "kernels": hash_of(Path(next(iter(nanovlm_fast.kernels.__path__)))),
+        "modules": hash_of(Path(next(iter(nanovlm_fast.model.__path__)))),
         "model": sizes,
         "budget": dataclasses.asdict(budget) if budget else train.tokens_per_batch,
         "dtype": str(dtype).removeprefix("torch."),
@@ -59,6 +61,8 @@ def key_of(
         "trained": [name for name in ("projector", "vision", "language") if rate(train, name) > 0],
         "optimizer": train.optimizer,
         "clipped": train.clip > 0,
+        # Only where there are adapters: what was measured before they were known still holds.
+        **({"lora_rank": train.lora_rank} if train.lora_rank else {}),
         "several_processes": several,
         "sharded": train.shard and several,
         # What the user has set is not chosen, and what is chosen depends on it.
@@ -75,15 +79,21 @@ GPU_AUTOS: dict[str, Any] = {
     "compile": "auto",
 }
 CPU_AUTOS: dict[str, Any] = {"compile": "auto", "workers": -1}
+# On a CPU that has bfloat16 products.
+TYPE_AUTO: dict[str, Any] = {"dtype": "auto"}
 
 
 def autos(device: torch.device) -> dict[str, Any]:
-    return GPU_AUTOS if device.type == "cuda" else CPU_AUTOS
+    if device.type == "cuda":
+        return GPU_AUTOS
+    if device.type == "cpu" and has_fast_bfloat16():
+        return {**CPU_AUTOS, **TYPE_AUTO}
+    return CPU_AUTOS
 
 
 def free_in(key: dict[str, Any]) -> frozenset[str]:
     """The options that the key leaves to the tuner; on a CPU also what its environment does."""
-    known = {**GPU_AUTOS, **CPU_AUTOS}
+    known = {**GPU_AUTOS, **CPU_AUTOS, **TYPE_AUTO}
     free = {name for name, value in key["set"].items() if value == known[name]}
     # Our commands bound the waiting by themselves: that is no wish of the user's.
     if "openmp" in key:

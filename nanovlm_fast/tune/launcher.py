@@ -23,6 +23,7 @@ from typing import Any
 from nanovlm_fast.command import keeping_interrupts
 
 START_LIMIT = 120.0  # seconds until a process is ready: it imports torch
+END_LIMIT = 10.0  # seconds until a process that was killed is gone
 
 
 class Launcher:
@@ -81,7 +82,9 @@ class Launcher:
             return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        # One that waits in a driver is not gone until the driver answers, which may be never.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(END_LIMIT)
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
             with contextlib.suppress(OSError):

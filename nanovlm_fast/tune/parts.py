@@ -75,7 +75,11 @@ class Job:
         device: torch.device,
         dtype: torch.dtype,
     ) -> Job:
-        frozen = tuple(name for name in TOWERS if getattr(train, f"lr_{name}") == 0)
+        rates = {name: getattr(train, f"lr_{name}") for name in TOWERS}
+        if train.lora_rank:
+            # The parts have no adapters, which are small; what these adapt is frozen.
+            rates["language"] = 0.0
+        frozen = tuple(name for name, rate in rates.items() if rate == 0)
         name = str(dtype).removeprefix("torch.")
         update = {name: getattr(train, name) for name in UPDATES}
         stream = train.stream

@@ -56,7 +56,7 @@ def options_of(choice: Choice, plain: Choice | None = None) -> str:
         words.append(f"--kernels {choice.kernel_option}")
     if choice.inductor != plain.inductor:
         words.append(f"--inductor {','.join(choice.inductor) or 'none'}")
-    for name in ("attention", "vision_attention", "compile", "workers"):
+    for name in ("dtype", "attention", "vision_attention", "compile", "workers"):
         if (value := getattr(choice, name)) != getattr(plain, name):
             words.append(f"--{name.replace('_', '-')} {value}")
     return " ".join(words) or "what train.py does by itself"

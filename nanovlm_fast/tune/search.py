@@ -100,15 +100,16 @@ def search(
 
     Spent time ends it with the best choice so far.
     """
-    found = Found(plain)
+    reasons = left_out or {}
+    failed = [candidate for candidate in candidates if candidate.name in reasons]
+    # First of all, so that a process that dies over the next candidate has noted them.
+    found = Found(plain, [Row(one.name, one.part, LEFT_OUT, reasons[one.name]) for one in failed])
     level = level_of(candidates)
     for candidate in candidates:
         wanted = candidate.apply(found.choice)
-        if wanted == found.choice:
+        if candidate in failed or wanted == found.choice:
             continue
-        if reason := (left_out or {}).get(candidate.name):
-            row = Row(candidate.name, candidate.part, LEFT_OUT, reason)
-        elif (left := limits.deadline - limits.now()) <= candidate.seconds:
+        if (left := limits.deadline - limits.now()) <= candidate.seconds:
             row = Row(candidate.name, candidate.part, NOT_MEASURED, no_time(left))
         else:
             row = try_one(candidate, found, bench, limits, level)

@@ -171,7 +171,9 @@ def measure_run(
     def measure(key: dict[str, Any], plain: Choice, before: Entry | None) -> Entry:
         limit = f"at most about {config.tune_seconds:.0f} s"
         if budget is None:
-            print(f"no GPU: measuring threads, waiting, workers and --compile, {limit}", flush=True)
+            types = ", and bfloat16" if "dtype" in free_in(key) else ""
+            what = f"threads, waiting, workers and --compile{types}"
+            print(f"no GPU: measuring {what}, {limit}", flush=True)
             return tune_cpu(model, config, key, plain, before)
         how = f"{limit} (--tune off: not)"
         print(f"measuring what computes fastest on this device, {how}", flush=True)

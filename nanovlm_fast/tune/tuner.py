@@ -17,10 +17,12 @@ import torch
 from nanovlm_fast.command import one_line
 from nanovlm_fast.model.attention import (
     BACKENDS,
+    PADDED,
     VISION_BACKENDS,
     choose_attention,
     choose_vision_attention,
 )
+from nanovlm_fast.model.lora import WITHOUT_ADAPTERS
 from nanovlm_fast.ranks import end_with_parent
 from nanovlm_fast.tune import cache
 from nanovlm_fast.tune.cache import Entry, Notebook
@@ -168,7 +170,7 @@ def backends_for(job: Job) -> dict[str, list[str]]:
         ("vision_attention", VISION_BACKENDS, choose_vision_attention),
     ):
         # Padding each document is what the others were written to spare.
-        known = ("sdpa", choose("auto", *where)[0])
+        known = (*PADDED, choose("auto", *where)[0])
         found[option] = []
         for name in names:
             with contextlib.suppress(ValueError):
@@ -197,6 +199,8 @@ def tune(
     candidates = gpu_candidates(free, plain.compile != "none", backends_for(job))
     if key["sharded"]:  # the update of shards is PyTorch's
         candidates = [candidate for candidate in candidates if candidate.part != UPDATE]
+    if key.get("lora_rank"):
+        candidates = [one for one in candidates if one.kernel not in WITHOUT_ADAPTERS]
     note = Notebook(key, plain, began, say)
     with Launcher(SERVE, job.to_json()) as launcher:
         bench = DeviceBench(job, launcher, PAIRS)

@@ -4,6 +4,8 @@ It happens in two steps. Before the model is built, its sizes are read from the 
 (`pretrained_fields`). Afterwards the weights are copied from the source's safetensors
 (`load_pretrained_weights`). Two sizes may differ from the source: the image size, for which the
 position embeddings are resized, and the vocabulary, which may have more rows.
+
+A checkpoint that holds an adapter is read with its base, and merged (`checkpoint_weights`).
 """
 
 from __future__ import annotations
@@ -17,15 +19,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovlm_fast.config import TrainConfig, VLMConfig, check_types
+from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.data.text import Tokenizer
 from nanovlm_fast.files import read_json
 from nanovlm_fast.model.init import NANOVLM_STD
+from nanovlm_fast.model.lora import Adapter, merged
 from nanovlm_fast.model.packed import VisionLanguageModel
+from nanovlm_fast.ranges import check_types
+from nanovlm_fast.weights.adapter import (
+    ADAPTER,
+    check_base,
+    described,
+    hashes_of,
+    is_adapter,
+    read_adapter,
+)
 from nanovlm_fast.weights.folder import check_sizes, read_config, resolve
 from nanovlm_fast.weights.hub import MODEL_FILES, fetch, reason
 from nanovlm_fast.weights.names import LANGUAGE_FIELDS, VISION_FIELDS, language_names, vision_names
-from nanovlm_fast.weights.tensors import load_tensors
+from nanovlm_fast.weights.tensors import load_tensors, stored_shapes
 
 # Fields that a run may set otherwise than its source. The weights are adapted to the first two;
 # the others do not change any weight's shape.
@@ -45,6 +57,10 @@ ADJUSTABLE_FIELDS = frozenset(
         "lm_chat_template",
     }
 )
+
+# By how many times a run with adapters may exceed these sizes of its base. An adapter's config.json
+# comes from elsewhere, and must not request any amount of memory.
+GROWTH = {"lm_vocab_size": 2, "vit_img_size": 8}
 
 
 # ---- sizes
@@ -139,7 +155,8 @@ def checkpoint_fields(name: str) -> dict[str, Any]:
     """Return the model fields of a checkpoint to start from."""
     folder = resolve(name)
     config, _ = read_config(folder)
-    check_sizes(folder, config)  # before the command line is accepted: nothing is written then
+    if not is_adapter(folder):  # whose sizes are those of its base, and checked with it
+        check_sizes(folder, config)  # before the command line is accepted: nothing is written then
     fields = dict(vars(config))
     if (folder / "tokenizer.json").exists():
         fields["lm_tokenizer"] = str(folder.resolve())
@@ -271,7 +288,7 @@ def load_pretrained_weights(model: VisionLanguageModel, train: TrainConfig) -> N
     if train.start_from:
         folder = resolve(train.start_from)
         _, model.extra_config = read_config(folder)
-        state |= load_tensors(folder / "model.safetensors")
+        state |= checkpoint_weights(folder)
     if train.vision:
         state |= vision_weights(train.vision, model.config)
     if train.language:
@@ -293,6 +310,63 @@ def load_pretrained_weights(model: VisionLanguageModel, train: TrainConfig) -> N
             state.setdefault("decoder.token_embedding.weight", head)
         del ours["decoder.head.weight"]
     model.load_reference_state_dict({**ours, **state})
+
+
+def checkpoint_weights(folder: Path) -> dict[str, Tensor]:
+    """Read the weights in a model folder, with an adapter merged into its base.
+
+    Raises ValueError or OSError, naming the folder, for a base that is missing or has changed.
+    """
+    file = folder / "model.safetensors"
+    stored = load_tensors(file)
+    if not is_adapter(folder):
+        return stored
+    config, _ = read_config(folder)
+    adapter = read_adapter(folder)
+    model = base_model(folder, config, adapter)
+    check_base(folder, adapter, hashes_of(model), stored)
+    try:
+        weights = merged(model.state_dict(), stored, adapter.scaling)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return model.by_reference_name(weights)
+
+
+def base_model(folder: Path, config: VLMConfig, adapter: Adapter) -> VisionLanguageModel:
+    """Return the model that the adapter in a folder belongs to. Raises ValueError or OSError."""
+    train = TrainConfig(**adapter.base)
+    try:
+        check_adapted_sizes(folder, config, pretrained_fields(train, {})[1])
+        with torch.random.fork_rng(devices=[]):
+            # What no source has was drawn by the run's seed, as it is here.
+            torch.manual_seed(train.seed)
+            model = VisionLanguageModel(config)
+            load_pretrained_weights(model, train)
+    except (OSError, ValueError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(
+            f"{folder} is an adapter of {described(adapter.base)}, which cannot be read: {error} "
+            f"({ADAPTER} in it names where the base lies)"
+        ) from error
+    return model
+
+
+def check_adapted_sizes(folder: Path, config: VLMConfig, must: dict[str, Any]) -> None:
+    """Raise ValueError for a config.json that the base `must` and the weights do not fit.
+
+    Nothing is allocated, as in `folder.check_sizes`.
+    """
+    # Its tokenizer is in the folder.
+    check_fields(config, {name: must[name] for name in must if name != "lm_tokenizer"})
+    stored = stored_shapes(folder / "model.safetensors")
+    if "vit_n_blocks" not in must and config.vit_n_blocks > len(stored):
+        raise ValueError(f"vit_n_blocks = {config.vit_n_blocks}, of {len(stored)} tensors")
+    for name, times in GROWTH.items():
+        if getattr(config, name) > times * must.get(name, getattr(config, name)):
+            raise ValueError(f"{name} = {getattr(config, name)}, and the base's is {must[name]}")
+    with torch.device("meta"):
+        model = VisionLanguageModel(config)
+    merged(model.state_dict(), stored, 1.0)
 
 
 def vision_weights(name: str, config: VLMConfig) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nanovlm_fast.config import TrainConfig, VLMConfig, fields_of
+from nanovlm_fast.data.chat import END, START
 from nanovlm_fast.data.images import to_rgb
 from nanovlm_fast.data.places import without_path
 from nanovlm_fast.data.text import is_hub_name
@@ -141,10 +142,59 @@ from PIL import Image, ImageOps
 TO_RGB
 ```"""
 
+GGUF_USAGE = """```bash
+llama-server -m FOLDER/model.gguf                                # text only
+llama-quantize FOLDER/model.gguf FOLDER/model-q8.gguf Q8_0
+```
+
+`model.gguf` is the language model with its tokenizer and chat template, `mmproj.gguf` the vision
+tower with the projector, which llama.cpp calls idefics3. Both are in float32.
+
+llama.cpp's own prompt for images (`llama-mtmd-cli`, `--mmproj`) is SmolVLM's and cannot be changed:
+it puts tokens around images that this model does not have, shows a picture as a whole after its
+tiles, and resizes it in another way. This model was trained on
+
+```text
+SHOWN
+```
+
+where `[TILE]` stands for the TOKENS embeddings that `mmproj.gguf` gives for one of `pixels`:
+
+```python
+import math
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+
+TO_RGB
+
+
+CUT
+
+
+tiles, grid = cut(to_rgb(Image.open("picture.png")), SIZES)
+pixels = (tiles - 1 / 255 - MEAN) / STD
+```
+
+A program that calls llama.cpp's library decodes the text before a tile, then the embeddings."""
+
+
+def shown(config: VLMConfig) -> str:
+    """Return the prompt that shows a model one picture, of two tiles if it cuts pictures."""
+    question = "What is it?"
+    if not config.lm_chat_template:
+        return f"[TILE]{config.prompt.format(question=question)}"
+    names = {**config.vlm_extra_tokens, "image_token": "[TILE]"}
+    images = image_string([(1, 2) if config.max_img_size else (1, 1)], names, 1)
+    return f"{START}user\n{images}{question}{END}\n{START}assistant\n"
+
 
 def usage(target: str, config: VLMConfig, name: str) -> str:
     """Return how a model that is loaded by `name` is used from the library of `target`."""
-    text = {"transformers": TRANSFORMERS_USAGE, "nanovlm": NANOVLM_USAGE}[target]
+    texts = {"transformers": TRANSFORMERS_USAGE, "nanovlm": NANOVLM_USAGE, "gguf": GGUF_USAGE}
+    text = texts[target]
     if target == "transformers" and config.vlm_extra_tokens:
         text = TILES_USAGE
     if Path(config.lm_tokenizer).is_absolute():
@@ -161,6 +211,8 @@ def usage(target: str, config: VLMConfig, name: str) -> str:
         # First: the sources below may hold any of the words that follow.
         "SIZES": ", ".join(map(str, (*sizes, config.has_global_tile))),
         "TOKENS)": f"{config.image_tokens})",
+        "TOKENS embeddings": f"{config.image_tokens} embeddings",
+        "MEAN) / STD": f"{config.image_mean}) / {config.image_std}",
         "NAMES": json.dumps(dict(config.vlm_extra_tokens), ensure_ascii=False, indent=4),
         "CUT": inspect.getsource(cut).strip(),
         "IMAGE_STRING": inspect.getsource(image_string).strip(),
@@ -170,6 +222,7 @@ def usage(target: str, config: VLMConfig, name: str) -> str:
         "FOLDER": name,
         # Last, as a prompt may contain any of the words above.
         '"PROMPT"': json.dumps(prompt, ensure_ascii=False),
+        "SHOWN\n": f"{shown(config)}\n",
     }
     for mark, replacement in replacements.items():
         text = text.replace(mark, replacement)
@@ -213,7 +266,7 @@ def model_card(checkpoint: Path, target: str, model: VisionLanguageModel, name: 
         del sizes["lm_tokenizer"]  # a path of this machine
     lines += ["## Sizes", "", "```json", json.dumps(sizes, indent=2), "```", ""]
     head = ModelCardData(
-        library_name=target,
+        library_name={"gguf": "llama.cpp"}.get(target, target),
         pipeline_tag="image-text-to-text",
         tags=["vision-language", "nanovlm_fast"],
         model_name=Path(name).name,

@@ -17,13 +17,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nanovlm_fast.config import VLMConfig, check_types, fields_of
+from nanovlm_fast.config import VLMConfig, fields_of
 from nanovlm_fast.data.images import printable
 from nanovlm_fast.data.text import Tokenizer, is_hub_name
 from nanovlm_fast.files import read_json
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.paths import at_home
+from nanovlm_fast.ranges import check_types
 from nanovlm_fast.runs import latest_run, standing
+from nanovlm_fast.weights.adapter import write_adapter
 from nanovlm_fast.weights.hub import MODEL_FILES, fetch
 from nanovlm_fast.weights.tensors import stored_shapes
 
@@ -98,6 +100,8 @@ def write_pretrained(
         own = tokenizer is not None or model.config.lm_tokenizer == "train"
         values["lm_tokenizer"] = "train" if own else str(Path(model.config.lm_tokenizer).resolve())
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    if model.adapter is not None:
+        write_adapter(folder, model.adapter)
     if tokenizer is not None:
         tokenizer.save(folder)
 

@@ -12,6 +12,8 @@ import torch
 
 from nanovlm_fast.data.text import Tokenizer
 from nanovlm_fast.model import packed
+from nanovlm_fast.weights.adapter import is_adapter
+from nanovlm_fast.weights.backbones import checkpoint_weights
 from nanovlm_fast.weights.folder import (
     check_sizes,
     read_config,
@@ -19,7 +21,6 @@ from nanovlm_fast.weights.folder import (
     save_pretrained,
     tokenizer_of,
 )
-from nanovlm_fast.weights.tensors import load_tensors
 from nanovlm_fast.weights.to_nanovlm import to_nanovlm
 
 
@@ -83,11 +84,17 @@ def load_pretrained(
 
 
 def load_model(folder: Path) -> VisionLanguageModel:
-    """Load the model of a folder on the CPU. Raises what `load_pretrained` raises."""
+    """Load the model of a folder on the CPU, with an adapter merged into its base.
+
+    Raises what `load_pretrained` raises.
+    """
     config, extra = read_config(folder)
-    # Before the model is built: this takes its memory.
-    check_sizes(folder, config)
+    # Before the model is built: this takes its memory. An adapter's sizes are checked with those of
+    # its base.
+    if not is_adapter(folder):
+        check_sizes(folder, config)
+    weights = checkpoint_weights(folder)
     model = VisionLanguageModel(config)
     model.extra_config = extra
-    model.load_reference_state_dict(load_tensors(folder / "model.safetensors"))
+    model.load_reference_state_dict(weights)
     return model

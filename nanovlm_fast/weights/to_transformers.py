@@ -205,8 +205,11 @@ def transformers_processor(config: VLMConfig, tokenizer: Any, eos: str) -> Any:
     )
 
 
-def chat_template(prompt: str, eos: str) -> str:
-    """Return a chat's Jinja template: all images, then the turns as data/text.py writes them."""
+def chat_template(prompt: str, eos: str, image: str = IMAGE_TOKEN) -> str:
+    """Return a chat's Jinja template: all images, then the turns as data/text.py writes them.
+
+    `image` is what stands for an image among the parts of a message.
+    """
     # The prompt is split where the question goes. The template joins the pieces with the question
     # instead of using `format`, so braces in a question stay what they are.
     mark = "\0"  # cannot occur in a prompt from a command line
@@ -214,7 +217,7 @@ def chat_template(prompt: str, eos: str) -> str:
     return (
         "{%- for message in messages if message.content is not string -%}"
         "{%- for part in message.content if part.type == 'image' -%}"
-        + IMAGE_TOKEN
+        + image
         + "{%- endfor -%}{%- endfor -%}"
         "{%- for message in messages -%}"
         "{%- set text = message.content if message.content is string else "

@@ -91,6 +91,22 @@ def test_a_conversation_is_the_template_s_string_and_carries_loss_where_it_shoul
     assert ((rows >= 0) == (document.input_ids == image)).all()
 
 
+@pytest.mark.parametrize("talk", [[*TALK, ("And?", "")], [("What?", "")], [("a", ""), ("b", "")]])
+def test_the_end_of_an_empty_answer_is_learned_as_nanovlm_does(talk):
+    """There the mask of an assistant's turn begins after its header, whatever it says."""
+    tokenizer = trained()
+    (document,) = ChatProcessor(tokenizer, EXTRA, 3, "chat").documents(talk, [(1, 2)])
+    whole, marked = rendered(tokenizer, talk, shown(((1, 2),), 3))
+    encoded = BaseTokenizer.from_str(tokenizer.base.to_str()).encode(whole)
+    assert document.input_ids.tolist() == encoded.ids
+    labelled = [marked[start] == "#" for start, _ in encoded.offsets]
+    assert (document.labels != IGNORE).tolist() == [*labelled[1:], False]
+    end = tokenizer.base.token_to_id(END)
+    assert document.labels.tolist().count(end) == len(talk)
+    first = ChatProcessor(tokenizer, EXTRA, 3, "first").documents(talk, [(1, 2)])[0]
+    assert first.labels.tolist().count(end) == 1
+
+
 def test_a_prompt_ends_where_the_assistant_begins():
     tokenizer = trained()
     chat = ChatProcessor(tokenizer, EXTRA, 3)
@@ -112,6 +128,22 @@ def test_a_model_with_one_token_for_an_image_has_no_other():
     document = ChatProcessor(tokenizer, extra, 4).document([("a", "b")], 1)
     said = tokenizer.base.decode(document.input_ids.tolist(), skip_special_tokens=False)
     assert said == f"{START}user\n" + "<|image|>" * 4 + f"a{END}\n{START}assistant\nb{END}\n"
+
+
+def test_a_reply_ends_with_its_turn_whatever_the_tokenizer_calls_its_end(tmp_path):
+    """SmolLM2's base models have the tokens of a conversation, and <|endoftext|> as their end."""
+    tokenizer = Tokenizer(BaseTokenizer.from_str(stored()), EOS)
+    chat = ChatProcessor(tokenizer, {}, 2)
+    end = tokenizer.base.token_to_id(END)
+    assert (tokenizer.eos, tokenizer.eos_id) == (END, end)
+    assert chat.document([("a", "b")], 0).input_ids.tolist().count(end) == 2
+    assert tokenizer.decode([*tokenizer.encode("b"), end, *tokenizer.encode("c")]) == "b"
+    tokenizer.save(tmp_path)
+    again = pickle.loads(pickle.dumps(tokenizer))
+    assert Tokenizer.load(tmp_path).eos == again.eos == END
+    assert specials(tokenizer, chat.document([(EOS, EOS)], 0)) == specials(
+        tokenizer, chat.document([("a", "b")], 0)
+    )
 
 
 def specials(tokenizer: Tokenizer, document: Document) -> list[int]:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from nanovlm_fast.cli import parse_config
 from nanovlm_fast.config import TrainConfig
 from nanovlm_fast.data.budget import even_draw
 from nanovlm_fast.data.chat import make_text
@@ -29,6 +30,7 @@ from nanovlm_fast.evaluate import Examiner, evaluate
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.packing.packer import Budget
 from nanovlm_fast.presets import preset
+from nanovlm_fast.training.setup import Run
 from tests.support.pictures import encoded, photograph
 
 TALK = [{"user": "What is it?", "assistant": "A cat."}, {"user": "Why?", "assistant": "It purrs."}]
@@ -115,6 +117,16 @@ def test_turns_that_are_rated_too_low_are_dropped_and_counted(tmp_path):
     assert small(str(load.train.data)).load(0).dropped == (), "the default drops none of 1 and more"
 
 
+def test_what_is_held_out_is_asked_by_the_same_ratings(tmp_path, monkeypatch):
+    data = write(tmp_path / "rows")
+    monkeypatch.setattr("nanovlm_fast.data.split.choose", lambda *_: ([0, 1], 2))
+    options = f"--preset tiny-split --turns chat --data {data} --min-rating-visual-dependency 2"
+    options += f" --val-samples 2 --curriculum= --workers 0 --device cpu --out {tmp_path / 'run'}"
+    run = Run(*parse_config([*options.split(), "--max-steps", "1"]))
+    asked = [[question for question, _ in example.turns] for example in run.val_source]
+    assert asked == [["Why?"], ["What is it?"]]
+
+
 def test_a_draw_of_tiles_takes_no_memory_and_an_empty_one_is_named(tmp_path):
     data = write(tmp_path / "rows")
     drawn = even_draw(small(data))
@@ -171,6 +183,30 @@ def test_a_folder_of_json_names_its_pictures(tmp_path):
     assert source.pictures().group(0) == {0, 1}, "the same bytes under two names"
     with pytest.raises(ValueError, match=r"/2: .*image \.\./c.png lies outside"):
         source[2]
+
+
+def test_preparing_reports_what_it_leaves_out_as_training_does(tmp_path, capsys):
+    data = write(tmp_path / "rows", [*ROWS, ROWS[1]])
+    options = f"--preset tiny-split --turns chat --max-images 2 --data {data}"
+    options += " --min-rating-relevance 2 --min-rating-visual-dependency 2 --shard-samples 2"
+    out = tmp_path / "out"
+    assert prepare([*options.split(), "--out", str(out), "--workers", "0"]) == 0
+    said = capsys.readouterr()
+    assert "skipped, too long: rows/3: 3 images, --max-images is 2" in said.out + said.err
+    counts = "turns rated too low: relevance 2, visual_dependency 3 left out"
+    assert f"0 unreadable, 1 too long, 1 examples without a turn left, {counts}" in said.out
+    manifest = Prepared(out).manifest
+    assert (manifest["too_long"], manifest["skipped"], len(manifest["shards"])) == (1, 0, 3)
+    assert manifest["dropped"] == {"visual_dependency": 3, "relevance": 2, "examples": 1}
+    del manifest["shards"][0]["dropped"], manifest["shards"][0]["too_long"]  # of an older version
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    (out / manifest["shards"][1]["file"]).unlink()
+    assert prepare([*options.split(), "--out", str(out), "--workers", "0"]) == 0
+    assert Prepared(out).manifest["dropped"] == {
+        "relevance": 2,
+        "examples": 1,
+        "visual_dependency": 1,
+    }
 
 
 def test_prepared_tiles_are_those_that_are_made_on_the_fly(tmp_path, capsys):

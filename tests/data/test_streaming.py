@@ -17,7 +17,7 @@ from nanovlm_fast.data.sources import streamed
 from nanovlm_fast.data.sources.example import Example
 from nanovlm_fast.data.sources.registry import open_stream
 from nanovlm_fast.data.sources.streamed import StreamLost, read_streaming
-from nanovlm_fast.data.split import TEXT
+from nanovlm_fast.data.split import TEXT, begin_again
 from nanovlm_fast.data.stream import advance, deal, initial_states
 from nanovlm_fast.data.streaming import (
     Begin,
@@ -31,6 +31,7 @@ from nanovlm_fast.data.text import TextProcessor, Tokenizer
 from nanovlm_fast.data.workers import loader
 from nanovlm_fast.presets import preset
 from nanovlm_fast.ranks import World
+from nanovlm_fast.runs import RunState
 from tests.support.pictures import cauldron, easy_vqa_rows, texts
 from tests.support.runs import different_tensors, error_of, lines, losses, train
 
@@ -183,6 +184,48 @@ def test_an_interruption_is_tried_again_from_the_same_row(tmp_path, monkeypatch,
     every = [first, *reader]
     assert [row.turns for row in every] == wanted and pauses == [1, 2]
     assert [row.name for row in every] == [f"two/{number}" for number in range(ROWS)]
+
+
+def test_a_stream_that_changed_goes_on_if_told_and_holds_out_what_it_did(tmp_path, tokenizer):
+    rows = easy_vqa_rows(ROWS + 12)
+    before = write(tmp_path / "before", rows[:ROWS], 2)
+    changed = [*rows[ROWS:], *rows[:ROWS]]  # twelve new ones in front
+    changed[30] = (rows[1][0], texts(("another question?", "yes")))
+    after = write(tmp_path / "after", changed, 2)
+
+    def split(data: str, data_changed: bool = False, kept: dict | None = None):
+        config = preset("tiny")[1]
+        options = dict(data=data, streaming=True, max_steps=9, val_samples=4, curriculum="")
+        options |= dict(resume=kept is not None, data_changed=data_changed)
+        config = dataclasses.replace(config, **options).validate()
+        state = None if kept is None else {"data": kept}
+        return split_stream(open_stream(data, "train"), config, World(), state)
+
+    first = split(before)
+    kept = json.loads(json.dumps(first.record))
+    with pytest.raises(ValueError, match=r"does not begin as it did.*--data-changed reads it from"):
+        split(after, kept=kept)
+    second = split(after, data_changed=True, kept=kept)
+    assert second.lines[0].startswith("--data-changed: content ")
+    assert "held out: 5 of its first 52 examples, found again" in second.lines[1]
+    shown = {example.images[0] for example in first.held_out}
+    assert {example.images[0] for example in second.held_out} == shown
+    assert len(second.train) == len(changed) - 5
+    assert not shown & {example.images[0] for example in second.train}
+    # The next resume takes it from the checkpoint, and needs no word about it
+    again = split(after, kept=json.loads(json.dumps(second.record)))
+    assert again.record == second.record and len(again.lines) == 1
+    assert [e.name for e in again.held_out] == [e.name for e in second.held_out]
+    # All of it is read, from its first row on
+    state = RunState(examples=1000, stream=[{**initial_states(1)[0], "position": 900}], data=kept)
+    begin_again(state, second.record)
+    assert state.stream == initial_states(1)
+    read = stream(after, tokenizer, state.stream)
+    read.held_out = HeldOut(second.record["marks"])
+    seen = {name for batch in itertools.islice(read, 40) for name in batch.packed.names}
+    held_out = {example.name for example in second.held_out}
+    every = {f"after/{file}/{row}" for file in range(2) for row in range(26)}
+    assert seen == every - held_out
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from nanovlm_fast import evaluate as module
 from nanovlm_fast.config import VLMConfig
@@ -25,7 +26,7 @@ from tests.support.pictures import cauldron, encoded, mmstar, photograph, texts
 from tests.support.processes import run_python
 from tests.support.runs import train
 from tests.support.samples import SMALL
-from tests.support.tiles import write_generation
+from tests.support.tiles import TEMPLATE, token_names, write_generation
 
 LONG = (
     "a rather long answer of many words which no short limit on new tokens would let through to "
@@ -106,6 +107,34 @@ def test_too_long_a_prompt_is_left_out_and_named(setup):
     replies["who?"] = "yes"
     result = evaluate(model, tokenizer, source([(LONG * 20, "no")], [("who?", "yes")]))
     assert (result.correct, result.total) == (1, 1) and "talk 0" in result.skipped[0]
+
+
+def test_too_many_images_are_left_out_before_one_is_decoded(setup, tmp_path):
+    model, tokenizer, replies, _ = setup
+    replies["who?"] = "yes"
+    gone = [tmp_path / "gone.png"] * 200  # decoding one would fail
+    shown = Talks([Example("album", gone, [("who?", "yes")]), Example("b", [], [("who?", "yes")])])
+    result = evaluate(model, tokenizer, shown)
+    assert (result.correct, result.total, result.unreadable) == (1, 1, [])
+    assert result.too_long[0].startswith("album: 200 images take ")
+    assert module.answer_samples(model, tokenizer, shown) == []
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_samples_show_the_first_of_several_pictures(whole):
+    """Put together again: the tiles of the second, or one of the whole, are no part of it."""
+    names = token_names(side=4)
+    if not whole:
+        del names["global_image_token"]
+    config = VLMConfig(**{**SMALL, "vit_img_size": 16, "vit_patch_size": 8})
+    config = replace(config, max_img_size=64, vlm_extra_tokens=names, lm_chat_template=TEMPLATE)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), dtype=np.uint8)
+    tiles, grids = module.tiles_shown(
+        Example("two", [Image.fromarray(one) for one in pixels], []), config
+    )
+    assert grids == [(2, 3)] * 2 and len(tiles) == 2 * (6 + whole)
+    found = module.shown(tiles, grids[0], config)
+    assert np.array_equal(found, pixels[0].transpose(2, 0, 1))
 
 
 def test_one_long_question_costs_the_others_nothing(monkeypatch):
@@ -251,9 +280,10 @@ def test_mmstar_is_asked_and_judged_as_v01_does(mmstar_source, monkeypatch):
     assert asked == "Question: Which? A: red, B: blue \nAnswer only with the letter! \nAnswer:"
     assert (len(images), eos_id, new_tokens, options) == (3, tokenizer.eos_id, [5] * 3, {})
     assert result.as_dict()["by_kind"] == {
-        "coarse perception": {"accuracy": 1.0, "questions": 1},
-        "math": {"accuracy": 0.5, "questions": 2},
+        "coarse perception": {"accuracy": 1.0, "questions": 1, "chance": 0.5, "with_options": 1},
+        "math": {"accuracy": 0.5, "questions": 2, "chance": 0.5, "with_options": 2},
     }
+    assert result.as_dict()["chance"] == 0.5
 
 
 def test_mmstar_asks_for_the_letter_in_a_conversation_too(mmstar_source, tmp_path, monkeypatch):
@@ -300,6 +330,45 @@ def test_sampling_is_repeatable_and_leaves_the_training_alone(mmstar_source):
     assert judged[:3] == judged[3:6] != judged[6:]
 
 
+FOUR = "Options: A: a cat, B: two., C: U.S.A., D: none"
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "options"),
+    [
+        (f"Which? {FOUR}", "D", 4),
+        (f"Vitamin A: which? {FOUR}", "a", 4),
+        ("Which?\nChoices:\n(A) one\n(B) two\n(C) three", "(C)", 3),
+        ("Which?\nA. one\nB. two\nAnswer with the letter.", "Answer: B", 2),
+        ("Which? A) one B) two", "B.", 2),
+        ("Which? A) one B) two", "C", 0),  # no option of it
+        ("Who is in A. Smith's picture?", "A", 0),
+        ("What letter is it?", "B", 0),
+        (f"Which? {FOUR}", "a cat", 0),
+    ],
+)
+def test_options_are_counted_where_a_letter_is_the_answer(question, answer, options):
+    assert module.options_of(question, answer) == options
+
+
+def test_chance_stands_beside_the_score(setup):
+    model, tokenizer, _, _ = setup
+    asked = [(f"A? {FOUR}", "A"), ("who? A: yes, B: no", "B"), ("where?", "blue")]
+    tokenizer = Tokenizer.train([" ".join(sum(asked, ()))], 300)
+    replies = {question: "A" for question, _ in asked}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "generate", scripted(tokenizer, list(replies.values()), []))
+        mixed = evaluate(model, tokenizer, source(asked))
+        patch.setattr(module, "generate", scripted(tokenizer, ["A", "A"], []))
+        letters = evaluate(model, tokenizer, source(asked[:2]))
+        patch.setattr(module, "generate", scripted(tokenizer, ["A"], []))
+        plain = evaluate(model, tokenizer, source(asked[2:]))
+    assert letters.say("questions") == "50.0% of 2 questions, chance 37.5%"
+    assert (letters.as_dict()["chance"], letters.as_dict()["with_options"]) == (0.375, 2)
+    assert mixed.say("questions") == "33.3% of 3 questions, chance 37.5% on the 2 with options"
+    assert plain.say("questions") == "0.0% of 1 questions" and "chance" not in plain.as_dict()
+
+
 @pytest.mark.slow
 def test_a_run_scores_mmstar_and_so_does_the_command(mmstar_source, tmp_path):
     """A whole run whose answers are known: it is trained on nothing but 'B', so it says B."""
@@ -340,3 +409,6 @@ def test_a_run_scores_mmstar_and_so_does_the_command(mmstar_source, tmp_path):
     assert again.returncode == 0, again.stderr
     printed = json.loads(again.stdout)
     assert printed["by_kind"] == last["by_kind"] and printed["style"] == "greedy"
+    assert printed["chance"] == last["chance"] == 0.5
+    assert result.stdout.count("66.7% of 3 questions of mmstar") == 2
+    assert result.stdout.count(", chance 50.0%") == 3, "each score, and the table at the end"

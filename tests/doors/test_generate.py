@@ -72,6 +72,25 @@ def test_the_cache_gives_the_tokens_of_the_whole_sequence(model):
     assert len({tuple(reply) for reply in replies}) > 2
 
 
+def test_tokens_are_told_as_they_come(model):
+    prompts, images = prompts_and_images(model.config)
+    told: list[list[int]] = [[] for _ in prompts]
+    replies = generate(
+        model, images, prompts, EOS, 6, on_token=lambda prompt, token: told[prompt].append(token)
+    )
+    assert told == replies and any(replies)
+    seen = []
+
+    def leave(_: int, token: int) -> None:
+        seen.append(token)
+        if len(seen) == 3:
+            raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        generate(model, images, prompts[:1], EOS, 400, on_token=leave)
+    assert len(seen) == 3
+
+
 def test_with_kernels_it_says_the_same(model):
     prompts, images = prompts_and_images(model.config)
     plain = generate(model, images, prompts, EOS, max_new_tokens=5)

@@ -18,6 +18,7 @@ from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.weights.folder import save_pretrained
 from tests.support.processes import ROOT, run_python
 from tests.support.samples import SMALL
+from tests.support.tiles import write_generation
 
 
 @pytest.fixture
@@ -142,6 +143,71 @@ def test_replies_end_before_a_stop(adapter):
     assert adapter.cut(" a cat\nQuestion", ["\n"]) == "a cat"
     assert adapter.cut("a cat. No. Yes", ["Yes", "."]) == "a cat"
     assert adapter.cut("\n\na cat", "\n\n") == "a cat" and adapter.cut("a cat", [""]) == "a cat"
+
+
+# (task, what lmms-eval asks, what the user says, how the reply begins), as nanoVLM writes them
+ASKED = [
+    ("task", "red?", "red?", ""),
+    ("mme", "Is it red?", "Is it red?\nGive a very brief answer.", ""),
+    ("chartqa", "red?", "red?", ""),
+    (
+        "ai2d",
+        "What?\nA. red\nB. cat\nAnswer with the option's letter from the given choices directly.",
+        "What?\nChoices:\nA. red\nB. cat\nAnswer with the letter directly.",
+        "Answer:",
+    ),
+    (
+        "mmmu_val",
+        "Question: what?\nA. red\nB. cat",
+        " what?\nChoices:\nA. red\nB. cat",
+        "Answer:",
+    ),
+    (
+        "docvqa_val",
+        "red?",
+        "Give a short and terse answer to the following question. Do not paraphrase or reformat "
+        "the text you see in the image. Do not include any full stops. Just give the answer "
+        "without additional explanation. Question: red?",
+        "",
+    ),
+]
+
+
+def test_questions_are_put_as_nanovlm_does_for_each_task(adapter, tmp_path, monkeypatch):
+    write_generation(tmp_path, "230M-8k")
+    model = adapter.NanoVLMFast(str(tmp_path / "model"), "cpu", prompts="nanovlm")
+    asked = []
+    for number, (task, context, _, _) in enumerate(ASKED):
+        visuals = [Image.new("RGB", (40, 30), "red")]
+        args = (context, dict(max_new_tokens=3), lambda _, v=visuals: v, number, task, "test")
+        asked.append(SimpleNamespace(args=args))
+        model.task_dict[task] = {"test": [None] * len(ASKED)}
+    prompts = []
+    generate = adapter.generate
+
+    def recorded(of, pixels, documents, *more, **settings):
+        prompts.extend(documents)
+        return generate(of, pixels, documents, *more, **settings)
+
+    monkeypatch.setattr(adapter, "generate", recorded)
+    assert len(model.generate_until(asked)) == len(ASKED)
+    for prompt, (_, _, question, begun) in zip(prompts, ASKED, strict=True):
+        text = model.tokenizer.base.decode(prompt.input_ids.tolist(), skip_special_tokens=False)
+        shown, said = text.split("<|image|>")[0], text.split("<|image|>")[-1]
+        assert shown == "<|im_start|>user\n<|global_image|>"
+        assert said == f"{question}<|im_end|>\n<|im_start|>assistant\n{begun}"
+        assert len(prompt) == len(prompt.image_rows) == len(prompt.labels)
+
+
+def test_tasks_are_asked_as_they_come_unless_told_otherwise(adapter, checkpoint, tmp_path):
+    write_generation(tmp_path / "chat", "450M")
+    model = adapter.NanoVLMFast(str(tmp_path / "chat" / "model"), "cpu")
+    plain = model.text.document([("is it?", "")], [])
+    assert model.prompt("mme", "is it?", []).input_ids.tolist() == plain.input_ids.tolist()
+    with pytest.raises(ValueError, match="prompts=nanovlm: for models of conversations"):
+        adapter.NanoVLMFast(str(checkpoint), "cpu", prompts="nanovlm")
+    with pytest.raises(ValueError, match="prompts=x: there are task, nanovlm"):
+        adapter.NanoVLMFast(str(checkpoint), "cpu", prompts="x")
 
 
 def test_what_is_not_there_is_said(adapter, checkpoint):

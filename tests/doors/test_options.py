@@ -242,6 +242,20 @@ def test_walk_prepare(few, here):
     assert not found, "\n".join(found)
 
 
+def test_walk_chat(trained, here):
+    """Up to a server that could answer, which is closed again."""
+    module = importlib.import_module("nanovlm_fast.chat.__main__")
+
+    @reports_errors()
+    def begin(argv: list[str] | None = None) -> int:
+        module.start(argv)[0].server_close()
+        return 0
+
+    base = ["--checkpoint", trained, "--port", "0", "--device", "cpu"]
+    found = walk(begin, list(options_of(module.make_parser())), base)
+    assert not found, "\n".join(found)
+
+
 def test_walk_tune(here, monkeypatch):
     """Every number is refused before anything is measured; --report measures nothing."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(here))

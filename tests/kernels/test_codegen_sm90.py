@@ -13,6 +13,7 @@ from packaging.specifiers import SpecifierSet
 
 from bench.codegen import SHARED, WARPS_PER_SM, narrow_offsets, occupancy, training_launches
 from bench.subjects.operators import ALL
+from nanovlm_fast.model.capability import SHARED_KB
 from tests.support import tritons
 from tests.support.processes import ROOT, run_python
 
@@ -72,6 +73,31 @@ def test_the_projection_of_512_pixel_tiles_is_what_it_should_be():
     rows = json.loads(result.stdout.splitlines()[-1])
     assert result.returncode == 0 and len({row["kernel"] for row in rows}) == 3, result.stderr
     assert not {row["kernel"]: problems(row) for row in rows if problems(row)}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_vocabulary_that_is_no_multiple_of_8_is_read_in_128_bits():
+    """49,218 entries: the tokenizer's and 66 for images. Rows are padded in memory."""
+    options = ["--json", "--only", "linear_cross_entropy", "--preset", "nanovlm-460m"]
+    result = run_python("-m", "bench.codegen", *options)
+    rows = json.loads(result.stdout.splitlines()[-1])
+    assert result.returncode == 0 and len({row["kernel"] for row in rows}) == 2, result.stderr
+    assert not {row["kernel"]: problems(row) for row in rows if problems(row)}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_what_a_gpu_before_sm90_takes_is_what_the_capabilities_say():
+    """In float16; and a T4 is told that it has no such kernel, without compiling it."""
+    options = ["--json", "--only", "image_attention", "--dtype", "float16", "--target"]
+    result = run_python("-m", "bench.codegen", *options, "sm_80")
+    rows = json.loads(result.stdout.splitlines()[-1])
+    assert result.returncode == 0 and len(rows) == 2, result.stderr
+    assert all(row["mma"] and not row["local"] for row in rows)
+    assert max(row["shared"] for row in rows) == SHARED_KB["image_attention"] * 1024
+    result = run_python("-m", "bench.codegen", *options[1:], "sm_75")
+    assert result.stdout.count("not on sm_75: Triton multiplies on tensor cores from") == 2
 
 
 @pytest.mark.slow

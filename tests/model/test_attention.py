@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanovlm_fast.model.attention import BACKENDS, choose_attention, sdpa
+from nanovlm_fast.model.attention import BACKENDS, choose_attention, efficient, sdpa
 from tests.support.kernel_checks import is_float, run
 
 GPU = torch.cuda.is_available()
@@ -103,6 +103,7 @@ def test_the_choice_without_a_gpu():
     ("capability", "dtype", "expected"),
     [
         ((7, 5), torch.float32, "compute capability 8.0"),  # a T4
+        ((7, 5), torch.float16, "compute capability 8.0"),
         ((8, 0), torch.float32, "--dtype bfloat16"),
         ((9, 0), torch.float16, None),
         ((9, 0), torch.bfloat16, None),
@@ -114,7 +115,8 @@ def test_what_flash_attention_needs_of_a_gpu(monkeypatch, capability, dtype, exp
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     gpu = torch.device("cuda")
     if expected:
-        assert choose_attention("auto", gpu, dtype) == ("sdpa", sdpa)
+        padded = ("efficient", efficient) if capability < (8, 0) else ("sdpa", sdpa)
+        assert choose_attention("auto", gpu, dtype) == padded
         with pytest.raises(ValueError, match=expected):
             choose_attention("torch", gpu, dtype)
     else:
@@ -130,6 +132,26 @@ def test_a_backend_that_is_not_installed_says_what_to_install(monkeypatch, backe
         match=rf"--attention {backend} is not installed.*(pip install|build) .*(?i:flash)",
     ):
         choose_attention(backend, torch.device("cuda"), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_memory_efficient_kernel_gets_whole_heads(dtype):
+    """Grouped heads would make PyTorch compute all scores. A CPU only tests the repeating."""
+    inputs = inputs_of([5, 0, 9, 1], (6, 2), True, dtype, "cpu", width=16)
+    wide = {name: inputs[name].double().requires_grad_() for name in "qkv"}
+    ours = {name: inputs[name].clone().requires_grad_() for name in "qkv"}
+    rest = (inputs["cu_seqlens"], inputs["max_seqlen"], True)
+    expected = sdpa(*wide.values(), *rest)
+    out = efficient(*ours.values(), *rest)
+    upstream = torch.randn(out.shape)
+    out.backward(upstream.to(dtype))
+    expected.backward(upstream.double())
+    close = 1e-5 if dtype == torch.float32 else 5e-3
+    assert out.dtype == dtype and torch.allclose(out.double(), expected, atol=close)
+    for name in "qkv":
+        assert torch.allclose(ours[name].grad.double(), wide[name].grad, atol=4 * close), name
+    with pytest.raises(ValueError, match="efficient needs a CUDA device"):
+        choose_attention("efficient", torch.device("cpu"), dtype)
 
 
 def test_misfitting_heads_are_refused():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovlm_fast.model.ops import choose_ops, rotary
+from nanovlm_fast.model.ops import KERNELS, choose_ops, rotary
 
 
 def by_concatenation(
@@ -54,3 +54,38 @@ def test_the_log_says_what_computes_attention(monkeypatch):
     assert "document_attention or" not in str(choose_ops("image_attention"))
     monkeypatch.delenv("TRITON_INTERPRET")
     assert "image_attention or" not in str(choose_ops("image_attention"))  # asleep on a CPU
+
+
+T4 = (7, 5)
+PRODUCTS = {
+    "document_attention",
+    "image_attention",
+    "gelu_mlp",
+    "swiglu_mlp",
+    "pixel_shuffle_proj",
+}
+
+
+@pytest.mark.parametrize(
+    ("capability", "left_out"),
+    [
+        (T4, PRODUCTS),
+        ((8, 0), set()),  # an A100: 163 KB of shared memory
+        ((8, 9), PRODUCTS - {"document_attention"}),  # an L4 or RTX 4090: 99 KB
+        ((9, 0), set()),
+        ((10, 0), set()),
+    ],
+)
+def test_all_kernels_are_those_that_the_gpu_can_run(monkeypatch, capability, left_out):
+    """The rule only, for GPUs that this machine lacks."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    ops = choose_ops("all", "cuda", "sdpa", torch.float16)
+    assert set(ops.kernels) == set(KERNELS) - left_out
+    assert (ops.document_attention is None) == ("document_attention" in left_out)
+    for name in KERNELS:
+        if name in left_out:
+            with pytest.raises(ValueError, match=rf"--kernels {name} does not run on Tesla T4: "):
+                choose_ops(f"rms_norm,{name}", "cuda", "sdpa", torch.float16)
+        else:
+            assert choose_ops(name, "cuda", "sdpa", torch.float16).kernels == (name,)

@@ -26,6 +26,7 @@ FOLDERS = (
     "nanovlm_fast/weights",
     "nanovlm_fast/training",
     "nanovlm_fast/tune",
+    "nanovlm_fast/chat",
     "nanovlm_fast/reporting",
     "kernels",
     "bench",

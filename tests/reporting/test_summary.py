@@ -177,6 +177,15 @@ def test_an_evaluation_that_fails_costs_no_other_score(tmp_path, finish, capsys,
     assert "warning: the run is not scored at its end: out of memory" in capsys.readouterr().out
 
 
+def test_chance_stands_in_the_table_of_multiple_choice_questions(tmp_path, finish, capsys):
+    asked = [talk("which? A: a cat, B: a dog", "A"), talk("which? A: 1, B: 2, C: 3, D: 4", "D")]
+    data = write_data(tmp_path / "data", train=[GOOD], test=asked)
+    result, _ = finish(data)
+    assert result["seeing"]["chance"] == result["blind"]["chance"] == 0.375
+    shown = capsys.readouterr().out
+    assert " · chance 37.5%\n" in shown and "of 2 questions, chance 37.5%" in shown
+
+
 @pytest.mark.parametrize("policy", ["stop", "continue"])
 def test_an_unwritten_file_is_judged_when_the_scores_are_safe(tmp_path, finish, capsys, policy):
     for name in ("curves.png", "samples.png"):

@@ -19,7 +19,9 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
         ("bfloat16", CPU, False, torch.bfloat16),
         ("float32", GPU, True, torch.float32),
         ("auto", GPU, True, torch.bfloat16),
-        ("auto", GPU, False, torch.float32),  # a T4
+        ("auto", GPU, False, torch.float16),  # a T4
+        ("float16", CPU, False, torch.float16),
+        ("float16", GPU, True, torch.float16),
         ("bfloat16", GPU, True, torch.bfloat16),
     ],
 )
@@ -29,8 +31,8 @@ def test_the_type_follows_the_device(monkeypatch, capsys, name, device, has_bflo
     )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     assert pick_dtype(name, device) == expected
-    warned = "warning: Tesla T4 has no bfloat16" in capsys.readouterr().out
-    assert warned == (device == GPU and not has_bfloat16)
+    said = "Tesla T4 has no bfloat16: computing in float16" in capsys.readouterr().out
+    assert said == (name == "auto" and device == GPU and not has_bfloat16)
 
 
 def test_bfloat16_that_a_gpu_only_emulates_is_refused(monkeypatch):
@@ -38,7 +40,7 @@ def test_bfloat16_that_a_gpu_only_emulates_is_refused(monkeypatch):
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
     )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    with pytest.raises(ValueError, match=r"Tesla T4 can only emulate it, use --dtype float32"):
+    with pytest.raises(ValueError, match=r"Tesla T4 can only emulate it, use --dtype float16"):
         pick_dtype("bfloat16", GPU)
 
 

@@ -220,11 +220,18 @@ def test_compiled_ranks_learn_what_eager_ranks_learn(tmp_path, options):
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-4)
 
 
-def test_sharding_and_muon_are_refused_together(tmp_path):
+@pytest.mark.parametrize(
+    ("option", "why"),
+    [
+        ("--optimizer=muon", "--shard splits the matrices"),
+        ("--optimizer=adamw --kernels=rms_norm,adamw", "shards are updated by PyTorch's AdamW"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(tmp_path, option, why):
     result = forks.run(
-        "train.py", *SMALL, "--out", str(tmp_path / "run"), "--shard", "--optimizer", "muon"
+        "train.py", *SMALL, "--out", str(tmp_path / "run"), "--shard", *option.split()
     )
-    assert result.returncode == 2 and "--shard splits the matrices" in result.stderr
+    assert result.returncode == 2 and why in result.stderr
 
 
 def test_sharded_blocks_leave_no_bias_to_the_next(small_config):

@@ -16,6 +16,7 @@ import torch
 
 from nanovlm_fast.cli import parse_config
 from nanovlm_fast.tune import cache, cpu
+from nanovlm_fast.tune import key as key_module
 from nanovlm_fast.tune.__main__ import expected_budget, main
 from nanovlm_fast.tune.cache import Entry
 from nanovlm_fast.tune.candidates import Choice
@@ -40,6 +41,7 @@ with open(os.environ["NOTES"], "a") as notes:
 seconds = 0.7 if started["OMP_NUM_THREADS"] == "1" else 1.0
 seconds *= 0.9 if train["workers"] == 0 else 1.0
 seconds *= 1.2 if started["OMP_WAIT_POLICY"] else 1.0
+seconds *= float(os.environ.get("OF_BFLOAT16", "1")) if train["dtype"] == "bfloat16" else 1.0
 print("{}", flush=True)
 for line in sys.stdin:
     question = json.loads(line)
@@ -53,12 +55,15 @@ def caches(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)
+    # Whatever the processor of this machine has.
+    monkeypatch.setattr(key_module, "has_fast_bfloat16", lambda: False)
     return tmp_path / "caches"
 
 
 def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> Entry:
     monkeypatch.setattr(cpu, "SERVE", PLANTED)
     monkeypatch.setattr(cpu, "cores_of", lambda: 2)
+    tmp_path.mkdir(exist_ok=True)
     monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
     arguments = [*TINY, "--compile", "auto", "--tune-seconds", "1000", "--resume", "False"]
     model, config = parse_config([*arguments, *options, "--out", str(tmp_path / "run")])
@@ -89,6 +94,23 @@ def test_planted_speeds_give_the_planted_choice(tmp_path, monkeypatch):
     assert {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": None}.items() <= others[1].items()
     assert not [note for note in notes if Path(f"/proc/{note['pid']}").exists()]
     assert not (tmp_path / "run").exists(), "the run's own folder is left alone"
+
+
+@pytest.mark.parametrize(("share", "verdict"), [("0.5", TAKEN), ("1.3", "slower")])
+def test_bfloat16_is_taken_only_where_it_was_measured_faster(tmp_path, monkeypatch, share, verdict):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    monkeypatch.setenv("OF_BFLOAT16", share)
+    others = ("--workers", "1", "--compile", "none")
+    # A processor without such products is not asked, and neither is a user who has said it.
+    assert not planted(tmp_path / "without", monkeypatch, *others).rows
+    monkeypatch.setattr(key_module, "has_fast_bfloat16", lambda: True)
+    assert not planted(tmp_path / "set", monkeypatch, *others, "--dtype", "float32").rows
+    entry = planted(tmp_path / "free", monkeypatch, *others)
+    assert (entry.rows[0].name, entry.rows[0].verdict) == ("bfloat16", verdict)
+    taken = verdict == TAKEN
+    assert entry.choice.dtype == ("bfloat16" if taken else "auto")
+    assert ("--dtype bfloat16" in options_of(entry.choice, entry.plain)) == taken
 
 
 def test_what_the_user_has_set_is_not_tried(tmp_path, monkeypatch):

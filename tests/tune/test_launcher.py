@@ -99,3 +99,19 @@ def test_the_environment_is_this_ones_with_changes(monkeypatch):
     found = environment_with({"OMP_WAIT_POLICY": None, "OMP_NUM_THREADS": "7"})
     assert "OMP_WAIT_POLICY" not in found and found["OMP_NUM_THREADS"] == "7"
     assert found["PATH"] == os.environ["PATH"]
+
+
+def test_closing_does_not_wait_for_a_process_that_cannot_be_ended(launcher, monkeypatch):
+    """As one that waits in a driver: here the signal is lost."""
+    launcher.ask({"do": "one"}, 20.0)
+    process = launcher.process
+    monkeypatch.setattr("nanovlm_fast.tune.launcher.END_LIMIT", 0.1)
+    with monkeypatch.context() as lost:
+        lost.setattr(os, "killpg", lambda *_: None)
+        # Its input stays open, or it would end by itself.
+        kept = os.dup(process.stdin.fileno())
+        launcher.close()
+    assert launcher.process is None and process.poll() is None
+    os.close(kept)
+    process.kill()
+    process.wait(20)

@@ -22,6 +22,7 @@ from nanovlm_fast.ranks import World
 from nanovlm_fast.runs import load_run_config
 from nanovlm_fast.training.setup import Run
 from nanovlm_fast.tune import cache
+from nanovlm_fast.tune import key as key_module
 from nanovlm_fast.tune.cache import Entry
 from nanovlm_fast.tune.candidates import Choice
 from nanovlm_fast.tune.key import key_of
@@ -221,6 +222,39 @@ def test_a_run_writes_its_choice_down_and_a_resume_repeats_it(loop, tmp_path, ca
     assert json.loads((out / "config.json").read_text())["tuned"] == written["tuned"]
 
 
+def test_a_run_computes_in_the_type_that_was_measured_faster(loop, tmp_path, caches, monkeypatch):
+    monkeypatch.setattr(key_module, "has_fast_bfloat16", lambda: True)
+    options = ["--workers", "1", "--max-steps", "1", "--val-samples", "0", "--hang-timeout", "0"]
+
+    def run(name: str, *more: str) -> Run:
+        return loop.Trainer(*parse_config([*TINY, *options, "--out", str(tmp_path / name), *more]))
+
+    assert run("before").dtype == torch.float32, "nothing was measured"
+    model, config = parse_config([*TINY, *options])
+    tuned_cpu(config, model, Choice(dtype="bfloat16"))
+    assert run("set", "--dtype", "float32").dtype == torch.float32
+    tuned = run("tuned")
+    with tuned.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == tuned.dtype == torch.bfloat16
+    tuned.train()
+    # Another CPU may decide otherwise, and this one repeats what it did.
+    assert load_run_config(tmp_path / "tuned")["dtype"] == "auto"
+    for file in caches.rglob("*.json"):
+        file.unlink()
+    again = ["--resume", "--out", str(tmp_path / "tuned"), "--max-steps", "2"]
+    assert loop.Trainer(*parse_config(again)).dtype == torch.bfloat16
+    float32 = loop.Trainer(*parse_config([*again, "--dtype", "float32"]))
+    assert float32.dtype == torch.float32
+
+
+def test_what_older_versions_noted_has_no_type():
+    older = Choice(threads=1, workers=0).to_json()
+    del older["dtype"]
+    assert Choice.from_json(older) == Choice(threads=1, workers=0)
+    with pytest.raises(ValueError, match="float8"):
+        Choice.from_json({**older, "dtype": "float8"})
+
+
 def test_an_untuned_run_notes_that(loop, tmp_path):
     out = tmp_path / "run"
     run = trainer(loop, out, "--tune off --val-samples 0")
@@ -288,7 +322,8 @@ def test_the_first_of_two_ranks_measures_and_tells_the_other(tmp_path):
     assert records[0] == records[1] and records[0]["choice"]["kernels"] == ["rms_norm"]
 
 
-def test_the_key_of_a_gpus_run_has_its_budgets_and_no_workers():
+def test_the_key_of_a_gpus_run_has_its_budgets_and_no_workers(monkeypatch):
+    monkeypatch.setattr(key_module, "has_fast_bfloat16", lambda: False)
     key = key_of(VLMConfig(), TrainConfig(), BUDGET, CPU, torch.float32, several=False)
     assert key["budget"] == dataclasses.asdict(BUDGET)
     assert set(key["set"]) == {"compile", "workers"}

@@ -84,7 +84,7 @@ def test_bad_kernels_are_left_out_named_and_remembered(monkeypatch):
 @pytest.mark.slow
 def test_real_kernels_in_the_interpreter(monkeypatch):
     """Every kernel passes the gate in a process of its own, is timed, and loses, as it must."""
-    monkeypatch.setattr(tuner, "PAIRS", 9)
+    monkeypatch.setattr(tuner, "PAIRS", 5)
     entry = tune(job(), a_key(), Choice(), seconds=200.0)
     verdicts = {row.name: row.verdict for row in entry.rows}
     assert set(KERNELS) <= verdicts.keys() and entry.done

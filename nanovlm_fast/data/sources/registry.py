@@ -15,6 +15,7 @@ from nanovlm_fast.data.chat import END, START
 from nanovlm_fast.data.sources.canvas import EasyVQACanvas
 from nanovlm_fast.data.sources.cauldron import Cauldron
 from nanovlm_fast.data.sources.easy_vqa import EasyVQA
+from nanovlm_fast.data.sources.emoji import EmojiPictures
 from nanovlm_fast.data.sources.example import Source
 from nanovlm_fast.data.sources.finevision import FINEVISION, FineVision
 from nanovlm_fast.data.sources.llava import JsonLines
@@ -35,6 +36,7 @@ SOURCES: dict[str, type[Source]] = {
     "mmstar": MMStar,
     "finevision": FineVision,
     "easy_vqa_canvas": EasyVQACanvas,
+    "emoji": EmojiPictures,
 }
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")

@@ -1,0 +1,1 @@
+"""A package of its own, so that none that is installed under this name takes its place."""

