@@ -1,12 +1,12 @@
-"""The same training, five ways: does the fast model learn what the reference learns, at every step?
+"""The same training, in several ways: does the fast model learn what the reference learns?
 
     python -m bench.loss_curves
     python -m bench.loss_curves --tokens 20480 --kernels all    on a GPU; fewer tokens on CPUs whose
                                                                 bfloat16 is slow
 
 The padded reference and the packed model, each in float32 and under bfloat16 autocast, and the
-packed model with `--stream bfloat16`, start from the same weights and see the same questions in the
-same order. Each random seed draws other weights
+packed model with `--stream bfloat16` and in float16 with a scaled loss, start from the same weights
+and see the same questions in the same order. Each random seed draws other weights
 and another order. The yardstick is what a change of seed does: a variant passes if at every step
 its smoothed loss is closer to the float32 reference of the same seed than the reference's seeds are
 to each other around that step. Exit code 1 if a packed variant does not pass.
@@ -39,6 +39,7 @@ from nanovlm_fast.model import reference
 from nanovlm_fast.model.masters import masters_of
 from nanovlm_fast.model.ops import choose_ops
 from nanovlm_fast.model.packed import VisionLanguageModel
+from nanovlm_fast.model.scaling import make_scaler
 from nanovlm_fast.packing.batch import pack, pad
 from nanovlm_fast.packing.documents import Sample
 from nanovlm_fast.packing.packer import Packer
@@ -49,7 +50,11 @@ from nanovlm_fast.training.optim import apply_gradients, lr_factor, set_lr
 
 TRUTH = "reference float32"
 STREAM = "packed bfloat16 stream"
-VARIANTS = (TRUTH, "reference bfloat16", "packed float32", "packed bfloat16", STREAM)
+HALF = "packed float16"
+VARIANTS = (TRUTH, "reference bfloat16", "packed float32", "packed bfloat16", STREAM, HALF)
+# Where the loss scale begins. Training begins with 65,536 and may skip its first steps, after which
+# its curve would be compared with other steps.
+SCALE = 4096.0
 SPAN = 10  # steps: the time constant of the smoothing
 
 
@@ -113,6 +118,9 @@ class Training:
             self.model.load_state_dict(start.reference_state_dict())
         self.model.to(self.device)
         self.autocast = autocast_to(getattr(torch, dtype), self.device)
+        self.scaler = make_scaler(getattr(torch, dtype), self.device)
+        if self.scaler:
+            self.scaler.update(SCALE)
         rates = {
             "MP": self.train.lr_projector,
             "vision_encoder": self.train.lr_vision,
@@ -152,9 +160,9 @@ class Training:
         set_lr([self.optimizer], lr)
         with self.autocast():
             loss = self.loss(samples)
-        loss.backward()
+        (self.scaler.scale(loss) if self.scaler else loss).backward()
         # The update that train.py takes: a loss curve must show what training does.
-        apply_gradients(self.model, [self.optimizer], self.train.clip)
+        apply_gradients(self.model, [self.optimizer], self.train.clip, scaler=self.scaler)
         # Comparisons with NaN are False, so a diverged curve would pass as close to the reference.
         if not math.isfinite(loss.item()):
             raise ValueError(
@@ -249,6 +257,7 @@ def draw(file: Path, curves: dict[str, np.ndarray]) -> None:
         ("#1a7f37", 1.6),
         ("#1f6feb", 1.0),
         ("#8250df", 1.0),
+        ("#bf3989", 1.0),
     )
     styles = dict(zip(VARIANTS, lines, strict=True))
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), constrained_layout=True)

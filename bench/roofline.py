@@ -1,8 +1,8 @@
 """The floor of a training step: every operator's FLOPs, fewest bytes, and which of the two binds.
 
-    python -m bench.roofline                     this machine's measured rates, nanovlm-222m, 256
-    samples python -m bench.roofline --device h100       an H100's rates, on any machine python -m
-    bench.roofline --measure           with the time of each kind of operator in a step
+    python -m bench.roofline                 this machine's rates, nanovlm-222m, 256 samples
+    python -m bench.roofline --device h100   an H100's rates, or a T4's (t4), on any machine
+    python -m bench.roofline --measure       with the time of each kind of operator in a step
 
 An operator here is what one kernel could do: a matrix product, a norm with its residual addition,
 an activation. It reads its inputs once and writes its outputs once. An operator that is not a
@@ -27,7 +27,7 @@ import torch
 from bench.compiled_step import predicted_step
 from bench.harness.results import ROOT, write
 from bench.harness.timing import interleave, random_bytes, summary
-from bench.subjects.step_time import H100, Rates
+from bench.subjects.step_time import TABLES, Rates
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.device import pick_device, pick_dtype
@@ -363,7 +363,7 @@ def make_parser() -> Parser:
         "--labels", type=Range(int, least=1), default=12, help="labelled tokens per document"
     )
     parser.add_argument(
-        "--device", default="auto", help="auto | cpu | cuda | h100 (from a table; no result file)"
+        "--device", default="auto", help="auto | cpu | cuda | h100, t4 (from a table; no file)"
     )
     parser.add_argument(
         "--measure",
@@ -383,12 +383,13 @@ def main(argv: list[str] | None = None) -> int:
     config, _ = preset(args.preset)
     if args.layers:
         config = dataclasses.replace(config, vit_n_blocks=args.layers, lm_n_blocks=args.layers)
-    if args.measure and args.device == "h100":
-        raise ValueError("--measure needs the device itself, and --device h100 is a table")
+    if args.measure and args.device in TABLES:
+        table_of = f"--device {args.device} is a table"
+        raise ValueError(f"--measure needs the device itself, and {table_of}")
     if args.labels > args.text:
         raise ValueError(f"--labels {args.labels} exceeds --text {args.text}")
-    device = None if args.device == "h100" else pick_device(args.device)
-    rates = measured_rates(device) if device else H100
+    device = None if args.device in TABLES else pick_device(args.device)
+    rates = measured_rates(device) if device else TABLES[args.device]
     counts = Counts.of_samples(config, args.samples, args.text, args.labels)
     seconds = None
     if args.measure:

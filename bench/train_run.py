@@ -22,6 +22,8 @@ from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import pick_device
 from nanovlm_fast.reporting.metrics import read_metrics
 
+# The pictures of a run that a page shows, by the name of its result; those of others are not kept.
+SHOWN = {"train_tiny": ("curves", "samples"), "demo": ("samples",)}
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 
@@ -60,8 +62,7 @@ def measure(name: str, options: list[str], device: torch.device, out: Path | Non
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / name
         file = write(name, device, train(run, options), out)
-        # The README shows these pictures; those of other runs are not kept.
-        for picture in ("curves", "samples") if name == "train_tiny" else ():
+        for picture in SHOWN.get(name, ()):
             shutil.copy(run / f"{picture}.png", file.with_name(f"{name}_{picture}.png"))
     return file
 

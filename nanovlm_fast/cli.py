@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Options that may change when a run is resumed. All others decide what its checkpoint means: the
 # shapes of weights, and the order of the data that its position refers to.
 RESUMABLE = frozenset(
-    "out resume data_changed overwrite dry_run device dtype stream kernels attention "
+    "out resume data_changed overwrite dry_run device_like device dtype stream kernels attention "
     "vision_attention compile inductor tune tune_seconds recompute epochs max_steps "
     "max_bad_samples lr_projector lr_vision lr_language warmup min_lr weight_decay muon_scale "
     "beta2 clip log_every eval eval_style eval_every save_every final_eval wandb wandb_project "
@@ -91,9 +91,21 @@ def make_parser() -> HfArgumentParser:
                 default=False,
                 help=argparse.SUPPRESS,
             )
+    for action in parser._actions:
+        if action.dest == "tokens_per_batch":
+            action.type = auto_or_number
     # An error is one line, without the usage of all options before it.
     parser.print_usage = lambda *_: None  # type: ignore[method-assign]  # of this parser alone
     return parser
+
+
+def auto_or_number(text: str) -> int:
+    """Read a --tokens-per-batch: "auto" is 0."""
+    try:
+        return 0 if text == "auto" else int(text)
+    except ValueError as error:
+        got = f"got {text!r:.40}"
+        raise argparse.ArgumentTypeError(f"auto or a whole number is needed, {got}") from error
 
 
 def parse(parser: HfArgumentParser, argv: list[str] | None) -> tuple[VLMConfig, TrainConfig]:
@@ -132,6 +144,8 @@ def _needs_source_sizes(train: TrainConfig, defaults: dict[str, Any]) -> bool:
 
 def _check_resumable(model: VLMConfig, train: TrainConfig, defaults: dict[str, Any]) -> None:
     """Raise ValueError if an option differs from the run's and may not."""
+    # What `auto` found is the run's, and not looked for again.
+    train.tokens_per_batch = train.tokens_per_batch or defaults["tokens_per_batch"]
     for name, value in {**vars(model), **vars(train)}.items():
         if name not in RESUMABLE and value != defaults.get(name, value):
             flag = f"--{name.replace('_', '-')}"

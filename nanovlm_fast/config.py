@@ -7,13 +7,11 @@ its range of values.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from nanovlm_fast.ranges import SEED, Range, check_fields
+from nanovlm_fast.ranges import SEED, Range, TokenNames, check_fields
 
 Size = Annotated[int, Range(int, least=1)]
 Workers = Annotated[int, Range(int, least=-1, most=1024)]
@@ -36,22 +34,6 @@ CHATML = (
     "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% endif %}"
 )
-
-
-class BadTokenNames(ValueError, argparse.ArgumentTypeError):
-    """Not an object of names and tokens. argparse prints the message of the latter class only."""
-
-
-class TokenNames(dict[str, str]):
-    """Names of special tokens and their text, in the order of their ids; as an option, JSON."""
-
-    def __init__(self, names: Any = ()):
-        try:
-            super().__init__(json.loads(names) if isinstance(names, str) else names)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise BadTokenNames(f"a JSON object is needed, got {names!r:.40}") from error
-        if not all(isinstance(part, str) for item in self.items() for part in item):
-            raise BadTokenNames(f"names and tokens must be text, got {names!r:.40}")
 
 
 @dataclass
@@ -276,6 +258,9 @@ class TrainConfig:
         "replace the run in --out, which is deleted at the first checkpoint",
     )
     dry_run: bool = option(False, "only print the plan: model, data, steps, tokens, FLOPs, hours")
+    device_like: Literal["none", "t4", "h100"] = option(
+        "none", "with --dry-run: also the token budget that fits such a GPU's memory"
+    )
     seed: Annotated[int, SEED] = option(
         0,
         "random seed of weights, data order and augmentation",
@@ -343,7 +328,11 @@ class TrainConfig:
         1,
         "micro-batches per optimizer step, weighted by their labelled tokens",
     )
-    tokens_per_batch: Size = option(20736, "token budget of a packed micro-batch")
+    tokens_per_batch: Annotated[int, Range(int)] = option(
+        20736,
+        "token budget of a packed micro-batch; auto (0): the largest that leaves a tenth of the "
+        "GPU's memory free, found by trial steps; on a CPU the preset's",
+    )
     images_per_batch: int = option(0, "image budget; 0: measured")
     documents_per_batch: int = option(0, "document budget; 0: measured")
     labels_per_batch: int = option(0, "labelled-token budget; 0: measured")
@@ -439,11 +428,6 @@ class TrainConfig:
         if self.shard and "adamw" in self.kernels.replace(" ", "").split(","):
             raise ValueError(
                 "--shard: shards are updated by PyTorch's AdamW, take adamw out of --kernels"
-            )
-        if self.dtype == "float16" and self.stream == "bfloat16":
-            raise ValueError(
-                "--stream bfloat16 rounds to another type than --dtype float16 computes in: use "
-                "--stream float32"
             )
         self._check_streaming()
         self._check_lora()

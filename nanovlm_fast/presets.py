@@ -155,13 +155,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         init="scratch",
         # the run
         data="emoji",
-        epochs=4.0,
+        epochs=3.0,
         tokens_per_batch=512,
         # The test split has its own pictures and is scored at the end
         val_samples=0,
         lr_projector=1e-3,
         lr_vision=1e-4,
-        lr_language=1e-4,
+        lr_language=3e-4,
         warmup=0.05,
         min_lr=0.0,
         clip=1.0,

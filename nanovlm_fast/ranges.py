@@ -1,8 +1,9 @@
-"""Ranges of numbers, for fields of configurations and options of commands; types of fields."""
+"""Ranges of numbers, types and names of tokens, for fields of configurations and options."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -99,6 +100,22 @@ def ranges_of(config_class: type) -> dict[str, Range]:
     return ranges
 
 
+class BadTokenNames(ValueError, argparse.ArgumentTypeError):
+    """Not an object of names and tokens. argparse prints the message of the latter class only."""
+
+
+class TokenNames(dict[str, str]):
+    """Names of special tokens and their text, in the order of their ids; as an option, JSON."""
+
+    def __init__(self, names: Any = ()):
+        try:
+            super().__init__(json.loads(names) if isinstance(names, str) else names)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise BadTokenNames(f"a JSON object is needed, got {names!r:.40}") from error
+        if not all(isinstance(part, str) for item in self.items() for part in item):
+            raise BadTokenNames(f"names and tokens must be text, got {names!r:.40}")
+
+
 def check_types(config_class: type, values: dict[str, Any]) -> None:
     """Raise ValueError naming the first entry of `values` that its field cannot hold.
 
@@ -108,7 +125,7 @@ def check_types(config_class: type, values: dict[str, Any]) -> None:
     for name, value in values.items():
         kind = kinds[name]
         choices = get_args(kind)  # of a Literal
-        if isinstance(kind, type) and issubclass(kind, dict):  # names and tokens
+        if kind is TokenNames:
             right = isinstance(value, dict) and all(
                 isinstance(part, str) for item in value.items() for part in item
             )

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bench.peers.main_process import NEW
-from nanovlm_fast.config import CHATML, TokenNames, VLMConfig
+from nanovlm_fast.config import CHATML, VLMConfig
 from nanovlm_fast.data.chat import END, START, make_text
 from nanovlm_fast.data.images import grid_of
 from nanovlm_fast.data.samples import make_sample
@@ -36,6 +36,7 @@ from nanovlm_fast.packing.batch import PackedBatch, pack
 from nanovlm_fast.packing.documents import IGNORE, Sample
 from nanovlm_fast.packing.packer import Budget
 from nanovlm_fast.presets import position_tokens
+from nanovlm_fast.ranges import TokenNames
 from nanovlm_fast.weights.to_nanovlm import to_nanovlm
 
 PROJECT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from bench.compiled_step import predicted_step
 from bench.harness.results import ROOT, load
-from bench.roofline import H100, Counts, operators
+from bench.roofline import Counts, operators
+from bench.subjects.step_time import H100
 from nanovlm_fast.config import VLMConfig
 
 TEXT = 32  # tokens per sample, as in bench.roofline

@@ -40,6 +40,9 @@ class Rates:
 # Products: what a large bfloat16 product reaches in practice (the data sheet says 989e12).
 # Memory: 90% of the data sheet's 3.35e12.
 H100 = Rates("NVIDIA H100 SXM (table)", 798e12, 3.0e12)
+# The data sheet's, in float16. What of them a T4 reaches in practice has not been measured here.
+T4 = Rates("NVIDIA T4 (data sheet)", 65e12, 320e9)
+TABLES = {"h100": H100, "t4": T4}
 
 # Expected rates. Bytes/s: a copy and a reduction over rows on an H100, as Triton kernels reach
 # them. FLOP/s of products of this model's sizes, which are small for an H100.

@@ -9,7 +9,7 @@ import os
 import sys
 import webbrowser
 
-from nanovlm_fast.chat.answer import Answerer, images_of
+from nanovlm_fast.chat.answer import Answerer, limits_of
 from nanovlm_fast.chat.server import UPLOAD, Server
 from nanovlm_fast.command import Parser, add_model_options, reports_errors
 from nanovlm_fast.device import device_name, leave_busy_cores, pick_device
@@ -47,14 +47,14 @@ def start(argv: list[str] | None = None) -> tuple[Server, bool]:
     leave_busy_cores(device)
     folder = resolve(args.checkpoint)
     model, tokenizer = load_pretrained(folder, device, args.lm_tokenizer)
-    most = images_of(folder, model.config)
-    answerer = Answerer(model, tokenizer, device, args.max_new_tokens, most)
+    limits = limits_of(folder, model.config)
+    answerer = Answerer(model, tokenizer, device, args.max_new_tokens, limits)
     count = sum(parameter.numel() for parameter in model.parameters())
     facts = {
         "checkpoint": str(folder),
         "device": device_name(device),
         "parameters": count,
-        "max_images": most,
+        "max_images": answerer.max_images,
         "converses": answerer.converses,
         "upload": UPLOAD,
     }

@@ -44,8 +44,8 @@ class Reply:
 class Answerer:
     """A model with all that is needed to ask it.
 
-    Models with a conversation template read earlier turns and several pictures; others, such as
-    nanoVLM's of v0.1, one question about one picture.
+    `max_images` and `converses` are what `limits_of` says: most pictures, and whether it reads
+    earlier turns.
     """
 
     def __init__(
@@ -54,14 +54,13 @@ class Answerer:
         tokenizer: Tokenizer,
         device: torch.device,
         max_new_tokens: int,
-        max_images: int,
+        limits: tuple[int, bool],
     ):
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.device = device
         self.max_new_tokens = max_new_tokens
-        self.max_images = max_images
-        self.converses = bool(model.config.lm_chat_template)
+        self.max_images, self.converses = limits
         self.text = make_text(tokenizer, model.config, "chat")
 
     def answer(
@@ -129,14 +128,16 @@ def preview(picture: bytes) -> bytes:
     return file.getvalue()
 
 
-def images_of(folder: Path, config: VLMConfig) -> int:
-    """How many pictures a checkpoint takes in one conversation.
+def limits_of(folder: Path, config: VLMConfig) -> tuple[int, bool]:
+    """How many pictures a checkpoint takes at once, and whether it reads earlier turns.
 
-    With a template as many as its run was trained with (--max-images), else one.
+    As its run was trained (--max-images, --turns), if it lies in one. Without a conversation
+    template there is no place for more than one of either.
     """
     if not config.lm_chat_template:
-        return 1
+        return 1, False
     run = folder.resolve().parent.parent
-    trained_with = load_run_config(run).get("max_images") if holds_run(run) else 0
+    options = load_run_config(run) if holds_run(run) else {}
     fit = max(1, config.lm_max_position_embeddings // config.image_tokens)
-    return min(trained_with or MOST_IMAGES, fit)
+    most = min(options.get("max_images") or MOST_IMAGES, fit)
+    return most, options.get("turns", "chat") == "chat"

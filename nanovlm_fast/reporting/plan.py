@@ -7,6 +7,7 @@ of the same preset on the same device.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,21 @@ from nanovlm_fast.data.sources.registry import is_local, load_source, make_token
 from nanovlm_fast.data.split import split_off
 from nanovlm_fast.device import device_name, pick_device, pick_dtype
 from nanovlm_fast.model.flops import PEAK_FLOPS, flops_by_part, peak_flops
+from nanovlm_fast.model.footprint import step_bytes
 from nanovlm_fast.model.lora import adapter_size
 from nanovlm_fast.model.packed import VisionLanguageModel
-from nanovlm_fast.presets import COUNTS
+from nanovlm_fast.packing.fitting import Trial, largest_budget
+from nanovlm_fast.packing.packer import Budget
+from nanovlm_fast.presets import COUNTS, preset
 
+POINT = 8192  # tokens at which memory is estimated, and twice as many
 H100 = "NVIDIA H100 80GB HBM3"
+T4 = "Tesla T4"
+# By value of --device-like: name, bytes of memory, and the type that `auto` computes in there.
+LIKE = {
+    "t4": (T4, 15e9, torch.float16),
+    "h100": (H100, 80e9, torch.bfloat16),
+}
 # Measured and predicted tokens/s by preset and device, which `python -m bench.report` writes. It
 # ships with the package: an installed package has no bench/ beside it.
 RATES = Path(__file__).with_name("rates.json")
@@ -57,6 +68,9 @@ def plan(model: VLMConfig, config: TrainConfig) -> dict[str, str]:
     Hub data without known counts is reported as unknown. Raises what opening a local data set
     raises.
     """
+    if not config.tokens_per_batch:  # which a plan cannot try
+        preset_tokens = preset(config.preset)[1].tokens_per_batch
+        config = dataclasses.replace(config, tokens_per_batch=preset_tokens)
     found = counts(model, config)
     batch = config.tokens_per_batch * config.accumulate
     rows = {"model": parameters(model), "data": f"{config.data}, turns: {config.turns}"}
@@ -87,7 +101,56 @@ def plan(model: VLMConfig, config: TrainConfig) -> dict[str, str]:
     tokens = examples * example.tokens
     rows["predicted"] = prediction(config, pick_device(config.device), tokens)
     rows["on an H100"] = compiled_for_h100(config, in_step * example.tokens, tokens)
+    if config.device_like != "none":
+        rows |= memory(model, config, example)
     return rows
+
+
+def memory(model: VLMConfig, config: TrainConfig, example: Example) -> dict[str, str]:
+    """Rows on the token budgets that fit the memory of a GPU of --device-like."""
+    name, room, auto = LIKE[config.device_like]
+    dtype = auto if config.dtype == "auto" else getattr(torch, config.dtype)
+
+    def budget(tokens: int) -> Budget:
+        examples = tokens / example.tokens
+        # Of a document of n tokens there are n (n + 1) / 2 pairs.
+        length = max(2 * example.pairs / example.tokens - 1, 1.0)
+        longest = config.max_seqlen or min(int(2 * length), model.lm_max_position_embeddings)
+        return Budget(
+            tokens=tokens,
+            documents=-(-tokens // longest) + int(tokens / length) + 1,
+            images=max(round(examples * example.images), 1),
+            labels=max(round(examples * example.labels), 1),
+            max_seqlen=longest,
+        )
+
+    rows = {}
+    for recompute in ("none", "blocks"):
+        # The estimate is a line, of which two points are enough.
+        first, second = (step_bytes(model, budget(n * POINT), dtype, recompute) for n in (1, 2))
+
+        def trial(tokens: int, first: float = first, second: float = second) -> float:
+            return first + (second - first) * (tokens / POINT - 1)
+
+        says = f"{config.tokens_per_batch:,} tokens take {trial(config.tokens_per_batch) / 1e9:.1f}"
+        says += f" GB; {most_tokens(config, model, trial, room, budget(1).max_seqlen)}"
+        rows[f"--recompute {recompute}"] = f"{says}: an estimate without --compile"
+    kind = str(dtype).removeprefix("torch.")
+    return {"memory": f"{room / 1e9:.0f} GB of a {name}, in {kind}, a tenth left free", **rows}
+
+
+def most_tokens(
+    config: TrainConfig, model: VLMConfig, trial: Trial, room: float, longest: int
+) -> str:
+    """The largest token budget in `room` bytes, and how the step keeps its size."""
+    try:
+        most = largest_budget(trial, room, model, longest)
+    except ValueError:
+        return "no budget fits"
+    if most >= config.tokens_per_batch:
+        return f"at most {most:,} fit"
+    parts = -(-config.tokens_per_batch * config.accumulate // most)
+    return f"at most {most:,} fit (--accumulate {parts} keeps the step's size)"
 
 
 def optimizer(config: TrainConfig) -> str:
@@ -132,8 +195,9 @@ def compute(
         hours = in_all / peak / 3600
         rows["at peak"] = f"{hours:.2f} h if {device_name(device)} did nothing else"
     elif flops:
-        hours = in_all / PEAK_FLOPS[H100] / 3600
-        rows["at peak"] = f"{hours:.2f} h on {H100} if it did nothing else: a bound, not a forecast"
+        gpu = LIKE[config.device_like][0] if config.device_like != "none" else H100
+        hours = in_all / PEAK_FLOPS[gpu] / 3600
+        rows["at peak"] = f"{hours:.2f} h on {gpu} if it did nothing else: a bound, not a forecast"
     return rows
 
 

@@ -40,6 +40,7 @@ from nanovlm_fast.model.scaling import make_scaler
 from nanovlm_fast.packing.batch import PackedBatch
 from nanovlm_fast.packing.packer import Budget
 from nanovlm_fast.packing.waves import wave_fill
+from nanovlm_fast.presets import preset
 from nanovlm_fast.ranks import World
 from nanovlm_fast.reporting.journal import Journal
 from nanovlm_fast.reporting.metrics import Meter, StepStats
@@ -53,6 +54,7 @@ from nanovlm_fast.runs import (
 )
 from nanovlm_fast.training.build import build
 from nanovlm_fast.training.checkpoint import Checkpointer, newest_state
+from nanovlm_fast.training.fit import tokens_that_fit, without_a_gpu
 from nanovlm_fast.training.signals import Signals
 from nanovlm_fast.training.warmup import warm_up
 from nanovlm_fast.training.watchdog import Watchdog
@@ -96,7 +98,7 @@ class Run:
         self._prepare_device(config)
         # What a resume on the same device repeats.
         self.noted = tuned_in(standing(self.run)) if config.resume else None
-        wanted = config
+        wanted = config = without_a_gpu(config, self.device, self.world)
         config = self._settle(model_config, config)
 
         # Before the data is dealt: a worker reads a shard of its own, and all ranks must have as
@@ -109,9 +111,7 @@ class Run:
         # its config.json: a resume that measured again could pack other batches.
         self.tokenizer = self._load_tokenizer(model_config, config)
         load = self._sample_loader(model_config, config)
-        self.watchdog.beat("measuring the budgets on the data")
-        budget = measure_budget(load, config)
-        self.watchdog.pause()
+        budget = self._measure_budget(model_config, config, load)
         config = with_sizes(config, budget)
         self.config = config = self._settle(model_config, config, budget)
 
@@ -171,6 +171,20 @@ class Run:
         self.beside = "" if config.deterministic else leave_busy_cores(self.device)
         if config.deterministic:
             be_deterministic()
+
+    def _measure_budget(self, model: VLMConfig, config: TrainConfig, load: SampleLoader) -> Budget:
+        """The sizes of a batch, by the data and, where --tokens-per-batch is auto, by trial."""
+        self.watchdog.beat("measuring the budgets on the data")
+        if not config.tokens_per_batch:
+            preset_tokens = preset(config.preset)[1].tokens_per_batch
+            some = dataclasses.replace(config, tokens_per_batch=preset_tokens)
+            measured = measure_budget(load, some)
+            self.watchdog.pause()
+            tokens = tokens_that_fit(model, config, self.device, self.dtype, measured)
+            config = dataclasses.replace(config, tokens_per_batch=tokens)
+        budget = measure_budget(load, config)
+        self.watchdog.pause()
+        return budget
 
     def _settle(
         self, model: VLMConfig, config: TrainConfig, budget: Budget | None = None
@@ -318,6 +332,7 @@ def with_sizes(config: TrainConfig, budget: Budget) -> TrainConfig:
     """The configuration with the sizes that were measured on the data."""
     return dataclasses.replace(
         config,
+        tokens_per_batch=budget.tokens,
         images_per_batch=budget.images,
         documents_per_batch=budget.documents,
         labels_per_batch=budget.labels,

@@ -26,7 +26,13 @@ from nanovlm_fast.model.lora import WITHOUT_ADAPTERS
 from nanovlm_fast.ranks import end_with_parent
 from nanovlm_fast.tune import cache
 from nanovlm_fast.tune.cache import Entry, Notebook
-from nanovlm_fast.tune.candidates import INDUCTOR_SECONDS, Choice, gpu_candidates, seen_by
+from nanovlm_fast.tune.candidates import (
+    INDUCTOR_SECONDS,
+    Candidate,
+    Choice,
+    gpu_candidates,
+    seen_by,
+)
 from nanovlm_fast.tune.key import free_in
 from nanovlm_fast.tune.launcher import Launcher
 from nanovlm_fast.tune.measure import PAIRS, Comparison, Read, Unsettled, compare
@@ -179,6 +185,15 @@ def backends_for(job: Job) -> dict[str, list[str]]:
     return found
 
 
+def fit(candidates: list[Candidate], key: dict[str, Any]) -> list[Candidate]:
+    """Return the candidates that can compute what the key describes."""
+    if key["sharded"]:  # the update of shards is PyTorch's
+        candidates = [candidate for candidate in candidates if candidate.part != UPDATE]
+    if key.get("lora_rank"):
+        candidates = [one for one in candidates if one.kernel not in WITHOUT_ADAPTERS]
+    return candidates
+
+
 def tune(
     job: Job,
     key: dict[str, Any],
@@ -196,11 +211,7 @@ def tune(
     free = free_in(key)
     if key["several_processes"]:
         free -= {"compile"}  # CUDA graphs are for one process
-    candidates = gpu_candidates(free, plain.compile != "none", backends_for(job))
-    if key["sharded"]:  # the update of shards is PyTorch's
-        candidates = [candidate for candidate in candidates if candidate.part != UPDATE]
-    if key.get("lora_rank"):
-        candidates = [one for one in candidates if one.kernel not in WITHOUT_ADAPTERS]
+    candidates = fit(gpu_candidates(free, plain.compile != "none", backends_for(job)), key)
     note = Notebook(key, plain, began, say)
     with Launcher(SERVE, job.to_json()) as launcher:
         bench = DeviceBench(job, launcher, PAIRS)

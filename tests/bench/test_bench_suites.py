@@ -140,12 +140,14 @@ MEMORY = ["--preset", "tiny", "--data", "synthetic", "--layers", "1", "--device"
 
 def test_memory_measures_in_a_process_of_its_own(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(memory, "VARIANTS", ("blocks",))
-    assert memory.main([*MEMORY, "--samples", "2", "--out", str(tmp_path)]) == 0
+    options = ["--samples", "2", "--lora-rank", "4", "--out", str(tmp_path)]
+    assert memory.main([*MEMORY, *options]) == 0
     result = result_of(tmp_path, "memory")
-    assert result["parity"].keys() == {"reference", *POLICIES}
+    assert result["parity"].keys() == {"reference", *POLICIES, "LoRA, rank 4"}
     assert all(parity["passed"] for parity in result["parity"].values())
-    assert result["peaks"]["blocks"]["2"]["peak_mib"] > 0
-    assert "ours, recompute blocks" in capsys.readouterr().out
+    assert all(result["peaks"][name]["2"]["peak_mib"] > 0 for name in ("blocks", "LoRA, rank 4"))
+    said = capsys.readouterr().out
+    assert "ours, recompute blocks" in said and "ours, LoRA, rank 4" in said
 
 
 def test_what_does_not_fit_is_a_row_and_ends_the_column(

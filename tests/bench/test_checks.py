@@ -14,7 +14,7 @@ from bench import checks, device_facts, kernels, profile_step
 from bench.checks import check_rows, red_kernels
 from bench.harness.results import write
 from bench.profile_step import kernel_kind, profile_rows
-from bench.roofline import H100
+from bench.subjects.step_time import H100
 
 TESTS = """
 import pytest

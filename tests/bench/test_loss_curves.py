@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bench import loss_curves
-from bench.loss_curves import STREAM, TRUTH, VARIANTS, judge, smooth
+from bench.loss_curves import HALF, STREAM, TRUTH, VARIANTS, judge, smooth
 
 
 def run(out: Path, *options: str) -> int:
@@ -26,14 +26,14 @@ def test_a_short_run_agrees_and_writes_file_and_picture(tmp_path, capsys):
     assert tuple(curves) == VARIANTS and all(rows.shape == (2, 4) for rows in curves.values())
     np.testing.assert_allclose(curves["packed float32"], curves[TRUTH], atol=5e-5)
     # Close, but not the same computation
-    for variant in ("reference bfloat16", "packed bfloat16", STREAM):
+    for variant in ("reference bfloat16", "packed bfloat16", STREAM, HALF):
         assert 1e-5 < np.abs(curves[variant] - curves[TRUTH]).max() < 0.05
     assert np.abs(curves[TRUTH][0] - curves[TRUTH][1]).min() > 1e-3, (
         "seeds draw other weights and data"
     )
     assert (curves[TRUTH][:, -1] < curves[TRUTH][:, 0]).all()
     assert (curves[STREAM] != curves["packed bfloat16"]).any(), "the stream was not narrowed"
-    assert len(result["rows"]) == 8 and capsys.readouterr().out.count("packed") == 6
+    assert len(result["rows"]) == 10 and capsys.readouterr().out.count("packed") == 8
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 

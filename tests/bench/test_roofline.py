@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from bench import roofline
-from bench.roofline import H100, Counts, Rates, by_kind, kind_of, operators, profiled, worth_fusing
+from bench.roofline import Counts, Rates, by_kind, kind_of, operators, profiled, worth_fusing
+from bench.subjects.step_time import H100
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.model.flops import step_flops
 from nanovlm_fast.model.ops import choose_ops
@@ -109,6 +110,8 @@ def test_the_command(tmp_path, capsys):
         "fused into the products" in capsys.readouterr().out
         and len(list(tmp_path.rglob("*.json"))) == 1
     )
+    assert roofline.main(["--device", "t4", "--out", str(tmp_path)]) == 0
+    assert "NVIDIA T4 (data sheet): 65.00 TFLOP/s, 320 GB/s" in capsys.readouterr().out
     assert roofline.main(["--labels", "40", "--device", "h100"]) == 1
     assert roofline.main(["--preset", "nano", "--device", "h100"]) == 1
 

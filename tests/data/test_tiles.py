@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nanovlm_fast.config import CHATML, TokenNames, VLMConfig
+from nanovlm_fast.config import CHATML, VLMConfig
 from nanovlm_fast.data.images import BadImage, grid_of, load_image, split_image, tiles_of
+from nanovlm_fast.ranges import TokenNames
 from tests.support.tiles import token_names
 
 PHOTOGRAPH = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"

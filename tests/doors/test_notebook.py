@@ -20,7 +20,7 @@ SHORT = """
 REPOSITORY = ""
 TRAIN = "--max-steps 4 --val-samples 2 --no-final-eval --device cpu --workers 0"
 TUNE = "--max-steps 2 --val-samples 2 --device cpu --workers 0"
-FACES = 12
+PICTURES = 12
 """
 
 

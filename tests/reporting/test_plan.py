@@ -187,3 +187,21 @@ def test_without_a_run_hours_come_from_a_bare_step(tmp_path, monkeypatch):
         file.write_text(json.dumps({**step, **changes}))
         write_rates(tmp_path)
         assert prediction(config, device, 36e6).startswith("unknown")
+
+
+def test_a_t4_holds_nanovlm_222m():
+    """By an estimate: whole batches with the blocks recomputed, a part of one without."""
+    argv = ["--preset", "nanovlm-222m", "--dry-run", "--device-like", "t4", "--device", "cpu"]
+    rows = plan(*parse_config(argv))
+    assert rows["memory"] == "15 GB of a Tesla T4, in float16, a tenth left free"
+    assert "on Tesla T4 if it did nothing else" in rows["at peak"]
+    said = r"22,528 tokens take ([\d.]+) GB; at most ([\d,]+) fit"
+    found = {}
+    for recompute in ("none", "blocks"):
+        gigabytes, most = re.match(said, rows[f"--recompute {recompute}"]).groups()
+        found[recompute] = float(gigabytes), int(most.replace(",", ""))
+    assert found["none"][0] > 40 and 3000 < found["none"][1] < 7000
+    assert found["blocks"][0] < 13.5 and found["blocks"][1] > 22528
+    parts = -(-22528 // found["none"][1])
+    assert f"(--accumulate {parts} keeps the step's size)" in rows["--recompute none"]
+    assert plan(*parse_config([*argv, "--tokens-per-batch", "auto"])) == rows

