@@ -88,7 +88,9 @@ def split_row(result: dict) -> tuple[str, ...]:
     """A result of bench.tiles.legible."""
     tiles = result["tiles"]
     square = result["square"]
-    what = f"`tiny-split`: easy-VQA on large canvases, {tiles['questions']:,} questions, exact match"
+    what = (
+        f"`tiny-split`: easy-VQA on large canvases, {tiles['questions']:,} questions, exact match"
+    )
     seen = f"in tiles **{tiles['sees']:.1%}** · squashed {square['sees']:.1%}"
     blind = f"blind {tiles['blind']:.1%}, {tiles['train_seconds'] / 60:.1f} min of training"
     command = f"`{result['command']}`"
