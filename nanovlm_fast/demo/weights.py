@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 # Of 12. A linear model tells emoji best from the features of blocks 7 to 9: the last ones serve
@@ -47,7 +49,10 @@ def shipped(package: str, pattern: str) -> Path:
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a new folder, as a whole or not at all."""
+    """Let `write` fill a new folder, as a whole or not at all.
+
+    Raises OSError if it cannot be written, and what `write` raises.
+    """
     # Beside the folder: a rename must stay within one file system
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -55,6 +60,8 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     try:
         write(temporary)
         temporary.rename(folder)
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        raise OSError(f"{folder} could not be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -166,7 +173,6 @@ def write_vision(folder: Path, file: Path) -> None:
 
 def write_tower(folder: Path, tower: dict[str, Tensor]) -> None:
     """Write what `fold` gives in the layout of transformers."""
-    from safetensors.torch import save_file
     from transformers import SiglipVisionConfig
 
     kernel = tower["embeddings.patch_embedding.weight"]  # (C, 3, patch, patch)
