@@ -12,6 +12,7 @@ from bench.reliability import SMALL
 from nanovlm_fast.cli import parse_config
 from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.model.footprint import step_bytes
+from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.packing.fitting import ROWS, largest_budget
 from nanovlm_fast.packing.packer import Budget
 from nanovlm_fast.packing.waves import wave_fill
@@ -131,6 +132,23 @@ def test_the_estimate_is_near_a_measured_peak():
         for r in ("none", "blocks")
     ]
     assert half[1] < half[0] < estimate(16)
+
+
+def test_what_is_frozen_takes_less():
+    """Adapters keep the activations of a trained model, and a frozen tower keeps none."""
+    two = dataclasses.replace(preset("nanovlm-222m")[0], vit_n_blocks=2, lm_n_blocks=2)
+    budget = Budget(1240, 24, 16, 180, 128)
+
+    def estimate(*frozen: str, adapters: int = 0) -> float:
+        return step_bytes(two, budget, torch.float32, "none", frozen, adapters)
+
+    with torch.device("meta"):
+        model = VisionLanguageModel(two)
+    language, vision = (
+        sum(p.numel() for p in part.parameters()) for part in (model.decoder, model.vision_encoder)
+    )
+    assert estimate() - estimate("decoder", adapters=1000) == 12 * language - 16 * 1000
+    assert estimate() - estimate("vision_encoder") > 12 * vision + 16 * 196 * 768 * 4 * 2 * 10
 
 
 def test_a_run_keeps_the_budget_that_it_found(tmp_path, loop):
