@@ -58,6 +58,15 @@ def test_a_memory_that_is_not_a_line_is_met_by_more_trials(bend):
     assert 0.85 * 13.5 * GB < peak <= 13.5 * GB and 3 < len(tried) <= 8
 
 
+def test_the_largest_that_was_tried_and_fits_is_kept():
+    """Also where the memory is a line only up to there, and nothing that it predicts fits."""
+
+    def trial(tokens: int) -> float | None:
+        return 3 * GB + 1e5 * tokens if tokens <= 2048 else None
+
+    assert largest_budget(trial, 150 * GB, MODEL, longest=128) == 2048
+
+
 def test_a_device_without_room_is_one_clear_error():
     trial, _ = memory_of(14 * GB, 5e5, 15 * GB)
     with pytest.raises(ValueError, match=r"not even 2048 tokens fit in 90% of 15\.0 GB; --recom"):
