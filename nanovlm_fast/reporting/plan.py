@@ -84,6 +84,8 @@ def plan(model: VLMConfig, config: TrainConfig) -> dict[str, str]:
     if example is None:
         rows["an epoch"] = f"unknown ({found.origin})"
         rows["a step"] = f"at most {batch:,} tokens"
+        if config.device_like != "none":
+            rows["memory"] = "unknown, as the examples are"
         return rows
     shown = "tiles" if model.max_img_size else "images"
     each = f"{example.images:.1f} {shown}, {example.tokens:.1f} tokens, {example.labels:.1f} labels"
