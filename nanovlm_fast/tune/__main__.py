@@ -71,7 +71,7 @@ def measured(argv: list[str], seconds: float | None) -> Entry:
     model, config = parse_config(argv)
     if not config.tokens_per_batch:
         raise ValueError(
-            "--tokens-per-batch auto: a run finds the number, noted in its config.json: give it here"
+            "--tokens-per-batch auto: a run finds the number (see its config.json): give it here"
         )
     device = pick_device(config.device)
     # With the options that train.py has too, or it would not find the measurement. On a CPU a

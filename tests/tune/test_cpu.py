@@ -116,7 +116,7 @@ def test_bfloat16_is_taken_only_where_it_was_measured_faster(tmp_path, monkeypat
 def test_a_token_budget_that_a_run_has_to_find_is_refused(capsys):
     """Seconds of a full batch are seconds of 0 tokens there, and all candidates alike."""
     assert main(["--tokens-per-batch", "auto", "--device", "cpu"]) == 1
-    assert "noted in its config.json: give it here" in capsys.readouterr().err
+    assert "a run finds the number (see its config.json): give it here" in capsys.readouterr().err
 
 
 def test_what_the_user_has_set_is_not_tried(tmp_path, monkeypatch):
