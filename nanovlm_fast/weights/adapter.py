@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def read_adapter(folder: Path) -> Adapter:
         type(rank) is int
         and rank > 0
         and type(alpha) in (int, float)
-        and 0 < alpha < float("inf")
+        and 0 < alpha < math.inf  # JSON's NaN and Infinity would be those of all merged weights
         and isinstance(base, dict)
         and base.keys() == {*SOURCES, "seed"}
         and all(isinstance(base[name], str) for name in SOURCES)

@@ -12,6 +12,7 @@ from bench.reliability import SMALL
 from nanovlm_fast.cli import parse_config
 from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.model.footprint import step_bytes
+from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.packing.fitting import ROWS, largest_budget
 from nanovlm_fast.packing.packer import Budget
 from nanovlm_fast.packing.waves import wave_fill
@@ -55,6 +56,15 @@ def test_a_memory_that_is_not_a_line_is_met_by_more_trials(bend):
     found = largest_budget(trial, 15 * GB, MODEL, longest=128)
     peak = 3.6 * GB + 5e5 * found + bend * found**2
     assert 0.85 * 13.5 * GB < peak <= 13.5 * GB and 3 < len(tried) <= 8
+
+
+def test_the_largest_that_was_tried_and_fits_is_kept():
+    """Also where the memory is a line only up to there, and nothing that it predicts fits."""
+
+    def trial(tokens: int) -> float | None:
+        return 3 * GB + 1e5 * tokens if tokens <= 2048 else None
+
+    assert largest_budget(trial, 150 * GB, MODEL, longest=128) == 2048
 
 
 def test_a_device_without_room_is_one_clear_error():
@@ -136,6 +146,23 @@ def test_the_estimate_is_near_a_measured_peak():
         for r in ("none", "blocks")
     ]
     assert half[1] < half[0] < estimate(16)
+
+
+def test_what_is_frozen_takes_less():
+    """Adapters keep the activations of a trained model, and a frozen tower keeps none."""
+    two = dataclasses.replace(preset("nanovlm-222m")[0], vit_n_blocks=2, lm_n_blocks=2)
+    budget = Budget(1240, 24, 16, 180, 128)
+
+    def estimate(*frozen: str, adapters: int = 0) -> float:
+        return step_bytes(two, budget, torch.float32, "none", frozen, adapters)
+
+    with torch.device("meta"):
+        model = VisionLanguageModel(two)
+    language, vision = (
+        sum(p.numel() for p in part.parameters()) for part in (model.decoder, model.vision_encoder)
+    )
+    assert estimate() - estimate("decoder", adapters=1000) == 12 * language - 16 * 1000
+    assert estimate() - estimate("vision_encoder") > 12 * vision + 16 * 196 * 768 * 4 * 2 * 10
 
 
 def test_a_run_keeps_the_budget_that_it_found(tmp_path, loop):

@@ -187,6 +187,18 @@ DAMAGE = {
 }
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("alpha", float("nan")), ("alpha", float("inf")), ("seed", 2**70)]
+)
+def test_a_number_that_no_run_wrote_is_damage(copied, field, value):
+    file = copied / "run" / "last" / ADAPTER
+    noted = json.loads(file.read_text())
+    (noted if field in noted else noted["base"])[field] = value
+    file.write_text(json.dumps(noted))
+    with pytest.raises(ValueError, match=f"{ADAPTER} is damaged"):
+        load_pretrained(copied / "run")
+
+
 @pytest.mark.parametrize("text", DAMAGE)
 def test_a_damaged_note_is_named(copied, text, capsys):
     (copied / "run" / "last" / ADAPTER).write_text(text)
