@@ -301,7 +301,7 @@ SUITES = (
         of="tiles.legible",
         by_hand=True,
     ),
-    Suite("loss_curves", "The same training five ways, relative to seeds.", by_hand=True),
+    Suite("loss_curves", "The same training several ways, relative to seeds.", by_hand=True),
     Suite(
         "peer",
         "huggingface/nanoVLM's own code and ours, on the same weights and samples.",

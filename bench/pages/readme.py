@@ -40,12 +40,13 @@ def overview(results: Path = ROOT) -> str:
 
 
 def highlights(results: Path = ROOT) -> str:
-    """The rows of README.md: a run, a step on a GPU, nanoVLM's own code beside ours, the loader.
+    """The rows of README.md: two runs, a step on a GPU, nanoVLM's own code and ours, the loader.
 
     They leave out the commits, which `overview` has.
     """
     rows: Rows = [("what", "measured", "on", "commit", "command")]
     rows += [run_row(run) for run in newest(results, "train_tiny")]
+    rows += [split_row(run) for run in newest(results, "tiny_split")]
     steps = [s for s in newest(results, "train_step_nanovlm-222m") if {"parity", "driver"} <= {*s}]
     rows += [step_row(step) for step in steps]
     rows += [peer_row(peer) for peer in newest(results, "peer_nanovlm-222m*")]
@@ -87,7 +88,9 @@ def split_row(result: dict) -> tuple[str, ...]:
     """A result of bench.tiles.legible."""
     tiles = result["tiles"]
     square = result["square"]
-    what = f"easy-VQA on large canvases, {tiles['questions']:,} questions, exact match"
+    what = (
+        f"`tiny-split`: easy-VQA on large canvases, {tiles['questions']:,} questions, exact match"
+    )
     seen = f"in tiles **{tiles['sees']:.1%}** · squashed {square['sees']:.1%}"
     blind = f"blind {tiles['blind']:.1%}, {tiles['train_seconds'] / 60:.1f} min of training"
     command = f"`{result['command']}`"

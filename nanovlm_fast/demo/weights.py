@@ -191,11 +191,14 @@ def write_language(folder: Path, file: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     place: dict[str, Any] = {"gguf_file": file.name}
-    quantised = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **place)
+    quantised = AutoModelForCausalLM.from_pretrained(
+        file.parent, dtype=torch.float32, trust_remote_code=False, **place
+    )
     values = quantised.config.to_dict()
     del values["quantization_config"]
     # A model anew: transformers does not write one that it has read from GGUF
     plain = LlamaForCausalLM(LlamaConfig(**values))
     plain.load_state_dict(quantised.state_dict())
     plain.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, **place).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, trust_remote_code=False, **place)
+    tokenizer.save_pretrained(folder)

@@ -26,7 +26,10 @@ OF_A_WEIGHT = 16
 def step_bytes(
     config: VLMConfig, budget: Budget, dtype: torch.dtype, recompute: str = "none"
 ) -> float:
-    """Bytes at the peak of a step in which every weight is trained; see the module."""
+    """Bytes at the peak of a step in which every weight is trained; see the module.
+
+    `recompute` is "none" or "blocks": autograd does not tell what the policy between them keeps.
+    """
     with torch.device("meta"):
         weights = sum(p.numel() for p in VisionLanguageModel(config).parameters())
     kept, vision, language = _kept(config, budget, dtype, recompute)

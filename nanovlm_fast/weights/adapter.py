@@ -22,6 +22,7 @@ from nanovlm_fast.config import TrainConfig
 from nanovlm_fast.files import read_json
 from nanovlm_fast.model.lora import Adapter
 from nanovlm_fast.model.packed import VisionLanguageModel
+from nanovlm_fast.ranges import SEED
 
 ADAPTER = "adapter.json"
 SOURCES = ("start_from", "vision", "language")
@@ -56,6 +57,7 @@ def read_adapter(folder: Path) -> Adapter:
         and base.keys() == {*SOURCES, "seed"}
         and all(isinstance(base[name], str) for name in SOURCES)
         and type(base["seed"]) is int
+        and SEED.holds(base["seed"])
         and isinstance(hashes, dict)
         and hashes.keys() == {*TOWERS}
         and all(isinstance(one, str) for one in hashes.values())

@@ -89,15 +89,20 @@ def test_a_trial_takes_real_steps_of_the_size(small_config, dtype):
     assert in_proportion(measured, 32, TrainConfig()) == Budget(32, 4, 1, 8, 32)
 
 
-def test_running_out_of_memory_is_an_answer(small_config):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_running_out_of_memory_is_an_answer_wherever_it_happens(small_config, dtype):
     measured = Budget(tokens=64, documents=8, images=2, labels=16, max_seqlen=32)
-    steps = Steps(small_config, TrainConfig(), CPU, torch.float32, measured)
+    steps = Steps(small_config, TrainConfig(), CPU, dtype, measured)
 
-    def full(batch):
+    def full(*_):
         raise torch.OutOfMemoryError("no room")
 
-    steps.model.forward = full
-    assert not steps(128)
+    for place, name in ((steps.model, "forward"), (steps.optimizers[0], "step")):
+        works = getattr(place, name)
+        setattr(place, name, full)
+        assert not steps(128)
+        setattr(place, name, works)
+        assert steps(64), "a smaller one is tried after it"
 
 
 def test_off_a_gpu_the_presets_budget_is_taken_and_several_processes_are_refused(capsys):

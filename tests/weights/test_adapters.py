@@ -169,6 +169,15 @@ def test_a_missing_or_changed_base_is_one_clear_error(copied, capsys):
     )
 
 
+def test_an_adapter_of_itself_is_an_error(copied, capsys):
+    folder = copied / "run" / "last"
+    note = json.loads((folder / ADAPTER).read_text())
+    note["base"] |= {"start_from": str(folder), "vision": "", "language": ""}
+    (folder / ADAPTER).write_text(json.dumps(note))
+    assert generate(["--checkpoint", str(copied / "run"), "--prompt", "?"]) == 1
+    assert "is an adapter of itself" in capsys.readouterr().err
+
+
 DAMAGE = {
     "": "adapter.json",
     "{}": "is damaged: not what --lora-rank writes",
