@@ -114,6 +114,7 @@ def test_a_model_of_v01_answers_single_questions(plain):
     [
         (dict(turns="chat", max_images=3), (3, True)),
         (dict(turns="independent"), (8, False)),
+        (dict(turns="first"), (1, False)),  # is trained on the first picture alone
         (dict(turns="chat", max_images=10**6), (512, True)),
     ],
 )
