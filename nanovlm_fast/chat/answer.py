@@ -139,5 +139,6 @@ def limits_of(folder: Path, config: VLMConfig) -> tuple[int, bool]:
     run = folder.resolve().parent.parent
     options = load_run_config(run) if holds_run(run) else {}
     fit = max(1, config.lm_max_position_embeddings // config.image_tokens)
-    most = min(options.get("max_images") or MOST_IMAGES, fit)
-    return most, options.get("turns", "chat") == "chat"
+    turns = options.get("turns", "chat")
+    most = 1 if turns == "first" else options.get("max_images") or MOST_IMAGES
+    return min(most, fit), turns == "chat"

@@ -42,6 +42,12 @@ async function add(file) {
     const limit = state.model.upload / 2 ** 20;
     return complain(`${name}: ${(file.size / 2 ** 20).toFixed(1)} MiB, at most ${limit} MiB are taken`);
   }
+  let content;
+  try {
+    content = await base64(file);
+  } catch {
+    return complain(`${name}: it cannot be read; is it a folder?`);
+  }
   let response;
   try {
     response = await fetch("/picture", { method: "POST", body: file });
@@ -53,7 +59,7 @@ async function add(file) {
   const image = new Image();
   image.src = url;
   await image.decode();
-  const picture = { url, base64: await base64(file), width: image.width, height: image.height };
+  const picture = { url, base64: content, width: image.width, height: image.height };
   if (state.pictures.length >= state.model.max_images) forget(state.pictures.pop());
   state.pictures.push(picture);
   begin();
@@ -317,9 +323,10 @@ async function submit() {
 }
 
 function addAll(files) {
-  if (state.busy) return complain("wait for the answer, then show the next picture");
   const copy = [...files]; // the field that they come from is emptied
-  if (copy.length) alone(async () => { for (const file of copy) await add(file); });
+  if (!copy.length) return; // text was pasted
+  if (state.busy) return complain("wait for the answer, then show the next picture");
+  alone(async () => { for (const file of copy) await add(file); });
 }
 
 function listen() {

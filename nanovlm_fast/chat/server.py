@@ -21,11 +21,13 @@ import base64
 import contextlib
 import json
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 
@@ -104,11 +106,32 @@ class Server(ThreadingHTTPServer):
         self.answerer = answerer
         self.facts = facts
         self.lock = threading.Lock()
+        self.working: WeakSet[threading.Thread] = WeakSet()
+        self.ending = False
         try:
             super().__init__((HOST, port), Handler)
         except OSError as error:
             reason = f"--port {port}: {error.strerror}"
             raise OSError(f"{reason}; another number, or 0 for any that is free") from error
+
+    def server_close(self) -> None:
+        """End what is answered too: a process that exits while a thread uses torch aborts."""
+        self.ending = True
+        super().server_close()
+        for thread in list(self.working):
+            thread.join()
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Hold the lock in this block. Raises ConnectionAbortedError once the server closes."""
+        self.working.add(threading.current_thread())
+        with self.lock:
+            self.check_open()
+            yield
+
+    def check_open(self) -> None:
+        if self.ending:
+            raise ConnectionAbortedError
 
     @property
     def url(self) -> str:
@@ -161,7 +184,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/picture":
             picture = self.body(UPLOAD)
             try:
-                with self.server.lock:
+                with self.server.turn():
                     shown = preview(picture)
             except BadImage as error:
                 raise Refused(HTTPStatus.BAD_REQUEST, no_picture(error)) from error
@@ -189,11 +212,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def stream(self, asked: Question) -> None:
         """Send the reply as it grows, and at its end what it looked at."""
+
+        def on_text(text: str) -> None:
+            self.server.check_open()
+            self.line(text=text)
+
         self.begin(HTTPStatus.OK, "application/x-ndjson")
         try:
-            with self.server.lock:
+            with self.server.turn():
                 reply = self.server.answerer.answer(
-                    asked.pictures, asked.turns, asked.question, lambda text: self.line(text=text)
+                    asked.pictures, asked.turns, asked.question, on_text
                 )
             self.line(pieces=reply.pieces, pictures=maps_of(reply))
         except BadImage as error:

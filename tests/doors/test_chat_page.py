@@ -115,6 +115,8 @@ def test_what_cannot_be_shown_or_asked_is_one_line(browser, pictures, tmp_path):
         browser.wait(f"{error} === 'show a picture first'")
         browser.drop("#drop", bad)
         browser.wait(f"{error}.startsWith('<b>cat.png: no picture that can be read (')")
+        browser.drop("#drop", tmp_path)
+        browser.wait(f"{error}.endsWith('it cannot be read; is it a folder?')")
         browser.drop("#drop", large)
         browser.wait(f"{error}.includes('at most 20 MiB')")
         assert browser.js("document.querySelector('#stage').hidden")
@@ -125,4 +127,7 @@ def test_what_cannot_be_shown_or_asked_is_one_line(browser, pictures, tmp_path):
         assert "tokens, and the model has 512" in ask(browser, "red cat " * 600)
         assert ask(browser, "what is it?").strip()
         check_overlay(browser)
+        paste = "new ClipboardEvent('paste', {clipboardData: new DataTransfer()})"
+        browser.js(f"state.busy = true; document.dispatchEvent({paste}); state.busy = false")
+        assert not browser.js(error), "text may be pasted while an answer comes"
     assert "does not answer" in ask(browser, "are you there?")

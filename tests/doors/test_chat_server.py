@@ -114,6 +114,7 @@ def test_a_model_of_v01_answers_single_questions(plain):
     [
         (dict(turns="chat", max_images=3), (3, True)),
         (dict(turns="independent"), (8, False)),
+        (dict(turns="first"), (1, False)),  # is trained on the first picture alone
         (dict(turns="chat", max_images=10**6), (512, True)),
     ],
 )
@@ -250,16 +251,22 @@ def test_a_port_in_use_is_one_line(folders, plain, capsys):
     assert error.count("\n") == 1 and "--port" in error and "in use" in error
 
 
-def test_the_command_serves_until_ctrl_c(folders, tmp_path):
+def test_ctrl_c_ends_an_answer_too(folders, tmp_path):
     log = tmp_path / "log"
     with log.open("wb") as out:
         arguments = ["-m", "nanovlm_fast.chat", "--checkpoint", str(folders["v0.1"])]
-        process = forks.start([*arguments, "--port", "0", "--device", "cpu"], out, out)
+        options = ["--port", "0", "--device", "cpu", "--max-new-tokens", "400"]
+        process = forks.start([*arguments, *options], out, out)
     try:
         while not (found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())):
             assert process.poll() is None, log.read_text()
         with urllib.request.urlopen(f"{found.group()}/model", timeout=60) as answer:
             assert json.load(answer)["checkpoint"] == str(folders["v0.1"])
+        body = asked([PICTURE], QUESTION)
+        with urllib.request.urlopen(f"{found.group()}/ask", body, timeout=60) as answer:
+            assert "text" in json.loads(answer.readline())
+            process.send_signal(signal.SIGINT)
+            assert b"pieces" not in answer.read()
     finally:
         process.send_signal(signal.SIGINT)
     assert process.wait() == 130 and log.read_text().endswith("error: interrupted\n")
