@@ -97,7 +97,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         save_every=250,
     ),
     # tiny with tiles and conversations, as nanoVLM's models of 512 pixels have them. It learns
-    # easy-VQA on large canvases, where an object is only legible in a tile.
+    # easy-VQA on canvases, where an object is only legible in a tile if the canvas is large.
     "tiny-split": dict(
         # vision tower
         vit_img_size=64,

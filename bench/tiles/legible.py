@@ -1,11 +1,11 @@
-"""`tiny-split` trained on large canvases, with its tiles and with each canvas squashed to a square.
+"""`tiny-split` on large canvases, with its tiles and with each canvas squashed to a square.
 
     python -m bench.tiles.legible              both runs, at the preset's length
     python -m bench.tiles.legible -- --epochs 1     options after -- go to both runs of train.py
 
-An object of a canvas is only legible in a tile (nanovlm_fast/data/sources/canvas.py), so the model
-that sees tiles must answer more of the test questions. Pictures with the answers of both are
-written beside the result.
+Training canvases have all sizes, those of the test split are large: there a shape is hard to tell
+outside a tile (nanovlm_fast/data/sources/canvas.py), so the model that sees tiles must answer more
+of the questions. Pictures with the answers of both are written beside the result.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""easy-VQA on large canvases: the data of the preset `tiny-split`, made on the fly.
+"""easy-VQA on canvases: the data of the preset `tiny-split`, made on the fly.
 
 A canvas has up to 4 x 4 cells of the size of a picture of easy-VQA, which lies in a random one of
 them. Squashed to one square of 64 pixels, as a model without tiles sees it, a shape of a large
