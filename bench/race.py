@@ -109,9 +109,11 @@ class Race:
         self.device = pick_device(args.device)
         if self.device.index is not None:  # "cuda" alone is the current device, and not taken here
             torch.cuda.set_device(self.device)
+        if self.train.dtype == "float16":
+            raise ValueError("--dtype float16: neither side of the race scales its loss")
         self.dtype = pick_dtype(self.train.dtype, self.device)
         if self.dtype == torch.float16:
-            self.dtype = torch.float32  # neither side scales its loss
+            self.dtype = torch.float32  # of a GPU without bfloat16
         self.autocast = autocast_to(self.dtype, self.device)
         source = load_source(args.data, "train")
         self.test = load_source(args.data, "test")

@@ -93,10 +93,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     # Without `including_emulation` PyTorch says yes on GPUs that compute bfloat16 in float32, more
     # slowly than float32 itself.
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        gpu = torch.cuda.get_device_name(device)
         if name == "bfloat16":
+            gpu = torch.cuda.get_device_name(device)
             raise ValueError(f"--dtype bfloat16: {gpu} can only emulate it, use --dtype float16")
-        print(f"{gpu} has no bfloat16: computing in float16")
         return torch.float16
     return torch.bfloat16
 

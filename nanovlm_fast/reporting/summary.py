@@ -169,7 +169,7 @@ def overflows(state: RunState) -> dict[str, str]:
         return {}
     count = int(state.loss_scale["counts"][0])
     scale = state.loss_scale["scale"]
-    return {"float16": f"{count:,} steps skipped as gradients overflowed, loss scale {scale:g}"}
+    return {"float16": f"loss scale {scale:g}, steps skipped as gradients overflowed: {count:,}"}
 
 
 def final_scores(

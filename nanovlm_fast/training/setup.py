@@ -157,7 +157,7 @@ class Run:
         if self.device.index is not None:
             torch.cuda.set_device(self.device)
         if self.device.type == "mps":
-            check_mps(config)
+            check_mps(config, self.world)
         self.dtype = pick_dtype(config.dtype, self.device)
         if config.stream == "bfloat16" and self.dtype != torch.bfloat16:
             computed = str(self.dtype).removeprefix("torch.")
@@ -312,8 +312,10 @@ class Run:
             self.journal.say(f"warning: {error}; training goes on")
 
 
-def check_mps(config: TrainConfig) -> None:
+def check_mps(config: TrainConfig, world: World) -> None:
     """Raise ValueError naming the first option that MPS is not supported with."""
+    if world.size > 1:
+        raise ValueError("--device mps is for one process: start train.py without torchrun")
     if config.compile not in ("none", "auto"):
         raise ValueError(f"--compile {config.compile} is not supported on MPS: --compile none")
     if config.dtype == "float16":

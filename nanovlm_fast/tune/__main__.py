@@ -74,6 +74,8 @@ def measured(argv: list[str], seconds: float | None) -> Entry:
             "--tokens-per-batch auto: a run finds the number (see its config.json): give it here"
         )
     device = pick_device(config.device)
+    if device.type not in SECONDS:
+        raise ValueError(f"--device {config.device}: only a CPU or a CUDA GPU is measured")
     # With the options that train.py has too, or it would not find the measurement. On a CPU a
     # preset says nothing of compiling, which is worth a trial.
     if device.type == "cpu" and config.compile == "none":

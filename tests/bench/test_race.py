@@ -245,6 +245,7 @@ def test_the_recipe_of_the_222m_model_is_one_that_train_py_takes():
         (("--data", "mmstar"), "--data easy_vqa or synthetic"),
         (("--", "--max-steps", "0"), "--max-steps"),
         (("--", "--turns", "chat"), "--turns independent"),
+        (("--", "--dtype", "float16"), "--dtype float16: neither side of the race scales"),
     ],
 )
 def test_bad_options_are_one_line(tmp_path, capsys, options, error):

@@ -16,6 +16,7 @@ from nanovlm_fast.device import device_name, pick_device, pick_dtype, widest_flo
 from nanovlm_fast.generate import generate
 from nanovlm_fast.model.ops import choose_ops
 from nanovlm_fast.packing.documents import Document
+from nanovlm_fast.ranks import World
 from nanovlm_fast.reporting import metrics
 from nanovlm_fast.training import optim
 from nanovlm_fast.training.optim import apply_gradients
@@ -110,12 +111,14 @@ def test_what_is_chosen_there(monkeypatch):
 
 
 def test_what_it_cannot_do_is_refused_by_name():
-    check_mps(TrainConfig())
-    check_mps(TrainConfig(compile="auto"))
+    check_mps(TrainConfig(), World())
+    check_mps(TrainConfig(compile="auto"), World())
+    with pytest.raises(ValueError, match="is for one process"):
+        check_mps(TrainConfig(), World(size=2))
     refused = [(dict(compile="default"), "--compile"), (dict(tune="again"), "--tune")]
     for options, said in (*refused, (dict(dtype="float16"), "--dtype float16")):
         with pytest.raises(ValueError, match=said):
-            check_mps(TrainConfig(**options))
+            check_mps(TrainConfig(**options), World())
 
 
 class OnMps:

@@ -119,6 +119,12 @@ def test_a_token_budget_that_a_run_has_to_find_is_refused(capsys):
     assert "a run finds the number (see its config.json): give it here" in capsys.readouterr().err
 
 
+def test_a_device_that_is_not_measured_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    assert main(["--device", "mps"]) == 1
+    assert "--device mps: only a CPU or a CUDA GPU is measured" in capsys.readouterr().err
+
+
 def test_what_the_user_has_set_is_not_tried(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
