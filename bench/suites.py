@@ -89,6 +89,8 @@ RACE_DETAILS = """Both start from the same weights and train on the same batches
 step differs."""
 PEER_DETAILS = """Its own collator makes its rows. With texts of one length and one question per
 image, there is no padding for ours to skip and no image to share."""
+LEGIBLE_DETAILS = """Both runs see the same canvases in the same order, and are scored on large ones
+only. "Blind" is the same checkpoint with every pixel painted grey."""
 SCALING_DETAILS = """The first rows are a model of an H100's step on 1 to 1,024 GPUs, not a
 measurement on more than one. The last rows count the bytes that two gloo processes send, which
 checks the model's formulas. `bench/scaling.py` says what is modelled and what is left out; its
@@ -292,7 +294,14 @@ SUITES = (
         of="train_run",
         by_hand=True,
     ),
-    Suite("loss_curves", "The same training five ways, relative to seeds.", by_hand=True),
+    Suite(
+        "tiny_split",
+        "`tiny-split` on large canvases, with its tiles and with each canvas squashed to a square.",
+        LEGIBLE_DETAILS,
+        of="tiles.legible",
+        by_hand=True,
+    ),
+    Suite("loss_curves", "The same training several ways, relative to seeds.", by_hand=True),
     Suite(
         "peer",
         "huggingface/nanoVLM's own code and ours, on the same weights and samples.",

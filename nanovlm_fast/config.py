@@ -416,6 +416,8 @@ class TrainConfig:
             raise ValueError(
                 "--resume continues a run and --overwrite deletes it: give only one of them"
             )
+        if self.device_like != "none" and not self.dry_run:
+            raise ValueError("--device-like is a part of the plan: give --dry-run too")
         if self.shard and self.optimizer == "muon":
             raise ValueError(
                 "--shard splits the matrices that Muon needs whole: use --optimizer adamw"

@@ -97,7 +97,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         save_every=250,
     ),
     # tiny with tiles and conversations, as nanoVLM's models of 512 pixels have them. It learns
-    # easy-VQA on large canvases, where an object is only legible in a tile.
+    # easy-VQA on canvases, where an object is only legible in a tile if the canvas is large.
     "tiny-split": dict(
         # vision tower
         vit_img_size=64,
@@ -114,8 +114,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         lm_inter_dim=192,
         lm_n_heads=4,
         lm_n_kv_heads=4,
-        # one more than tiny has: to find an object among 17 tiles, and to compare it
-        lm_n_blocks=3,
+        lm_n_blocks=2,
         lm_vocab_size=400,
         lm_re_base=10000.0,
         lm_max_position_embeddings=512,
@@ -129,7 +128,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         # the run: an epoch has 15 canvases of every picture
         data="easy_vqa_canvas",
         epochs=1.0,
-        tokens_per_batch=5120,
+        tokens_per_batch=6144,
         val_samples=20,
         optimizer="muon",
         lr_projector=2e-3,
@@ -227,10 +226,11 @@ COUNTS: dict[tuple[str, str], tuple[int, float, float, float]] = {
 
 # What a data set needs in any preset. easy-VQA: a small model learns colours in seconds, and then
 # stays at "colour, not shape" (84%) for a long time. Asked only for the shape at first, it learns
-# both.
+# both. For 8,000 examples: after 15,000 canvases a model knew shapes (81%) and was slow to learn
+# colours (21%).
 RECIPES: dict[str, dict[str, Any]] = {
     "easy_vqa": dict(curriculum="what shape", augment="shift"),
-    "easy_vqa_canvas": dict(curriculum="what shape"),
+    "easy_vqa_canvas": dict(curriculum="what shape", curriculum_share=0.14),
     "emoji": dict(augment="shift"),
 }
 

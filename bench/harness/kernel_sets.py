@@ -14,6 +14,7 @@ compiled PyTorch is.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import json
@@ -43,6 +44,7 @@ from nanovlm_fast.presets import preset
 from nanovlm_fast.ranges import Range
 from nanovlm_fast.training.optim import apply_gradients, make_optimizers, set_lr
 from nanovlm_fast.training.steps import accumulate_gradients
+from nanovlm_fast.tune.launcher import END_LIMIT
 
 PLAIN = "none"
 _NO_ATTENTION = ",".join(name for name in KERNELS if not name.endswith("attention"))
@@ -205,15 +207,26 @@ class Process:
             raise RuntimeError("no answer in time")
         line = self.process.stdout.readline()
         if not line:
-            lines = self.log.read_text(errors="replace").strip().splitlines() or ["no reason given"]
-            raise RuntimeError(lines[-1])
+            raise RuntimeError(self.last_words())
         return json.loads(line)
 
     def ask(self, steps: int, deadline: float) -> list[float]:
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(OSError):  # it may be dead: then there is no answer either
+            self.process.stdin.write(f"{steps}\n")
+            self.process.stdin.flush()
         return self.answer(deadline)
+
+    def last_words(self) -> str:
+        """The last line of its errors."""
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "no reason given"
+
+    def close(self) -> None:
+        self.process.kill()
+        # One that waits in a driver is not gone until the driver answers, which may be never.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(END_LIMIT)
 
 
 def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, dict[str, Any]]]:
@@ -228,9 +241,13 @@ def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, dict[s
     processes: dict[str, Process] = {}
     rows: dict[str, dict[str, Any]] = {name: {} for name in sets}
     try:
-        processes["truth"] = Process("truth", args, truth, folder / "truth.log")
-        if processes["truth"].process.wait():
-            raise RuntimeError((folder / "truth.log").read_text().strip().splitlines()[-1])
+        plain = processes["truth"] = Process("truth", args, truth, folder / "truth.log")
+        try:
+            failed = plain.process.wait(args.seconds * 2 / 3)
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError("plain PyTorch in float32: no answer in time") from error
+        if failed:
+            raise RuntimeError(f"plain PyTorch in float32: {plain.last_words()}")
         for number, name in enumerate(sets):
             processes[name] = Process(name, args, truth, folder / f"{number}.log")
         compare(processes, rows, ready)
@@ -250,8 +267,7 @@ def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, dict[s
             yield rows
     finally:
         for process in processes.values():
-            process.process.kill()
-            process.process.wait()
+            process.close()
 
 
 def compare(
@@ -264,10 +280,12 @@ def compare(
         except RuntimeError as error:
             row["error"] = str(error)[:300]
         print(f"{LABELS.get(name, name)}: {row}", flush=True)
-    allowed = ALLOWED * rows[PLAIN].get("gradient", 0.0)
+    allowed = ALLOWED * rows[PLAIN].get("gradient", float("nan"))
     for row in rows.values():
-        if "error" not in row and row["gradient"] > allowed:
+        if "error" not in row and not row["gradient"] <= allowed:  # NaN is not
             row["error"] = f"gradients off by {row['gradient']:.1e}, allowed {allowed:.1e}"
+            if "error" in rows[PLAIN]:
+                row["error"] = f"nothing to compare with: {PLAIN} failed"
 
 
 def set_rows(result: dict[str, Any]) -> Rows:

@@ -28,6 +28,7 @@ def overview(results: Path = ROOT) -> str:
         packing = f"{run['packing']:.1%} filled"
         packing += f"; {run['data_wait']:.1%} of the time waiting for data"
         rows.append(("its token budget", packing, run["device"], run["commit"][:7], "the same run"))
+    rows += [split_row(run) for run in newest(results, "tiny_split")]
     rows += [race_row(race) for race in newest(results, "race*")]
     # A call that was stopped before ours had a time has nothing to say here.
     steps = [step for step in newest(results, "train_step*") if "parity" in step]
@@ -39,12 +40,13 @@ def overview(results: Path = ROOT) -> str:
 
 
 def highlights(results: Path = ROOT) -> str:
-    """The rows of README.md: a run, a step on a GPU, nanoVLM's own code beside ours, the loader.
+    """The rows of README.md: two runs, a step on a GPU, nanoVLM's own code and ours, the loader.
 
     They leave out the commits, which `overview` has.
     """
     rows: Rows = [("what", "measured", "on", "commit", "command")]
     rows += [run_row(run) for run in newest(results, "train_tiny")]
+    rows += [split_row(run) for run in newest(results, "tiny_split")]
     steps = [s for s in newest(results, "train_step_nanovlm-222m") if {"parity", "driver"} <= {*s}]
     rows += [step_row(step) for step in steps]
     rows += [peer_row(peer) for peer in newest(results, "peer_nanovlm-222m*")]
@@ -80,6 +82,19 @@ def run_row(run: dict) -> tuple[str, ...]:
         run["commit"][:7],
         f"`{run['train_command']}`",
     )
+
+
+def split_row(result: dict) -> tuple[str, ...]:
+    """A result of bench.tiles.legible."""
+    tiles = result["tiles"]
+    square = result["square"]
+    what = (
+        f"`tiny-split`: easy-VQA on large canvases, {tiles['questions']:,} questions, exact match"
+    )
+    seen = f"in tiles **{tiles['sees']:.1%}** · squashed {square['sees']:.1%}"
+    blind = f"blind {tiles['blind']:.1%}, {tiles['train_seconds'] / 60:.1f} min of training"
+    command = f"`{result['command']}`"
+    return what, f"{seen} · {blind}", result["device"], result["commit"][:7], command
 
 
 def loader_row(loader: dict) -> tuple[str, ...]:

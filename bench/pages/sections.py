@@ -34,6 +34,7 @@ from bench.pages.rows import (
 )
 from bench.profile_step import profile_rows
 from bench.suites import SUITES, Suite
+from bench.tiles.legible import legible_rows
 
 # The tables of suites that have one of their own; all others list what they timed.
 ROWS: dict[str, Callable[[dict[str, Any]], Rows]] = {
@@ -53,10 +54,13 @@ ROWS: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "roofline": roofline_rows,
     "scaling": scaling_rows,
     "tests": check_rows,
+    "tiny_split": legible_rows,
     "train_step": train_step_rows,
     "train_tiny": training_rows,
     "tune": tune_rows,
 }
+# Beside a result file, whose name without .json is put in.
+OWN_PICTURES = {"loss_curves": "{}.png", "tiny_split": "{}_*_samples.png"}
 
 
 def suites_page(results: Path = ROOT) -> str:
@@ -73,8 +77,7 @@ def suites_page(results: Path = ROOT) -> str:
         for file in files:
             parts += file_parts(suite, file)
         parts += [picture(figure) for figure in drawn if figure.sources[0] in files]
-        if suite.name == "loss_curves":
-            parts += [own_picture(file) for file in files if own(file).exists()]
+        parts += [own_picture(file, drawn) for file in files for drawn in own(suite, file)]
     return "\n\n".join(parts)
 
 
@@ -107,13 +110,14 @@ def devices(results: Path) -> list[Path]:
     return sorted(folder for folder in results.iterdir() if folder.is_dir())
 
 
-def own(file: Path) -> Path:
-    """The picture that bench.loss_curves draws itself, before its file rounds the differences."""
-    return file.with_suffix(".png")
+def own(suite: Suite, file: Path) -> list[Path]:
+    """The pictures that the suite draws itself, of what its file does not hold in full."""
+    pattern = OWN_PICTURES.get(suite.name, "")
+    return sorted(file.parent.glob(pattern.format(file.stem))) if pattern else []
 
 
-def own_picture(file: Path) -> str:
-    return f"![{file.stem} on {load(file)['device']}]({os.path.relpath(own(file), ROOT.parent)})"
+def own_picture(file: Path, drawn: Path) -> str:
+    return f"![{drawn.stem} on {load(file)['device']}]({os.path.relpath(drawn, ROOT.parent)})"
 
 
 def picture(figure: Figure) -> str:

@@ -323,7 +323,7 @@ class Adapted(Packed):
         loss = self.backward()
         towers = (self.packed.vision_encoder, self.packed.MP)
         prefixes = ("vision_encoder", "MP")
-        grads = {}
+        grads: dict[str, Tensor] = {}
         for prefix, tower in zip(prefixes, towers, strict=True):
             grads |= {f"{prefix}.{name}": grad for name, grad in grads_of(tower).items()}
         return loss.item(), grads

@@ -11,7 +11,7 @@ demo. Nothing is downloaded.
 
 from __future__ import annotations
 
-import os
+import runpy
 import shlex
 import sys
 from functools import partial
@@ -101,9 +101,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if not TRAIN.exists():
         raise FileNotFoundError(f"{TRAIN} is not there: the demo runs in a clone of the repository")
-    sys.stdout.flush()
-    # In place of this process, so that Ctrl-C, signals and exit codes are train.py's
-    os.execv(sys.executable, [sys.executable, str(TRAIN), "--preset", "demo", *options, *handed_on])
+    # In this process, so that Ctrl-C, signals and exit codes are train.py's
+    sys.argv = [str(TRAIN), "--preset", "demo", *options, *handed_on]
+    runpy.run_path(str(TRAIN), run_name="__main__")
+    return 0
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 # Of 12. A linear model tells emoji best from the features of blocks 7 to 9: the last ones serve
@@ -50,7 +52,8 @@ def shipped(package: str, pattern: str) -> Path:
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a new folder, as a whole or not at all.
 
-    Of several processes that write the same folder at once, the first to finish gives it.
+    Of several processes that write the same folder at once, the first to finish gives it. Raises
+    OSError if it cannot be written, and what `write` raises.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Beside the folder: a rename must stay within one file system
@@ -58,6 +61,8 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     try:
         write(temporary)
         temporary.rename(folder)
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        raise OSError(f"{folder} could not be written: {error}") from error
     except OSError:
         if not folder.exists():
             raise
@@ -172,7 +177,6 @@ def write_vision(folder: Path, file: Path) -> None:
 
 def write_tower(folder: Path, tower: dict[str, Tensor]) -> None:
     """Write what `fold` gives in the layout of transformers."""
-    from safetensors.torch import save_file
     from transformers import SiglipVisionConfig
 
     kernel = tower["embeddings.patch_embedding.weight"]  # (C, 3, patch, patch)
@@ -197,11 +201,14 @@ def write_language(folder: Path, file: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     place: dict[str, Any] = {"gguf_file": file.name}
-    quantised = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **place)
+    quantised = AutoModelForCausalLM.from_pretrained(
+        file.parent, dtype=torch.float32, trust_remote_code=False, **place
+    )
     values = quantised.config.to_dict()
     del values["quantization_config"]
     # A model anew: transformers does not write one that it has read from GGUF
     plain = LlamaForCausalLM(LlamaConfig(**values))
     plain.load_state_dict(quantised.state_dict())
     plain.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, **place).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, trust_remote_code=False, **place)
+    tokenizer.save_pretrained(folder)

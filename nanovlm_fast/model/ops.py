@@ -180,6 +180,9 @@ def embed_splice(
     """
     text = F.embedding(input_ids, table)
     if len(image_tokens) == 0:
+        # Where the table is frozen, the loss would depend on no weight, and could have no backward.
+        if not text.requires_grad:
+            text = text + image_tokens.sum(0)
         return text.to(dtype or text.dtype)
     # Widened before the gather, not after: the gradients of all documents that show an image are
     # added up in the type of the gather's input, and bfloat16 would round every addition.

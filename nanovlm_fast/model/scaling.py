@@ -31,6 +31,8 @@ class LossScaler(torch.amp.GradScaler):
         super().__init__(device.type)
         kept = kept or {}
         if kept:
+            if not (len(kept["counts"]) == 3 and 0 < kept["scale"] < float("inf")):
+                raise ValueError("a scale above 0 and three counts are needed")
             state = {"scale": kept["scale"], "_growth_tracker": kept["growth_tracker"]}
             self.load_state_dict({**self.state_dict(), **state})
         # Now and not with the first loss: a checkpoint may be written before it.
@@ -75,5 +77,14 @@ def state_of(readings: list[float]) -> dict[str, Any]:
 def make_scaler(
     dtype: torch.dtype, device: torch.device, kept: dict[str, Any] | None = None
 ) -> LossScaler | None:
-    """The scaler of a run that computes in `dtype`: None where the loss needs none."""
-    return LossScaler(device, kept) if dtype == torch.float16 else None
+    """The scaler of a run that computes in `dtype`: None where the loss needs none.
+
+    Raises ValueError if `kept`, from a checkpoint, is damaged.
+    """
+    if dtype != torch.float16:
+        return None
+    try:
+        return LossScaler(device, kept)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        damaged = f"the checkpoint's loss_scale is damaged ({error!r:.80})"
+        raise ValueError(f"{damaged}; --dtype float32 does without it") from error

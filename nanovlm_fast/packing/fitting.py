@@ -40,9 +40,9 @@ def largest_budget(
             f"--tokens-per-batch auto: not even {least} tokens fit in {there}; --recompute blocks "
             "takes less memory"
         )
-    best = least
     if peaks[1] is None:
-        return best
+        return least
+    best = sizes[1] if peaks[1] <= room else least
     slope = max((peaks[1] - peaks[0]) / least, 1e-9)
     fixed = peaks[0] - slope * least
     guess = (room - fixed) / slope

@@ -149,6 +149,8 @@ class Journal:
         self.write(values)
         if bar and values["loss"] is not None:
             speed = f"{values['tokens_per_s']:,.0f} tok/s wait {values['data_wait']:.0%}"
+            if scaling:
+                speed += f" loss scale {scaling['scale']:g}, {values['overflow_steps']} overflows"
             fill = (
                 f"filled {values['packing']:.0%} of tokens, {values['image_fill']:.0%} of images, "
                 f"{values['label_fill']:.0%} of labels"

@@ -112,8 +112,8 @@ class StepStats:
         kept: dict[str, Any] | None = None,
         scaler: LossScaler | None = None,
     ):
-        self.device = device
-        self.type = widest_float(device)
+        self.device = torch.device(device)
+        self.type = widest_float(self.device)
         self.world = world
         self.scaler = scaler
         kept = kept or {"losses": [], "labels": [], "skipped": [0, 0, 0]}

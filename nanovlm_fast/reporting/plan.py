@@ -76,14 +76,16 @@ def plan(model: VLMConfig, config: TrainConfig) -> dict[str, str]:
     rows = {"model": parameters(model), "data": f"{config.data}, turns: {config.turns}"}
     rows["optimizer"] = optimizer(config)
     if config.lora_rank:
-        size = adapter_size(model, config.lora_rank)
-        rows["adapters"] = f"rank {config.lora_rank}, {size:,} parameters; the base is frozen"
+        adapted = adapter_size(model, config.lora_rank)
+        rows["adapters"] = f"rank {config.lora_rank}, {adapted:,} parameters; the base is frozen"
     held_out = f"{config.val_samples} held-out images"
     rows["scored by"] = ", ".join(filter(None, (held_out, config.eval)))
     example = found.example
     if example is None:
         rows["an epoch"] = f"unknown ({found.origin})"
         rows["a step"] = f"at most {batch:,} tokens"
+        if config.device_like != "none":
+            rows["memory"] = "unknown, as the examples are"
         return rows
     shown = "tiles" if model.max_img_size else "images"
     each = f"{example.images:.1f} {shown}, {example.tokens:.1f} tokens, {example.labels:.1f} labels"
@@ -125,9 +127,13 @@ def memory(model: VLMConfig, config: TrainConfig, example: Example) -> dict[str,
         )
 
     rows = {}
+    adapters = adapter_size(model, config.lora_rank)
     for recompute in ("none", "blocks"):
         # The estimate is a line, of which two points are enough.
-        first, second = (step_bytes(model, budget(n * POINT), dtype, recompute) for n in (1, 2))
+        first, second = (
+            step_bytes(model, budget(n * POINT), dtype, recompute, frozen_parts(config), adapters)
+            for n in (1, 2)
+        )
 
         def trial(tokens: int, first: float = first, second: float = second) -> float:
             return first + (second - first) * (tokens / POINT - 1)
@@ -161,27 +167,27 @@ def optimizer(config: TrainConfig) -> str:
     return f"{config.optimizer}, {rates}; {schedule}"
 
 
+def frozen_parts(config: TrainConfig) -> list[str]:
+    """The parts of the model whose own weights are not trained; adapters freeze the decoder's."""
+    rates = {
+        "vision_encoder": config.lr_vision,
+        "MP": config.lr_projector,
+        "decoder": 0.0 if config.lora_rank else config.lr_language,
+    }
+    return [name for name, rate in rates.items() if not rate]
+
+
 def compute(
     model: VLMConfig, config: TrainConfig, example: Example, in_step: float, examples: float
 ) -> dict[str, str]:
     """Rows on tokens, FLOPs and the device's peak; `examples` are those of the whole run."""
-    rates = {
-        "vision_encoder": config.lr_vision,
-        "MP": config.lr_projector,
-        "decoder": config.lr_language,
-    }
     by_part = flops_by_part(
         model,
         n_images=round(in_step * example.images),
         n_tokens=round(in_step * example.tokens),
         n_labels=round(in_step * example.labels),
         n_pairs=round(in_step * example.pairs),
-        # What an adapter itself computes is not counted: it is small.
-        frozen=[
-            name
-            for name, rate in rates.items()
-            if not rate or (name == "decoder" and config.lora_rank)
-        ],
+        frozen=frozen_parts(config),  # what an adapter itself computes is not counted: it is small
     )
     flops = sum(by_part.values())
     in_all = flops / in_step * examples

@@ -86,8 +86,8 @@ class Steps:
             config.vision_attention,
             config.stream,
         )
+        self.dtype = dtype
         self.autocast = autocast_to(dtype, device)
-        self.scaler = make_scaler(dtype, device)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             self.model = VisionLanguageModel(model, ops).to(device)
             if config.lora_rank:
@@ -100,14 +100,16 @@ class Steps:
     def __call__(self, tokens: int) -> bool:
         """Take steps of so many tokens; return whether they fit the memory."""
         fits = True
+        # A new one each time: one whose update ran out of memory takes no other.
+        scaler = make_scaler(self.dtype, self.device)
         try:
             budget = in_proportion(self.measured, tokens, self.config)
             batch = full_batch(budget, self.model.config).to(self.device)
             for _ in range(STEPS):
                 accumulate_gradients(
-                    self.model, self.model, [batch], batch.n_labels, self.autocast, self.scaler
+                    self.model, self.model, [batch], batch.n_labels, self.autocast, scaler
                 )
-                apply_gradients(self.model, self.optimizers, self.clip, False, self.scaler)
+                apply_gradients(self.model, self.optimizers, self.clip, False, scaler)
         except torch.OutOfMemoryError:
             # No more in here: the error's traceback keeps all that the attempt had in memory.
             fits = False
@@ -134,7 +136,10 @@ def tokens_that_fit(
     """
     gc.collect()
     torch.cuda.empty_cache()
-    steps = Steps(model, config, device, dtype, measured)
+    try:
+        steps = Steps(model, config, device, dtype, measured)
+    except torch.OutOfMemoryError as error:
+        raise ValueError("out of memory: the model alone does not fit this device") from error
 
     def trial(tokens: int) -> float | None:
         torch.cuda.empty_cache()

@@ -69,6 +69,10 @@ def budget_of(model: VLMConfig, config: TrainConfig) -> Budget:
 def measured(argv: list[str], seconds: float | None) -> Entry:
     """Measure for the run that options of train.py describe."""
     model, config = parse_config(argv)
+    if not config.tokens_per_batch:
+        raise ValueError(
+            "--tokens-per-batch auto: a run finds the number (see its config.json): give it here"
+        )
     device = pick_device(config.device)
     # With the options that train.py has too, or it would not find the measurement. On a CPU a
     # preset says nothing of compiling, which is worth a trial.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from nanovlm_fast.config import TrainConfig
 from nanovlm_fast.files import read_json
 from nanovlm_fast.model.lora import Adapter
 from nanovlm_fast.model.packed import VisionLanguageModel
+from nanovlm_fast.ranges import SEED
 
 ADAPTER = "adapter.json"
 SOURCES = ("start_from", "vision", "language")
@@ -51,12 +53,15 @@ def read_adapter(folder: Path) -> Adapter:
         type(rank) is int
         and rank > 0
         and type(alpha) in (int, float)
+        and 0 < alpha < math.inf  # JSON's NaN and Infinity would be those of all merged weights
         and isinstance(base, dict)
         and base.keys() == {*SOURCES, "seed"}
         and all(isinstance(base[name], str) for name in SOURCES)
         and type(base["seed"]) is int
+        and SEED.holds(base["seed"])
         and isinstance(hashes, dict)
         and hashes.keys() == {*TOWERS}
+        and all(isinstance(one, str) for one in hashes.values())
     )
     if not right:
         raise ValueError(f"{file} is damaged: not what --lora-rank writes")

@@ -336,6 +336,7 @@ def base_model(folder: Path, config: VLMConfig, adapter: Adapter) -> VisionLangu
     """Return the model that the adapter in a folder belongs to. Raises ValueError or OSError."""
     train = TrainConfig(**adapter.base)
     try:
+        check_chain(folder)
         check_adapted_sizes(folder, config, pretrained_fields(train, {})[1])
         with torch.random.fork_rng(devices=[]):
             # What no source has was drawn by the run's seed, as it is here.
@@ -349,6 +350,17 @@ def base_model(folder: Path, config: VLMConfig, adapter: Adapter) -> VisionLangu
             f"({ADAPTER} in it names where the base lies)"
         ) from error
     return model
+
+
+def check_chain(folder: Path) -> None:
+    """Raise ValueError if an adapter's base is, by way of others, the adapter itself."""
+    seen = {folder.resolve()}
+    name = read_adapter(folder).base["start_from"]
+    while name and is_adapter(base := resolve(name).resolve()):
+        if base in seen:
+            raise ValueError(f"{folder} is an adapter of itself, by {ADAPTER} in {base}")
+        seen.add(base)
+        name = read_adapter(base).base["start_from"]
 
 
 def check_adapted_sizes(folder: Path, config: VLMConfig, must: dict[str, Any]) -> None:

@@ -50,8 +50,8 @@ def to_gguf(folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer) -> N
     """Write `model.gguf` and `mmproj.gguf`.
 
     Raises ValueError if the `gguf` package is missing, and for what llama.cpp cannot express: a
-    tokenizer other than a byte-level BPE that splits texts as GPT-2's or SmolLM's does, and a
-    conversation without the known template.
+    tokenizer other than a byte-level BPE that splits texts as GPT-2's or SmolLM's does, a
+    conversation without the known template, and a vision tower with MLPs as wide as itself.
     """
     try:
         import gguf  # noqa: F401
@@ -64,6 +64,12 @@ def to_gguf(folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer) -> N
         raise ValueError(
             "a model with tokens for images (vlm_extra_tokens) and without an lm_chat_template "
             "cannot be exported to GGUF: export --to nanovlm"
+        )
+    # llama.cpp then takes the two matrices of an MLP for each other, as old files named them
+    if config.vit_inter_dim == config.vit_hidden_dim:
+        raise ValueError(
+            f"a model with vit_inter_dim equal to vit_hidden_dim ({config.vit_hidden_dim}) cannot "
+            "be exported to GGUF: llama.cpp would swap the matrices of its MLPs"
         )
     stored = json.loads(tokenizer.base.to_str())
     pre = pre_tokenizer(stored)
@@ -81,8 +87,9 @@ def pre_tokenizer(stored: dict[str, Any]) -> str:
     different = [name for name in UNKNOWN_TO_LLAMA_CPP if model.get(name)]
     if stored["normalizer"]:
         different.append("normalizer")
-    if any(token[flag] for token in stored["added_tokens"] for flag in ("lstrip", "rstrip")):
-        different.append("added tokens that take the blanks beside them")
+    flags = ("lstrip", "rstrip", "single_word")
+    if any(token[flag] for token in stored["added_tokens"] for flag in flags):
+        different.append("added tokens that look at what is beside them")
     if model["type"] != "BPE" or different:
         what = ", ".join([model["type"], *different])
         raise ValueError(

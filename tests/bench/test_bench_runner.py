@@ -22,6 +22,7 @@ from bench import roofline
 from bench import suites as suites_module
 from bench.harness import results
 from bench.pages import sections
+from bench.subjects.step_time import H100
 from bench.suites import SUITES, Suite
 from tests.support.processes import ROOT, run_python
 
@@ -124,7 +125,8 @@ def test_a_result_of_another_schema_is_left_alone(suites, tmp_path, capsys):
 FULL_DISK = """
 import resource, sys
 from bench import roofline
-roofline.measured_rates = lambda device: roofline.H100
+from bench.subjects.step_time import H100
+roofline.measured_rates = lambda device: H100
 resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
 sys.exit(
     roofline.main(["--preset", "tiny", "--samples", "1", "--device", "cpu", "--out", sys.argv[1]])
@@ -134,7 +136,7 @@ sys.exit(
 
 def test_a_full_disk_leaves_the_earlier_result(tmp_path, monkeypatch):
     """A real limit on the size of files makes the write fail half-way."""
-    monkeypatch.setattr(roofline, "measured_rates", lambda device: roofline.H100)
+    monkeypatch.setattr(roofline, "measured_rates", lambda device: H100)
     assert (
         roofline.main(
             ["--preset", "tiny", "--samples", "1", "--device", "cpu", "--out", str(tmp_path)]

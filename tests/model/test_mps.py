@@ -112,7 +112,8 @@ def test_what_is_chosen_there(monkeypatch):
 def test_what_it_cannot_do_is_refused_by_name():
     check_mps(TrainConfig())
     check_mps(TrainConfig(compile="auto"))
-    for options, said in ((dict(compile="default"), "--compile"), (dict(tune="again"), "--tune")):
+    refused = [(dict(compile="default"), "--compile"), (dict(tune="again"), "--tune")]
+    for options, said in (*refused, (dict(dtype="float16"), "--dtype float16")):
         with pytest.raises(ValueError, match=said):
             check_mps(TrainConfig(**options))
 

@@ -49,6 +49,21 @@ def batch_of(samples: list[Sample], config: VLMConfig, spare: int = 13) -> Packe
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_batch_without_images_trains_nothing_beside_a_frozen_language_model(small_config, dtype):
+    """As a batch of mixed data may be, cut to what is in it: a step of zeros, and no error."""
+    model = fast.VisionLanguageModel(small_config)
+    model.decoder.requires_grad_(False)
+    sample = random_sample(np.random.default_rng(0), small_config, n_images=0)
+    batch = batch_of([sample], small_config).trimmed()
+    assert len(batch.images) == 0
+    with autocast_to(dtype, torch.device("cpu"))():
+        loss = model(batch)
+    loss.backward()
+    found = [p.grad for p in (*model.vision_encoder.parameters(), *model.MP.parameters())]
+    assert all(grad is not None and not grad.any() for grad in found)
+
+
 def run_reference(
     model: reference.VisionLanguageModel, samples: list[Sample]
 ) -> tuple[torch.Tensor, torch.Tensor]:

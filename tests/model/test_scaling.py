@@ -45,6 +45,22 @@ def test_only_float16_needs_a_scaler():
     assert read(scaler) == {"scale": 2.0**16, "growth_tracker": 0, "counts": [0, 0, 0]}
 
 
+@pytest.mark.parametrize(
+    "kept",
+    [
+        {"scale": 2.0},
+        {"scale": "much", "growth_tracker": 0, "counts": [0, 0, 0]},
+        {"scale": 0.0, "growth_tracker": 0, "counts": [0, 0, 0]},
+        {"scale": 2.0, "growth_tracker": [], "counts": [0, 0, 0]},
+        {"scale": 2.0, "growth_tracker": 0, "counts": [0]},
+    ],
+)
+def test_a_damaged_scale_of_a_checkpoint_is_one_clear_error(kept):
+    with pytest.raises(ValueError, match=r"loss_scale is damaged .*--dtype float32 does without"):
+        make_scaler(torch.float16, CPU, kept)
+    assert make_scaler(torch.float32, CPU, kept) is None
+
+
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_scaled_gradients_are_those_of_the_loss_and_closer_to_float32(small_config, accumulate):
     """Small gradients vanish in float16 without a scale; with one they are there, unscaled once."""

@@ -12,6 +12,7 @@ from bench.reliability import SMALL
 from nanovlm_fast.cli import parse_config
 from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.model.footprint import step_bytes
+from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.packing.fitting import ROWS, largest_budget
 from nanovlm_fast.packing.packer import Budget
 from nanovlm_fast.packing.waves import wave_fill
@@ -57,6 +58,15 @@ def test_a_memory_that_is_not_a_line_is_met_by_more_trials(bend):
     assert 0.85 * 13.5 * GB < peak <= 13.5 * GB and 3 < len(tried) <= 8
 
 
+def test_the_largest_that_was_tried_and_fits_is_kept():
+    """Also where the memory is a line only up to there, and nothing that it predicts fits."""
+
+    def trial(tokens: int) -> float | None:
+        return 3 * GB + 1e5 * tokens if tokens <= 2048 else None
+
+    assert largest_budget(trial, 150 * GB, MODEL, longest=128) == 2048
+
+
 def test_a_device_without_room_is_one_clear_error():
     trial, _ = memory_of(14 * GB, 5e5, 15 * GB)
     with pytest.raises(ValueError, match=r"not even 2048 tokens fit in 90% of 15\.0 GB; --recom"):
@@ -89,15 +99,20 @@ def test_a_trial_takes_real_steps_of_the_size(small_config, dtype):
     assert in_proportion(measured, 32, TrainConfig()) == Budget(32, 4, 1, 8, 32)
 
 
-def test_running_out_of_memory_is_an_answer(small_config):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_running_out_of_memory_is_an_answer_wherever_it_happens(small_config, dtype):
     measured = Budget(tokens=64, documents=8, images=2, labels=16, max_seqlen=32)
-    steps = Steps(small_config, TrainConfig(), CPU, torch.float32, measured)
+    steps = Steps(small_config, TrainConfig(), CPU, dtype, measured)
 
-    def full(batch):
+    def full(*_):
         raise torch.OutOfMemoryError("no room")
 
-    steps.model.forward = full
-    assert not steps(128)
+    for place, name in ((steps.model, "forward"), (steps.optimizers[0], "step")):
+        works = getattr(place, name)
+        setattr(place, name, full)
+        assert not steps(128)
+        setattr(place, name, works)
+        assert steps(64), "a smaller one is tried after it"
 
 
 def test_off_a_gpu_the_presets_budget_is_taken_and_several_processes_are_refused(capsys):
@@ -131,6 +146,23 @@ def test_the_estimate_is_near_a_measured_peak():
         for r in ("none", "blocks")
     ]
     assert half[1] < half[0] < estimate(16)
+
+
+def test_what_is_frozen_takes_less():
+    """Adapters keep the activations of a trained model, and a frozen tower keeps none."""
+    two = dataclasses.replace(preset("nanovlm-222m")[0], vit_n_blocks=2, lm_n_blocks=2)
+    budget = Budget(1240, 24, 16, 180, 128)
+
+    def estimate(*frozen: str, adapters: int = 0) -> float:
+        return step_bytes(two, budget, torch.float32, "none", frozen, adapters)
+
+    with torch.device("meta"):
+        model = VisionLanguageModel(two)
+    language, vision = (
+        sum(p.numel() for p in part.parameters()) for part in (model.decoder, model.vision_encoder)
+    )
+    assert estimate() - estimate("decoder", adapters=1000) == 12 * language - 16 * 1000
+    assert estimate() - estimate("vision_encoder") > 12 * vision + 16 * 196 * 768 * 4 * 2 * 10
 
 
 def test_a_run_keeps_the_budget_that_it_found(tmp_path, loop):

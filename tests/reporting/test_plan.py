@@ -189,6 +189,15 @@ def test_without_a_run_hours_come_from_a_bare_step(tmp_path, monkeypatch):
         assert prediction(config, device, 36e6).startswith("unknown")
 
 
+def test_a_gpu_to_plan_for_needs_a_plan_and_is_never_left_out_of_it(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(["--device-like", "t4"])
+    assert "--device-like is a part of the plan: give --dry-run too" in capsys.readouterr().err
+    unknown = ["--preset", "nanovlm-222m", "--dry-run", "--data", "nobody/nothing"]
+    rows = plan(*parse_config([*unknown, "--device-like", "t4"]))
+    assert rows["memory"].startswith("unknown") and "memory" not in plan(*parse_config(unknown))
+
+
 def test_a_t4_holds_nanovlm_222m():
     """By an estimate: whole batches with the blocks recomputed, a part of one without."""
     argv = ["--preset", "nanovlm-222m", "--dry-run", "--device-like", "t4", "--device", "cpu"]
@@ -204,4 +213,6 @@ def test_a_t4_holds_nanovlm_222m():
     assert found["blocks"][0] < 13.5 and found["blocks"][1] > 22528
     parts = -(-22528 // found["none"][1])
     assert f"(--accumulate {parts} keeps the step's size)" in rows["--recompute none"]
-    assert plan(*parse_config([*argv, "--tokens-per-batch", "auto"])) == rows
+    # A plan tries nothing: `auto` is the preset's budget in it.
+    plain = argv[:3]
+    assert plan(*parse_config([*plain, "--tokens-per-batch", "auto"])) == plan(*parse_config(plain))

@@ -113,6 +113,12 @@ def test_bfloat16_is_taken_only_where_it_was_measured_faster(tmp_path, monkeypat
     assert ("--dtype bfloat16" in options_of(entry.choice, entry.plain)) == taken
 
 
+def test_a_token_budget_that_a_run_has_to_find_is_refused(capsys):
+    """Seconds of a full batch are seconds of 0 tokens there, and all candidates alike."""
+    assert main(["--tokens-per-batch", "auto", "--device", "cpu"]) == 1
+    assert "a run finds the number (see its config.json): give it here" in capsys.readouterr().err
+
+
 def test_what_the_user_has_set_is_not_tried(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")

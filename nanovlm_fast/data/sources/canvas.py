@@ -1,4 +1,4 @@
-"""easy-VQA on large canvases: the data of the preset `tiny-split`, made on the fly.
+"""easy-VQA on canvases: the data of the preset `tiny-split`, made on the fly.
 
 A canvas has up to 4 x 4 cells of the size of a picture of easy-VQA, which lies in a random one of
 them. Squashed to one square of 64 pixels, as a model without tiles sees it, a shape of a large
@@ -24,9 +24,9 @@ from nanovlm_fast.data.sources.example import Example
 from nanovlm_fast.data.text import Turn
 
 SIDE = 64  # pixels of a picture
-# Width and height of a canvas, in pictures. Training draws each side from these, most often 1: with
+# Width and height of a canvas, in pictures. In training each is 1 with a probability of 0.8: with
 # large canvases alone, a model learns the colours and not the shapes (bench/NOTES.md)
-TRAIN_SIDES = (1, 1, 1, 1, 1, 2, 3, 4)
+TRAIN_SIDES = (*12 * (1,), 2, 3, 4)
 # The longer side of a test canvas is always 4
 TEST_SIZES = ((4, 4), (4, 3), (3, 4), (4, 2), (2, 4))
 # Canvases per picture. Training: places instead of epochs, so that no canvas is seen twice
