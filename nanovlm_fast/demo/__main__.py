@@ -12,6 +12,7 @@ demo. Nothing is downloaded.
 from __future__ import annotations
 
 import runpy
+import shlex
 import sys
 from functools import partial
 from importlib.util import find_spec
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         towers["--lm-tokenizer"] = towers.pop("--language")
     options = [word for item in towers.items() for word in item]
     if args.prepare:
-        print("python train.py --preset demo", *options)
+        print("python train.py --preset demo", shlex.join(options))
         return 0
     if not TRAIN.exists():
         raise FileNotFoundError(f"{TRAIN} is not there: the demo runs in a clone of the repository")

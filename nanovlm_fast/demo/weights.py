@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,17 +52,20 @@ def shipped(package: str, pattern: str) -> Path:
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a new folder, as a whole or not at all.
 
-    Raises OSError if it cannot be written, and what `write` raises.
+    Of several processes that write the same folder at once, the first to finish gives it. Raises
+    OSError if it cannot be written, and what `write` raises.
     """
+    folder.parent.mkdir(parents=True, exist_ok=True)
     # Beside the folder: a rename must stay within one file system
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         write(temporary)
         temporary.rename(folder)
     except SafetensorError as error:  # what safetensors makes of a full disk
         raise OSError(f"{folder} could not be written: {error}") from error
+    except OSError:
+        if not folder.exists():
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -97,8 +97,9 @@ def test_a_missing_package_is_named_with_its_command(missing, monkeypatch, capsy
 def towers(tmp_path, monkeypatch) -> dict[str, str]:
     """Small towers in place of the converted ones, in folders of the same names."""
     installed(*EXTRA, *WEIGHTS)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folders = tmp_path / "nanovlm_fast" / "demo"
+    caches = tmp_path / "a cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(caches))
+    folders = caches / "nanovlm_fast" / "demo"
     found = {
         "--vision": folders / f"dinov2-s14-{VISION_BLOCKS}-blocks",
         "--language": folders / "smollm2-135m-instruct",
@@ -114,9 +115,10 @@ def test_random_weights_keep_the_tokenizer_and_the_sizes(towers, capsys):
     vision, language = towers.values()
     command = f"python train.py --preset demo --vit-img-size {PRESETS['demo']['vit_img_size']}"
     assert main(["--prepare"]) == 0
-    assert capsys.readouterr().out == f"{command} --vision {vision} --language {language}\n"
+    printed = capsys.readouterr().out
+    assert printed == f"{command} --vision '{vision}' --language '{language}'\n", "to be pasted"
     assert main(["--prepare", "--random-weights"]) == 0
-    assert capsys.readouterr().out == f"{command} --lm-tokenizer {language}\n"
+    assert capsys.readouterr().out == f"{command} --lm-tokenizer '{language}'\n"
 
 
 @pytest.mark.real_weights

@@ -66,6 +66,29 @@ def test_folding_is_exact(tmp_path):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_folder_is_written_as_a_whole_by_several_processes(tmp_path):
+    folder = tmp_path / "cache" / "tower"
+
+    def write(text: str, place: Path) -> None:
+        (place / "config.json").write_text(text)
+
+    def slow(place: Path) -> None:
+        write("slow", place)
+        write_folder(folder, partial(write, "fast"))  # another process begins and finishes
+        assert (place / "config.json").read_text() == "slow"
+
+    write_folder(folder, slow)
+    assert (folder / "config.json").read_text() == "fast"
+
+    def full(place: Path) -> None:
+        write("half", place)
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        write_folder(tmp_path / "cache" / "other", full)
+    assert [file.name for file in folder.parent.iterdir()] == ["tower"], "and nothing is left over"
+
+
 # ---- the real one
 
 
