@@ -90,11 +90,12 @@ class Fast:
 class PaddedModel(NanoVLMModel):
     """nanoVLM v0.1's model, in which no parameter holds several matrices in one.
 
-    `make_optimizers` asks for such matrices, because Muon orthogonalises each by itself, and for
-    the operations, because one of them may be the update.
+    `make_optimizers` asks for such matrices, because Muon orthogonalises each by itself, for the
+    operations, because one of them may be the update, and for adapters, of which it has none.
     """
 
     ops = Ops()
+    adapter = None
 
     def fused_parts(self) -> dict[str, dict[str, int]]:
         return {}

@@ -21,6 +21,7 @@ from bench.pages.figures import figures
 from bench.subjects import rivals
 from bench.subjects.operators import KERNELS, NOTHING, call_of
 from bench.subjects.rivals import PROVIDERS, as_timed
+from bench.subjects.step_time import H100
 from nanovlm_fast.presets import preset
 
 
@@ -28,10 +29,10 @@ def test_the_readmes_and_pictures_say_what_the_result_files_say(capsys):
     assert report.main(["--check"]) == 0, capsys.readouterr().err
 
 
-def test_the_front_page_has_four_rows_of_the_summary_without_their_commits():
+def test_the_front_page_has_five_rows_of_the_summary_without_their_commits():
     summary = [line.split(" | ") for line in report.overview().splitlines()]
     shown = report.highlights().splitlines()[2:]
-    assert len(shown) == 4
+    assert len(shown) == 5
     assert not [row for row in shown if row.split(" | ") not in [[*r[:3], *r[4:]] for r in summary]]
 
 
@@ -112,7 +113,7 @@ def all_suites(folder: Path) -> None:
             )
         }),
         "roofline": roofline.summarised(
-            preset("tiny")[0], roofline.Counts(4, 144, 48, 2664), roofline.H100
+            preset("tiny")[0], roofline.Counts(4, 144, 48, 2664), H100
         ),
     }  # fmt: skip
     folder.mkdir()
