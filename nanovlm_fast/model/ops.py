@@ -43,6 +43,7 @@ from nanovlm_fast.model.attention import (
     sdpa,
 )
 from nanovlm_fast.model.capability import unfit_kernels
+from nanovlm_fast.model.compiling import print_nodes_by_name
 
 KERNELS = (
     "rms_norm",
@@ -319,6 +320,8 @@ def choose_ops(
         # The operators of these kernels are products, whose results are all kept.
         for name in {"gelu_mlp", "swiglu_mlp"} & chosen.keys():
             chosen[name] = functools.partial(chosen[name], keep_activation=False)
+    if names and device.type == "cuda":
+        print_nodes_by_name()
     # Triton's interpreter runs kernels on a CPU; the tests use it.
     asleep = bool(names) and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1"
     return Ops(
