@@ -1,6 +1,6 @@
 """Fine-tunes a pretrained vision tower and a pretrained language model on pictures, on a laptop.
 
-    python -m nanovlm_fast.demo                     half an hour on two CPU cores
+    python -m nanovlm_fast.demo                     write the weights, train, score
     python -m nanovlm_fast.demo --max-steps 50      with any option of train.py
     python -m nanovlm_fast.demo --random-weights    the same without pretrained weights
     python -m nanovlm_fast.demo --prepare           only write the weights, and say where
