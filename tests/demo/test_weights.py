@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Dinov2Config, Dinov2Model
 
@@ -17,6 +18,7 @@ from nanovlm_fast.demo.weights import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     NORM_SCALE,
+    calibrate,
     fold,
     read_onnx,
     shipped,
@@ -60,10 +62,30 @@ def test_folding_is_exact(tmp_path):
         x = x + theirs.embeddings.position_embeddings[:, 1:]
         for layer in theirs.encoder.layer[:2]:
             x = layer(x)
-        expected = NORM_SCALE * torch.nn.functional.layer_norm(x, (128,), eps=1e-6)
+        expected = torch.nn.functional.layer_norm(x, (128,), eps=1e-6)
         found = tower(images)
-    assert expected.std() == pytest.approx(NORM_SCALE, rel=0.01)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_every_channel_has_one_mean_and_deviation_after_the_last_norm(tmp_path):
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=128, num_attention_heads=2, num_hidden_layers=1, image_size=56)
+    randomised(Dinov2Model(Dinov2Config(**sizes, patch_size=14))).save_pretrained(tmp_path)
+    state = load_file(tmp_path / WEIGHTS)
+    pictures = [tmp_path / f"{i}.png" for i in range(4)]
+    for picture in pictures:
+        pixels = torch.randint(0, 256, (28, 28, 3), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(picture)
+    tower = fold(state, 1)
+    write_tower(tmp_path, tower)
+    write_tower(tmp_path, {**tower, **calibrate(tmp_path, pictures, 28)})
+    options = "--data synthetic --lm-n-blocks 1 --lm-vocab-size 300 --mp-pixel-shuffle-factor 1"
+    _, plain = start(f"{options} --vision {tmp_path} --vit-img-size 28")
+    images = torch.stack([torch.from_numpy(load_image(picture, 28)) for picture in pictures])
+    with torch.no_grad():
+        features = plain.vision_encoder(normalise(images, plain.config)).flatten(0, 1)
+    torch.testing.assert_close(features.mean(0), torch.zeros(128), rtol=0, atol=1e-4)
+    torch.testing.assert_close(features.std(0), torch.full((128,), NORM_SCALE), rtol=1e-3, atol=0)
 
 
 def test_a_folder_is_written_as_a_whole_by_several_processes(tmp_path):
@@ -160,7 +182,7 @@ def test_another_file_is_refused_in_one_line(tmp_path):
 
     file = tmp_path / "other.onnx"
     file.write_bytes(b"\xffno model")
-    write = partial(write_vision, file=file)
+    write = partial(write_vision, file=file, pictures=[], size=112)
     with pytest.raises(ValueError, match=r"other\.onnx is not an ONNX model"):
         write_folder(tmp_path / "vision", write)
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], [])), file)

@@ -51,7 +51,10 @@ def test_it_evaluates(run, capsys):
 def test_it_exports(run, tmp_path, target):
     out = tmp_path / target
     assert exporting.main(["--checkpoint", str(run), "--to", target, "--out", str(out)]) == 0
-    assert (out / "model.safetensors").exists() and (out / "config.json").exists()
+    files = (
+        ("model.gguf", "mmproj.gguf") if target == "gguf" else ("model.safetensors", "config.json")
+    )
+    assert all((out / file).exists() for file in files)
 
 
 def test_its_weights_and_tokenizer_are_read_to_the_bit(run):
