@@ -349,8 +349,8 @@ class TrainConfig:
     lr_language: float = option(1e-4, "peak learning rate of the language model; 0 freezes it")
     lora_rank: Annotated[int, Range(int, most=65536)] = option(
         0,
-        "train LoRA adapters of this rank (by peft) in place of the pretrained language model's "
-        "own weights, at --lr-language; checkpoints hold them without the base; 0: none",
+        "rank of LoRA adapters (by peft), trained at the rate --lr-language in place of the "
+        "pretrained language model's own weights; checkpoints hold them without the base; 0: none",
     )
     lora_alpha: Annotated[float, Range(float, most=1e6)] = option(
         0.0, "adapters are scaled by this / --lora-rank; 0: twice the rank"

@@ -69,5 +69,5 @@ def print_nodes_by_name() -> None:
     def by_name(self: ExternKernel) -> str:
         return f"{type(self).__name__}({self.name})"
 
-    ExternKernel.__str__ = by_name  # type: ignore[assignment, method-assign]
+    ExternKernel.__str__ = by_name  # type: ignore[method-assign]
     ExternKernel.__repr__ = by_name  # type: ignore[assignment, method-assign]
