@@ -28,9 +28,15 @@ if (
     torch.set_num_threads(1)
 
 from nanovlm_fast.config import VLMConfig
+from nanovlm_fast.model.ops import choose_ops
 from tests.support.processes import ROOT, run_python
 from tests.support.samples import SMALL
 from tests.support.shared import shared_folder
+
+if importlib.util.find_spec("triton"):
+    # Kernels note at their import whether they are interpreted: a test that takes the variable away
+    # must not be the first to import them.
+    choose_ops("all")
 
 
 @pytest.hookimpl(optionalhook=True)

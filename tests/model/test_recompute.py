@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 
 import numpy as np
 import pytest
@@ -95,6 +96,8 @@ def kept_bytes(model: VisionLanguageModel, batch: PackedBatch) -> int:
     """Bytes that a forward pass leaves for the backward: what was allocated and not freed."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         loss = model(batch)
+        # A run in this process switches automatic collections off, and recomputation leaves cycles.
+        gc.collect()
     kept = sum(event.self_cpu_memory_usage for event in trace.key_averages())
     del loss
     return kept
