@@ -113,6 +113,9 @@ second reading shows no gain. Our own attention is assumed to compute at FlashAt
 which nobody has shown; the second number of a range assumes 40% of it, and tokens/s and MFU belong
 to the first. The stream is `--stream` of `train.py`, with bfloat16 working weights."""
 
+KERNEL_SETS_DETAILS = """Each set of `--kernels` is a process of its own, and they take turns on the
+device. "bfloat16" after a comma is `--stream bfloat16`. "Gradient" is the relative error of all
+gradients against float32, at most twice that of plain PyTorch."""
 TUNE_DETAILS = """What `train.py --tune auto` takes on this device. Each candidate was compared with
 what was taken before it, in pairs of readings. It is taken if the interval of the ratio excludes 1
 and the gain is at least 0.3% of the step. [How it decides](../nanovlm_fast/tune/README.md)."""
@@ -213,6 +216,13 @@ SUITES = (
         "Greedy generation on the same weights.",
         quick=("--quick", "--preset", "tiny"),
         stage=Stage(least=60),
+    ),
+    Suite(
+        "kernel_sets",
+        "The whole step with sets of kernels and both streams, against plain compiled PyTorch.",
+        KERNEL_SETS_DETAILS,
+        of="harness.kernel_sets",
+        by_hand=True,
     ),
     Suite(
         "tune",

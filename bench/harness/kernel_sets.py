@@ -160,8 +160,9 @@ def serve(args: argparse.Namespace) -> int:
             torch.cuda.reset_peak_memory_stats()
             subject.step()
             break
-        except torch.OutOfMemoryError:  # others are compiling: it will be free again
-            if attempt + 1 == OUT_OF_MEMORY_RETRIES:
+        except RuntimeError as error:  # others are compiling: memory will be free again
+            short = isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
+            if not short or attempt + 1 == OUT_OF_MEMORY_RETRIES:
                 raise
         # Not in the handler: until its end the traceback keeps what the step had allocated.
         # Processes that wait equally long would meet again.

@@ -10,6 +10,7 @@ from typing import Any
 from bench.checks import check_rows
 from bench.cpu_threads import cpu_threads_rows
 from bench.device_facts import facts_rows
+from bench.harness.kernel_sets import set_rows
 from bench.harness.results import ROOT, load
 from bench.harness.tables import Rows, markdown
 from bench.harness.tune import tune_rows
@@ -55,6 +56,7 @@ ROWS: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "scaling": scaling_rows,
     "tests": check_rows,
     "tiny_split": legible_rows,
+    "kernel_sets": set_rows,
     "train_step": train_step_rows,
     "train_tiny": training_rows,
     "tune": tune_rows,
