@@ -14,7 +14,7 @@ from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.model.capability import unfit_kernels
 from nanovlm_fast.model.compiling import compile_options, compiled, inductor_names
 from nanovlm_fast.model.lora import WITHOUT_ADAPTERS, Adapter, add_adapter
-from nanovlm_fast.model.ops import KERNELS, choose_ops
+from nanovlm_fast.model.ops import KERNELS, Ops, choose_ops
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.packing.batch import PackedBatch
 from nanovlm_fast.ranks import World
@@ -55,15 +55,7 @@ def build(
     inductor = inductor_names(config.inductor)  # before weights are read: it may name nonsense
     # The same seed on all ranks: they must start from the same weights.
     torch.manual_seed(config.seed)
-    ops = choose_ops(
-        kernels_of(config, device),
-        device,
-        config.attention,
-        dtype,
-        config.recompute,
-        config.vision_attention,
-        config.stream,
-    )
+    ops = ops_for(config, kernels_of(config, device), device, dtype)
     if world.first:
         _say_what_does_not_run(config.kernels, device, ops.asleep)
     model = VisionLanguageModel(model_config, ops).to(device)
@@ -126,7 +118,7 @@ def adapt(model: VisionLanguageModel, config: TrainConfig, checkpoint: Path | No
     except (OSError, ValueError) as error:
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"the base of --lora-rank cannot be read: {error}") from error
-    alpha = config.lora_alpha or 2.0 * config.lora_rank
+    alpha = alpha_of(config)
     add_adapter(model, Adapter(config.lora_rank, alpha, base, hashes_of(model)))
 
 
@@ -138,3 +130,21 @@ def _say_what_does_not_run(kernels: str, device: torch.device, asleep: bool) -> 
     if asleep:
         why = f"warning: --kernels {kernels}: Triton kernels need a GPU"
         print(f"{why}; plain PyTorch takes their place (--kernels none says so too)")
+
+
+def ops_for(config: TrainConfig, kernels: str, device: torch.device, dtype: torch.dtype) -> Ops:
+    """The operations that the run's options ask for, with these kernels."""
+    return choose_ops(
+        kernels,
+        device,
+        config.attention,
+        dtype,
+        config.recompute,
+        config.vision_attention,
+        config.stream,
+    )
+
+
+def alpha_of(config: TrainConfig) -> float:
+    """The scale of adapters, times their rank."""
+    return config.lora_alpha or 2.0 * config.lora_rank

@@ -14,13 +14,13 @@ import torch
 from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.device import autocast_to
 from nanovlm_fast.model.lora import Adapter, add_adapter
-from nanovlm_fast.model.ops import choose_ops
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.model.scaling import make_scaler
 from nanovlm_fast.packing.fitting import largest_budget
 from nanovlm_fast.packing.packer import Budget
 from nanovlm_fast.presets import preset
 from nanovlm_fast.ranks import World
+from nanovlm_fast.training.build import alpha_of, ops_for
 from nanovlm_fast.training.optim import apply_gradients, make_optimizers
 from nanovlm_fast.training.steps import accumulate_gradients
 from nanovlm_fast.training.warmup import full_batch
@@ -77,22 +77,14 @@ class Steps:
         self.measured = measured
         self.clip = config.clip
         self.device = device
-        ops = choose_ops(
-            "none",
-            device,
-            config.attention,
-            dtype,
-            config.recompute,
-            config.vision_attention,
-            config.stream,
-        )
+        ops = ops_for(config, "none", device, dtype)
         self.dtype = dtype
         self.autocast = autocast_to(dtype, device)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             self.model = VisionLanguageModel(model, ops).to(device)
             if config.lora_rank:
-                alpha = config.lora_alpha or 2.0 * config.lora_rank
-                add_adapter(self.model, Adapter(config.lora_rank, alpha, base={}, hashes={}))
+                adapter = Adapter(config.lora_rank, alpha_of(config), base={}, hashes={})
+                add_adapter(self.model, adapter)
         if config.stream == "bfloat16":
             self.model.keep_masters()
         self.optimizers = make_optimizers(self.model, config)
