@@ -38,6 +38,7 @@ from nanovlm_fast.data.text import Turn
 
 HOST = "127.0.0.1"
 UPLOAD = 20 * 2**20  # bytes of a picture's file
+PICTURES = 100 * 2**20  # bytes of all pictures of a conversation, in base64
 TEXT = 2**20  # bytes of all that is said in a conversation
 NAMES = ("127.0.0.1", "localhost")
 PAGE = {
@@ -190,7 +191,8 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refused(HTTPStatus.BAD_REQUEST, no_picture(error)) from error
             self.send(shown, "image/png")
         elif self.path == "/ask":
-            body = self.body(TEXT + answerer.max_images * (UPLOAD * 4 // 3 + 4))
+            each = UPLOAD * 4 // 3 + 4  # in base64
+            body = self.body(TEXT + min(answerer.max_images * each, PICTURES))
             try:
                 asked = read_question(body)
             except ValueError as error:

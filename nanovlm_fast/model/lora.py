@@ -12,6 +12,7 @@ Shapes: with I inputs, O outputs and rank R a layer has W (O, I), its adapter A 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,6 +135,24 @@ def merged(weights: dict[str, Tensor], others: dict[str, Tensor], scaling: float
         if not fits:
             raise ValueError(f"{name} of shape {tuple(tensor.shape)} does not fit {key} {wanted}")
     return found
+
+
+def check_complete(names: Iterable[str], stored: dict[str, Tensor], rank: int) -> None:
+    """Raise ValueError if a checkpoint lacks a tensor that every one with adapters has.
+
+    Args:
+        names: of the parameters of the model without adapters.
+        stored: what the checkpoint holds.
+        rank: of the adapters.
+    """
+    for name in names:
+        layer = name.removesuffix(".weight")
+        if name.startswith("decoder.") and layer.endswith(LAYERS):
+            a = stored.get(layer + LORA_A)
+            if a is None or len(a) != rank:
+                raise ValueError(f"no adapter of rank {rank} for {layer}")
+        elif name.startswith("MP.") and name not in stored:
+            raise ValueError(f"no {name}")
 
 
 def product_shape(b: Tensor, a: Tensor) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.data.text import Tokenizer
 from nanovlm_fast.files import read_json
 from nanovlm_fast.model.init import NANOVLM_STD
-from nanovlm_fast.model.lora import Adapter, merged
+from nanovlm_fast.model.lora import Adapter, check_complete, merged
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.ranges import check_types
 from nanovlm_fast.weights.adapter import (
@@ -337,7 +337,7 @@ def base_model(folder: Path, config: VLMConfig, adapter: Adapter) -> VisionLangu
     train = TrainConfig(**adapter.base)
     try:
         check_chain(folder)
-        check_adapted_sizes(folder, config, pretrained_fields(train, {})[1])
+        check_adapted_sizes(folder, config, pretrained_fields(train, {})[1], adapter.rank)
         with torch.random.fork_rng(devices=[]):
             # What no source has was drawn by the run's seed, as it is here.
             torch.manual_seed(train.seed)
@@ -363,7 +363,7 @@ def check_chain(folder: Path) -> None:
         name = read_adapter(base).base["start_from"]
 
 
-def check_adapted_sizes(folder: Path, config: VLMConfig, must: dict[str, Any]) -> None:
+def check_adapted_sizes(folder: Path, config: VLMConfig, must: dict[str, Any], rank: int) -> None:
     """Raise ValueError for a config.json that the base `must` and the weights do not fit.
 
     Nothing is allocated, as in `folder.check_sizes`.
@@ -379,6 +379,10 @@ def check_adapted_sizes(folder: Path, config: VLMConfig, must: dict[str, Any]) -
     with torch.device("meta"):
         model = VisionLanguageModel(config)
     merged(model.state_dict(), stored, 1.0)
+    try:
+        check_complete(dict(model.named_parameters()), stored, rank)
+    except ValueError as error:
+        raise ValueError(f"model.safetensors is damaged: {error}") from error
 
 
 def vision_weights(name: str, config: VLMConfig) -> dict[str, Tensor]:

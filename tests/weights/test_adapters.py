@@ -199,6 +199,24 @@ def test_a_number_that_no_run_wrote_is_damage(copied, field, value):
         load_pretrained(copied / "run")
 
 
+@pytest.mark.parametrize("lost", ["blocks.0.mlp.down_proj.lora", "MP."])
+def test_weights_that_are_missing_are_damage(copied, lost):
+    weights = copied / "run" / "last" / "model.safetensors"
+    kept = {name: one for name, one in load_file(weights).items() if lost not in name}
+    save_file(kept, weights)
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged: no .*(down_proj|MP\.)"):
+        load_pretrained(copied / "run")
+
+
+def test_adapters_of_another_rank_are_damage(copied):
+    # Merged with the note's rank they would be scaled wrongly.
+    file = copied / "run" / "last" / ADAPTER
+    noted = json.loads(file.read_text())
+    file.write_text(json.dumps({**noted, "rank": noted["rank"] + 1}))
+    with pytest.raises(ValueError, match="no adapter of rank"):
+        load_pretrained(copied / "run")
+
+
 @pytest.mark.parametrize("text", DAMAGE)
 def test_a_damaged_note_is_named(copied, text, capsys):
     (copied / "run" / "last" / ADAPTER).write_text(text)
