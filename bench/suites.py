@@ -91,6 +91,9 @@ PEER_DETAILS = """Its own collator makes its rows. With texts of one length and 
 image, there is no padding for ours to skip and no image to share."""
 LEGIBLE_DETAILS = """Both runs see the same canvases in the same order, and are scored on large ones
 only. "Blind" is the same checkpoint with every pixel painted grey."""
+DEMO_DETAILS = """Every drawing in the test split is new to the model. [What is
+asked](../nanovlm_fast/demo/README.md). "Blind" is the same checkpoint with every pixel painted
+grey. Drawings: Noto Emoji by Google, Apache-2.0; Twemoji, © Twitter, CC-BY 4.0."""
 SCALING_DETAILS = """The first rows are a model of an H100's step on 1 to 1,024 GPUs, not a
 measurement on more than one. The last rows count the bytes that two gloo processes send, which
 checks the model's formulas. `bench/scaling.py` says what is modelled and what is left out; its
@@ -301,6 +304,13 @@ SUITES = (
     Suite(
         "train_tiny",
         "Whole runs of `train.py`, with and without images.",
+        of="train_run",
+        by_hand=True,
+    ),
+    Suite(
+        "demo",
+        "Pretrained towers from PyPI packages, fine-tuned on drawings of things.",
+        DEMO_DETAILS,
         of="train_run",
         by_hand=True,
     ),

@@ -2,10 +2,12 @@
 
 python -m bench.train_run                      the run of the README: preset tiny on easy-VQA
 python -m bench.train_run -- --epochs 32       options after -- go to train.py
+python -m bench.train_run --demo               python -m nanovlm_fast.demo in place of train.py
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -24,28 +26,32 @@ from nanovlm_fast.reporting.metrics import read_metrics
 
 # The pictures of a run that a page shows, by the name of its result; those of others are not kept.
 SHOWN = {"train_tiny": ("curves", "samples"), "demo": ("samples",)}
-TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+ROOT = Path(__file__).resolve().parent.parent
+TRAIN = ROOT / "train.py"
 
 
-def train(run: Path, options: list[str]) -> dict[str, Any]:
-    """Run train.py in its own process; return what a result file says of the run.
+def train(run: Path, program: list[str], options: list[str]) -> dict[str, Any]:
+    """Run a program that trains in its own process; return what a result file says of the run.
 
     Raises RuntimeError if the run fails.
     """
-    code = subprocess.run([sys.executable, str(TRAIN), "--out", str(run), *options]).returncode
+    command = " ".join(["python", *program, *options])
+    call = [sys.executable, *program, "--out", str(run), *options]
+    code = subprocess.run(call, cwd=ROOT).returncode
     if code:
-        raise RuntimeError(f"train.py {' '.join(options)} failed with exit code {code}")
+        raise RuntimeError(f"{command} failed with exit code {code}")
     final = json.loads((run / "result.json").read_text())
     lines = read_metrics(run)
     losses = [line for line in lines if line.get("loss") is not None]
     rates = [line["tokens_per_s"] for line in lines if "tokens_per_s" in line]
     return {
         "options": options,
-        "train_command": " ".join(["python train.py", *options]),
+        "train_command": command,
         "sees": final["seeing"]["accuracy"],
         "blind": final["blind"]["accuracy"],
         "questions": final["seeing"]["questions"],
         "by_kind": final["seeing"]["by_kind"],
+        "blind_by_kind": final["blind"]["by_kind"],
         "train_seconds": final["seconds"],
         "steps": final["step"],
         "packing": final["tokens"] / max(final["capacity"], 1),
@@ -57,11 +63,13 @@ def train(run: Path, options: list[str]) -> dict[str, Any]:
     }
 
 
-def measure(name: str, options: list[str], device: torch.device, out: Path | None) -> Path:
+def measure(args: argparse.Namespace, options: list[str], device: torch.device) -> Path:
     """Train and write the result file; return the file. Raises RuntimeError if the run fails."""
+    name = args.name or ("demo" if args.demo else "train_tiny")
+    program = ["-m", "nanovlm_fast.demo"] if args.demo else [TRAIN.name]
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / name
-        file = write(name, device, train(run, options), out)
+        file = write(name, device, train(run, program, options), args.out)
         for picture in SHOWN.get(name, ()):
             shutil.copy(run / f"{picture}.png", file.with_name(f"{name}_{picture}.png"))
     return file
@@ -73,7 +81,8 @@ def _mean(values: list[float]) -> float:
 
 def make_parser() -> Parser:
     parser = Parser(prog="python -m bench.train_run", description=__doc__.splitlines()[0])
-    parser.add_argument("--name", default="train_tiny", help="name of the result file")
+    parser.add_argument("--demo", action="store_true", help="run python -m nanovlm_fast.demo")
+    parser.add_argument("--name", default="", help="of the result file; default: train_tiny, demo")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="folder of results (default: bench/results)")
     return parser
@@ -87,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     options = handed_on
     if args.device != "auto":
         options = [*options, "--device", args.device]
-    file = measure(args.name, options, device, args.out)
+    file = measure(args, options, device)
     print(f"written: {file}")
     return 0
 

@@ -326,6 +326,17 @@ def training_rows(run: dict) -> Rows:
     return [(*head, "time waiting for data"), (f"`{run['train_command']}`", *shares, *rates, *rest)]
 
 
+def demo_rows(run: dict) -> Rows:
+    """A row per kind of question."""
+    rows: Rows = [("question", "sees", "blind", "questions")]
+    for kind, row in run["by_kind"].items():
+        shares = (f"{row['accuracy']:.1%}", f"{run['blind_by_kind'][kind]['accuracy']:.1%}")
+        rows.append((kind, *shares, f"{row['questions']:,}"))
+    whole = (f"{run['sees']:.1%}", f"{run['blind']:.1%}", f"{run['questions']:,}")
+    minutes = f"{run['train_seconds'] / 60:.1f} minutes, {run['steps']:,} steps"
+    return [*rows, (f"all, after {minutes}", *whole)]
+
+
 def optimizers_rows(result: dict) -> Rows:
     head = (
         "seed",

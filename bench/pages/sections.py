@@ -22,6 +22,7 @@ from bench.pages.rows import (
     compiled_step_rows,
     curves_rows,
     dataloader_rows,
+    demo_rows,
     generate_rows,
     kernels_rows,
     memory_rows,
@@ -43,6 +44,7 @@ ROWS: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "compiled_step": compiled_step_rows,
     "cpu_threads": cpu_threads_rows,
     "dataloader": dataloader_rows,
+    "demo": demo_rows,
     "facts": facts_rows,
     "generate": generate_rows,
     "kernels": kernels_rows,
@@ -62,7 +64,7 @@ ROWS: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "tune": tune_rows,
 }
 # Beside a result file, whose name without .json is put in.
-OWN_PICTURES = {"loss_curves": "{}.png", "tiny_split": "{}_*_samples.png"}
+OWN_PICTURES = {"loss_curves": "{}.png", "tiny_split": "{}_*_samples.png", "demo": "{}_samples.png"}
 
 
 def suites_page(results: Path = ROOT) -> str:
