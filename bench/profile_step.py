@@ -2,6 +2,7 @@
 
     python -m bench.profile_step --preset nanovlm-222m          batch 256 on a GPU
     python -m bench.profile_step --reference --trace            the padded reference; a trace
+    python -m bench.profile_step --kernels all --name profile_all       another set of kernels
 
 `bench.roofline --measure` sums the uncompiled step by kind, to compare it with the floor; this
 suite shows the step as it runs. `idle` is the share of a step, timed without the profiler, in which
@@ -116,6 +117,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
         "layers": args.layers,
         "variant": "reference" if args.reference else "ours",
         "compile": "none" if args.reference else args.compile,
+        "kernel_option": "none" if args.reference else args.kernels,
         "step": timed,
         "busy_seconds": busy,
         # Kernels may overlap on two streams, and then their sum exceeds the step.
@@ -145,7 +147,7 @@ def profile_rows(result: dict) -> Rows:
 
 
 def name_of(args: argparse.Namespace) -> str:
-    return "profile_reference" if args.reference else "profile"
+    return args.name or ("profile_reference" if args.reference else "profile")
 
 
 def make_parser() -> Parser:
@@ -182,6 +184,7 @@ def make_parser() -> Parser:
         "--trace", action="store_true", help="also write the trace to logs/profile_trace.json.gz"
     )
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--name", default="", help="of the result file; default: profile")
     parser.add_argument("--out", type=Path, help="folder of results (default: bench/results)")
     return parser
 
