@@ -150,19 +150,22 @@ PRESETS: dict[str, dict[str, Any]] = {
         vit_inter_dim=1536,
         vit_n_heads=6,
         vit_n_blocks=8,
+        # One object per drawing: 2 x 2 image tokens learn as much per image as 4 x 4, and take half
+        # as long
+        mp_pixel_shuffle_factor=4,
         # the language model is SmolLM2-135M, as in the default; a short prompt takes less time
         prompt="{question}",
         init="scratch",
         # the run
         data="emoji",
-        epochs=3.0,
+        epochs=8.0,
         tokens_per_batch=512,
         # The test split has its own pictures and is scored at the end
         val_samples=0,
         # Trained from the start, the tower comes to give the same features for every picture
         lr_projector=1e-3,
         lr_vision=0.0,
-        lr_language=3e-4,
+        lr_language=1e-4,
         warmup=0.05,
         min_lr=0.0,
         clip=1.0,
