@@ -28,6 +28,9 @@ from nanovlm_fast.reporting.metrics import read_metrics
 SHOWN = {"train_tiny": ("curves", "samples"), "demo": ("samples",)}
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "train.py"
+# Programs that train, from the repository's root
+TRAIN_PY = ["train.py"]
+DEMO = ["-m", "nanovlm_fast.demo"]
 
 
 def train(run: Path, program: list[str], options: list[str]) -> dict[str, Any]:
@@ -66,7 +69,7 @@ def train(run: Path, program: list[str], options: list[str]) -> dict[str, Any]:
 def measure(args: argparse.Namespace, options: list[str], device: torch.device) -> Path:
     """Train and write the result file; return the file. Raises RuntimeError if the run fails."""
     name = args.name or ("demo" if args.demo else "train_tiny")
-    program = ["-m", "nanovlm_fast.demo"] if args.demo else [TRAIN.name]
+    program = DEMO if args.demo else TRAIN_PY
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / name
         file = write(name, device, train(run, program, options), args.out)

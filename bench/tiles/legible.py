@@ -19,7 +19,7 @@ from typing import Any
 from bench.harness.options import split_options
 from bench.harness.results import place, write
 from bench.harness.tables import Rows, lined_up
-from bench.train_run import train
+from bench.train_run import TRAIN_PY, train
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import pick_device
 
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         options += ["--device", args.device]
     with tempfile.TemporaryDirectory() as folder:
         runs = {way: Path(folder) / way for way in WAYS}
-        result = {way: train(runs[way], [*options, *WAYS[way]]) for way in WAYS}
+        result = {way: train(runs[way], TRAIN_PY, [*options, *WAYS[way]]) for way in WAYS}
         file = write("tiny_split", device, result, args.out)
         for way, run in runs.items():
             for picture in ("curves", "samples"):

@@ -259,6 +259,10 @@ def test_prepared_tiles_are_those_that_are_made_on_the_fly(tmp_path, capsys):
     with pytest.raises(ValueError, match="prepared with max_img_size 256 and not None"):
         squares = dataclasses.replace(fly.model, max_img_size=0)
         SampleLoader(source, squares, fly.train, make_text(fly.text.tokenizer, squares, "chat"))
+    # Made before the end of an empty last answer had loss
+    del source.manifest["processing"]["labels"]
+    with pytest.raises(ValueError, match="prepared with labels None and not 'rule 2'"):
+        SampleLoader(source, fly.model, fly.train, fly.text)
 
 
 # ---- easy-VQA on canvases

@@ -51,6 +51,9 @@ FORMAT = 1  # of rows and manifest
 # The version of images.to_rgb. Rule 1, which manifests do not name, showed the colours that a
 # picture has under its transparent parts: shards made by it hold other pixels and are refused
 PIXELS = "rule 2"
+# The version of chat.ChatProcessor's labels. Rule 1, which manifests do not name, left the end of an
+# empty last answer without loss
+LABELS = "rule 2"
 AGAIN = "run the command that prepared it again: it makes only what is missing"
 
 
@@ -70,6 +73,7 @@ def processing(model: VLMConfig, text: TextProcessor, train: TrainConfig) -> dic
     if model.lm_chat_template:
         how["vlm_extra_tokens"] = dict(model.vlm_extra_tokens)
         how["prompt_of"] = "ChatML"
+        how["labels"] = LABELS
     if train.max_images:
         how["max_images"] = train.max_images
     for name in RATINGS:
