@@ -51,6 +51,9 @@ UPDATES = (
     "lr_language",
 )
 TOWERS = {"vision": "vision_encoder", "language": "decoder", "projector": "MP"}
+# Rates of an update that is judged. A float32 weight near 1 is no finer than 1e-7, which is much of
+# a step at the rates of a run, and nothing of these. They differ, so that a mix-up would show.
+JUDGED_RATES = {"lr_projector": 0.04, "lr_vision": 0.03, "lr_language": 0.02}
 
 
 @dataclass(frozen=True)
@@ -193,8 +196,9 @@ class Parts:
     ) -> Callable[[], Results]:
         """A function that takes an optimizer step on given gradients.
 
-        With `size` "odd" it takes two of them from the start, on few blocks, and returns by how
-        much the weights have moved. Otherwise it goes on, on all blocks, and returns nothing.
+        With `size` "odd" it takes two of them from the start, at `JUDGED_RATES` and on few blocks,
+        and returns by how much the weights have moved. Otherwise it goes on, on all blocks, and
+        returns nothing.
         """
         stream = self.job.stream if dtype in (None, self.job.type) else "float32"
         # A copy, because the weights move; they are those of all other parts.
@@ -205,6 +209,8 @@ class Parts:
         grads = [random_like(parameter) for parameter in trained]
         begun: Results = {}
         if size == "odd":
+            rates = {name: rate for name, rate in JUDGED_RATES.items() if getattr(config, name)}
+            config = dataclasses.replace(config, **rates)
             begun = {name: weight.clone() for name, weight in model.state_dict().items()}
         optimizers = make_optimizers(model, config)
 
@@ -222,10 +228,11 @@ class Parts:
                     weight.copy_(begun[name])
             model.masters.round()
             optimizers = make_optimizers(model, config)
-            # A copy each time: a clip scales gradients where they are.
-            for _ in range(2):
+            for number in range(2):
                 for parameter, grad in zip(trained, grads, strict=True):
-                    parameter.grad = grad.clone()
+                    # Others the second time: AdamW's step would be the same with any betas. Each
+                    # is a copy, because a clip scales gradients where they are.
+                    parameter.grad = grad.flatten().roll(number).view_as(grad)
                 apply_gradients(model, optimizers, config.clip)
             moved = model.state_dict().items()
             return {f"moved {name}": weight - begun[name] for name, weight in moved}

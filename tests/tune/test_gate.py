@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nanovlm_fast.kernels import adamw as update
 from nanovlm_fast.kernels import layer_norm, linear_cross_entropy, rms_norm, swiglu
 from nanovlm_fast.kernels import pixel_shuffle_proj as projector
 from nanovlm_fast.model import ops
@@ -162,6 +163,65 @@ def test_a_plain_function_in_a_kernels_place_passes(module, dtype, gates, monkey
     name = module.__name__.rpartition(".")[2]
     monkeypatch.setattr(module, name, getattr(ops, name))
     assert gates[dtype](Choice((name,)), "blocks") is None
+
+
+def adamw_with(
+    rate: float = 1.0, beta1: float = 1.0, beta2: float = 1.0, decay: float = 1.0, ulps: int = 0
+) -> Callable:
+    """What `kernels/adamw.py` computes, with factors to its numbers, and one weight ulps off."""
+
+    def adamw(grads, weights, averages, squares, working, steps, rates, groups, *_):
+        for number, (weight, average, square) in enumerate(
+            zip(weights, averages, squares, strict=True)
+        ):
+            lr, b1, b2, eps, wd = rates[groups[number]].tolist()
+            lr, b1, b2, wd = lr * rate, b1 * beta1, b2 * beta2, wd * decay
+            grad = grads[number].float()
+            steps[number] += 1
+            average.mul_(b1).add_((1 - b1) * grad)
+            square.mul_(b2).add_((1 - b2) * grad * grad)
+            corrected = average / (1 - b1 ** steps[number])
+            root = (square / (1 - b2 ** steps[number])).sqrt()
+            weight.mul_(1 - lr * wd).sub_(lr * corrected / (root + eps))
+            up = torch.tensor(torch.inf)
+            for _ in range(ulps):
+                weight.view(-1)[:1] = weight.view(-1)[:1].nextafter(up)
+            if working:
+                working[number].copy_(weight)
+
+    return adamw
+
+
+UPDATES = [{"rate": 1.01}, {"beta1": 0.99}, {"beta2": 0.99}, {"decay": 0.0}, {"decay": 1.2}]
+
+
+@pytest.mark.parametrize("stream", ["float32", "bfloat16"])
+def test_an_update_may_round_otherwise_and_must_not_be_wrong(stream, monkeypatch):
+    """Norms have weights of 1, of which an ulp is 0.1% of a step at a rate of 1e-4."""
+    a_job = dataclasses.replace(job("bfloat16"), stream=stream)
+    gate = Gate(Parts(a_job))
+    for ulps in (0, 1):
+        monkeypatch.setattr(update, "adamw", adamw_with(ulps=ulps))
+        assert gate(Choice(("adamw",)), "update") is None
+    for factors in UPDATES:
+        monkeypatch.setattr(update, "adamw", adamw_with(**factors))
+        assert "error" in (gate(Choice(("adamw",)), "update") or ""), factors
+
+
+def test_the_loss_may_be_off_where_plain_hits_it_by_luck():
+    """A single number has no other whose error would say how large errors are."""
+    exact = {"out0": torch.tensor(100.0)}
+
+    def against(ours: float, dtype: torch.dtype, plain: float = 100.0) -> str | None:
+        off = {"out0": torch.tensor(ours)}
+        return difference(off, off, {"out0": torch.tensor(plain)}, exact, dtype)
+
+    assert against(100.05, torch.bfloat16) is None
+    assert "allowed 1.00e-01" in against(101.0, torch.bfloat16)
+    assert "allowed 1.00e-02" in against(100.05, torch.float32)
+    many = {"d x": torch.ones(1000)}
+    one_off = {"d x": torch.ones(1000).index_fill(0, torch.tensor([3]), 1.001)}
+    assert difference(one_off, one_off, many, many, torch.bfloat16) is not None
 
 
 def test_results_that_are_missing_or_of_another_shape_do_not_pass():
