@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -170,10 +171,11 @@ def adamw_with(
 ) -> Callable:
     """What `kernels/adamw.py` computes, with factors to its numbers, and one weight ulps off."""
 
-    def adamw(grads, weights, averages, squares, working, steps, rates, groups, *_):
-        for number, (weight, average, square) in enumerate(
-            zip(weights, averages, squares, strict=True)
-        ):
+    def adamw(grads: list[Tensor], weights: list[Tensor], *rest: Any) -> None:
+        averages, squares, working, steps, rates, groups, *_ = rest
+        for number, weight in enumerate(weights):
+            average = averages[number]
+            square = squares[number]
             lr, b1, b2, eps, wd = rates[groups[number]].tolist()
             lr, b1, b2, wd = lr * rate, b1 * beta1, b2 * beta2, wd * decay
             grad = grads[number].float()
