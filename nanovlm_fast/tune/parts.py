@@ -9,6 +9,9 @@
 | `update` | gradient norm, clip and optimizer, over the weights of all blocks |
 | `whole step` | the model with all its blocks, and the update |
 
+The language blocks have the adapters of a run with `--lora-rank`. What a run does not train has no
+gradients here either.
+
 Shapes: T packed tokens, N images, P patches, C channels.
 """
 
@@ -26,6 +29,7 @@ from torch import Tensor, nn
 from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.device import autocast_to
 from nanovlm_fast.model.compiling import compiled
+from nanovlm_fast.model.lora import Adapter, add_adapter
 from nanovlm_fast.model.ops import choose_ops
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.packing.batch import PackedBatch
@@ -67,6 +71,7 @@ class Job:
     recompute: str = "none"
     stream: str = "float32"
     frozen: tuple[str, ...] = ()  # of `TOWERS`
+    lora_rank: int = 0  # of adapters on the language model, which is frozen then; 0: none
     update: dict[str, Any] = field(default_factory=dict)  # `UPDATES`, as the run has them
 
     @classmethod
@@ -78,15 +83,17 @@ class Job:
         device: torch.device,
         dtype: torch.dtype,
     ) -> Job:
-        rates = {name: getattr(train, f"lr_{name}") for name in TOWERS}
-        if train.lora_rank:
-            # The parts have no adapters, which are small; what these adapt is frozen.
-            rates["language"] = 0.0
-        frozen = tuple(name for name, rate in rates.items() if rate == 0)
-        name = str(dtype).removeprefix("torch.")
-        update = {name: getattr(train, name) for name in UPDATES}
-        stream = train.stream
-        return cls(model, budget, str(device), name, train.recompute, stream, frozen, update)
+        return cls(
+            model,
+            budget,
+            str(device),
+            dtype=str(dtype).removeprefix("torch."),
+            recompute=train.recompute,
+            stream=train.stream,
+            frozen=tuple(name for name in TOWERS if getattr(train, f"lr_{name}") == 0),
+            lora_rank=train.lora_rank,
+            update={name: getattr(train, name) for name in UPDATES},
+        )
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -248,6 +255,8 @@ class Parts:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 model = VisionLanguageModel(config)
+                if rank := self.job.lora_rank:  # of any scale, which changes no time
+                    add_adapter(model, Adapter(rank, alpha=rank, base={}, hashes={}))
                 show_everything(model)
             for name in self.job.frozen:
                 getattr(model, TOWERS[name]).requires_grad_(False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -15,13 +16,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from nanovlm_fast.config import TrainConfig
 from nanovlm_fast.kernels import adamw as update
 from nanovlm_fast.kernels import layer_norm, linear_cross_entropy, rms_norm, swiglu
 from nanovlm_fast.kernels import pixel_shuffle_proj as projector
 from nanovlm_fast.model import ops
+from nanovlm_fast.model.lora import BASE, LORA_A, LORA_B
 from nanovlm_fast.tune.candidates import Choice, gpu_candidates
 from nanovlm_fast.tune.gate import Gate, difference
-from nanovlm_fast.tune.parts import Parts, odd_batch
+from nanovlm_fast.tune.parts import Job, Parts, odd_batch
 from nanovlm_fast.tune.search import WHOLE
 from tests.support.tuning import BUDGET, job
 
@@ -62,6 +65,28 @@ def test_plain_passes_with_a_bfloat16_stream(part):
 def test_a_real_kernel_passes(name, gates):
     (candidate,) = (c for c in gpu_candidates(frozenset({"kernels"}), False) if c.name == name)
     assert gates["float32"](candidate.apply(Choice()), candidate.part) is None
+
+
+FROZEN = {"lr_vision": 0.0, "lr_projector": 0.0}
+
+
+@pytest.mark.parametrize(("stream", "frozen"), [("float32", FROZEN), ("bfloat16", {})])
+def test_parts_have_a_runs_adapters_and_train_what_it_trains(stream, frozen, monkeypatch):
+    train = TrainConfig(lora_rank=2, stream=stream, **frozen)
+    a_job = Job.of(job().model, train, BUDGET, torch.device("cpu"), torch.bfloat16)
+    gate = Gate(Parts(Job.from_json(json.loads(json.dumps(a_job.to_json())))))
+    for part in ("language", "blocks"):
+        grads = {name for name in gate.plain(part, "odd", torch.bfloat16) if name[:2] == "d "}
+        assert len([name for name in grads if name.endswith((LORA_A, LORA_B))]) == 16
+        assert not [name for name in grads if name.endswith(f"{BASE}.weight")], "it is frozen"
+    assert any("vision_encoder" in name for name in grads) == (not frozen)
+    moved = gate.plain("update", "odd", torch.bfloat16)
+    towers = {name.split(".")[0].split()[1] for name, by in moved.items() if by.any()}
+    assert towers == {"decoder"} if frozen else {"decoder", "vision_encoder", "MP"}
+    assert {by.any().item() for name, by in moved.items() if BASE in name} == {False}
+    assert gate(Choice(), "blocks") is None and gate(Choice(), "update") is None
+    monkeypatch.setattr(rms_norm, "rms_norm", off_by_one_percent)
+    assert gate(Choice(("rms_norm",)), "blocks") is not None
 
 
 class Transposed(torch.autograd.Function):
