@@ -373,7 +373,7 @@ def compile_all(
                 compiling[name] = start(name)
             else:
                 rows[name]["error"] = "no time left to compile it"
-        pipes = {process.process.stdout: name for name, process in compiling.items()}
+        pipes: dict[Any, str] = {one.process.stdout: name for name, one in compiling.items()}
         left = max(deadline - time.monotonic(), 0.0)
         answering = [pipes[pipe] for pipe in select.select([*pipes], [], [], left)[0]]
         for name in answering or [*compiling]:  # nobody: it is the deadline, and `answer` says so
@@ -449,11 +449,11 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     if args.serve:
         return serve(args)
+    for name in args.sets.split(";"):
+        Wanted.read(name)
     device = pick_device(args.device)
     if device.type != "cuda":
         raise ValueError("kernels run on a GPU, and there is none here: see bench.compiled_step")
-    for name in args.sets.split(";"):
-        Wanted.read(name)
     if PLAIN not in args.sets.split(";"):
         raise ValueError(f"--sets {args.sets}: {PLAIN!r} must be among them, to compare with")
     config, train = preset(args.preset)

@@ -217,7 +217,7 @@ class Parts:
         begun: Results = {}
         if size == "odd":
             rates = {name: rate for name, rate in JUDGED_RATES.items() if getattr(config, name)}
-            config = dataclasses.replace(config, **rates)
+            config = TrainConfig(**{**self.job.update, **rates})
             begun = {name: weight.clone() for name, weight in model.state_dict().items()}
         optimizers = make_optimizers(model, config)
 
