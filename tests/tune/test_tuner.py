@@ -165,7 +165,7 @@ def test_a_plain_model_that_does_not_run_in_its_process_is_no_candidates_fault(m
 # timed: all that follows in that process fails.
 BREAKING = """
 from nanovlm_fast.tune import tuner
-from nanovlm_fast.tune.measure import Comparison, Read, Reading, Unsettled
+from nanovlm_fast.tune.measure import Comparison
 from tests.tune.test_tuner import FreeLauncher
 lost = []
 def compare_(base, candidate, level, pairs):
