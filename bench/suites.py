@@ -117,8 +117,10 @@ which nobody has shown; the second number of a range assumes 40% of it, and toke
 to the first. The stream is `--stream` of `train.py`, with bfloat16 working weights."""
 
 KERNEL_SETS_DETAILS = """Each set of `--kernels` is a process of its own, and they take turns on the
-device. "bfloat16" after a comma is `--stream bfloat16`. "Gradient" is the relative error of all
-gradients against float32, at most twice that of plain PyTorch."""
+device. "bfloat16" after a comma is `--stream bfloat16`; other options have their names. "The
+tuner's" is what it chose on an H100, with adamw: see `TUNED` in
+[kernel_sets.py](harness/kernel_sets.py). "Gradient" is the relative error of all gradients against
+float32, at most twice that of plain PyTorch."""
 TUNE_DETAILS = """What `train.py --tune auto` takes on this device. Each candidate was compared with
 what was taken before it, in pairs of readings. It is taken if the interval of the ratio excludes 1
 and the gain is at least 0.3% of the step. [How it decides](../nanovlm_fast/tune/README.md)."""

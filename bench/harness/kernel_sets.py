@@ -1,14 +1,18 @@
 """The whole training step with sets of kernels and both streams, against plain compiled PyTorch.
 
     python -m bench.harness.kernel_sets                          nanovlm-222m, needs a GPU
-    python -m bench.harness.kernel_sets --sets "none;all;all,bfloat16"
+    python -m bench.harness.kernel_sets --sets "none;all;all,bfloat16,vision_attention=cudnn"
 
-A set is what --kernels takes, and after the last comma perhaps the stream. The work is the batch
-that bench.compiled_step predicts, so that a prediction can be held against its measurement. Each
-set is compiled in a process of its own, all at once; then they take turns on the device, a few
-steps each, round after round. Before that, the gradients of each are compared with those of the
-plain model in float32. A set gets no time if it is more than twice as far from them as plain
-compiled PyTorch is.
+A set is what --kernels takes, and beside it perhaps the stream, and options of train.py that the
+tuner chooses too: attention=, vision_attention=, inductor=. The work is the batch that
+bench.compiled_step predicts, so that a prediction can be held against its measurement. Each set is
+compiled in a process of its own, four at once; then all take turns on the device, a few steps each,
+round after round. Before that, the gradients of each are compared with those of the plain model in
+float32. A set gets no time if it is more than twice as far from them as plain compiled PyTorch is.
+
+Memory: at nanovlm-222m's sizes a step takes 33 GB while it runs. Between its turns a set is taken
+to hold 4 GB: weights, masters, AdamW's state, and the CUDA context. Eight sets and a step are then
+65 GB of an H100's 80.
 """
 
 from __future__ import annotations
@@ -24,7 +28,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +42,12 @@ from bench.harness.timing import summary
 from bench.subjects.step_process import Options, budget_and_batch
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.device import autocast_to, pick_device, pick_dtype
+from nanovlm_fast.model.attention import BACKENDS, VISION_BACKENDS
+from nanovlm_fast.model.compiling import INDUCTOR, compiled, inductor_names
 from nanovlm_fast.model.flops import peak_flops, step_flops
 from nanovlm_fast.model.ops import KERNELS, choose_ops
 from nanovlm_fast.model.packed import VisionLanguageModel
+from nanovlm_fast.packing.batch import PackedBatch
 from nanovlm_fast.presets import preset
 from nanovlm_fast.ranges import Range
 from nanovlm_fast.training.optim import apply_gradients, make_optimizers, set_lr
@@ -47,43 +55,104 @@ from nanovlm_fast.training.steps import accumulate_gradients
 from nanovlm_fast.tune.launcher import END_LIMIT
 
 PLAIN = "none"
+# What the tuner chose on an H100 (bench/NOTES.md), and adamw, which its gate left out wrongly.
+TUNED = "document_attention,swiglu_mlp,layer_norm,rms_norm,adamw,vision_attention=cudnn"
+SETS = (
+    PLAIN,
+    TUNED,
+    "none,bfloat16",
+    f"{TUNED},bfloat16",
+    "all",
+    "all,bfloat16",
+    "document_attention,bfloat16",
+    f"{TUNED},inductor=combo_kernels",
+)
 _NO_ATTENTION = ",".join(name for name in KERNELS if not name.endswith("attention"))
-SETS = (PLAIN, "all", _NO_ATTENTION, "none,bfloat16", "all,bfloat16", f"{_NO_ATTENTION},bfloat16")
 LABELS = {
+    TUNED: "the tuner's",
+    f"{TUNED},bfloat16": "the tuner's, bfloat16",
+    f"{TUNED},inductor=combo_kernels": "the tuner's, inductor=combo_kernels",
     _NO_ATTENTION: "all but attention",
     f"{_NO_ATTENTION},bfloat16": "all but attention, bfloat16",
 }
+# What a set may name beside kernels; a stream by its value alone.
+VALUES = {
+    "stream": ("float32", "bfloat16"),
+    "attention": ("auto", *BACKENDS),
+    "vision_attention": ("auto", *VISION_BACKENDS),
+    "inductor": ("none", *INDUCTOR),
+}
+AT_ONCE = 4  # sets that are compiled at once: six do not fit into 80 GB (bench/NOTES.md)
 OUT_OF_MEMORY_RETRIES = 100  # other sets use the device while they compile
 STEPS_LIMIT = 60.0  # seconds that a set may take for the steps of a round
 ALLOWED = 2.0  # times plain PyTorch's own error
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What a set names: values of options of train.py."""
+
+    kernels: str
+    stream: str = "float32"
+    attention: str = "auto"
+    vision_attention: str = "auto"
+    inductor: str = "none"
+
+    @classmethod
+    def read(cls, name: str) -> Wanted:
+        """Read a set. Raises ValueError naming what it may not have."""
+        kernels: list[str] = []
+        named: dict[str, str] = {}
+        for word in map(str.strip, name.split(",")):
+            option, equals, value = word.partition("=")
+            if word in VALUES["stream"]:
+                named["stream"] = word
+            elif not equals:
+                kernels.append(word)
+            elif value in VALUES.get(option, ()):
+                # Several of Inductor's options are several words.
+                more = option == "inductor" and option in named
+                named[option] = f"{named[option]},{value}" if more else value
+            else:
+                known = "; ".join(f"{one}={'|'.join(VALUES[one])}" for one in VALUES)
+                raise ValueError(f"--sets {name}: {word} is none of {known}")
+        if kernels not in (["none"], ["all"]) and (not kernels or {*kernels} - {*KERNELS}):
+            known = ", ".join(KERNELS)
+            raise ValueError(f"--sets {name}: its kernels are none, all, or some of {known}")
+        return cls(",".join(kernels), **named)
+
+
 class Subject:
     """One set of kernels: a model, its optimizer, and one batch on the device."""
 
-    def __init__(self, name: str, preset_name: str, device: torch.device, compile: str):
-        kernels, _, stream = name.rpartition(",")
-        if stream != "bfloat16":
-            kernels = name
-            stream = "float32"
+    def __init__(
+        self, name: str, preset_name: str, device: torch.device, compile: str, batch: PackedBatch
+    ):
+        wanted = Wanted.read(name)
         self.device = device
         self.compile = compile
         dtype = pick_dtype("auto", device)
         self.config, train = preset(preset_name)
         self.train = dataclasses.replace(train, optimizer="adamw")
-        _, batch = budget_and_batch(Options(preset_name), self.config, self.train)
         self.labels = batch.n_labels
         self.batch = batch.to(device)
         self.autocast = autocast_to(dtype, device)
         torch.manual_seed(0)  # every set begins with the same weights
         with torch.device(device):
             self.model = VisionLanguageModel(self.config)
-        self.model.ops = choose_ops(kernels, device, "auto", dtype, stream=stream)
-        if stream == "bfloat16":
+        self.model.ops = choose_ops(
+            wanted.kernels,
+            device,
+            wanted.attention,
+            dtype,
+            vision_attention=wanted.vision_attention,
+            stream=wanted.stream,
+        )
+        if wanted.stream == "bfloat16":
             self.model.keep_masters()
         self.optimizers = make_optimizers(self.model, self.train)
         set_lr(self.optimizers, 0.0)  # so that later steps compute what the first one did
-        self.run_model = torch.compile(self.model, fullgraph=True, dynamic=False, mode=compile)
+        self.run_model = compiled(self.model, compile, inductor_names(wanted.inductor))
 
     def forward(self, batch: Any) -> Tensor:
         if self.compile == "reduce-overhead":
@@ -124,13 +193,19 @@ class Subject:
             self.step()
         times = []
         for _ in range(steps):
-            torch.cuda.synchronize(self.device)
+            finish(self.device)
             began = time.perf_counter()
             self.step()
-            torch.cuda.synchronize(self.device)
+            finish(self.device)
             times.append(time.perf_counter() - began)
         torch.cuda.empty_cache()
         return times
+
+
+def finish(device: torch.device) -> None:
+    """Wait for what was launched on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def gradients_of(model: VisionLanguageModel) -> dict[str, Tensor]:
@@ -148,21 +223,22 @@ def gradients_of(model: VisionLanguageModel) -> dict[str, Tensor]:
 def serve(args: argparse.Namespace) -> int:
     """A process of one set: says what it found, then takes as many steps as each line asks for."""
     device = pick_device(args.device)
+    batch = PackedBatch(**torch.load(args.batch, weights_only=True))
     if args.serve == "truth":
-        torch.save(Subject(PLAIN, args.preset, device, "default").truth(), args.truth)
+        torch.save(Subject(PLAIN, args.preset, device, "none", batch).truth(), args.truth)
         return 0
-    subject = Subject(args.serve, args.preset, device, args.compile)
+    subject = Subject(args.serve, args.preset, device, args.compile, batch)
     truth = torch.load(args.truth, mmap=True, weights_only=True)
     found: dict[str, Any] = {}
     for attempt in range(OUT_OF_MEMORY_RETRIES):
         try:
             found = subject.errors(truth)
-            torch.cuda.reset_peak_memory_stats()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             subject.step()
             break
         except RuntimeError as error:  # others are compiling: memory will be free again
-            short = isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
-            if not short or attempt + 1 == OUT_OF_MEMORY_RETRIES:
+            if not is_out_of_memory(error) or attempt + 1 == OUT_OF_MEMORY_RETRIES:
                 raise
         # Not in the handler: until its end the traceback keeps what the step had allocated.
         # Processes that wait equally long would meet again.
@@ -177,13 +253,18 @@ def serve(args: argparse.Namespace) -> int:
     return 0
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory was short, in the words of PyTorch, of its compiler, or of cuBLAS."""
+    return any(word in str(error) for word in ("out of memory", "ALLOC_FAILED", "cublasCreate"))
+
+
 class Process:
     """A set that runs in a process of its own."""
 
-    def __init__(self, name: str, args: argparse.Namespace, truth: Path, log: Path):
+    def __init__(self, name: str, args: argparse.Namespace, folder: Path, log: Path):
         call = [sys.executable, "-m", "bench.harness.kernel_sets", "--serve", name]
-        call += ["--truth", str(truth), "--preset", args.preset, "--device", args.device]
-        call += ["--compile", args.compile]
+        call += ["--truth", str(folder / "truth"), "--batch", str(folder / "batch")]
+        call += ["--preset", args.preset, "--device", args.device, "--compile", args.compile]
         self.log = log
         with log.open("wb") as errors:
             self.process = subprocess.Popen(
@@ -234,24 +315,29 @@ def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, dict[s
     """One row per set: its error, its times, or why it has none. Yields them after each round.
 
     The sets are compiled within two thirds of `args.seconds`, and no round begins after them.
+    `folder` holds the batch.
     """
     began = time.monotonic()
     ready = began + args.seconds * 2 / 3
-    truth = folder / "truth"
     sets = args.sets.split(";")
     processes: dict[str, Process] = {}
     rows: dict[str, dict[str, Any]] = {name: {} for name in sets}
     try:
-        plain = processes["truth"] = Process("truth", args, truth, folder / "truth.log")
+        plain = processes["truth"] = Process("truth", args, folder, folder / "truth.log")
         try:
             failed = plain.process.wait(args.seconds * 2 / 3)
         except subprocess.TimeoutExpired as error:
             raise RuntimeError("plain PyTorch in float32: no answer in time") from error
         if failed:
             raise RuntimeError(f"plain PyTorch in float32: {plain.last_words()}")
-        for number, name in enumerate(sets):
-            processes[name] = Process(name, args, truth, folder / f"{number}.log")
-        compare(processes, rows, ready)
+
+        def start(name: str) -> Process:
+            log = folder / f"{sets.index(name)}.log"
+            processes[name] = Process(name, args, folder, log)
+            return processes[name]
+
+        compile_all(start, rows, ready)
+        judge(rows)
         yield rows
         seconds: dict[str, list[float]] = {n: [] for n in sets if "error" not in rows[n]}
         for _ in range(args.rounds):
@@ -271,16 +357,35 @@ def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, dict[s
             process.close()
 
 
-def compare(
-    processes: dict[str, Process], rows: dict[str, dict[str, Any]], deadline: float
+def compile_all(
+    start: Callable[[str], Process], rows: dict[str, dict[str, Any]], deadline: float
 ) -> None:
-    """Enter what each set found when it was compiled, and an `error` where it must not be timed."""
-    for name, row in rows.items():
-        try:
-            row |= processes[name].answer(deadline)
-        except RuntimeError as error:
-            row["error"] = str(error)[:300]
-        print(f"{LABELS.get(name, name)}: {row}", flush=True)
+    """Start the sets, `AT_ONCE` of them at a time, and enter what each found once it is compiled.
+
+    All live on. A set that dies, or gives no answer by the deadline, gets an `error`.
+    """
+    waiting = [*rows]
+    compiling: dict[str, Process] = {}
+    while waiting or compiling:
+        while waiting and len(compiling) < AT_ONCE:
+            name = waiting.pop(0)
+            if time.monotonic() < deadline:
+                compiling[name] = start(name)
+            else:
+                rows[name]["error"] = "no time left to compile it"
+        pipes: dict[Any, str] = {one.process.stdout: name for name, one in compiling.items()}
+        left = max(deadline - time.monotonic(), 0.0)
+        answering = [pipes[pipe] for pipe in select.select([*pipes], [], [], left)[0]]
+        for name in answering or [*compiling]:  # nobody: it is the deadline, and `answer` says so
+            try:
+                rows[name] |= compiling.pop(name).answer(deadline)
+            except RuntimeError as error:
+                rows[name]["error"] = str(error)[:300]
+            print(f"{LABELS.get(name, name)}: {rows[name]}", flush=True)
+
+
+def judge(rows: dict[str, dict[str, Any]]) -> None:
+    """Enter an `error` where a set must not be timed."""
     allowed = ALLOWED * rows[PLAIN].get("gradient", float("nan"))
     for row in rows.values():
         if "error" not in row and not row["gradient"] <= allowed:  # NaN is not
@@ -317,8 +422,14 @@ def set_rows(result: dict[str, Any]) -> Rows:
 def make_parser() -> Parser:
     parser = Parser(prog="python -m bench.harness.kernel_sets", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="nanovlm-222m")
-    parser.add_argument("--sets", default=";".join(SETS), help="separated by ;")
-    parser.add_argument("--compile", default="default", choices=("default", "reduce-overhead"))
+    parser.add_argument(
+        "--sets",
+        default=";".join(SETS),
+        help="separated by ;, each a value of --kernels and perhaps, after commas, bfloat16 (the "
+        "stream), attention=NAME, vision_attention=NAME, inductor=NAME",
+    )
+    modes = ("none", "default", "reduce-overhead")
+    parser.add_argument("--compile", default="default", choices=modes)
     parser.add_argument("--rounds", type=Range(int, least=1, most=1000), default=5)
     parser.add_argument("--steps", type=Range(int, least=1, most=1000), default=5)
     parser.add_argument(
@@ -329,6 +440,7 @@ def make_parser() -> Parser:
     parser.add_argument("--out", type=Path, help="folder of results (default: bench/results)")
     parser.add_argument("--serve", default="", help=argparse.SUPPRESS)
     parser.add_argument("--truth", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--batch", default="", help=argparse.SUPPRESS)
     return parser
 
 
@@ -337,6 +449,8 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     if args.serve:
         return serve(args)
+    for name in args.sets.split(";"):
+        Wanted.read(name)
     device = pick_device(args.device)
     if device.type != "cuda":
         raise ValueError("kernels run on a GPU, and there is none here: see bench.compiled_step")
@@ -354,6 +468,7 @@ def main(argv: list[str] | None = None) -> int:
         "flops": flops,
     }
     with tempfile.TemporaryDirectory() as folder:
+        torch.save(vars(batch), Path(folder, "batch"))
         for rows in measure(args, Path(folder)):
             for row in rows.values():
                 if "median" in row:

@@ -66,9 +66,18 @@ def budget_of(model: VLMConfig, config: TrainConfig) -> Budget:
     return measure_budget(SampleLoader(source, model, config, text), config)
 
 
+def run_of(argv: list[str]) -> tuple[VLMConfig, TrainConfig]:
+    """Model and run that options of train.py describe.
+
+    A preset's own towers are not looked up: it has their sizes, and no weights are needed here.
+    """
+    model, config = parse_config([*argv, "--dry-run"])
+    return model, dataclasses.replace(config, dry_run=False).validate()
+
+
 def measured(argv: list[str], seconds: float | None) -> Entry:
     """Measure for the run that options of train.py describe."""
-    model, config = parse_config(argv)
+    model, config = run_of(argv)
     if not config.tokens_per_batch:
         raise ValueError(
             "--tokens-per-batch auto: a run finds the number (see its config.json): give it here"

@@ -24,9 +24,11 @@ from nanovlm_fast.tune.search import WHOLE
 
 # Shares of the float32 result by which results may be off in any case. In float32 plain has no
 # error to double; a chain of blocks rounds some thousand sums in another order.
-SLACK = 1e-5
-SLACK_FLOAT32 = 1e-4
-SLACK_NORM = 1e-3  # in bfloat16, where plain happens to hit some values exactly
+SLACK = 1e-4
+# In 16-bit types plain happens to hit some values exactly: of the norm of all, and of results of so
+# few values, as the loss is, that their largest error is luck.
+SLACK_LUCK = 1e-3
+FEW = 8
 PLAIN = Choice()
 
 
@@ -116,12 +118,13 @@ def too_far(ours: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype) -> s
     own = (plain.float() - exact).abs()
     if not exact.numel():
         return None
-    in_float32 = dtype == torch.float32
+    of_norm = SLACK if dtype == torch.float32 else SLACK_LUCK
+    of_largest = of_norm if exact.numel() <= FEW else SLACK
     largest = off.max(), own.max(), exact.abs().max()
     norms = off.norm(), own.norm(), exact.norm()
-    slacks = (SLACK_FLOAT32, SLACK_FLOAT32) if in_float32 else (SLACK, SLACK_NORM)
-    for kind, (error, allowance, scale), slack in zip(
-        ("largest", "norm of the"), (largest, norms), slacks, strict=True
+    for kind, (error, allowance, scale), slack in (
+        ("largest", largest, of_largest),
+        ("norm of the", norms, of_norm),
     ):
         allowed = 2 * allowance + slack * scale
         if not error <= allowed:  # NaN is not

@@ -21,7 +21,7 @@ from nanovlm_fast.packing.packer import Budget
 from nanovlm_fast.threads import OPENMP, WAITING, cores_of
 
 # Raised when the tuner itself changes what it measures.
-TUNER = 1
+TUNER = 2
 # Fields of the model that change no shape and no operation.
 UNTIMED = (
     "prompt",

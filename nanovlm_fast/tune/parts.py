@@ -9,6 +9,9 @@
 | `update` | gradient norm, clip and optimizer, over the weights of all blocks |
 | `whole step` | the model with all its blocks, and the update |
 
+The language blocks have the adapters of a run with `--lora-rank`. What a run does not train has no
+gradients here either.
+
 Shapes: T packed tokens, N images, P patches, C channels.
 """
 
@@ -26,6 +29,7 @@ from torch import Tensor, nn
 from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.device import autocast_to
 from nanovlm_fast.model.compiling import compiled
+from nanovlm_fast.model.lora import Adapter, add_adapter
 from nanovlm_fast.model.ops import choose_ops
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.packing.batch import PackedBatch
@@ -51,6 +55,9 @@ UPDATES = (
     "lr_language",
 )
 TOWERS = {"vision": "vision_encoder", "language": "decoder", "projector": "MP"}
+# Rates of an update that is judged. A float32 weight near 1 is no finer than 1e-7, which is much of
+# a step at the rates of a run, and nothing of these. They differ, so that a mix-up would show.
+JUDGED_RATES = {"lr_projector": 0.04, "lr_vision": 0.03, "lr_language": 0.02}
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,7 @@ class Job:
     recompute: str = "none"
     stream: str = "float32"
     frozen: tuple[str, ...] = ()  # of `TOWERS`
+    lora_rank: int = 0  # of adapters on the language model, which is frozen then; 0: none
     update: dict[str, Any] = field(default_factory=dict)  # `UPDATES`, as the run has them
 
     @classmethod
@@ -75,15 +83,17 @@ class Job:
         device: torch.device,
         dtype: torch.dtype,
     ) -> Job:
-        rates = {name: getattr(train, f"lr_{name}") for name in TOWERS}
-        if train.lora_rank:
-            # The parts have no adapters, which are small; what these adapt is frozen.
-            rates["language"] = 0.0
-        frozen = tuple(name for name, rate in rates.items() if rate == 0)
-        name = str(dtype).removeprefix("torch.")
-        update = {name: getattr(train, name) for name in UPDATES}
-        stream = train.stream
-        return cls(model, budget, str(device), name, train.recompute, stream, frozen, update)
+        return cls(
+            model,
+            budget,
+            str(device),
+            dtype=str(dtype).removeprefix("torch."),
+            recompute=train.recompute,
+            stream=train.stream,
+            frozen=tuple(name for name in TOWERS if getattr(train, f"lr_{name}") == 0),
+            lora_rank=train.lora_rank,
+            update={name: getattr(train, name) for name in UPDATES},
+        )
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -193,8 +203,9 @@ class Parts:
     ) -> Callable[[], Results]:
         """A function that takes an optimizer step on given gradients.
 
-        With `size` "odd" it takes two of them from the start, on few blocks, and returns by how
-        much the weights have moved. Otherwise it goes on, on all blocks, and returns nothing.
+        With `size` "odd" it takes two of them from the start, at `JUDGED_RATES` and on few blocks,
+        and returns by how much the weights have moved. Otherwise it goes on, on all blocks, and
+        returns nothing.
         """
         stream = self.job.stream if dtype in (None, self.job.type) else "float32"
         # A copy, because the weights move; they are those of all other parts.
@@ -205,6 +216,8 @@ class Parts:
         grads = [random_like(parameter) for parameter in trained]
         begun: Results = {}
         if size == "odd":
+            rates = {name: rate for name, rate in JUDGED_RATES.items() if getattr(config, name)}
+            config = TrainConfig(**{**self.job.update, **rates})
             begun = {name: weight.clone() for name, weight in model.state_dict().items()}
         optimizers = make_optimizers(model, config)
 
@@ -222,10 +235,11 @@ class Parts:
                     weight.copy_(begun[name])
             model.masters.round()
             optimizers = make_optimizers(model, config)
-            # A copy each time: a clip scales gradients where they are.
-            for _ in range(2):
+            for number in range(2):
                 for parameter, grad in zip(trained, grads, strict=True):
-                    parameter.grad = grad.clone()
+                    # Others the second time: AdamW's step would be the same with any betas. Each
+                    # is a copy, because a clip scales gradients where they are.
+                    parameter.grad = grad.flatten().roll(number).view_as(grad)
                 apply_gradients(model, optimizers, config.clip)
             moved = model.state_dict().items()
             return {f"moved {name}": weight - begun[name] for name, weight in moved}
@@ -241,6 +255,8 @@ class Parts:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 model = VisionLanguageModel(config)
+                if rank := self.job.lora_rank:  # of any scale, which changes no time
+                    add_adapter(model, Adapter(rank, alpha=rank, base={}, hashes={}))
                 show_everything(model)
             for name in self.job.frozen:
                 getattr(model, TOWERS[name]).requires_grad_(False)

@@ -33,8 +33,8 @@ class Bench(Protocol):
     def compare(self, base: Choice, choice: Choice, part: str, level: float) -> Comparison:
         """Time both in a part of the step. Raises `Fails` if the choice does not run."""
 
-    def needs(self, part: str) -> float:
-        """Seconds without which a comparison in a part is not worth beginning."""
+    def whole_seconds(self) -> float:
+        """How long it takes to compare two choices in the whole step, as far as that is known."""
 
     def share(self, part: str, gain: float, base: float) -> float:
         """The share of the whole step that is gained by `gain` of `base` seconds of a part."""
@@ -82,11 +82,19 @@ class Found:
 
 @dataclass(frozen=True)
 class Limits:
-    """When to stop: `now()` past `deadline`. `note` is told of every change of what was found."""
+    """When to stop: `now()` past `deadline`. `note` is told of every change of what was found.
+
+    Candidates leave the seconds that comparing the whole step needs, if these are at most `kept`.
+    """
 
     now: Callable[[], float]
     deadline: float
     note: Callable[[Found], None] = lambda found: None
+    kept: float = 0.0
+
+    @property
+    def left(self) -> float:
+        return self.deadline - self.now()
 
 
 def search(
@@ -109,8 +117,11 @@ def search(
         wanted = candidate.apply(found.choice)
         if candidate in failed or wanted == found.choice:
             continue
-        if (left := limits.deadline - limits.now()) <= candidate.seconds:
-            row = Row(candidate.name, candidate.part, NOT_MEASURED, no_time(left))
+        needed = bench.whole_seconds()
+        kept = needed if needed <= limits.kept else 0.0
+        if (left := limits.left) - kept <= candidate.seconds:
+            why = no_time(left, f", kept for the {WHOLE}" if left > candidate.seconds else "")
+            row = Row(candidate.name, candidate.part, NOT_MEASURED, why)
         else:
             row = try_one(candidate, found, bench, limits, level)
         found.rows.append(row)
@@ -129,8 +140,8 @@ def level_of(candidates: Sequence[Candidate]) -> float:
     return level_for(len(candidates) + 1)
 
 
-def no_time(left: float) -> str:
-    return f"{left:.0f} s left" if left > 0 else "the time was spent"
+def no_time(left: float, more: str = "") -> str:
+    return f"{left:.0f} s left{more}" if left > 0 else "the time was spent"
 
 
 def try_one(candidate: Candidate, found: Found, bench: Bench, limits: Limits, level: float) -> Row:
@@ -177,9 +188,10 @@ def check_whole(plain: Choice, found: Found, bench: Bench, limits: Limits, level
     if found.choice == plain:
         return
     row = Row("all that was taken", WHOLE, NOT_MEASURED)
-    left = limits.deadline - limits.now()
-    if left <= bench.needs(WHOLE):
-        row.why = no_time(left)
+    needed = bench.whole_seconds()
+    # Not all of them: it is an estimate, and the last candidate may have taken some.
+    if (left := limits.left) <= needed / 2:
+        row.why = no_time(left, f" of about {needed:.0f} s")
     elif wrong := bench.gate(found.choice, WHOLE):
         row.verdict = LEFT_OUT
         row.why = f"together: {wrong}"

@@ -45,6 +45,9 @@ TUNE = "from nanovlm_fast.tune.tuner import serve; serve()"
 OVERTIME = 600.0  # what the last candidate and the whole step may take once the time is spent
 GATE_SECONDS = 60.0  # for one candidate: it compiles, and runs a dozen times
 PLAIN_READINGS = 5
+# Of the time, at most so much is kept for the last comparison, plain against chosen in the whole
+# step: it is what shows that the choice pays. Where that takes more, candidates get all of it.
+KEPT = 0.5
 # What the time of a step is put together from. The update, a few percent, is timed only when its
 # kernel is: it takes seconds to make all the weights.
 STEP = ("vision", "language", "ends")
@@ -73,7 +76,7 @@ class DeviceBench:
         self.plain: dict[str, float] = {}  # seconds of plain PyTorch in the parts of the step
         # Part -> the choice that others are compared with there, compiled once.
         self.bases: dict[str, tuple[Choice, Read]] = {}
-        self.preparing = 0.0  # seconds of the longest compilation so far
+        self.preparing = 0.0  # seconds of compiling plain PyTorch in the parts of the step
 
     def gate(self, choice: Choice, part: str) -> str | None:
         # Some options of the compiler take minutes, which is no hang.
@@ -85,10 +88,14 @@ class DeviceBench:
     def time_plain(self, plain: Choice) -> None:
         """Time the parts of the step, which are what a gain is a share of."""
         for part in STEP:
+            began = time.monotonic()
             read = self.base_in(part, plain)
+            self.preparing += time.monotonic() - began
             self.plain[part] = statistics.median(read().seconds for _ in range(PLAIN_READINGS))
 
     def compare(self, base: Choice, choice: Choice, part: str, level: float) -> Comparison:
+        if part == WHOLE:  # two models and their optimizers need the memory
+            self.bases.clear()
         try:
             first = self.base_in(part, base)
             second = self.read_of(part, choice)
@@ -96,6 +103,8 @@ class DeviceBench:
         except Unsettled:
             raise
         except Exception as error:  # whatever CUDA, Triton or the compiler raises
+            if part == WHOLE and isinstance(error, torch.OutOfMemoryError):
+                raise Unsettled("the memory does not hold both at once") from error
             why = f"{type(error).__name__}: {one_line(error)[:300]}"
             try:
                 check_device(self.parts.device)
@@ -120,15 +129,11 @@ class DeviceBench:
     def read_of(self, part: str, choice: Choice) -> Read:
         """Compile a part, and return what takes a reading of it."""
         choice = seen_by(part, choice)
-        began = time.monotonic()
         captured = part not in UNCAPTURED
         graphs = choice.compile == "reduce-overhead"
         # Two recordings cannot lie in each other, and one holds what the other would.
         mode = "default" if graphs and captured else choice.compile
-        call = self.call_of(part, choice, mode)
-        read = reader(call, self.parts.device, captured)
-        self.preparing = max(self.preparing, time.monotonic() - began)
-        return read
+        return reader(self.call_of(part, choice, mode), self.parts.device, captured)
 
     def call_of(self, part: str, choice: Choice, mode: str) -> Callable[[], object]:
         if part == UPDATE:
@@ -159,12 +164,11 @@ class DeviceBench:
         """Forward and backward of a step in plain PyTorch, put together from the parts."""
         return sum(self.plain[part] * self.scale(part) for part in STEP)
 
-    def needs(self, part: str) -> float:
-        """Seconds that compiling both sides of a comparison in a part may take."""
-        if part != WHOLE:
-            return 0.0
+    def whole_seconds(self) -> float:
+        # The deeper step has the same kernels more often: with 10 times the blocks, it takes about
+        # 3 times as long to compile (bench/NOTES.md, "an H100").
         blocks = sum(self.job.layers(WHOLE)) / sum(self.job.layers("blocks"))
-        return 2 * self.preparing * blocks
+        return 2 * (self.preparing * blocks**0.5 + self.pairs * self.step_seconds())
 
 
 def backends_for(job: Job) -> dict[str, list[str]]:
@@ -220,7 +224,7 @@ def tune(
             if wrong := bench.gate(plain, "ends"):
                 raise ValueError(f"plain PyTorch fails in a process of its own: {wrong}")
             bench.time_plain(plain)
-            limits = Limits(time.monotonic, began + seconds, note)
+            limits = Limits(time.monotonic, began + seconds, note, kept=KEPT * seconds)
             with note.interruptible():
                 found = search(plain, candidates, bench, limits, failed)
         except DeviceLost:  # then nothing can be freed

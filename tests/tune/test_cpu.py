@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
+from transformers import LlamaConfig, PretrainedConfig, SiglipVisionConfig
 
 from nanovlm_fast.cli import parse_config
 from nanovlm_fast.tune import cache, cpu
 from nanovlm_fast.tune import key as key_module
-from nanovlm_fast.tune.__main__ import expected_budget, main
+from nanovlm_fast.tune.__main__ import expected_budget, main, run_of
 from nanovlm_fast.tune.cache import Entry
 from nanovlm_fast.tune.candidates import Choice
 from nanovlm_fast.tune.cpu import tune_cpu
@@ -214,6 +216,46 @@ def test_the_sizes_of_data_that_are_not_here_follow_from_the_recipes_counts():
     config.data = "someone/else"
     with pytest.raises(ValueError, match="someone/else is not on this machine"):
         expected_budget(model, config)
+
+
+def on_the_hub(cache: Path, name: str, config: PretrainedConfig) -> None:
+    """Put a config.json where the hub's client keeps what it has downloaded."""
+    folder = cache / f"models--{name.replace('/', '--')}"
+    config.save_pretrained(folder / "snapshots" / "one")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("one")
+
+
+@pytest.mark.parametrize("name", ["nanovlm-222m", "nanovlm-230m", "nanovlm-460m"])
+def test_without_the_hub_a_preset_has_the_key_of_its_run(name, tmp_path, monkeypatch):
+    """train.py reads the sizes from the towers' configurations, and the command has none."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    options = ["--preset", name, "--out", str(tmp_path / "run")]
+    tuned = run_of(options)
+    assert not tuned[1].dry_run
+    wide = name == "nanovlm-460m"  # as in the configurations of SmolLM2-135M and -360M
+    sizes = (960, 2560, 32, 15, 5) if wide else (576, 1536, 30, 9, 3)
+    fields = "hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
+    language = dict(zip([*fields, "num_key_value_heads"], sizes, strict=True))
+    language |= dict(vocab_size=49152, max_position_embeddings=8192, rms_norm_eps=1e-5)
+    rope = {"rope_type": "default", "rope_theta": 100000.0}
+    llama = LlamaConfig(**language, rope_parameters=rope, tie_word_embeddings=True)
+    side = 224 if name == "nanovlm-222m" else 512
+    on_the_hub(tmp_path, tuned[1].vision, SiglipVisionConfig(image_size=side))
+    on_the_hub(tmp_path, tuned[1].language, llama)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    trained = parse_config(options)
+    place = expected_budget(*trained), torch.device("cpu"), torch.bfloat16
+    assert key_of(*tuned, *place, several=False) == key_of(*trained, *place, several=False)
+
+
+def test_towers_that_are_not_the_presets_are_still_looked_up(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(SystemExit):
+        run_of(["--preset", "nanovlm-222m", "--vision", "someone/tower"])
+    assert "'someone/tower': no such folder, and the Hugging Face" in capsys.readouterr().err
 
 
 def test_the_help_names_what_is_measured(capsys):

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from nanovlm_fast.config import TrainConfig
+from nanovlm_fast.kernels import adamw as update
 from nanovlm_fast.kernels import layer_norm, linear_cross_entropy, rms_norm, swiglu
 from nanovlm_fast.kernels import pixel_shuffle_proj as projector
 from nanovlm_fast.model import ops
+from nanovlm_fast.model.lora import BASE, LORA_A, LORA_B
 from nanovlm_fast.tune.candidates import Choice, gpu_candidates
 from nanovlm_fast.tune.gate import Gate, difference
-from nanovlm_fast.tune.parts import Parts, odd_batch
+from nanovlm_fast.tune.parts import Job, Parts, odd_batch
 from nanovlm_fast.tune.search import WHOLE
 from tests.support.tuning import BUDGET, job
 
@@ -60,6 +65,28 @@ def test_plain_passes_with_a_bfloat16_stream(part):
 def test_a_real_kernel_passes(name, gates):
     (candidate,) = (c for c in gpu_candidates(frozenset({"kernels"}), False) if c.name == name)
     assert gates["float32"](candidate.apply(Choice()), candidate.part) is None
+
+
+FROZEN = {"lr_vision": 0.0, "lr_projector": 0.0}
+
+
+@pytest.mark.parametrize(("stream", "frozen"), [("float32", FROZEN), ("bfloat16", {})])
+def test_parts_have_a_runs_adapters_and_train_what_it_trains(stream, frozen, monkeypatch):
+    train = TrainConfig(lora_rank=2, stream=stream, **frozen)
+    a_job = Job.of(job().model, train, BUDGET, torch.device("cpu"), torch.bfloat16)
+    gate = Gate(Parts(Job.from_json(json.loads(json.dumps(a_job.to_json())))))
+    for part in ("language", "blocks"):
+        grads = {name for name in gate.plain(part, "odd", torch.bfloat16) if name[:2] == "d "}
+        assert len([name for name in grads if name.endswith((LORA_A, LORA_B))]) == 16
+        assert not [name for name in grads if name.endswith(f"{BASE}.weight")], "it is frozen"
+    assert any("vision_encoder" in name for name in grads) == (not frozen)
+    moved = gate.plain("update", "odd", torch.bfloat16)
+    towers = {name.split(".")[0].split()[1] for name, by in moved.items() if by.any()}
+    assert towers == {"decoder", *(() if frozen else ("vision_encoder", "MP"))}
+    assert {by.any().item() for name, by in moved.items() if BASE in name} == {False}
+    assert gate(Choice(), "blocks") is None and gate(Choice(), "update") is None
+    monkeypatch.setattr(rms_norm, "rms_norm", off_by_one_percent)
+    assert gate(Choice(("rms_norm",)), "blocks") is not None
 
 
 class Transposed(torch.autograd.Function):
@@ -162,6 +189,68 @@ def test_a_plain_function_in_a_kernels_place_passes(module, dtype, gates, monkey
     name = module.__name__.rpartition(".")[2]
     monkeypatch.setattr(module, name, getattr(ops, name))
     assert gates[dtype](Choice((name,)), "blocks") is None
+
+
+def adamw_with(
+    rate: float = 1.0, beta1: float = 1.0, beta2: float = 1.0, decay: float = 1.0, ulps: int = 0
+) -> Callable:
+    """What `kernels/adamw.py` computes, with factors to its numbers, and one weight ulps off."""
+
+    def adamw(grads: list[Tensor], weights: list[Tensor], *rest: Any) -> None:
+        averages, squares, working, steps, rates, groups, *_ = rest
+        for number, weight in enumerate(weights):
+            average = averages[number]
+            square = squares[number]
+            lr, b1, b2, eps, wd = rates[groups[number]].tolist()
+            lr *= rate
+            b1 *= beta1
+            b2 *= beta2
+            grad = grads[number].float()
+            steps[number] += 1
+            average.mul_(b1).add_((1 - b1) * grad)
+            square.mul_(b2).add_((1 - b2) * grad * grad)
+            corrected = average / (1 - b1 ** steps[number])
+            root = (square / (1 - b2 ** steps[number])).sqrt()
+            weight.mul_(1 - lr * wd * decay).sub_(lr * corrected / (root + eps))
+            up = torch.tensor(torch.inf)
+            for _ in range(ulps):
+                weight.view(-1)[:1] = weight.view(-1)[:1].nextafter(up)
+            if working:
+                working[number].copy_(weight)
+
+    return adamw
+
+
+UPDATES = [{"rate": 1.01}, {"beta1": 0.99}, {"beta2": 0.99}, {"decay": 0.0}, {"decay": 1.2}]
+
+
+@pytest.mark.parametrize("stream", ["float32", "bfloat16"])
+def test_an_update_may_round_otherwise_and_must_not_be_wrong(stream, monkeypatch):
+    """Norms have weights of 1, of which an ulp is 0.1% of a step at a rate of 1e-4."""
+    a_job = dataclasses.replace(job("bfloat16"), stream=stream)
+    gate = Gate(Parts(a_job))
+    for ulps in (0, 1):
+        monkeypatch.setattr(update, "adamw", adamw_with(ulps=ulps))
+        assert gate(Choice(("adamw",)), "update") is None
+    for factors in UPDATES:
+        monkeypatch.setattr(update, "adamw", adamw_with(**factors))
+        assert "error" in (gate(Choice(("adamw",)), "update") or ""), factors
+
+
+def test_the_loss_may_be_off_where_plain_hits_it_by_luck():
+    """A single number has no other whose error would say how large errors are."""
+    exact = {"out0": torch.tensor(100.0)}
+
+    def against(ours: float, dtype: torch.dtype, plain: float = 100.0) -> str | None:
+        off = {"out0": torch.tensor(ours)}
+        return difference(off, off, {"out0": torch.tensor(plain)}, exact, dtype)
+
+    assert against(100.05, torch.bfloat16) is None
+    assert "allowed 1.00e-01" in against(101.0, torch.bfloat16)
+    assert "allowed 1.00e-02" in against(100.05, torch.float32)
+    many = {"d x": torch.ones(1000)}
+    one_off = {"d x": torch.ones(1000).index_fill(0, torch.tensor([3]), 1.001)}
+    assert difference(one_off, one_off, many, many, torch.bfloat16) is not None
 
 
 def test_results_that_are_missing_or_of_another_shape_do_not_pass():

@@ -54,6 +54,7 @@ class Simulated:
         self.gated: list[str] = []
         self.timed: list[str] = []
         self.time = 0.0  # that has passed
+        self.whole = 0.0  # seconds to compile two whole steps
 
     def new_in(self, choice: Choice) -> list[str]:
         names = [*choice.kernels, *choice.inductor]
@@ -80,26 +81,30 @@ class Simulated:
         for name, why in self.raising.items():
             if name in self.new_in(choice):
                 raise Fails(why)
+        self.time += self.whole if part == WHOLE else 0.0
         before = self.new_in(base)
         self.timed += [name for name in self.new_in(choice) if name not in before]
         return compare(lambda: self.read(base, part), lambda: self.read(choice, part), level)
 
-    def needs(self, part: str) -> float:
-        return 0.0
+    def whole_seconds(self) -> float:
+        return self.whole
 
     def share(self, part: str, gain: float, base: float) -> float:
         return gain / 0.08
 
 
 def run(
-    bench: Simulated, budget: float = 1e9, left_out: dict[str, str] | None = None
+    bench: Simulated,
+    budget: float = 1e9,
+    left_out: dict[str, str] | None = None,
+    kept: float = 0.0,
 ) -> tuple[Found, list[Found]]:
     notes: list[Found] = []
 
     def note(found: Found) -> None:
         notes.append(Found(found.choice, list(found.rows), found.measuring, found.done))
 
-    limits = Limits(lambda: bench.time, budget, note)
+    limits = Limits(lambda: bench.time, budget, note, kept)
     candidates = gpu_candidates(ALL, compiled=True, backends=BACKENDS)
     return search(PLAIN, candidates, bench, limits, left_out), notes
 
@@ -187,6 +192,34 @@ def test_a_candidate_that_needs_minutes_is_not_begun_without_them():
     found, _ = run(Simulated({}), budget=200.0)
     row = next(row for row in found.rows if row.name == "max_autotune")
     assert row.verdict == NOT_MEASURED and row.why.endswith("s left")
+
+
+def test_candidates_leave_the_time_for_the_whole_step():
+    """What fills the time is not the last candidates but the comparison that shows the gain."""
+    speeds = {"document_attention": 0.9, "image_attention": 0.8, "layer_norm": 0.5}
+    took = Simulated(speeds)
+    run(took)
+
+    def measured(whole: float, kept: float) -> tuple[Found, float]:
+        bench = Simulated(speeds)
+        bench.whole = whole
+        budget = 0.5 * took.time + 400.0
+        found, _ = run(bench, budget, kept=kept)
+        return found, budget - bench.time
+
+    found, left = measured(whole=400.0, kept=400.0)
+    assert -30.0 < left < 0.0, "it may take about as long as the last candidate more"
+    rows = {row.name: row for row in found.rows}
+    assert rows["all that was taken"].verdict == TAKEN
+    assert rows["document_attention"].verdict == TAKEN
+    assert "s left, kept for the whole step" in rows["CUDA graphs"].why
+    # What needs more than may be kept takes nothing from the candidates.
+    for kept in (0.0, 899.0):
+        found, left = measured(whole=900.0, kept=kept)
+        rows = {row.name: row for row in found.rows}
+        assert rows["CUDA graphs"].verdict == "same" and left > 0
+        assert rows["all that was taken"].verdict == NOT_MEASURED
+        assert rows["all that was taken"].why.endswith("s left of about 900 s")
 
 
 def test_a_choice_that_loses_in_the_whole_step_is_not_kept():

@@ -16,8 +16,8 @@ from nanovlm_fast.tune import cache, tuner
 from nanovlm_fast.tune.cache import Entry
 from nanovlm_fast.tune.candidates import Choice
 from nanovlm_fast.tune.key import GPU_AUTOS, key_of
-from nanovlm_fast.tune.measure import Comparison
-from nanovlm_fast.tune.search import LEFT_OUT, TAKEN, Found
+from nanovlm_fast.tune.measure import Comparison, Read, Reading, Unsettled
+from nanovlm_fast.tune.search import LEFT_OUT, TAKEN, WHOLE, Fails, Found
 from nanovlm_fast.tune.tuner import DeviceBench, tune, tune_apart
 from tests.support.processes import ROOT
 from tests.support.tuning import BUDGET, job
@@ -130,10 +130,28 @@ def test_readings_of_a_part_are_compiled_once_and_weighed_by_the_step(monkeypatc
     assert isinstance(compared, Comparison) and len(made) == 5
 
 
-def test_the_whole_step_is_only_begun_with_the_time_to_compile_it():
+def test_the_seconds_of_the_whole_step_follow_from_plain_pytorchs(monkeypatch):
     bench = DeviceBench(job(), Answers(), 9)  # type: ignore[arg-type]  # not asked
-    bench.preparing = 10.0  # for two blocks of each tower, where the step has 2 and 4
-    assert bench.needs("whole step") == 2 * 10 * 6 / 4 and bench.needs("vision") == 0
+    monkeypatch.setattr(tuner.time, "monotonic", itertools.count(step=10.0).__next__)
+    monkeypatch.setattr(bench, "base_in", lambda part, choice: lambda: Reading(2.0))
+    bench.time_plain(Choice())
+    # Three parts of two blocks each, which take 10 s and are in the step 1, 2 and 1 times.
+    assert bench.whole_seconds() == 2 * (30 * (6 / 4) ** 0.5 + 9 * (2 + 4 + 2))
+
+
+def test_a_whole_step_that_does_not_fit_is_no_fault_of_the_choice(monkeypatch):
+    bench = DeviceBench(job(), Answers(), 9)  # type: ignore[arg-type]  # not asked
+    bench.bases["vision"] = (Choice(), lambda: Reading(1.0))
+
+    def full(*_: object) -> Read:
+        assert not bench.bases, "what else is compiled holds memory"
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bench, "read_of", full)
+    with pytest.raises(Unsettled, match="the memory does not hold both at once"):
+        bench.compare(Choice(), Choice(("rms_norm",)), WHOLE, 0.9)
+    with pytest.raises(Fails, match="OutOfMemoryError: CUDA out of memory"):
+        bench.compare(Choice(), Choice(("rms_norm",)), "vision", 0.9)
 
 
 def test_a_plain_model_that_does_not_run_in_its_process_is_no_candidates_fault(monkeypatch):
