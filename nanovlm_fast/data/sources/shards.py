@@ -51,8 +51,8 @@ FORMAT = 1  # of rows and manifest
 # The version of images.to_rgb. Rule 1, which manifests do not name, showed the colours that a
 # picture has under its transparent parts: shards made by it hold other pixels and are refused
 PIXELS = "rule 2"
-# The version of chat.ChatProcessor's labels. Rule 1, which manifests do not name, left the end of an
-# empty last answer without loss
+# The version of the labels of chat.ChatProcessor. Rule 1, which manifests do not name, left the end
+# of an empty last answer without loss
 LABELS = "rule 2"
 AGAIN = "run the command that prepared it again: it makes only what is missing"
 
