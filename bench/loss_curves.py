@@ -3,6 +3,8 @@
     python -m bench.loss_curves
     python -m bench.loss_curves --tokens 20480 --kernels all    on a GPU; fewer tokens on CPUs whose
                                                                 bfloat16 is slow
+    python -m bench.loss_curves --preset nanovlm-222m --layers 2 --tokens 256 --steps 70 \
+        --variants 'packed float32,packed bfloat16,packed bfloat16 stream'
 
 The padded reference and the packed model, each in float32 and under bfloat16 autocast, and the
 packed model with `--stream bfloat16` and in float16 with a scaled loss, start from the same weights
@@ -10,6 +12,9 @@ and see the same questions in the same order. Each random seed draws other weigh
 and another order. The yardstick is what a change of seed does: a variant passes if at every step
 its smoothed loss is closer to the float32 reference of the same seed than the reference's seeds are
 to each other around that step. Exit code 1 if a packed variant does not pass.
+
+A curve is kept as soon as it is done: a run that was interrupted goes on where it stopped, if the
+tree has no changes and the settings are the same.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from bench.harness.results import write
+from bench.harness.results import facts, place, read, write_file
 from bench.harness.tables import Rows, lined_up
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.data.budget import measure_budget
@@ -63,16 +68,18 @@ class Data:
 
     def __init__(self, args: argparse.Namespace):
         self.model, train = preset(args.preset)
+        if args.layers:
+            blocks = dict(vit_n_blocks=args.layers, lm_n_blocks=args.layers)
+            self.model = dataclasses.replace(self.model, **blocks)
         # Without augmentation: both models must see the same pixels.
         self.train = dataclasses.replace(
             train, data=args.data, tokens_per_batch=args.tokens, augment="none"
         )
         self.source = load_source(args.data, "train")
         tokenizer = Tokenizer.train(texts(self.source, self.model.prompt), self.model.lm_vocab_size)
-        # One document per question, because the padded reference knows no conversations.
-        self.text = TextProcessor(
-            tokenizer, self.model.prompt, self.model.image_tokens, "independent"
-        )
+        # No more than one question per document: the padded reference knows no conversations.
+        turns = "first" if train.turns == "first" else "independent"
+        self.text = TextProcessor(tokenizer, self.model.prompt, self.model.image_tokens, turns)
         self.budget = measure_budget(self.loader(0), self.train)
 
     def loader(self, seed: int) -> SampleLoader:
@@ -171,21 +178,55 @@ class Training:
         return loss.item()
 
 
-def train_all(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], Data]:
-    """Losses of every variant, (seeds, steps). The variants take turns at each step."""
-    data = Data(args)
-    curves = {variant: np.zeros((args.seeds, args.steps)) for variant in VARIANTS}
-    with tqdm(total=args.seeds * args.steps, unit="step", dynamic_ncols=True) as bar:
+class Kept:
+    """Finished curves in a file beside the result, so that an interrupted run loses at most one."""
+
+    def __init__(self, file: Path, about: dict[str, Any], settings: dict[str, Any]):
+        """`about` is of `facts`. Curves of a file with others, or with other settings, are left."""
+        self.file = file
+        self.about = about
+        self.settings = settings
+        self.losses: dict[str, list[float]] = {}
+        if file.exists() and about["clean"]:
+            before = read(file)
+            traced = ("commit", "clean", "torch", "threads")
+            same = all(before.get(name) == about[name] for name in traced)
+            if same and before.get("settings") == settings:
+                self.losses = before["losses"]
+
+    def add(self, name: str, losses: list[float]) -> None:
+        self.losses[name] = losses
+        write_file(self.file, {**self.about, "settings": self.settings, "losses": self.losses})
+
+
+def train_all(args: argparse.Namespace, data: Data, kept: Kept) -> dict[str, np.ndarray]:
+    """Losses of every variant, (seeds, steps), those of `kept` as they are."""
+    curves = {variant: np.zeros((args.seeds, args.steps)) for variant in args.variants}
+    total = args.seeds * len(curves) * args.steps
+    with tqdm(total=total, unit="step", dynamic_ncols=True) as bar:
         for seed in range(args.seeds):
-            torch.manual_seed(seed)
-            start = VisionLanguageModel(data.model)  # the weights that all variants start from
-            trainings = [Training(variant, start, data, args) for variant in VARIANTS]
-            for step, samples in enumerate(data.batches(seed, args.steps)):
-                for training in trainings:
-                    curves[training.name][seed, step] = training.step(samples, step, args.steps)
-                bar.update()
-                bar.set_postfix_str(f"seed {seed} loss {curves[TRUTH][seed, step]:.4f}")
-    return curves, data
+            for variant, rows in curves.items():
+                name = f"{variant}, seed {seed}"
+                if name not in kept.losses:
+                    kept.add(name, train_one(variant, seed, data, args, bar))
+                rows[seed] = kept.losses[name]
+                bar.n = (seed * len(curves) + list(curves).index(variant) + 1) * args.steps
+    return curves
+
+
+def train_one(
+    variant: str, seed: int, data: Data, args: argparse.Namespace, bar: tqdm
+) -> list[float]:
+    """The losses of one curve, a value per step."""
+    torch.manual_seed(seed)
+    start = VisionLanguageModel(data.model)  # the weights that all variants start from
+    training = Training(variant, start, data, args)
+    losses = []
+    for step, samples in enumerate(data.batches(seed, args.steps)):
+        losses.append(training.step(samples, step, args.steps))
+        bar.update()
+        bar.set_postfix_str(f"{variant}, seed {seed}: loss {losses[-1]:.4f}")
+    return losses
 
 
 def smooth(curves: np.ndarray) -> np.ndarray:
@@ -222,7 +263,7 @@ def judge(curves: dict[str, np.ndarray]) -> dict:
     truth = smooth(curves[TRUTH])
     here, spread = seed_spread(truth)
     rows: list[dict[str, Any]] = []
-    for variant in VARIANTS[1:]:
+    for variant in (name for name in curves if name != TRUTH):
         for seed, difference in enumerate(np.abs(smooth(curves[variant]) - truth)):
             shares = difference / np.maximum(spread, 1e-12)
             worst = int(shares.argmax())
@@ -259,7 +300,7 @@ def draw(file: Path, curves: dict[str, np.ndarray]) -> None:
         ("#8250df", 1.0),
         ("#bf3989", 1.0),
     )
-    styles = dict(zip(VARIANTS, lines, strict=True))
+    styles = {name: line for name, line in zip(VARIANTS, lines, strict=True) if name in curves}
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), constrained_layout=True)
     truth = smooth(curves[TRUTH])
     steps = np.arange(1, truth.shape[1] + 1)
@@ -305,10 +346,37 @@ def table(judged: dict) -> str:
     return lined_up(rows)
 
 
+def chosen(names: str) -> tuple[str, ...]:
+    """The variants of a comma-separated list in the order of `VARIANTS`, the truth among them.
+
+    Raises ValueError for a name that is none.
+    """
+    wanted = {TRUTH, *(name.strip() for name in names.split(","))}
+    if unknown := sorted(wanted - {*VARIANTS}):
+        raise ValueError(f"--variants {', '.join(unknown)}: there are {', '.join(VARIANTS)}")
+    if wanted == {TRUTH}:
+        raise ValueError(f"--variants {TRUTH}: name another one, which is compared with it")
+    return tuple(name for name in VARIANTS if name in wanted)
+
+
+def result_name(args: argparse.Namespace) -> str:
+    """The name of the result file, without its ending."""
+    name = "loss_curves" if args.preset == "tiny" else f"loss_curves_{args.preset}"
+    return f"{name}_{args.layers}layer{'s' * (args.layers > 1)}" if args.layers else name
+
+
 def make_parser() -> Parser:
     parser = Parser(prog="python -m bench.loss_curves", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="tiny")
+    parser.add_argument(
+        "--layers", type=Range(int), default=0, help="of each tower, at full width; 0: the preset's"
+    )
     parser.add_argument("--data", default="easy_vqa")
+    parser.add_argument(
+        "--variants",
+        default=",".join(VARIANTS),
+        help=f"comma-separated, compared with {TRUTH} (default: all)",
+    )
     parser.add_argument("--steps", type=Range(int, least=1), default=200)
     parser.add_argument(
         "--seeds",
@@ -333,12 +401,17 @@ def make_parser() -> Parser:
 @reports_errors()
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
+    args.variants = chosen(args.variants)
     args.device = str(pick_device(args.device))
-    curves, data = train_all(args)
-    judged = judge(curves)
-    rounded = {variant: np.round(rows, 5).tolist() for variant, rows in curves.items()}
-    result = {
+    device = torch.device(args.device)
+    choose_ops(args.kernels, device)  # refuses unknown names now, not after the reference's curve
+    # Once, at the start: what runs is the tree of this moment, whatever is committed meanwhile.
+    about = facts(device)
+    file = place(result_name(args), device, args.out)
+    data = Data(args)
+    settings = {
         "preset": args.preset,
+        "layers": args.layers,
         "data": args.data,
         "steps": args.steps,
         "seeds": args.seeds,
@@ -346,10 +419,14 @@ def main(argv: list[str] | None = None) -> int:
         "tokens_per_batch": args.tokens,
         "images_per_batch": data.budget.images,
         "smoothing": SPAN,
-        **judged,
-        "curves": rounded,
     }
-    file = write("loss_curves", torch.device(args.device), result, args.out)
+    kept = Kept(file.with_suffix(".part"), about, settings)
+    curves = train_all(args, data, kept)
+    judged = judge(curves)
+    rounded = {variant: np.round(rows, 5).tolist() for variant, rows in curves.items()}
+    result = {"suite": file.stem, **about, **settings, **judged, "curves": rounded}
+    write_file(file, result)
+    kept.file.unlink()
     draw(file.with_suffix(".png"), curves)
     print(table(judged))
     print(f"written: {file}")

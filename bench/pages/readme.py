@@ -34,7 +34,7 @@ def overview(results: Path = ROOT) -> str:
     steps = [step for step in newest(results, "train_step*") if "parity" in step]
     rows += [step_row(step) for step in steps]
     rows += [peer_row(peer) for peer in newest(results, "peer*")]
-    rows += [curves_row(run) for run in newest(results, "loss_curves")]
+    rows += [curves_row(run) for run in newest(results, "loss_curves*")]
     rows += [loader_row(loader) for loader in newest(results, "dataloader")]
     return markdown(rows)
 
@@ -162,10 +162,14 @@ def shown_command(result: dict) -> str:
     return re.sub(r"(--nanovlm) \S+", r"\1 CHECKOUT", result["command"])
 
 
+def cut_to(layers: int) -> str:
+    """Says after a preset's name that its towers were cut; empty if they were not."""
+    return f" cut to {layers} layer{'s' * (layers > 1)} per tower" if layers else ""
+
+
 def peer_row(peer: dict) -> tuple[str, ...]:
     """A result of bench.peer: the plain case beside the others."""
-    depth = peer["layers"]
-    layers = f" cut to {depth} layer{'s' * (depth > 1)} per tower" if depth else ""
+    layers = cut_to(peer["layers"])
     what = f"optimizer step of `{peer['preset']}`{layers}, huggingface/nanoVLM's own code "
     what += f"({peer['nanovlm']['commit']})"
     what += " and ours, interleaved: questions/s of ours over theirs"
@@ -180,7 +184,8 @@ def peer_row(peer: dict) -> tuple[str, ...]:
 
 def curves_row(run: dict) -> tuple[str, ...]:
     """A result of bench.loss_curves."""
-    what = f"loss of `{run['preset']}` over {run['steps']} steps, largest distance from the padded "
+    what = f"loss of `{run['preset']}`{cut_to(run.get('layers', 0))} over {run['steps']} steps, "
+    what += "largest distance from the padded "
     what += f"float32 reference, as a share of what {run['seeds']} seeds differ by within "
     what += f"{run['smoothing']} steps"
     parts = []
@@ -188,8 +193,7 @@ def curves_row(run: dict) -> tuple[str, ...]:
         shares = [row["share"] for row in run["rows"] if row["variant"] == variant]
         if shares:
             parts.append(f"{variant} **{max(shares):.1%}**")
-    command = "`python -m bench.loss_curves`"
-    return what, " · ".join(parts), run["device"], run["commit"][:7], command
+    return what, " · ".join(parts), run["device"], run["commit"][:7], f"`{run['command']}`"
 
 
 SHOWN_MODES = (

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from bench import loss_curves
-from bench.loss_curves import HALF, STREAM, TRUTH, VARIANTS, judge, smooth
+from bench.loss_curves import HALF, STREAM, TRUTH, VARIANTS, Kept, judge, smooth
+from bench.pages.readme import curves_row
 
 
 def run(out: Path, *options: str) -> int:
@@ -95,9 +96,68 @@ def test_smoothing_keeps_a_constant_and_averages_noise():
     assert smooth(noise)[0, 0] == noise[0, 0] and smooth(noise)[:, 50:].std() < 0.4
 
 
+def test_a_slice_and_the_variants_that_were_named(tmp_path):
+    options = ("--layers", "1", "--variants", f"{STREAM},packed float32")
+    assert run(tmp_path, *options) == 0
+    (file,) = tmp_path.glob("*/*.json")
+    result = json.loads(file.read_text())
+    assert file.stem == result["suite"] == "loss_curves_1layer" and result["layers"] == 1
+    assert list(result["curves"]) == [TRUTH, "packed float32", STREAM]
+    assert {row["variant"] for row in result["rows"]} == {"packed float32", STREAM}
+    assert file.with_suffix(".png").exists() and "cut to 1 layer per" in curves_row(result)[0]
+
+
+def test_an_interrupted_run_goes_on_after_its_last_curve(tmp_path, monkeypatch):
+    """The tree counts as clean, because curves of a changed one are not taken up."""
+    options = ("--variants", "packed float32")
+    facts = loss_curves.facts
+    step = loss_curves.Training.step
+    taken: list[str] = []
+    stops = [True]
+
+    def interrupted(training, *arguments):
+        taken.append(training.name)
+        if stops[0] and len(taken) == 10:  # in the third of four curves
+            raise ValueError("no power")
+        return step(training, *arguments)
+
+    assert run(tmp_path / "whole", *options) == 0
+    monkeypatch.setattr(loss_curves, "facts", lambda device: facts(device) | {"clean": True})
+    monkeypatch.setattr(loss_curves.Training, "step", interrupted)
+    assert run(tmp_path / "cut", *options) == 1
+    (part,) = tmp_path.glob("cut/*/*")
+    assert part.suffix == ".part" and len(json.loads(part.read_text())["losses"]) == 2
+    stops[0] = False
+    taken.clear()
+    assert run(tmp_path / "cut", *options) == 0
+    assert taken == [TRUTH] * 4 + ["packed float32"] * 4
+    cut, whole = (
+        json.loads(next(tmp_path.glob(f"{name}/*/loss_curves.json")).read_text())
+        for name in ("cut", "whole")
+    )
+    assert cut["curves"] == whole["curves"] and cut["rows"] == whole["rows"]
+    assert not part.exists()
+
+
+def test_kept_curves_are_of_the_same_clean_tree_and_settings(tmp_path):
+    file = tmp_path / "curves.part"
+    about = dict(commit="a", clean=True, torch="2", threads=1)
+    Kept(file, about, {"steps": 4}).add("a curve", [1.0])
+    assert Kept(file, about, {"steps": 4}).losses == {"a curve": [1.0]}
+    for other in (dict(commit="b"), dict(clean=False), dict(torch="3"), dict(threads=2)):
+        assert Kept(file, about | other, {"steps": 4}).losses == {}
+    assert Kept(file, about, {"steps": 5}).losses == {}
+
+
 @pytest.mark.parametrize(
     ("options", "error"),
-    [(("--seeds", "1"), "--seeds: must be"), (("--data", "no"), "no")],
+    [
+        (("--seeds", "1"), "--seeds: must be"),
+        (("--data", "no"), "no"),
+        (("--layers", "-1"), "--layers: must be"),
+        (("--variants", "packed int8"), "packed int8: there are reference float32, "),
+        (("--variants", TRUTH), "name another one"),
+    ],
 )
 def test_bad_options_are_one_line(tmp_path, capsys, options, error):
     assert run(tmp_path, *options) in (1, 2)
