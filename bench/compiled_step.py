@@ -36,7 +36,7 @@ from bench.harness.results import ROOT, facts, read, write_file
 from bench.harness.step_tables import report, variants_table
 from bench.subjects.fake_h100 import VISION_ATTENTION, built_library
 from bench.subjects.step_process import STREAMS, Options
-from bench.subjects.step_time import H100, POINTWISE, PRODUCT, REDUCTION
+from bench.subjects.step_time import EPILOGUE, FLASH, H100, OURS, POINTWISE, PRODUCT, REDUCTION
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.model.attention import BACKENDS
 from nanovlm_fast.model.ops import KERNELS
@@ -219,7 +219,14 @@ def written(
         "work": measured["work"],
         "rates": {
             "floor": {"bytes_per_s": H100.bandwidth, "flops_per_s": H100.flops},
-            "predicted": {"pointwise": POINTWISE, "reduction": REDUCTION, "product": PRODUCT},
+            "predicted": {
+                "pointwise": POINTWISE,
+                "reduction": REDUCTION,
+                "product": PRODUCT,
+                "epilogue": EPILOGUE,
+                "flash": FLASH,
+                "our_attention": OURS,
+            },
         },
         "variants": variants,
     }

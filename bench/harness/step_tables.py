@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from bench.subjects.lowered import spilled
-from bench.subjects.step_time import OURS_AT_LEAST
 
 
 def kinds_table(variant: dict[str, Any]) -> str:
@@ -34,9 +33,8 @@ def dearest_table(variant: dict[str, Any]) -> str:
 
 
 def expected_range(variant: dict[str, Any], form: str) -> str:
-    """A variant's predicted milliseconds, a range where our own attention may be slower."""
+    """A variant's predicted milliseconds, a range in files of before attention was measured."""
     least = f"{variant['expected_ms']:{form}}"
-    # Older files have no second number.
     most = f"{variant.get('expected_ms_slow', variant['expected_ms']):{form}}"
     return least if most == least else f"{least} to {most}"
 
@@ -87,7 +85,4 @@ def report(result: dict[str, Any], label: str) -> str:
         f"floor {row['floor_ms']:.2f} ms; predicted, not measured: {predicted['step_ms']:.1f} ms, "
         f"{predicted['tokens_per_s']:,.0f} tokens/s, {predicted['mfu']:.1%} MFU"
     )
-    if "expected_ms_slow" in row:
-        slow = f"{OURS_AT_LEAST:.0%} of FlashAttention's rate"
-        lines.append(f"{row['expected_ms_slow']:.1f} ms if our own attention computes at {slow}")
     return "\n".join(lines)

@@ -90,7 +90,6 @@ def measure(options: Options) -> dict[str, Any]:
         "work": _sizes(config, batch, padded=False),
         "computed": _sizes(config, batch, padded=True),
         **step_time.totals(step.launches),
-        **step_time.slow(step.launches),
         "by_kind": step_time.by_kind(step.launches),
         "dearest": step_time.dearest(step.launches),
         "seconds_to_compile": round(seconds, 1),

@@ -101,8 +101,9 @@ def plan(model: VLMConfig, config: TrainConfig) -> dict[str, str]:
     examples = epochs * found.examples
     rows |= compute(model, config, example, in_step, examples)
     tokens = examples * example.tokens
-    rows["predicted"] = prediction(config, pick_device(config.device), tokens)
-    rows["on an H100"] = compiled_for_h100(config, in_step * example.tokens, tokens)
+    share = share_of_preset(model, config, example, in_step)
+    rows["predicted"] = prediction(config, pick_device(config.device), tokens, share)
+    rows["on an H100"] = compiled_for_h100(config, in_step * example.tokens, tokens, share)
     if config.device_like != "none":
         rows |= memory(model, config, example)
     return rows
@@ -177,11 +178,11 @@ def frozen_parts(config: TrainConfig) -> list[str]:
     return [name for name, rate in rates.items() if not rate]
 
 
-def compute(
-    model: VLMConfig, config: TrainConfig, example: Example, in_step: float, examples: float
-) -> dict[str, str]:
-    """Rows on tokens, FLOPs and the device's peak; `examples` are those of the whole run."""
-    by_part = flops_by_part(
+def flops_of(
+    model: VLMConfig, config: TrainConfig, example: Example, in_step: float
+) -> dict[str, int]:
+    """FLOPs of a step of `in_step` examples by part."""
+    return flops_by_part(
         model,
         n_images=round(in_step * example.images),
         n_tokens=round(in_step * example.tokens),
@@ -189,6 +190,29 @@ def compute(
         n_pairs=round(in_step * example.pairs),
         frozen=frozen_parts(config),  # what an adapter itself computes is not counted: it is small
     )
+
+
+def share_of_preset(
+    model: VLMConfig, config: TrainConfig, example: Example, in_step: float
+) -> float:
+    """A step's FLOPs over those of one that trains what the preset trains.
+
+    Hours come from rates of the preset as it is; adapters and frozen towers take fewer.
+    """
+    whole = flops_of(model, preset(config.preset)[1], example, in_step)
+    return sum(flops_of(model, config, example, in_step).values()) / (sum(whole.values()) or 1)
+
+
+def by_flops(share: float) -> str:
+    """What a line on hours says if the rate in it was not that of such a step; empty if it was."""
+    return "" if share == 1 else f", scaled to the {share:.0%} of its FLOPs that this run takes"
+
+
+def compute(
+    model: VLMConfig, config: TrainConfig, example: Example, in_step: float, examples: float
+) -> dict[str, str]:
+    """Rows on tokens, FLOPs and the device's peak; `examples` are those of the whole run."""
+    by_part = flops_of(model, config, example, in_step)
     flops = sum(by_part.values())
     in_all = flops / in_step * examples
     rows = {"tokens": f"{examples * example.tokens:,.0f}"}
@@ -253,10 +277,11 @@ def counts(model: VLMConfig, config: TrainConfig) -> Counts:
     return Counts(len(source), example, origin)
 
 
-def prediction(config: TrainConfig, device: torch.device, tokens: float) -> str:
+def prediction(config: TrainConfig, device: torch.device, tokens: float, share: float = 1) -> str:
     """Hours for so many tokens, at the measured rate of the preset on this device.
 
-    The rate is that of a whole run if one was measured, else that of a bare optimizer step.
+    The rate is that of a whole run if one was measured, else that of a bare optimizer step. `share`
+    is `share_of_preset`, and so below.
     """
     rates = json.loads(RATES.read_text())
     # A run comes first: its rate includes evaluations, checkpoints and waiting for data.
@@ -264,21 +289,23 @@ def prediction(config: TrainConfig, device: torch.device, tokens: float) -> str:
         for measured in rates[kind]:
             where = (measured["device"], measured["preset"])
             if where == (device_name(device), config.preset):
-                rate = measured["tokens_per_s"]
+                rate = measured["tokens_per_s"] / share
                 speed = at.format(f"{rate:,.0f} tokens/s")
-                return f"{tokens / rate / 3600:.2f} h {speed} ({measured['source']})"
+                hours = f"{tokens / rate / 3600:.2f} h {speed}"
+                return f"{hours} ({measured['source']}{by_flops(share)})"
     return f"unknown: no run of {config.preset} was measured on {device_name(device)}"
 
 
-def compiled_for_h100(config: TrainConfig, in_step: float, tokens: float) -> str:
+def compiled_for_h100(config: TrainConfig, in_step: float, tokens: float, share: float = 1) -> str:
     """What compiling the preset for an H100 predicts, without having run on one.
 
     `in_step` and `tokens` are the tokens of a step and of the run.
     """
     for predicted in json.loads(RATES.read_text())["predicted"]:
         if predicted["preset"] == config.preset:
-            rate = predicted["tokens_per_s"]
+            rate = predicted["tokens_per_s"] / share
+            source = f"{predicted['source']}{by_flops(share)}"
             step = f"{1e3 * in_step / rate:,.0f} ms a step"
             hours = f"{tokens / rate / 3600:.2f} h at {rate:,.0f} tokens/s"
-            return f"{step}, {hours}: a prediction, not measured ({predicted['source']})"
+            return f"{step}, {hours}: a prediction, not measured ({source})"
     return f"unknown: {config.preset} was not compiled for one"

@@ -62,7 +62,7 @@ def test_our_projection_is_a_product_like_cublass():
     assert step_time.expected(ours) > 1.02 * ours.flops / step_time.PRODUCT
 
 
-def test_a_product_with_an_epilogue_is_a_little_slower_than_cublass():
+def test_a_product_with_an_epilogue_is_slower_than_cublass():
     m, c, inner = 290 * 196, 768, 3072
     sizes = dict(M=m, K=c, N=inner)
     for part in ("fwd", "bwd"):
@@ -73,7 +73,7 @@ def test_a_product_with_an_epilogue_is_a_little_slower_than_cublass():
     assert gelu_mlp.cost(m, c, inner, torch.bfloat16)["forward"][1] == 2 * flops
     theirs = Launch("mm", "product", "forward", flops=flops, shape=(m, c, inner))
     ours = dataclasses.replace(theirs, name="ours", kind="kernel", epilogue=True)
-    assert step_time.expected(ours) == pytest.approx(step_time.expected(theirs) / 0.92)
+    assert step_time.expected(ours) == pytest.approx(step_time.expected(theirs) / 0.5)
     assert step_time.floor(ours) == step_time.floor(theirs)
 
 
@@ -91,15 +91,15 @@ def test_swiglus_product_has_gate_and_up():
     assert work == flops["forward"][1] == flops["backward"][1] // 2
 
 
-def test_our_attention_has_a_second_time():
-    """Nobody has shown that it reaches FlashAttention's rate."""
-    work = attention_of([128] * 300, heads=9, kv_heads=3, width=64, causal=True)
-    theirs = Launch("flash", "attention", "backward", attention=work)
-    ours = dataclasses.replace(theirs, attention=work | {"one_pass": 1})
-    assert step_time.slow([theirs]) == {}
-    ms = step_time.slow([theirs, ours])["expected_ms_slow"]
-    fast = step_time.expected(ours)
-    assert ms / 1e3 == pytest.approx(step_time.expected(theirs) + fast / 0.4)
+def test_attention_at_the_rates_that_were_measured():
+    """FLOP by hand; FlashAttention on an H200 took 3.36 ms forward in 12 towers of 290 images."""
+    work = attention_of([196] * 290, heads=12, kv_heads=12, width=64, causal=False)
+    flop = 4 * 290 * 256**2 * 768
+    theirs = Launch("flash", "attention", "forward", attention=work)
+    assert step_time.expected(theirs) == pytest.approx(flop / 175e12)
+    assert 12 * step_time.expected(theirs) == pytest.approx(3.36e-3, rel=0.25)
+    ours = dataclasses.replace(theirs, direction="backward", attention=work | {"one_pass": 1})
+    assert step_time.expected(ours) == pytest.approx(2.5 * flop / 115e12)
 
 
 def test_the_dearest_kernels_are_summed():

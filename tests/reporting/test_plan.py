@@ -216,3 +216,25 @@ def test_a_t4_holds_nanovlm_222m():
     # A plan tries nothing: `auto` is the preset's budget in it.
     plain = argv[:3]
     assert plan(*parse_config([*plain, "--tokens-per-batch", "auto"])) == plan(*parse_config(plain))
+
+
+def test_hours_are_scaled_by_the_flops_of_what_is_trained():
+    """Multiply-adds per example by hand: 196 patches, 49 image tokens, 81 tokens, 12 labels."""
+    blocks = 12 * (4 * 768**2 + 2 * 768 * 3072 + 2 * 196 * 768)
+    tower = 196 * (2 * 3 * 16**2 * 768 + 3 * blocks)
+    projector = 3 * 49 * 4 * 768 * 576
+    layers = 30 * (2 * 576**2 + 2 * 576 * 192 + 3 * 576 * 1536)
+    weights = 81 * layers + 12 * 576 * 49152
+    whole = tower + projector + 3 * weights + 3 * (81 * 82 // 2) * 30 * 2 * 576
+    ms = {}
+    for options, share in (
+        ("", 1.0),
+        ("--lora-rank 8", (whole - weights) / whole),
+        ("--lr-language 0", (whole - weights) / whole),
+    ):
+        rows = plan(*parse_config(f"--preset nanovlm-222m {options} --dry-run".split()))
+        line = rows["on an H100"]
+        ms[options] = float(line.split(" ms a step")[0])
+        assert ms[options] == pytest.approx(share * ms[""], rel=0.01)
+        assert (f"scaled to the {share:.0%} of its FLOPs" in line) == (share < 1)
+    assert ms["--lora-rank 8"] == pytest.approx(0.89 * ms[""], rel=0.01)
