@@ -70,11 +70,11 @@ TILES = {
 }
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 # FLOP/s of FlashAttention-2 with heads of 64, on the blocks that it computes. Measured: 179e12
-# forward and 173e12 in the backward's loop, on an H200 (profile.json), whose products are as fast.
+# forward and 173e12 in the backward's loop, on an H200 (profile.json): an H100's multiprocessors.
 FLASH = 175e12
 # The same of our attention. Measured in blocks on an H100 (tune_nanovlm-222m.json): what
 # document_attention and image_attention together changed leaves them this rate. Alone, about 155e12
-# and 105e12; but in the whole step document_attention gained less than in its blocks.
+# and 105e12, so the gain of the first is predicted too low, and the loss from the second too.
 OURS = 115e12
 
 
