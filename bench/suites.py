@@ -112,9 +112,7 @@ the step is entered with its bytes and FLOPs; padding, gradient norm and optimiz
 rates. The prediction takes rates that kernels reach in practice; `bench/subjects/step_time.py`
 states them. Gaps between launches, the caches and waiting for data are left out. A buffer counts
 once for a kernel, in Inductor's kernels for the loss too, so that a kernel of ours that saves a
-second reading shows no gain. Where a row has a range, it is older than the rates that an
-H100 showed: it assumes that our attention computes at FlashAttention's rate, or at 40% of it, and
-tokens/s and MFU belong to the first. The stream is `--stream` of `train.py`, with bfloat16 working
+second reading shows no gain. The stream is `--stream` of `train.py`, with bfloat16 working
 weights."""
 
 KERNEL_SETS_DETAILS = """Each set of `--kernels` is a process of its own, and they take turns on the

@@ -32,20 +32,13 @@ def dearest_table(variant: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def expected_range(variant: dict[str, Any], form: str) -> str:
-    """A variant's predicted milliseconds, a range in files of before attention was measured."""
-    least = f"{variant['expected_ms']:{form}}"
-    most = f"{variant.get('expected_ms_slow', variant['expected_ms']):{form}}"
-    return least if most == least else f"{least} to {most}"
-
-
 def variants_table(variants: dict[str, Any]) -> str:
     width = max(map(len, variants))
-    head = f"{'variant':{width}} {'launches':>8} {'GB':>7} {'floor ms':>9} {'predicted':>14}"
+    head = f"{'variant':{width}} {'launches':>8} {'GB':>7} {'floor ms':>9} {'predicted':>9}"
     lines = [f"{head} {'tokens/s':>9} {'MFU':>6} {'peak GB':>8}"]
     for label, row in variants.items():
         moved = f"{row['launches']:>8,} {row['read_gb'] + row['written_gb']:>7.1f}"
-        times = f"{row['floor_ms']:>9.2f} {expected_range(row, '.1f'):>14}"
+        times = f"{row['floor_ms']:>9.2f} {row['expected_ms']:>9.1f}"
         rates = f"{row['predicted']['tokens_per_s']:>9,.0f} {row['predicted']['mfu']:>6.1%}"
         lines.append(f"{label:{width}} {moved} {times} {rates} {row['peak_gb']:>8.1f}")
     return "\n".join(lines)

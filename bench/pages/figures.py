@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness.results import load
-from bench.harness.step_tables import expected_range
 from bench.memory import label_of as memory_label
 from bench.optimizers import smoothed
 
@@ -470,7 +469,7 @@ def compiled(file: Path) -> Figure | None:
                 start += ms
             floor = row["floor_ms"]
             axis.plot([floor, floor], [place - 0.31, place + 0.31], color=theme.text, lw=1.5)
-            text = f"{expected_range(row, '.1f')} ms, {row['predicted']['mfu']:.1%} MFU"
+            text = f"{row['expected_ms']:.1f} ms, {row['predicted']['mfu']:.1%} MFU"
             axis.text(start + 1, place, text, va="center", fontsize=9)
         axis.plot([], [], color=theme.text, lw=1.5, label="floor")
         axis.set_yticks(range(len(variants)), variants, fontsize=9)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.harness.results import ROOT, load
-from bench.harness.step_tables import expected_range
 from bench.harness.tables import Rows, markdown
 from bench.harness.timing import difference
 from bench.loss_curves import VARIANTS
@@ -65,7 +64,7 @@ def predictions(results: Path = ROOT) -> str:
             predicted = row["predicted"]
             rates = (f"{predicted['tokens_per_s']:,.0f}", f"{predicted['mfu']:.0%}")
             moved = f"{row['read_gb'] + row['written_gb']:.0f}"
-            step = f"{expected_range(row, '.0f')} predicted"
+            step = f"{row['expected_ms']:.0f} predicted"
             rows.append((f"`--{label}`", step, *rates, f"{row['launches']:,}", moved))
     return markdown(rows)
 

@@ -9,7 +9,6 @@ import torch
 
 from bench.dataloader import RATE, workers_for
 from bench.harness.results import ROOT, load, measurements
-from bench.harness.step_tables import expected_range
 from bench.harness.tables import Rows, markdown
 from bench.harness.timing import Difference, difference
 from bench.kernels import against_compile
@@ -314,7 +313,7 @@ def compiled_step_rows(result: dict) -> Rows:
         predicted = row["predicted"]
         rates = (f"{predicted['tokens_per_s']:,.0f}", f"{predicted['mfu']:.1%}")
         cells = (f"{row['launches']:,}", moved, f"{row['floor_ms']:.1f}", *times)
-        rows.append((label, *cells, f"**{expected_range(row, '.1f')}**", *rates))
+        rows.append((label, *cells, f"**{row['expected_ms']:.1f}**", *rates))
     return rows
 
 
