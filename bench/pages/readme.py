@@ -28,6 +28,7 @@ def overview(results: Path = ROOT) -> str:
         packing += f"; {run['data_wait']:.1%} of the time waiting for data"
         rows.append(("its token budget", packing, run["device"], run["commit"][:7], "the same run"))
     rows += [split_row(run) for run in newest(results, "tiny_split")]
+    rows += [demo_row(run) for run in newest(results, "demo")]
     rows += [race_row(race) for race in newest(results, "race*")]
     # A call that was stopped before ours had a time has nothing to say here.
     steps = [step for step in newest(results, "train_step*") if "parity" in step]
@@ -39,13 +40,14 @@ def overview(results: Path = ROOT) -> str:
 
 
 def highlights(results: Path = ROOT) -> str:
-    """The rows of README.md: two runs, a step on a GPU, nanoVLM's own code and ours, the loader.
+    """The rows of README.md: three runs, a step on a GPU, nanoVLM's own code and ours, the loader.
 
     They leave out the commits, which `overview` has.
     """
     rows: Rows = [("what", "measured", "on", "commit", "command")]
     rows += [run_row(run) for run in newest(results, "train_tiny")]
     rows += [split_row(run) for run in newest(results, "tiny_split")]
+    rows += [demo_row(run) for run in newest(results, "demo")]
     steps = [s for s in newest(results, "train_step_nanovlm-222m") if {"parity", "driver"} <= {*s}]
     rows += [step_row(step) for step in steps]
     rows += [peer_row(peer) for peer in newest(results, "peer_nanovlm-222m*")]
@@ -94,6 +96,18 @@ def split_row(result: dict) -> tuple[str, ...]:
     blind = f"blind {tiles['blind']:.1%}, {tiles['train_seconds'] / 60:.1f} min of training"
     command = f"`{result['command']}`"
     return what, f"{seen} · {blind}", result["device"], result["commit"][:7], command
+
+
+def demo_row(run: dict) -> tuple[str, ...]:
+    """A run of the demo: the group of what was in no drawing that it was trained on."""
+    kind = "group, emoji never seen"
+    sees = run["by_kind"][kind]
+    blind = run["blind_by_kind"][kind]["accuracy"]
+    what = "DINOv2 and SmolLM2 fine-tuned on emoji: which of 5 groups one is in that it never saw"
+    sight = f"sees **{sees['accuracy']:.1%}** of {sees['questions']} · blind {blind:.1%}"
+    minutes = f"{run['train_seconds'] / 60:.0f} min of training"
+    command = f"`{run['train_command']}`"
+    return what, f"{sight}, {minutes}", run["device"], run["commit"][:7], command
 
 
 def loader_row(loader: dict) -> tuple[str, ...]:
