@@ -426,8 +426,8 @@ def main(argv: list[str] | None = None) -> int:
     rounded = {variant: np.round(rows, 5).tolist() for variant, rows in curves.items()}
     result = {"suite": file.stem, **about, **settings, **judged, "curves": rounded}
     write_file(file, result)
-    kept.file.unlink()
     draw(file.with_suffix(".png"), curves)
+    kept.file.unlink()  # last: without a picture, the same command has only that left to do
     print(table(judged))
     print(f"written: {file}")
     if not judged["passed"]:

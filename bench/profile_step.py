@@ -181,10 +181,10 @@ def make_parser() -> Parser:
         "--repeats", type=Range(int, least=1), default=10, help="timed steps without it"
     )
     parser.add_argument(
-        "--trace", action="store_true", help="also write the trace to logs/profile_trace.json.gz"
+        "--trace", action="store_true", help="also write the trace to logs/NAME_trace.json.gz"
     )
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--name", default="", help="of the result file; default: profile")
+    parser.add_argument("--name", default="", help="of the result; default: profile")
     parser.add_argument("--out", type=Path, help="folder of results (default: bench/results)")
     return parser
 

@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,6 +54,7 @@ from nanovlm_fast.training.optim import apply_gradients, make_optimizers, set_lr
 from nanovlm_fast.training.steps import accumulate_gradients
 from nanovlm_fast.tune.launcher import END_LIMIT
 
+T = TypeVar("T")
 PLAIN = "none"
 # What the tuner chose on an H100 (bench/NOTES.md), and adamw, which its gate left out wrongly.
 TUNED = "document_attention,swiglu_mlp,layer_norm,rms_norm,adamw,vision_attention=cudnn"
@@ -227,30 +228,41 @@ def serve(args: argparse.Namespace) -> int:
     if args.serve == "truth":
         torch.save(Subject(PLAIN, args.preset, device, "none", batch).truth(), args.truth)
         return 0
-    subject = Subject(args.serve, args.preset, device, args.compile, batch)
+    subject = when_memory_is_free(
+        lambda: Subject(args.serve, args.preset, device, args.compile, batch)
+    )
     truth = torch.load(args.truth, mmap=True, weights_only=True)
-    found: dict[str, Any] = {}
-    for attempt in range(OUT_OF_MEMORY_RETRIES):
-        try:
-            found = subject.errors(truth)
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            subject.step()
-            break
-        except RuntimeError as error:  # others are compiling: memory will be free again
-            if not is_out_of_memory(error) or attempt + 1 == OUT_OF_MEMORY_RETRIES:
-                raise
-        # Not in the handler: until its end the traceback keeps what the step had allocated.
-        # Processes that wait equally long would meet again.
-        gc.collect()
-        torch.cuda.empty_cache()
-        time.sleep(random.uniform(0.2, 2.0))
+
+    def first_step() -> dict[str, Any]:
+        found = subject.errors(truth)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        subject.step()
+        return found
+
+    found = when_memory_is_free(first_step)
     found["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
     torch.cuda.empty_cache()
     print(json.dumps(found), flush=True)
     for asked in sys.stdin:
         print(json.dumps(subject.seconds(int(asked))), flush=True)
     return 0
+
+
+def when_memory_is_free(call: Callable[[], T]) -> T:
+    """Call again while memory is short: others compile beside this set, and will free some."""
+    for _ in range(OUT_OF_MEMORY_RETRIES):
+        try:
+            return call()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # Not in the handler: until its end the traceback keeps what the call had allocated.
+        # Processes that wait equally long would meet again.
+        gc.collect()
+        torch.cuda.empty_cache()
+        time.sleep(random.uniform(0.2, 2.0))
+    return call()
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -69,8 +69,10 @@ TILES = {
     (64, 64): 0.5,
 }
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-# FLOP/s of FlashAttention-2 with heads of 64, on the blocks that it computes. Measured: 179e12
-# forward and 173e12 in the backward's loop, on an H200 (profile.json): an H100's multiprocessors.
+# FLOP/s of FlashAttention-2 with heads of 64, on the blocks that it computes. One rate for both
+# towers and directions. Measured on an H200 (profile.json), which has an H100's multiprocessors:
+# 207e12 forward and 187e12 in the backward's loop of the vision tower, 132e12 and 142e12 in the
+# language model, so 175e12 and 170e12 over both.
 FLASH = 175e12
 # The same of our attention. Measured in blocks on an H100 (tune_nanovlm-222m.json): what
 # document_attention and image_attention together changed leaves them this rate. Alone, about 155e12

@@ -326,9 +326,10 @@ def checkpoint_weights(folder: Path) -> dict[str, Tensor]:
     model = base_model(folder, config, adapter)
     check_base(folder, adapter, hashes_of(model), stored)
     try:
+        check_complete(dict(model.named_parameters()), stored, adapter.rank)
         weights = merged(model.state_dict(), stored, adapter.scaling)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise ValueError(f"{file} is damaged: {error}") from error
     return model.by_reference_name(weights)
 
 
@@ -337,7 +338,7 @@ def base_model(folder: Path, config: VLMConfig, adapter: Adapter) -> VisionLangu
     train = TrainConfig(**adapter.base)
     try:
         check_chain(folder)
-        check_adapted_sizes(folder, config, pretrained_fields(train, {})[1], adapter.rank)
+        check_adapted_sizes(folder, config, pretrained_fields(train, {})[1])
         with torch.random.fork_rng(devices=[]):
             # What no source has was drawn by the run's seed, as it is here.
             torch.manual_seed(train.seed)
@@ -363,7 +364,7 @@ def check_chain(folder: Path) -> None:
         name = read_adapter(base).base["start_from"]
 
 
-def check_adapted_sizes(folder: Path, config: VLMConfig, must: dict[str, Any], rank: int) -> None:
+def check_adapted_sizes(folder: Path, config: VLMConfig, must: dict[str, Any]) -> None:
     """Raise ValueError for a config.json that the base `must` and the weights do not fit.
 
     Nothing is allocated, as in `folder.check_sizes`.
@@ -379,10 +380,6 @@ def check_adapted_sizes(folder: Path, config: VLMConfig, must: dict[str, Any], r
     with torch.device("meta"):
         model = VisionLanguageModel(config)
     merged(model.state_dict(), stored, 1.0)
-    try:
-        check_complete(dict(model.named_parameters()), stored, rank)
-    except ValueError as error:
-        raise ValueError(f"model.safetensors is damaged: {error}") from error
 
 
 def vision_weights(name: str, config: VLMConfig) -> dict[str, Tensor]:

@@ -179,6 +179,28 @@ def test_what_says_that_memory_is_short_is_tried_again():
     assert not is_out_of_memory(RuntimeError("out of resource: shared memory"))
 
 
+def test_a_set_waits_for_memory_with_its_model_too(tmp_path, monkeypatch, capsys):
+    """One that begins later does so beside others, whose steps may fill the device."""
+    packed = full_batch(Budget(32, 4, 2, 12, 16), preset("tiny")[0])
+    torch.save(vars(packed), tmp_path / "batch")
+    truth = Subject("none", "tiny", CPU, "none", packed).truth()
+    torch.save(truth, tmp_path / "truth")
+    failing = [torch.OutOfMemoryError("CUDA out of memory"), None]
+    monkeypatch.setattr(kernel_sets.time, "sleep", lambda seconds: None)
+
+    def subject(*arguments):
+        if error := failing.pop(0):
+            raise error
+        return Subject(*arguments)
+
+    monkeypatch.setattr(kernel_sets, "Subject", subject)
+    monkeypatch.setattr(sys, "stdin", [])
+    options = ["--serve", "none", "--preset", "tiny", "--device", "cpu", "--compile", "none"]
+    files = ["--truth", str(tmp_path / "truth"), "--batch", str(tmp_path / "batch")]
+    assert kernel_sets.main([*options, *files]) == 0
+    assert not failing and '"gradient"' in capsys.readouterr().out
+
+
 def test_a_cpu_is_refused(capsys):
     with pytest.raises(ValueError, match="kernels run on a GPU"):
         kernel_sets.main.__wrapped__(["--device", "cpu"])

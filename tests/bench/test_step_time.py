@@ -92,7 +92,7 @@ def test_swiglus_product_has_gate_and_up():
 
 
 def test_attention_at_the_rates_that_were_measured():
-    """FLOP by hand; FlashAttention on an H200 took 3.36 ms forward in 12 towers of 290 images."""
+    """FLOP by hand; FlashAttention on an H200 took 3.36 ms forward in 12 vision blocks."""
     work = attention_of([196] * 290, heads=12, kv_heads=12, width=64, causal=False)
     flop = 4 * 290 * 256**2 * 768
     theirs = Launch("flash", "attention", "forward", attention=work)
