@@ -55,6 +55,10 @@ def add_model_options(parser: argparse.ArgumentParser, device: bool = True) -> N
         parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ..., mps")
 
 
+# In a plain RuntimeError of PyTorch on a CPU, of its compiler around another error, or of cuBLAS
+MEMORY_IS_SHORT = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "cublasCreate")
+
+
 def reports_errors(*more: type[Exception], code: int = 1) -> Callable[[Main], Main]:
     """Decorate a command's `main(argv)` so that errors are printed as one line.
 
@@ -106,8 +110,7 @@ def ran_out_of_memory(error: BaseException) -> bool:
     # By name, since importing torch for its OutOfMemoryError would take seconds.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    # On a CPU PyTorch raises a plain RuntimeError.
-    return "can't allocate memory" in str(error)
+    return any(words in str(error) for words in MEMORY_IS_SHORT)
 
 
 def utf8(text: str) -> str:

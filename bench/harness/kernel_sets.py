@@ -40,7 +40,7 @@ from bench.harness.results import ROOT, write
 from bench.harness.tables import Rows, lined_up
 from bench.harness.timing import summary
 from bench.subjects.step_process import Options, budget_and_batch
-from nanovlm_fast.command import Parser, reports_errors
+from nanovlm_fast.command import Parser, ran_out_of_memory, reports_errors
 from nanovlm_fast.device import autocast_to, pick_device, pick_dtype
 from nanovlm_fast.model.attention import BACKENDS, VISION_BACKENDS
 from nanovlm_fast.model.compiling import INDUCTOR, compiled, inductor_names
@@ -255,7 +255,7 @@ def when_memory_is_free(call: Callable[[], T]) -> T:
         try:
             return call()
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if not ran_out_of_memory(error):
                 raise
         # Not in the handler: until its end the traceback keeps what the call had allocated.
         # Processes that wait equally long would meet again.
@@ -263,11 +263,6 @@ def when_memory_is_free(call: Callable[[], T]) -> T:
         torch.cuda.empty_cache()
         time.sleep(random.uniform(0.2, 2.0))
     return call()
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether memory was short, in the words of PyTorch, of its compiler, or of cuBLAS."""
-    return any(word in str(error) for word in ("out of memory", "ALLOC_FAILED", "cublasCreate"))
 
 
 class Process:

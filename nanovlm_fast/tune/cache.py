@@ -26,7 +26,7 @@ from nanovlm_fast.files import read_json, write_whole
 from nanovlm_fast.paths import cache_folder
 from nanovlm_fast.tune.candidates import Choice
 from nanovlm_fast.tune.key import hash_of_key
-from nanovlm_fast.tune.search import LEFT_OUT, Found, Row
+from nanovlm_fast.tune.search import LEFT_OUT, TOGETHER, WHOLE, Found, Row
 
 SCHEMA = 1
 
@@ -147,6 +147,17 @@ def acquit(key: dict[str, Any]) -> None:
     if entry and entry.measuring:
         with contextlib.suppress(OSError):
             write(dataclasses.replace(entry, measuring=""))
+
+
+def give_up(entry: Entry, why: str) -> Entry:
+    """Keep plain for an entry whose last comparison, that of the whole step, ended its process."""
+    row = Row(TOGETHER, WHOLE, LEFT_OUT, why)
+    entry = dataclasses.replace(
+        entry, choice=entry.plain, rows=[*entry.rows, row], measuring="", done=True
+    )
+    with contextlib.suppress(OSError):
+        write(entry)
+    return entry
 
 
 def newest() -> Entry | None:

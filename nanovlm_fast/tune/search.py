@@ -18,6 +18,7 @@ TAKEN = "taken"
 LEFT_OUT = "left out"  # failed, wrong, hung or died: not tried again for this key
 NOT_MEASURED = "not measured"
 WHOLE = "whole step"
+TOGETHER = "all that was taken"  # the row of the last comparison
 
 
 class Fails(Exception):
@@ -187,7 +188,7 @@ def check_whole(plain: Choice, found: Found, bench: Bench, limits: Limits, level
     """Last, plain against chosen in the whole step; a choice that loses there is not kept."""
     if found.choice == plain:
         return
-    row = Row("all that was taken", WHOLE, NOT_MEASURED)
+    row = Row(TOGETHER, WHOLE, NOT_MEASURED)
     needed = bench.whole_seconds()
     # Not all of them: it is an estimate, and the last candidate may have taken some.
     if (left := limits.left) <= needed / 2:
@@ -196,7 +197,10 @@ def check_whole(plain: Choice, found: Found, bench: Bench, limits: Limits, level
         row.verdict = LEFT_OUT
         row.why = f"together: {wrong}"
     else:
+        found.measuring = row.name
+        limits.note(found)
         row = timed(row, (plain, found.choice), bench, level)
     found.rows.append(row)
+    found.measuring = ""
     if row.verdict not in (TAKEN, NOT_MEASURED):
         found.choice = plain

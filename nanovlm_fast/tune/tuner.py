@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nanovlm_fast.command import one_line
+from nanovlm_fast.command import one_line, ran_out_of_memory
 from nanovlm_fast.model.attention import (
     BACKENDS,
     PADDED,
@@ -37,7 +37,7 @@ from nanovlm_fast.tune.key import free_in
 from nanovlm_fast.tune.launcher import Launcher
 from nanovlm_fast.tune.measure import PAIRS, Comparison, Read, Unsettled, compare
 from nanovlm_fast.tune.parts import LAUNCHES, UPDATE, Job, Parts
-from nanovlm_fast.tune.search import WHOLE, Fails, Limits, search
+from nanovlm_fast.tune.search import TOGETHER, WHOLE, Fails, Limits, search
 from nanovlm_fast.tune.timing import reader
 
 SERVE = "from nanovlm_fast.tune.gate import serve; serve()"
@@ -103,7 +103,7 @@ class DeviceBench:
         except Unsettled:
             raise
         except Exception as error:  # whatever CUDA, Triton or the compiler raises
-            if part == WHOLE and isinstance(error, torch.OutOfMemoryError):
+            if part == WHOLE and ran_out_of_memory(error):
                 raise Unsettled("the memory does not hold both at once") from error
             why = f"{type(error).__name__}: {one_line(error)[:300]}"
             try:
@@ -262,6 +262,9 @@ def tune_apart(
         if not silent:
             break
         known = cache.read(key)
+        if known and known.measuring == TOGETHER:
+            print(f"warning: plain PyTorch is kept: the process that timed the {WHOLE} {silent}")
+            return cache.give_up(known, silent)
         if known is None or known.done or not known.measuring or known.measuring in failed:
             raise ValueError(f"the process that measured: {silent}")
         print(f"warning: {known.measuring} is left out: the process that timed it {silent}")

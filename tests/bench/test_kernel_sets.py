@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from bench.harness import kernel_sets
-from bench.harness.kernel_sets import Subject, Wanted, is_out_of_memory
+from bench.harness.kernel_sets import Subject, Wanted
 from bench.subjects.operators import ALL
+from nanovlm_fast.command import ran_out_of_memory
 from nanovlm_fast.packing.batch import PackedBatch
 from nanovlm_fast.packing.packer import Budget
 from nanovlm_fast.presets import preset
@@ -174,9 +175,9 @@ def test_a_set_computes_by_its_options(tmp_path):
 def test_what_says_that_memory_is_short_is_tried_again():
     """Others compile beside it. What fails for another reason would fail again."""
     words = "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"
-    assert is_out_of_memory(RuntimeError(words))
-    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
-    assert not is_out_of_memory(RuntimeError("out of resource: shared memory"))
+    assert ran_out_of_memory(RuntimeError(words))
+    assert ran_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert not ran_out_of_memory(RuntimeError("out of resource: shared memory"))
 
 
 def test_a_set_waits_for_memory_with_its_model_too(tmp_path, monkeypatch, capsys):

@@ -29,6 +29,7 @@ from nanovlm_fast.tune.search import (
     LEFT_OUT,
     NOT_MEASURED,
     TAKEN,
+    TOGETHER,
     WHOLE,
     Fails,
     Found,
@@ -153,7 +154,8 @@ def test_failing_candidates_are_left_out_and_named_with_the_reason():
     assert reasons == {**bench.wrong, **bench.raising} and found.choice.kernels == ("rms_norm",)
     assert not {"rotary", "layer_norm"} & set(bench.timed)
     # What is being timed is noted before, so that its death would be known.
-    assert "swiglu" in [note.measuring for note in notes] and notes[-1].measuring == ""
+    measuring = [note.measuring for note in notes]
+    assert {"swiglu", TOGETHER} <= set(measuring) and measuring[-1] == ""
 
 
 def test_clocks_that_never_settle_are_no_fault_of_the_candidate():

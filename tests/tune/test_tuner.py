@@ -210,6 +210,31 @@ def test_a_measurement_that_fails_in_its_process_is_an_error(code, why, monkeypa
         tune_apart(job(), a_key(), Choice(), seconds=10.0)
 
 
+DIES_LAST = """
+import os
+from nanovlm_fast.tune import cache, tuner
+from nanovlm_fast.tune.candidates import Choice
+from nanovlm_fast.tune.search import TOGETHER, Found
+def dies(job, key, plain, *rest):
+    found = Found(Choice(kernels=("rms_norm",)), measuring=TOGETHER)
+    cache.write(cache.Entry.of(key, plain, found, 1.0))
+    os._exit(7)
+tuner.tune = dies
+tuner.serve()
+"""
+
+
+def test_a_process_that_dies_over_the_whole_step_leaves_plain_for_good(monkeypatch, capsys):
+    """Or each run would measure for minutes again, and die again."""
+    monkeypatch.setattr(tuner, "TUNE", DIES_LAST)
+    entry = tune_apart(job(), a_key(), Choice(), seconds=10.0)
+    assert entry.done and entry.choice == Choice()
+    assert entry.rows[-1].part == WHOLE and entry.rows[-1].verdict == LEFT_OUT
+    kept = cache.read(a_key())
+    assert kept is not None and kept.to_json() == entry.to_json()
+    assert "the whole step ended with 7" in capsys.readouterr().out
+
+
 def test_ctrl_c_in_a_run_is_no_candidates_death_either(monkeypatch):
     found = Found(Choice(), measuring="rotary")
     cache.write(Entry.of(a_key(), Choice(), found, 1.0))
