@@ -361,6 +361,8 @@ def chosen(names: str) -> tuple[str, ...]:
 
 def result_name(args: argparse.Namespace) -> str:
     """The name of the result file, without its ending."""
+    if args.name:
+        return args.name
     name = "loss_curves" if args.preset == "tiny" else f"loss_curves_{args.preset}"
     return f"{name}_{args.layers}layer{'s' * (args.layers > 1)}" if args.layers else name
 
@@ -394,6 +396,9 @@ def make_parser() -> Parser:
         "--kernels", default="none", help="Triton kernels of the packed model, as in train.py"
     )
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--name", default="", help="of the result file; default: loss_curves, and what of it is cut"
+    )
     parser.add_argument("--out", type=Path, help="folder of results (default: bench/results)")
     return parser
 
