@@ -205,7 +205,7 @@ def share_of_preset(
 
 def by_flops(share: float) -> str:
     """What a line on hours says if the rate in it was not that of such a step; empty if it was."""
-    return "" if share == 1 else f", scaled: {share:.0%} of that run's FLOPs per step"
+    return "" if share == 1 else f", scaled by FLOPs to {share:.0%}"
 
 
 def compute(

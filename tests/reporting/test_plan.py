@@ -236,5 +236,5 @@ def test_hours_are_scaled_by_the_flops_of_what_is_trained():
         line = rows["on an H100"]
         ms[options] = float(line.split(" ms a step")[0])
         assert ms[options] == pytest.approx(share * ms[""], rel=0.01)
-        assert (f"scaled to the {share:.0%} of its FLOPs" in line) == (share < 1)
+        assert (f"scaled by FLOPs to {share:.0%}" in line) == (share < 1)
     assert ms["--lora-rank 8"] == pytest.approx(0.89 * ms[""], rel=0.01)
