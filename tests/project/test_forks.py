@@ -9,7 +9,7 @@ import pytest
 
 from tests.support import forks
 
-pytestmark = pytest.mark.skipif(forks.the_nursery() is None, reason="no forks on this machine")
+pytestmark = pytest.mark.skipif(not forks.can_fork(), reason="no forks on this machine")
 
 
 def started(tmp_path: Path, program: str, **env: str) -> tuple[object, str]:

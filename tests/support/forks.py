@@ -125,10 +125,18 @@ def run_ranks(arguments: Sequence[str], count: int, log: IO, wait_for_all: bool 
             rank.kill()
 
 
+def can_fork() -> bool:
+    """False where processes must start anew."""
+    return not torch.cuda.is_available() and hasattr(os, "pidfd_open")
+
+
 @cache
 def the_nursery() -> Nursery | None:
-    """The one of this process; None where processes must start anew."""
-    return None if torch.cuda.is_available() or not hasattr(os, "pidfd_open") else Nursery()
+    """The one of this process, started by the first test that asks for it.
+
+    Not while tests are collected: modules that are imported later may still set variables.
+    """
+    return Nursery() if can_fork() else None
 
 
 class Nursery:
