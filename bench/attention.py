@@ -36,7 +36,7 @@ from bench.harness.tables import Rows, lined_up
 from bench.subjects.workload import draw_lengths
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.config import VLMConfig
-from nanovlm_fast.device import pick_device
+from nanovlm_fast.device import make_current, pick_device
 from nanovlm_fast.model.attention import BACKENDS, choose_attention, padded_slots
 from nanovlm_fast.presets import preset
 from nanovlm_fast.ranges import Range
@@ -363,7 +363,7 @@ def make_parser() -> Parser:
 @reports_errors()
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    device = pick_device(args.device)
+    device = make_current(pick_device(args.device))
     on_gpu = device.type == "cuda"
     args.repeats = args.repeats or (5 if args.quick else 30)
     config, _ = preset(args.preset)

@@ -42,7 +42,7 @@ from nanovlm_fast.data.sources.registry import load_source, make_tokenizer
 from nanovlm_fast.data.stream import PackedStream, initial_states
 from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.data.workers import loader
-from nanovlm_fast.device import pick_device
+from nanovlm_fast.device import make_current, pick_device
 from nanovlm_fast.packing.batch import PackedBatch, pack
 from nanovlm_fast.packing.packer import Budget
 from nanovlm_fast.presets import preset
@@ -289,7 +289,7 @@ def make_parser() -> Parser:
 @reports_errors()
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    device = pick_device(args.device)
+    device = make_current(pick_device(args.device))
     with tempfile.TemporaryDirectory() as folder:
         result = measure(args, device, Path(folder))
     print(table(result))

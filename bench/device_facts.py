@@ -24,7 +24,7 @@ from bench.harness.tables import Rows, lined_up
 from bench.harness.timing import interleave, summary
 from bench.roofline import measured_rates
 from nanovlm_fast.command import Parser, reports_errors
-from nanovlm_fast.device import pick_device
+from nanovlm_fast.device import make_current, pick_device
 
 PACKAGES = (
     "triton",
@@ -144,7 +144,7 @@ def make_parser() -> Parser:
 @reports_errors()
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    device = pick_device(args.device)
+    device = make_current(pick_device(args.device))
     result = measure(device)
     file = write("facts", device, result, args.out)
     print(lined_up(facts_rows(result), left=(0, 1)))

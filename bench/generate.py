@@ -39,7 +39,7 @@ from bench.harness.timing import interleave, summary
 from bench.subjects.workload import cauldron_like, load_work
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.config import VLMConfig
-from nanovlm_fast.device import autocast_to, pick_device, pick_dtype
+from nanovlm_fast.device import autocast_to, make_current, pick_device, pick_dtype
 from nanovlm_fast.generate import generate
 from nanovlm_fast.model import reference
 from nanovlm_fast.model.ops import choose_ops
@@ -332,7 +332,7 @@ def make_parser() -> Parser:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     args = make_parser().parse_args(argv)
-    args.device = pick_device(args.device)
+    args.device = make_current(pick_device(args.device))
     on_gpu = args.device.type == "cuda"
     args.preset = args.preset or ("tiny" if args.quick and not on_gpu else "nanovlm-222m")
     args.batches = args.batches or ([1, 8] if args.quick or not on_gpu else [1, 8, 64])

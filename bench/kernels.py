@@ -38,7 +38,7 @@ from bench.harness.timing import difference, interleave, summary
 from bench.subjects.operators import NOTHING, Kernel, call_of, named
 from bench.subjects.rivals import PROVIDERS, as_timed
 from nanovlm_fast.command import Parser, reports_errors
-from nanovlm_fast.device import pick_device
+from nanovlm_fast.device import make_current, pick_device
 from nanovlm_fast.ranges import Range
 
 # A compiled backward runs many times on one forward here, so it must not reuse its buffers.
@@ -161,7 +161,7 @@ def make_parser() -> Parser:
 @reports_errors()
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    device = pick_device(args.device)
+    device = make_current(pick_device(args.device))
     chosen = named(args.only)
     if device.type != "cuda" and not args.small:
         raise ValueError(

@@ -39,7 +39,7 @@ from nanovlm_fast.data.budget import measure_budget
 from nanovlm_fast.data.samples import SampleLoader
 from nanovlm_fast.data.sources.registry import load_source, texts
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
-from nanovlm_fast.device import autocast_to, pick_device
+from nanovlm_fast.device import autocast_to, make_current, pick_device
 from nanovlm_fast.model import reference
 from nanovlm_fast.model.masters import masters_of
 from nanovlm_fast.model.ops import choose_ops
@@ -108,7 +108,7 @@ class Training:
         self.config = data.model
         self.train = data.train
         self.budget = data.budget
-        self.device = torch.device(args.device)
+        self.device = make_current(torch.device(args.device))
         which, dtype, *_ = variant.split()
         stream = dtype if variant == STREAM else "float32"
         self.packed = which == "packed"

@@ -35,7 +35,7 @@ from bench.harness.tables import Rows, lined_up
 from bench.subjects.variants import Adapted, Judge, Packed, Padded, Recipe, Step, Workbench
 from bench.subjects.workload import load_work
 from nanovlm_fast.command import Parser, reports_errors
-from nanovlm_fast.device import pick_device, pick_dtype
+from nanovlm_fast.device import make_current, pick_device, pick_dtype
 from nanovlm_fast.model.recompute import POLICIES
 from nanovlm_fast.ranges import Range
 
@@ -60,7 +60,7 @@ def label_of(variant: str) -> str:
 # ---- the suite
 def make_bench(args: argparse.Namespace, samples: int) -> Workbench:
     torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
+    device = make_current(torch.device(args.device))
     work = load_work(args.preset, args.data, samples, args.layers)
     return Workbench(work, device, pick_dtype(args.dtype, device))
 

@@ -50,7 +50,7 @@ from bench.subjects.variants import Packed, Recipe, Workbench
 from bench.subjects.workload import Work, cauldron_like, finevision_like, load_work
 from nanovlm_fast.command import Parser, keeping_interrupts, reports_errors
 from nanovlm_fast.config import VLMConfig
-from nanovlm_fast.device import pick_device, pick_dtype
+from nanovlm_fast.device import make_current, pick_device, pick_dtype
 from nanovlm_fast.model import reference
 from nanovlm_fast.model.flops import peak_flops
 from nanovlm_fast.packing.batch import pad
@@ -247,7 +247,7 @@ def parity(
 
 def make_ours(args: argparse.Namespace, case: Case) -> tuple[Workbench, Packed]:
     torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
+    device = make_current(torch.device(args.device))
     bench = Workbench(case.work(args), device, pick_dtype(args.dtype, device))
     bench.padded = None  # nanoVLM's own model takes its place in memory
     return bench, Packed(bench, Recipe(compile=args.compile))

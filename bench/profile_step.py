@@ -27,7 +27,7 @@ from bench.subjects.operators import ALL
 from bench.subjects.variants import Packed, Padded, Recipe, Step, Workbench
 from bench.subjects.workload import load_work
 from nanovlm_fast.command import Parser, reports_errors
-from nanovlm_fast.device import pick_device, pick_dtype
+from nanovlm_fast.device import make_current, pick_device, pick_dtype
 from nanovlm_fast.model.attention import VISION_BACKENDS
 from nanovlm_fast.ranges import Range
 
@@ -80,7 +80,7 @@ def profiled_rows(
     with profile(activities=activities) as trace:
         for _ in range(steps):
             step()
-        synchronize()  # inside the profiler, which otherwise misses the kernels still queued
+        synchronize(device)  # inside the profiler, which otherwise misses the kernels still queued
     if trace_file:
         trace_file.parent.mkdir(parents=True, exist_ok=True)
         trace.export_chrome_trace(str(trace_file))
@@ -192,7 +192,7 @@ def make_parser() -> Parser:
 @reports_errors()
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    device = pick_device(args.device)
+    device = make_current(pick_device(args.device))
     # `default` and not graphs: in a replay, kernels are not attributed to what launched them.
     if args.compile == "auto":
         args.compile = "default" if device.type == "cuda" else "none"

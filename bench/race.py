@@ -67,7 +67,7 @@ from nanovlm_fast.data.sources.registry import load_source, make_tokenizer
 from nanovlm_fast.data.stream import PackedStream, StreamBatch, advance, initial_states
 from nanovlm_fast.data.text import TextProcessor
 from nanovlm_fast.data.workers import loader
-from nanovlm_fast.device import autocast_to, pick_device, pick_dtype
+from nanovlm_fast.device import autocast_to, make_current, pick_device, pick_dtype
 from nanovlm_fast.evaluate import evaluate
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.packing.batch import PackedBatch
@@ -106,9 +106,7 @@ class Race:
         self.args = args
         self.born = time.perf_counter()
         self.config, self.train = configs(args)
-        self.device = pick_device(args.device)
-        if self.device.index is not None:  # "cuda" alone is the current device, and not taken here
-            torch.cuda.set_device(self.device)
+        self.device = make_current(pick_device(args.device))
         if self.train.dtype == "float16":
             raise ValueError("--dtype float16: neither side of the race scales its loss")
         self.dtype = pick_dtype(self.train.dtype, self.device)

@@ -30,7 +30,7 @@ from bench.harness.timing import interleave, random_bytes, summary
 from bench.subjects.step_time import TABLES, Rates
 from nanovlm_fast.command import Parser, reports_errors
 from nanovlm_fast.config import VLMConfig
-from nanovlm_fast.device import pick_device, pick_dtype
+from nanovlm_fast.device import make_current, pick_device, pick_dtype
 from nanovlm_fast.presets import preset
 from nanovlm_fast.ranges import Range
 
@@ -388,7 +388,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--measure needs the device itself, and {table_of}")
     if args.labels > args.text:
         raise ValueError(f"--labels {args.labels} exceeds --text {args.text}")
-    device = None if args.device in TABLES else pick_device(args.device)
+    device = None if args.device in TABLES else make_current(pick_device(args.device))
     rates = measured_rates(device) if device else TABLES[args.device]
     counts = Counts.of_samples(config, args.samples, args.text, args.labels)
     seconds = None

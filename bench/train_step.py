@@ -44,7 +44,7 @@ from bench.harness.timing import interleave, summary
 from bench.subjects.variants import Judge, Packed, Padded, Recipe, Step, Workbench, ablation
 from bench.subjects.workload import default_data, load_work
 from nanovlm_fast.command import Parser, reports_errors
-from nanovlm_fast.device import pick_device, pick_dtype
+from nanovlm_fast.device import make_current, pick_device, pick_dtype
 from nanovlm_fast.model.attention import VISION_BACKENDS
 from nanovlm_fast.model.flops import peak_flops
 from nanovlm_fast.ranges import Range
@@ -58,9 +58,7 @@ class Failed(RuntimeError):
 
 
 def make_bench(args: argparse.Namespace) -> Workbench:
-    device = torch.device(args.device)
-    if device.index is not None:  # "cuda" alone is the current device, and not taken here
-        torch.cuda.set_device(device)
+    device = make_current(torch.device(args.device))
     work = load_work(args.preset, args.data, args.samples, args.layers, device.type == "cuda")
     return Workbench(work, device, pick_dtype(args.dtype, device))
 

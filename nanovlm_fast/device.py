@@ -36,6 +36,17 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
+def make_current(device: torch.device) -> torch.device:
+    """Make a numbered GPU the current one, and return it.
+
+    Triton launches its kernels there, and CUDA events are recorded there, whatever device the
+    tensors are on. "cuda" without a number is the current one already.
+    """
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
+
+
 def device_name(device: torch.device) -> str:
     """Return a name such as "NVIDIA H100 80GB HBM3", or the processor and the threads in use."""
     if device.type == "cuda":

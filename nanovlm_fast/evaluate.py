@@ -28,7 +28,7 @@ from nanovlm_fast.data.samples import TooLong, check_count, tiles_shown
 from nanovlm_fast.data.sources.example import Example, Scoring, Source
 from nanovlm_fast.data.sources.registry import load_source
 from nanovlm_fast.data.text import TextProcessor, Tokenizer
-from nanovlm_fast.device import autocast_to, leave_busy_cores, pick_device, pick_dtype
+from nanovlm_fast.device import autocast_to, leave_busy_cores, make_current, pick_device, pick_dtype
 from nanovlm_fast.generate import generate, generator_of
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.packing.documents import Document
@@ -419,7 +419,7 @@ def make_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Print the score, as text or with --json as one object."""
     args = make_parser().parse_args(argv)
-    device = pick_device(args.device)
+    device = make_current(pick_device(args.device))
     leave_busy_cores(device)
     model, tokenizer = load_pretrained(args.checkpoint, device, args.lm_tokenizer)
     source = load_source(args.data, args.split)

@@ -19,7 +19,7 @@ from torch import Tensor
 from nanovlm_fast.command import Parser, add_model_options, reports_errors, utf8
 from nanovlm_fast.data.chat import make_text
 from nanovlm_fast.data.samples import load_tiles
-from nanovlm_fast.device import leave_busy_cores, pick_device
+from nanovlm_fast.device import leave_busy_cores, make_current, pick_device
 from nanovlm_fast.model.attention import Attention, padded_slots
 from nanovlm_fast.model.packed import Rotate, VisionLanguageModel
 from nanovlm_fast.packing.batch import PackedBatch, pack
@@ -282,7 +282,7 @@ def make_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Print the reply to each prompt."""
     args = make_parser().parse_args(argv)
-    device = pick_device(args.device)
+    device = make_current(pick_device(args.device))
     leave_busy_cores(device)
     model, tokenizer = load_pretrained(args.checkpoint, device, args.lm_tokenizer)
     tiles, grids = load_tiles([at_home(file) for file in args.image], model.config)

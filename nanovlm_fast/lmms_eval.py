@@ -27,7 +27,7 @@ from lmms_eval.api.model import lmms
 from nanovlm_fast.data.chat import make_text
 from nanovlm_fast.data.images import Grid
 from nanovlm_fast.data.samples import load_tiles
-from nanovlm_fast.device import autocast_to, pick_device, pick_dtype
+from nanovlm_fast.device import autocast_to, make_current, pick_device, pick_dtype
 from nanovlm_fast.generate import generate, generator_of
 from nanovlm_fast.packing.documents import IGNORE, Document
 from nanovlm_fast.weights.pretrained import load_pretrained
@@ -153,7 +153,7 @@ class NanoVLMFast(lmms):
             raise ValueError(f"--model_args {', '.join(unknown)}: there are {known}")
         if prompts not in PROMPTS:
             raise ValueError(f"--model_args prompts={prompts}: there are {', '.join(PROMPTS)}")
-        self.device = pick_device(device)
+        self.device = make_current(pick_device(device))
         self.batch_size = int(batch_size)
         self.model, self.tokenizer = load_pretrained(checkpoint, self.device, lm_tokenizer)
         self.model.eval()

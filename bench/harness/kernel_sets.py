@@ -38,10 +38,10 @@ from torch import Tensor
 
 from bench.harness.results import ROOT, write
 from bench.harness.tables import Rows, lined_up
-from bench.harness.timing import summary
+from bench.harness.timing import summary, synchronize
 from bench.subjects.step_process import Options, budget_and_batch
 from nanovlm_fast.command import Parser, ran_out_of_memory, reports_errors
-from nanovlm_fast.device import autocast_to, pick_device, pick_dtype
+from nanovlm_fast.device import autocast_to, make_current, pick_device, pick_dtype
 from nanovlm_fast.model.attention import BACKENDS, VISION_BACKENDS
 from nanovlm_fast.model.compiling import INDUCTOR, compiled, inductor_names
 from nanovlm_fast.model.flops import peak_flops, step_flops
@@ -194,19 +194,13 @@ class Subject:
             self.step()
         times = []
         for _ in range(steps):
-            finish(self.device)
+            synchronize(self.device)
             began = time.perf_counter()
             self.step()
-            finish(self.device)
+            synchronize(self.device)
             times.append(time.perf_counter() - began)
         torch.cuda.empty_cache()
         return times
-
-
-def finish(device: torch.device) -> None:
-    """Wait for what was launched on the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def gradients_of(model: VisionLanguageModel) -> dict[str, Tensor]:
@@ -223,7 +217,7 @@ def gradients_of(model: VisionLanguageModel) -> dict[str, Tensor]:
 
 def serve(args: argparse.Namespace) -> int:
     """A process of one set: says what it found, then takes as many steps as each line asks for."""
-    device = pick_device(args.device)
+    device = make_current(pick_device(args.device))
     batch = PackedBatch(**torch.load(args.batch, weights_only=True))
     if args.serve == "truth":
         torch.save(Subject(PLAIN, args.preset, device, "none", batch).truth(), args.truth)

@@ -59,9 +59,10 @@ def interleave(
     return seconds
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def synchronize(device: torch.device | None = None) -> None:
+    """Wait for what was launched on a device; without one, on the current GPU if there is any."""
+    if torch.cuda.is_available() and (device is None or device.type == "cuda"):
+        torch.cuda.synchronize(device)
 
 
 def random_bytes(count: int, device: torch.device) -> Tensor:

@@ -14,7 +14,7 @@ from bench.harness.timing import synchronize
 from bench.subjects.operators import KERNELS, UPDATES
 from bench.subjects.rivals import ours
 from nanovlm_fast.command import Parser, reports_errors
-from nanovlm_fast.device import pick_device
+from nanovlm_fast.device import make_current, pick_device
 
 # Sizes that make more than one iteration of the pipelined loops: races appear between iterations.
 LARGER: dict[str, dict] = {
@@ -39,7 +39,7 @@ def make_parser() -> Parser:
 
 @reports_errors()
 def main(argv: list[str] | None = None) -> int:
-    device = pick_device(make_parser().parse_args(argv).device)
+    device = make_current(pick_device(make_parser().parse_args(argv).device))
     for kernel in KERNELS:
         sizes = LARGER.get(kernel.name, kernel.small)
         for dtype in (torch.bfloat16, torch.float32):

@@ -12,7 +12,7 @@ import webbrowser
 from nanovlm_fast.chat.answer import Answerer, limits_of
 from nanovlm_fast.chat.server import UPLOAD, Server
 from nanovlm_fast.command import Parser, add_model_options, reports_errors
-from nanovlm_fast.device import device_name, leave_busy_cores, pick_device
+from nanovlm_fast.device import device_name, leave_busy_cores, make_current, pick_device
 from nanovlm_fast.ranges import Range
 from nanovlm_fast.weights.folder import resolve
 from nanovlm_fast.weights.pretrained import load_pretrained
@@ -43,7 +43,7 @@ def make_parser() -> Parser:
 def start(argv: list[str] | None = None) -> tuple[Server, bool]:
     """Load the model and take the port. Returns the server, and whether to open a browser."""
     args = make_parser().parse_args(argv)
-    device = pick_device(args.device)
+    device = make_current(pick_device(args.device))
     leave_busy_cores(device)
     folder = resolve(args.checkpoint)
     model, tokenizer = load_pretrained(folder, device, args.lm_tokenizer)

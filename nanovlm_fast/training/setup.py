@@ -31,6 +31,7 @@ from nanovlm_fast.device import (
     be_deterministic,
     describe,
     leave_busy_cores,
+    make_current,
     pick_device,
     pick_dtype,
 )
@@ -152,10 +153,7 @@ class Run:
 
     def _prepare_device(self, config: TrainConfig) -> None:
         """Pick where to compute, and how, before anything is put there."""
-        self.device = pick_device(self.world.device(config.device))
-        # CUDA events are the current device's: a rank must select its own before it records one.
-        if self.device.index is not None:
-            torch.cuda.set_device(self.device)
+        self.device = make_current(pick_device(self.world.device(config.device)))
         if self.device.type == "mps":
             check_mps(config, self.world)
         self.dtype = pick_dtype(config.dtype, self.device)

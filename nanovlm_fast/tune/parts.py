@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovlm_fast.config import TrainConfig, VLMConfig
-from nanovlm_fast.device import autocast_to
+from nanovlm_fast.device import autocast_to, make_current
 from nanovlm_fast.model.compiling import compiled
 from nanovlm_fast.model.lora import Adapter, add_adapter
 from nanovlm_fast.model.ops import choose_ops
@@ -135,11 +135,9 @@ class Parts:
 
     def __init__(self, job: Job):
         self.job = job
-        self.device = torch.device(job.device)
+        self.device = make_current(torch.device(job.device))
         self.models: dict[tuple[int, int, str], VisionLanguageModel] = {}
         self.batches: dict[str, PackedBatch] = {}
-        if self.device.index is not None:
-            torch.cuda.set_device(self.device)  # Triton launches on the current one
         # Every choice compiles the same functions anew.
         self.limit_before = torch._dynamo.config.recompile_limit
         torch._dynamo.config.recompile_limit = 256

@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 
-from nanovlm_fast.device import autocast_to, pick_device, pick_dtype
+from nanovlm_fast.device import autocast_to, make_current, pick_device, pick_dtype
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -47,3 +47,11 @@ def test_autocast_computes_in_the_type():
     with autocast_to(torch.bfloat16, CPU)():
         assert (x @ x).dtype == torch.bfloat16
     assert autocast_to(torch.float32, CPU) is contextlib.nullcontext and pick_device("cpu") == CPU
+
+
+def test_a_numbered_gpu_is_made_the_current_one(monkeypatch):
+    made = []
+    monkeypatch.setattr(torch.cuda, "set_device", made.append)
+    devices = [torch.device(name) for name in ("cuda:1", "cuda", "cpu")]
+    assert [make_current(device) for device in devices] == devices
+    assert made == [torch.device("cuda:1")]  # "cuda" is the current one already
