@@ -12,8 +12,13 @@ VARIABLE = "NANOVLM_FAST_COMMIT"
 
 
 def commit() -> str:
-    """The commit that is checked out, or what `VARIABLE` says; UNKNOWN if neither is there."""
-    return os.environ.get(VARIABLE) or git("rev-parse", "HEAD")
+    """The commit of the code in use, or what `VARIABLE` says; UNKNOWN if neither is there."""
+    return os.environ.get(VARIABLE) or LOADED
+
+
+def changed(*paths: str) -> str:
+    """The tracked files that now differ from those of the code in use; UNKNOWN without git."""
+    return git("diff", "--name-only", LOADED, "--", *paths)
 
 
 def git(*arguments: str) -> str:
@@ -25,3 +30,7 @@ def git(*arguments: str) -> str:
     except (OSError, subprocess.CalledProcessError):
         return UNKNOWN
     return done.stdout.strip()
+
+
+# Read at once: by the time that a long measurement is written, another commit may be checked out.
+LOADED = git("rev-parse", "HEAD")

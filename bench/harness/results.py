@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bench.harness.commit import UNKNOWN, commit, git
+from bench.harness.commit import UNKNOWN, changed, commit
 from bench.harness.machine import WATCH, query_gpu
 from nanovlm_fast.device import device_name
 from nanovlm_fast.threads import WAITING
@@ -25,20 +25,19 @@ ROOT = Path(__file__).resolve().parent.parent / "results"
 SCHEMA = 1
 # Without these a number cannot be traced to what produced it; `load` refuses such a file.
 NEEDED = ("device", "date", "commit", "command", "python", "torch")
+# Results and texts are no code: those of one stage of gpu_all.sh must not make the tree of the next
+# one count as changed.
+CODE = (":/", ":(top,exclude)bench/results", ":(top,exclude,glob)**/*.md")
 
 
 def facts(device: torch.device) -> dict[str, Any]:
     """Everything a reader needs in order to repeat the measurement."""
-    # Results are not code: those of one stage of gpu_all.sh must not make the tree of the next one
-    # count as changed.
-    status = ["status", "--porcelain", "--untracked-files=no", "--", ":/"]
-    status += [":(top,exclude)bench/results"]
     values: dict[str, Any] = {
         "schema": SCHEMA,
         "device": device_name(device),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
-        "clean": not git(*status),
+        "clean": not changed(*CODE),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "python": platform.python_version(),
         "torch": torch.__version__,

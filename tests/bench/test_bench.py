@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from bench import dataloader, kernels, report, roofline
+from bench.harness import commit as commits
 from bench.harness import passes as passes_module
 from bench.harness import results
 from bench.harness.timing import summary
@@ -54,6 +55,14 @@ def test_a_result_without_origin_is_refused(tmp_path, lost):
     )
     with pytest.raises(ValueError, match=f"no {lost}"):
         results.load(file)
+
+
+def test_a_result_is_of_the_code_that_was_loaded(monkeypatch):
+    empty = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"  # git's tree without files
+    monkeypatch.delenv(commits.VARIABLE, raising=False)
+    monkeypatch.setattr(commits, "LOADED", empty)
+    found = results.facts(torch.device("cpu"))
+    assert found["commit"] == empty and not found["clean"]
 
 
 def timed(seconds: float, **more: object) -> dict:
