@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from nanovlm_fast.command import ran_out_of_memory
 from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.device import autocast_to
 from nanovlm_fast.model.lora import Adapter, add_adapter
@@ -102,7 +103,9 @@ class Steps:
                     self.model, self.model, [batch], batch.n_labels, self.autocast, scaler
                 )
                 apply_gradients(self.model, self.optimizers, self.clip, False, scaler)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
             # No more in here: the error's traceback keeps all that the attempt had in memory.
             fits = False
         self.model.zero_grad(set_to_none=True)
@@ -130,7 +133,9 @@ def tokens_that_fit(
     torch.cuda.empty_cache()
     try:
         steps = Steps(model, config, device, dtype, measured)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
         raise ValueError("out of memory: the model alone does not fit this device") from error
 
     def trial(tokens: int) -> float | None:

@@ -99,13 +99,20 @@ def test_a_trial_takes_real_steps_of_the_size(small_config, dtype):
     assert in_proportion(measured, 32, TrainConfig()) == Budget(32, 4, 1, 8, 32)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("no room"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_running_out_of_memory_is_an_answer_wherever_it_happens(small_config, dtype):
+def test_running_out_of_memory_is_an_answer_wherever_it_happens(small_config, dtype, error):
     measured = Budget(tokens=64, documents=8, images=2, labels=16, max_seqlen=32)
     steps = Steps(small_config, TrainConfig(), CPU, dtype, measured)
 
     def full(*_):
-        raise torch.OutOfMemoryError("no room")
+        raise error
 
     for place, name in ((steps.model, "forward"), (steps.optimizers[0], "step")):
         works = getattr(place, name)
