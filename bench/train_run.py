@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def train(run: Path, program: list[str], options: list[str]) -> dict[str, Any]:
 
     Raises RuntimeError if the run fails.
     """
-    command = " ".join(["python", *program, *options])
+    command = shlex.join(["python", *program, *options])
     call = [sys.executable, *program, "--out", str(run), *options]
     code = subprocess.run(call, cwd=ROOT).returncode
     if code:

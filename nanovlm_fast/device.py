@@ -93,7 +93,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     "auto" is bfloat16 on a GPU that supports it, float16 on another GPU, float32 elsewhere. On a
     CPU the tuner may replace float32 by bfloat16 later, where it has measured that.
 
-    Raises ValueError for bfloat16 on a GPU that can only emulate it, and on MPS.
+    Raises ValueError for bfloat16 on a GPU that can only emulate it, and for 16 bits on MPS.
     """
     if device.type == "mps" and name not in ("auto", "float32"):
         raise ValueError(f"--dtype {name}: on MPS only float32 is supported")

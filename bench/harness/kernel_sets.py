@@ -50,7 +50,7 @@ from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.packing.batch import PackedBatch
 from nanovlm_fast.presets import preset
 from nanovlm_fast.ranges import Range
-from nanovlm_fast.training.optim import apply_gradients, make_optimizers, set_lr
+from nanovlm_fast.training.optim import apply_gradients, drop_gradients, make_optimizers, set_lr
 from nanovlm_fast.training.steps import accumulate_gradients
 from nanovlm_fast.tune.launcher import END_LIMIT
 
@@ -151,9 +151,14 @@ class Subject:
         )
         if wanted.stream == "bfloat16":
             self.model.keep_masters()
+        self.begin_anew()
+        self.run_model = compiled(self.model, compile, inductor_names(wanted.inductor))
+
+    def begin_anew(self) -> None:
+        """Forget what a step that ran out of memory has left: gradients, and half of a state."""
         self.optimizers = make_optimizers(self.model, self.train)
         set_lr(self.optimizers, 0.0)  # so that later steps compute what the first one did
-        self.run_model = compiled(self.model, compile, inductor_names(wanted.inductor))
+        drop_gradients(self.model, self.optimizers)
 
     def forward(self, batch: Any) -> Tensor:
         if self.compile == "reduce-overhead":
@@ -228,6 +233,7 @@ def serve(args: argparse.Namespace) -> int:
     truth = torch.load(args.truth, mmap=True, weights_only=True)
 
     def first_step() -> dict[str, Any]:
+        subject.begin_anew()
         found = subject.errors(truth)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()

@@ -81,7 +81,7 @@ def suites_page(results: Path = ROOT) -> str:
         for file in files:
             parts += file_parts(suite, file)
         parts += [picture(figure) for figure in drawn if figure.sources[0] in files]
-        parts += [own_picture(file, drawn) for file in files for drawn in own(suite, file)]
+        parts += [own_picture(file, image) for file in files for image in own(suite, file)]
     return "\n\n".join(parts)
 
 
@@ -120,8 +120,8 @@ def own(suite: Suite, file: Path) -> list[Path]:
     return sorted(file.parent.glob(pattern.format(file.stem))) if pattern else []
 
 
-def own_picture(file: Path, drawn: Path) -> str:
-    return f"![{drawn.stem} on {load(file)['device']}]({os.path.relpath(drawn, ROOT.parent)})"
+def own_picture(file: Path, image: Path) -> str:
+    return f"![{image.stem} on {load(file)['device']}]({os.path.relpath(image, ROOT.parent)})"
 
 
 def picture(figure: Figure) -> str:

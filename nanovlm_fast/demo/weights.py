@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,9 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     Of several processes that write the same folder at once, the first to finish gives it. Raises
     OSError if it cannot be written, and what `write` raises.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     # Beside the folder: a rename must stay within one file system
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    temporary.mkdir(parents=True)
     try:
         write(temporary)
         temporary.rename(folder)

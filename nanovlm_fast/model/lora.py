@@ -138,21 +138,27 @@ def merged(weights: dict[str, Tensor], others: dict[str, Tensor], scaling: float
 
 
 def check_complete(names: Iterable[str], stored: dict[str, Tensor], rank: int) -> None:
-    """Raise ValueError if a checkpoint lacks a tensor that every one with adapters has.
+    """Raise ValueError if a checkpoint with adapters lacks a tensor.
 
     Args:
         names: of the parameters of the model without adapters.
         stored: what the checkpoint holds.
         rank: of the adapters.
     """
+    whole = held_whole(stored)
     for name in names:
         layer = name.removesuffix(".weight")
         if name.startswith("decoder.") and layer.endswith(LAYERS):
             a = stored.get(layer + LORA_A)
             if a is None or len(a) != rank:
                 raise ValueError(f"no adapter of rank {rank} for {layer}")
-        elif name.startswith("MP.") and name not in stored:
+        elif name.split(".")[0] in whole and name not in stored:
             raise ValueError(f"no {name}")
+
+
+def held_whole(stored: Iterable[str]) -> set[str]:
+    """The parts that are whole in a checkpoint: the projector, and the tower if it was trained."""
+    return {"MP", *(name.split(".")[0] for name in stored)} - {"decoder"}
 
 
 def product_shape(b: Tensor, a: Tensor) -> tuple[int, ...]:

@@ -57,7 +57,7 @@ def build(
     torch.manual_seed(config.seed)
     ops = ops_for(config, kernels_of(config, device), device, dtype)
     if world.first:
-        _say_what_does_not_run(config.kernels, device, ops.asleep)
+        _say_what_does_not_run(config, device, ops.asleep)
     model = VisionLanguageModel(model_config, ops).to(device)
     # Weights before sharding, since a file holds whole tensors.
     load_start(model, config, checkpoint)
@@ -122,13 +122,15 @@ def adapt(model: VisionLanguageModel, config: TrainConfig, checkpoint: Path | No
     add_adapter(model, Adapter(config.lora_rank, alpha, base, hashes_of(model)))
 
 
-def _say_what_does_not_run(kernels: str, device: torch.device, asleep: bool) -> None:
-    """Name the kernels of a --kernels option that are plain PyTorch on this device."""
-    if kernels == "all":
+def _say_what_does_not_run(config: TrainConfig, device: torch.device, asleep: bool) -> None:
+    """Name the kernels that are plain PyTorch on this device, and what is asked of no compiler."""
+    if config.compile == "none" and inductor_names(config.inductor):
+        print(f"warning: --inductor {config.inductor} changes nothing: the model is not compiled")
+    if config.kernels == "all":
         for name, why in unfit_kernels(KERNELS, device).items():
             print(f"--kernels all leaves out {name}: {why}")
     if asleep:
-        why = f"warning: --kernels {kernels}: Triton kernels need a GPU"
+        why = f"warning: --kernels {config.kernels}: Triton kernels need a GPU"
         print(f"{why}; plain PyTorch takes their place (--kernels none says so too)")
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from nanovlm_fast.data.text import Tokenizer
 from nanovlm_fast.files import read_json
-from nanovlm_fast.model.lora import is_of_adapter
+from nanovlm_fast.model.lora import held_whole, is_of_adapter
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.ranks import World
 from nanovlm_fast.runs import REPLACED, replaced
@@ -326,7 +326,8 @@ def _load_stored(file: Path, model: VisionLanguageModel, tensors: dict[str, Tens
     Raises ValueError naming the first tensor that is missing, unexpected or of another shape.
     """
     ours = dict(model.named_parameters())
-    needed = {name for name in ours if is_of_adapter(name) or name.startswith("MP.")}
+    whole = held_whole(tensors)
+    needed = {name for name in ours if is_of_adapter(name) or name.split(".")[0] in whole}
     for name in sorted(needed | tensors.keys()):
         if name not in ours or name not in tensors or ours[name].shape != tensors[name].shape:
             raise ValueError(f"{file}: {name} does not fit the model and its adapters")

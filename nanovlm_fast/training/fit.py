@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from nanovlm_fast.command import ran_out_of_memory
 from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.device import autocast_to
 from nanovlm_fast.model.lora import Adapter, add_adapter
@@ -21,7 +22,7 @@ from nanovlm_fast.packing.packer import Budget
 from nanovlm_fast.presets import preset
 from nanovlm_fast.ranks import World
 from nanovlm_fast.training.build import alpha_of, ops_for
-from nanovlm_fast.training.optim import apply_gradients, make_optimizers
+from nanovlm_fast.training.optim import apply_gradients, drop_gradients, make_optimizers
 from nanovlm_fast.training.steps import accumulate_gradients
 from nanovlm_fast.training.warmup import full_batch
 
@@ -87,13 +88,14 @@ class Steps:
                 add_adapter(self.model, adapter)
         if config.stream == "bfloat16":
             self.model.keep_masters()
-        self.optimizers = make_optimizers(self.model, config)
 
     def __call__(self, tokens: int) -> bool:
         """Take steps of so many tokens; return whether they fit the memory."""
         fits = True
-        # A new one each time: one whose update ran out of memory takes no other.
+        # New ones each time: those whose update ran out of memory take no other. A scaler refuses
+        # it, and an optimizer may have half of its state.
         scaler = make_scaler(self.dtype, self.device)
+        optimizers = make_optimizers(self.model, self.config)
         try:
             budget = in_proportion(self.measured, tokens, self.config)
             batch = full_batch(budget, self.model.config).to(self.device)
@@ -101,16 +103,18 @@ class Steps:
                 accumulate_gradients(
                     self.model, self.model, [batch], batch.n_labels, self.autocast, scaler
                 )
-                apply_gradients(self.model, self.optimizers, self.clip, False, scaler)
-        except torch.OutOfMemoryError:
+                apply_gradients(self.model, optimizers, self.clip, False, scaler)
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
             # No more in here: the error's traceback keeps all that the attempt had in memory.
             fits = False
-        self.model.zero_grad(set_to_none=True)
+        drop_gradients(self.model, optimizers)
         return fits
 
     def drop(self) -> None:
         """Give the memory back."""
-        del self.model, self.optimizers
+        del self.model
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -130,7 +134,9 @@ def tokens_that_fit(
     torch.cuda.empty_cache()
     try:
         steps = Steps(model, config, device, dtype, measured)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
         raise ValueError("out of memory: the model alone does not fit this device") from error
 
     def trial(tokens: int) -> float | None:

@@ -300,6 +300,13 @@ def apply_gradients(
     return Update(norm, skipped)
 
 
+def drop_gradients(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Forget the gradients that a step left when it failed, those of masters too."""
+    model.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+
+
 def clip_gradients(model: nn.Module, kernels: list[KernelAdamW], clip: float, norm: Tensor) -> None:
     """Scale gradients of this norm down to `clip`; 0 for no limit.
 

@@ -316,8 +316,6 @@ def check_mps(config: TrainConfig, world: World) -> None:
         raise ValueError("--device mps is for one process: start train.py without torchrun")
     if config.compile not in ("none", "auto"):
         raise ValueError(f"--compile {config.compile} is not supported on MPS: --compile none")
-    if config.dtype == "float16":
-        raise ValueError("--dtype float16 scales the loss, which MPS is not tried with: float32")
     if config.tune == "again":
         raise ValueError("--tune again measures a CPU or a CUDA GPU, and not MPS: leave it out")
 

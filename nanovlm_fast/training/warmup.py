@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nanovlm_fast.command import ran_out_of_memory
 from nanovlm_fast.config import VLMConfig
 from nanovlm_fast.model.packed import VisionLanguageModel
 from nanovlm_fast.packing.batch import PackedBatch, pack
@@ -75,7 +76,9 @@ def warm_up(
             for _ in range(rounds):
                 batch = full_batch(budget, model.config).to(device)
                 _forward_backward(step, model, batch, autocast)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
             # No more in here: the error's traceback keeps all that the attempt had in memory.
             fits = False
         if not fits:
@@ -113,7 +116,9 @@ def _smaller(
         batch = full_batch(part, model.config).to(next(model.parameters()).device)
         # The model itself and not its compiled form: compiling again would take minutes.
         _forward_backward(model, model, batch, autocast)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
         amount = f"{part.tokens} tokens with {part.images} images"
         return f"out of memory, and even {amount} are too many for this device"
     trained = [p for p in model.parameters() if p.requires_grad]

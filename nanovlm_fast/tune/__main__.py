@@ -132,6 +132,8 @@ def main(argv: list[str] | None = None) -> int:
         if others:
             raise UsageError(f"--report takes no other option, got {others[0]}")
         return report()
+    if {"--dry-run", "--dry_run"} & {*others}:
+        raise UsageError("--dry-run plans a run, and this command measures: give it to train.py")
     print(summary(measured(others, args.seconds)))
     print("python -m nanovlm_fast.tune --report prints this for an issue: it would help others")
     return 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import re
 import sys
 import time
@@ -200,6 +201,29 @@ def test_a_set_waits_for_memory_with_its_model_too(tmp_path, monkeypatch, capsys
     files = ["--truth", str(tmp_path / "truth"), "--batch", str(tmp_path / "batch")]
     assert kernel_sets.main([*options, *files]) == 0
     assert not failing and '"gradient"' in capsys.readouterr().out
+
+
+def test_a_first_step_without_room_leaves_nothing_to_the_next(tmp_path, monkeypatch, capsys):
+    """Gradients would be added to those of the step before, and half a state is no state."""
+    packed = full_batch(Budget(32, 4, 2, 12, 16), preset("tiny")[0])
+    torch.save(vars(packed), tmp_path / "batch")
+    torch.save(Subject("none", "tiny", CPU, "none", packed).truth(), tmp_path / "truth")
+    monkeypatch.setattr(kernel_sets.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(sys, "stdin", [])
+    zeros_like = torch.zeros_like
+    failing = [torch.OutOfMemoryError("CUDA out of memory")]
+
+    def in_adamw(*arguments, **more):
+        if failing:
+            raise failing.pop()
+        return zeros_like(*arguments, **more)
+
+    monkeypatch.setattr(torch, "zeros_like", in_adamw)
+    options = ["--serve", "none", "--preset", "tiny", "--device", "cpu"]
+    files = ["--truth", str(tmp_path / "truth"), "--batch", str(tmp_path / "batch")]
+    assert kernel_sets.main([*options, *files, "--compile", "none"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert not failing and found["gradient"] < 0.01
 
 
 def test_a_cpu_is_refused(capsys):

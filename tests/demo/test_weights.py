@@ -101,6 +101,9 @@ def test_a_folder_is_written_as_a_whole_by_several_processes(tmp_path):
 
     write_folder(folder, slow)
     assert (folder / "config.json").read_text() == "fast"
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    assert folder.stat().st_mode == plain.stat().st_mode, "others may read it, as any folder"
 
     def full(place: Path) -> None:
         write("half", place)

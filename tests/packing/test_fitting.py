@@ -99,19 +99,34 @@ def test_a_trial_takes_real_steps_of_the_size(small_config, dtype):
     assert in_proportion(measured, 32, TrainConfig()) == Budget(32, 4, 1, 8, 32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_running_out_of_memory_is_an_answer_wherever_it_happens(small_config, dtype):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("no room"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("dtype", "stream"),
+    [(torch.float32, "float32"), (torch.float16, "float32"), (torch.bfloat16, "bfloat16")],
+)
+def test_running_out_of_memory_is_an_answer_wherever_it_happens(
+    small_config, dtype, stream, error, monkeypatch
+):
     measured = Budget(tokens=64, documents=8, images=2, labels=16, max_seqlen=32)
-    steps = Steps(small_config, TrainConfig(), CPU, dtype, measured)
+    steps = Steps(small_config, TrainConfig(stream=stream), CPU, dtype, measured)
 
-    def full(*_):
-        raise torch.OutOfMemoryError("no room")
+    def full(*_, **__):
+        raise error
 
-    for place, name in ((steps.model, "forward"), (steps.optimizers[0], "step")):
-        works = getattr(place, name)
-        setattr(place, name, full)
-        assert not steps(128)
-        setattr(place, name, works)
+    # The first is called by AdamW for its state, of which the count of steps is there by then.
+    places = ((torch, "zeros_like"), (steps.model, "forward"), (torch.optim.AdamW, "step"))
+    for place, name in places:
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, full)
+            assert not steps(128)
+        left = [weight.grad for weight in steps.model.masters.of_all(steps.model.parameters())]
+        assert left.count(None) == len(left), "the next one would have less memory"
         assert steps(64), "a smaller one is tried after it"
 
 

@@ -95,7 +95,16 @@ def test_warming_up_changes_neither_weights_nor_random_state(small_config):
     )
 
 
-def test_what_an_attempt_held_is_freed_before_the_advice_is_measured(small_config, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.OutOfMemoryError, "no room"),
+        (RuntimeError, "backend='inductor' raised: OutOfMemoryError: CUDA out of memory"),
+    ],
+)
+def test_what_an_attempt_held_is_freed_before_the_advice_is_measured(
+    small_config, monkeypatch, error, words
+):
     """While an error is handled, its traceback keeps every saved tensor alive."""
     held: list[weakref.ref] = []
     alive_then: list[int] = []
@@ -106,7 +115,7 @@ def test_what_an_attempt_held_is_freed_before_the_advice_is_measured(small_confi
     def step(batch):
         kept = Kept()
         held.append(weakref.ref(kept))
-        raise torch.OutOfMemoryError("no room")
+        raise error(words)
 
     def advice(*arguments) -> str:
         alive_then.append(sum(ref() is not None for ref in held))

@@ -118,6 +118,15 @@ def test_kernels_that_cannot_run_are_not_announced(loop, tmp_path, capsys, monke
     assert "kernels: rms_norm" in said and "warning" not in said
 
 
+def test_options_of_the_compiler_without_it_are_said_to_change_nothing(loop, tmp_path, capsys):
+    for options in ("--inductor combo_kernels", "--inductor combo_kernels --compile auto"):
+        trainer(loop, tmp_path / "run", f"{options} --overwrite --max-steps 1")
+        said = capsys.readouterr().out
+        assert "warning: --inductor combo_kernels changes nothing: the model is not" in said
+    trainer(loop, tmp_path / "run", "--inductor none --overwrite --max-steps 1")
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_a_run_says_and_keeps_which_attention_its_vision_tower_has(finished):
     out, result = finished
     assert "vision attention: sdpa" in result.stdout

@@ -199,14 +199,20 @@ def test_a_number_that_no_run_wrote_is_damage(copied, field, value):
         load_pretrained(copied / "run")
 
 
-@pytest.mark.parametrize("lost", ["blocks.0.mlp.down_proj.lora", "MP."])
+@pytest.mark.parametrize(
+    "lost", ["blocks.0.mlp.down_proj.lora", "MP.", "vision_encoder.blocks.0.mlp.fc1.weight"]
+)
 def test_weights_that_are_missing_are_damage(copied, lost):
     weights = copied / "run" / "last" / "model.safetensors"
-    kept = {name: one for name, one in load_file(weights).items() if lost not in name}
+    held = load_file(weights)
+    kept = {name: one for name, one in held.items() if lost not in name}
+    assert len(kept) < len(held)
     save_file(kept, weights)
-    with pytest.raises(ValueError, match=r"is damaged: no .*(down_proj|MP\.)") as error:
+    with pytest.raises(ValueError, match=r"is damaged: no .*(down_proj|MP\.|fc1)") as error:
         load_pretrained(copied / "run")
     assert str(error.value).startswith(str(weights.resolve())), "its base has no fault"
+    with pytest.raises(AssertionError, match=r"(down_proj|MP\.|fc1)\S* does not fit the model"):
+        train(copied / "run", "--resume --max-steps 6")
 
 
 def test_adapters_of_another_rank_are_damage(copied):
