@@ -132,8 +132,10 @@ def main(argv: list[str] | None = None) -> int:
         if others:
             raise UsageError(f"--report takes no other option, got {others[0]}")
         return report()
-    if {"--dry-run", "--dry_run"} & {*others}:
-        raise UsageError("--dry-run plans a run, and this command measures: give it to train.py")
+    for option in others:
+        name = option.split("=")[0].replace("_", "-")
+        if name in ("--dry-run", "--device-like"):
+            raise UsageError(f"{name} plans a run, and this command measures: give it to train.py")
     print(summary(measured(others, args.seconds)))
     print("python -m nanovlm_fast.tune --report prints this for an issue: it would help others")
     return 0

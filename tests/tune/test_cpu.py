@@ -121,9 +121,10 @@ def test_a_token_budget_that_a_run_has_to_find_is_refused(capsys):
     assert "a run finds the number (see its config.json): give it here" in capsys.readouterr().err
 
 
-def test_a_plan_is_refused(capsys):
-    assert main(["--device", "cpu", "--dry-run"]) == 2
-    assert "--dry-run plans a run, and this command measures" in capsys.readouterr().err
+@pytest.mark.parametrize("option", ["--dry-run", "--dry_run=True", "--device-like=t4"])
+def test_a_plan_is_refused(option, capsys):
+    assert main(["--device", "cpu", option]) == 2
+    assert "plans a run, and this command measures" in capsys.readouterr().err
 
 
 def test_a_device_that_is_not_measured_is_refused(monkeypatch, capsys):
