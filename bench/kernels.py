@@ -37,7 +37,7 @@ from bench.harness.tables import Rows, lined_up
 from bench.harness.timing import difference, interleave, summary
 from bench.subjects.operators import NOTHING, Kernel, call_of, named
 from bench.subjects.rivals import PROVIDERS, as_timed
-from nanovlm_fast.command import Parser, reports_errors
+from nanovlm_fast.command import Parser, ran_out_of_memory, reports_errors
 from nanovlm_fast.device import make_current, pick_device
 from nanovlm_fast.ranges import Range
 
@@ -66,7 +66,9 @@ def timed_row(timer: Timer, provider: str, call: Callable, inputs: dict) -> dict
     """Add a provider to the timer; its row says whether it is a graph, or that memory ran out."""
     try:
         return {"graph": timer.add(provider, call, inputs)}
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
         timer.drop(provider)  # some of its passes may already be in
         return {"error": in_a_line(error)}
 

@@ -58,7 +58,7 @@ from bench.pages.figures import race_to_target
 from bench.pages.race import SIDES, outcome, race_rows, speedups
 from bench.subjects.race_sides import Fast, Reference, Setting
 from nanovlm_fast.cli import parse_config
-from nanovlm_fast.command import Parser, reports_errors
+from nanovlm_fast.command import Parser, ran_out_of_memory, reports_errors
 from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.data.budget import measure_budget
 from nanovlm_fast.data.samples import SampleLoader
@@ -407,7 +407,9 @@ def main(argv: list[str] | None = None) -> int:
         for side in [args.only] if args.only else SIDES:
             try:
                 race.run(side)
-            except (ValueError, torch.OutOfMemoryError) as error:
+            except (ValueError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and not ran_out_of_memory(error):
+                    raise
                 failed = True
                 print(f"error: {side}: {str(error).splitlines()[0]}", file=sys.stderr)
     except KeyboardInterrupt:

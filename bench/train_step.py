@@ -43,7 +43,7 @@ from bench.harness.tables import line
 from bench.harness.timing import interleave, summary
 from bench.subjects.variants import Judge, Packed, Padded, Recipe, Step, Workbench, ablation
 from bench.subjects.workload import default_data, load_work
-from nanovlm_fast.command import Parser, reports_errors
+from nanovlm_fast.command import Parser, ran_out_of_memory, reports_errors
 from nanovlm_fast.device import make_current, pick_device, pick_dtype
 from nanovlm_fast.model.attention import VISION_BACKENDS
 from nanovlm_fast.model.flops import peak_flops
@@ -247,7 +247,10 @@ class Comparison:
         if step is not None:
             try:
                 self.time({name: step, self.base_name: base}, deadline)
-            except torch.OutOfMemoryError as error:  # there was room for each, but not for both
+            except RuntimeError as error:
+                if not ran_out_of_memory(error):
+                    raise
+                # There was room for each, but not for both.
                 self.rows[name] = {"error": reason(error)}
         self.print_row(name)
         self.save()

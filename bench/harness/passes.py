@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bench.harness.timing import interleave, noise_of, random_bytes, summary
 from bench.subjects.operators import Kernel
+from nanovlm_fast.command import ran_out_of_memory
 
 torch._functorch.config.donated_buffer = (
     False  # a compiled backward runs again and again on one forward
@@ -142,10 +143,11 @@ def as_graph(
         with torch.cuda.graph(graph, stream=stream, pool=pool):
             for _ in range(rounds):
                 call()
-    except torch.OutOfMemoryError:  # a RuntimeError too, but of another kind
-        raise
-    except RuntimeError:  # the call synchronises with the device somewhere
+    except RuntimeError as error:
+        if ran_out_of_memory(error):
+            raise
 
+        # The call synchronises with the device somewhere.
         def loop() -> None:
             for _ in range(rounds):
                 call()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bench.subjects.variants import Step
-from nanovlm_fast.command import keeping_interrupts
+from nanovlm_fast.command import keeping_interrupts, ran_out_of_memory
 
 NO_ROOM = "out of memory"
 
@@ -67,11 +67,10 @@ def _send(sender: Any, generator: Callable[..., Iterator], *args: object) -> Non
         for value in generator(*args):
             sender.send((value, None, True))
         sender.send((None, None, False))
-    except torch.OutOfMemoryError:
-        sender.send((None, NO_ROOM, False))
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        sender.send((None, f"{type(error).__name__}: {lines[0] if lines else ''}", False))
+        why = f"{type(error).__name__}: {lines[0] if lines else ''}"
+        sender.send((None, NO_ROOM if ran_out_of_memory(error) else why, False))
 
 
 def _once(call: Callable, *args: object) -> Iterator[Any]:

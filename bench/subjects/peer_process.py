@@ -37,6 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bench.harness.processes import peak_of
+from nanovlm_fast.command import ran_out_of_memory
 from nanovlm_fast.device import autocast_to
 
 NEEDED = ("models/config.py", "models/vision_language_model.py")
@@ -56,13 +57,13 @@ def serve(connection: Connection, options: dict[str, Any]) -> None:
             connection.send((getattr(nanovlm, command)(*args), None))
         except EOFError:
             return
-        except torch.OutOfMemoryError:
-            connection.send((None, "nanoVLM is out of memory: fewer --samples"))
         except Exception as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             text = f"{type(error).__name__}: {' '.join(lines[:2])}"
             if isinstance(error, ValueError):
                 text = str(error)
+            if ran_out_of_memory(error):
+                text = "out of memory: fewer --samples"
             connection.send((None, f"nanoVLM: {text}"))
         if nanovlm is None:
             return

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bench.harness.timing import synchronize
 from bench.subjects.variants import NanoVLMModel
+from nanovlm_fast.command import ran_out_of_memory
 from nanovlm_fast.config import TrainConfig, VLMConfig
 from nanovlm_fast.model import reference
 from nanovlm_fast.model.ops import Ops, choose_ops
@@ -140,8 +141,8 @@ class Reference:
                 loss.backward()
                 synchronize()
                 break
-            except torch.OutOfMemoryError:
-                if parts == 16:
+            except RuntimeError as error:
+                if parts == 16 or not ran_out_of_memory(error):
                     raise
             finally:
                 self.model.zero_grad(set_to_none=True)

@@ -184,11 +184,17 @@ def test_no_memory_without_parity(tmp_path, monkeypatch, in_this_process):
     )
 
 
+def without_room() -> None:
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
 def test_a_process_that_fails_or_is_killed_says_so():
     with pytest.raises(RuntimeError, match="ValueError: invalid literal"):
         processes.in_a_process(int, "x")
     with pytest.raises(RuntimeError, match="out of memory"):
         processes.in_a_process(os._exit, 9)
+    with pytest.raises(RuntimeError, match=r"^out of memory"):
+        processes.in_a_process(without_room)
 
 
 # ---- generation

@@ -18,6 +18,7 @@ import time
 import pytest
 
 from bench import suites, train_step
+from bench.harness import commit as commits
 from bench.harness import stages
 from bench.harness.commit import VARIABLE
 from bench.harness.stages import allowance, command
@@ -207,6 +208,7 @@ def test_no_stage_starts_on_a_gpu_without_a_commit(tmp_path, monkeypatch, capsys
     """As in a copy of the tree without its history; here git itself is missing."""
     monkeypatch.setenv("PYTHON", shutil.which("true"))
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(commits, "LOADED", commits.git("rev-parse", "HEAD"))
     monkeypatch.delenv(VARIABLE, raising=False)
     options = ["--stages", "facts", "--out", str(tmp_path / "out")]
     for device in ("cuda", "cuda:1", "auto"):
