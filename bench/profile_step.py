@@ -80,7 +80,7 @@ def profiled_rows(
     with profile(activities=activities) as trace:
         for _ in range(steps):
             step()
-        synchronize(device)  # inside the profiler, which otherwise misses the kernels still queued
+        synchronize()  # inside the profiler, which otherwise misses the kernels still queued
     if trace_file:
         trace_file.parent.mkdir(parents=True, exist_ok=True)
         trace.export_chrome_trace(str(trace_file))

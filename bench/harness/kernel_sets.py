@@ -199,10 +199,10 @@ class Subject:
             self.step()
         times = []
         for _ in range(steps):
-            synchronize(self.device)
+            synchronize()
             began = time.perf_counter()
             self.step()
-            synchronize(self.device)
+            synchronize()
             times.append(time.perf_counter() - began)
         torch.cuda.empty_cache()
         return times

@@ -59,10 +59,10 @@ def interleave(
     return seconds
 
 
-def synchronize(device: torch.device | None = None) -> None:
-    """Wait for what was launched on a device; without one, on the current GPU if there is any."""
-    if torch.cuda.is_available() and (device is None or device.type == "cuda"):
-        torch.cuda.synchronize(device)
+def synchronize() -> None:
+    """Wait for what was launched on the current GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def random_bytes(count: int, device: torch.device) -> Tensor:
